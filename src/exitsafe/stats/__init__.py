@@ -1,1 +1,23 @@
+"""Numbers in, numbers out: intervals, bins of exit layers, paired tests. Knows no model, judge or file."""
 
+from exitsafe.stats.bins import BINS, bin_of, layers_by_bin
+from exitsafe.stats.bootstrap import percentile_interval, resampled_layer_means
+from exitsafe.stats.estimates import Estimate, bin_estimates, layer_estimates
+from exitsafe.stats.intervals import constant_interval, wilson_interval
+from exitsafe.stats.paired import bootstrap_p_value, holm, mcnemar_exact
+
+__all__ = [
+    "BINS",
+    "Estimate",
+    "bin_estimates",
+    "bin_of",
+    "bootstrap_p_value",
+    "constant_interval",
+    "holm",
+    "layer_estimates",
+    "layers_by_bin",
+    "mcnemar_exact",
+    "percentile_interval",
+    "resampled_layer_means",
+    "wilson_interval",
+]

@@ -1,0 +1,64 @@
+"""What a judge is, and what can be measured. Knows no judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from exitsafe.records import KINDS, Kind, Response, Sample, Verdict
+
+
+class Judge(Protocol):
+    """Scores responses.
+
+    A judge is called with samples and responses as parallel lists and returns, in any order, one verdict per
+    response and measure that applies to it. For the kinds named in `MEASURES` a verdict is owed: what
+    cannot be scored is *unscored* with the reason, never left out. Further kinds may be judged too; no
+    metric counts them.
+
+    >>> class YesCounts:
+    ...     name = "yes-counts"
+    ...     measures = ("asr",)
+    ...     def __call__(self, samples, responses):
+    ...         return [
+    ...             Verdict(
+    ...                 sample_id=response.sample_id, exit_layer=response.exit_layer, judge=self.name,
+    ...                 measure="asr", score=float(response.text.startswith("yes")),
+    ...             )
+    ...             for sample, response in zip(samples, responses) if sample.kind == "harmful"
+    ...         ]
+    >>> judge: Judge = YesCounts()
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def measures(self) -> tuple[str, ...]: ...
+
+    def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What a judge may measure.
+
+    Args:
+        kinds: Samples of these kinds are owed a verdict.
+        bounds: The scale's ends; None for an open scale.
+    """
+
+    kinds: tuple[Kind, ...]
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+
+
+MEASURES: dict[str, Measure] = {
+    "asr": Measure(kinds=("harmful",)),
+    "asr_loose": Measure(kinds=("harmful",)),
+    "toxicity": Measure(kinds=("harmful",)),
+    "reward": Measure(kinds=("harmful",), bounds=None),
+    "refusal": Measure(kinds=KINDS),
+    "vqa_accuracy": Measure(kinds=("vqa",)),
+    "coherence": Measure(kinds=KINDS),
+}

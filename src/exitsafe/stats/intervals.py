@@ -1,0 +1,38 @@
+"""Confidence intervals that need no resampling: counts in, (low, high) out."""
+
+from __future__ import annotations
+
+from scipy.stats import binomtest
+
+CONFIDENCE = 0.95
+
+
+def wilson_interval(successes: int, n: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a rate (Wilson 1927); of 0 trials nothing is known: 0 to 1.
+
+    >>> low, high = wilson_interval(62, 200)
+    >>> round(low, 3), round(high, 3)
+    (0.25, 0.377)
+    """
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def constant_interval(
+    value: float, n: int, *, bounds: tuple[float, float] | None, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """The interval of a mean of `n` equal values, where resampling would claim certainty.
+
+    No one of `n` samples differed; Wilson's upper limit for 0 of `n` bounds the share of samples that could.
+    That share moves the mean by at most itself, inside `bounds`. For 0 of `n` and `n` of `n` this is Wilson's
+    interval itself. Without bounds nothing can be said beyond the value.
+
+    >>> constant_interval(0.0, 10, bounds=(0, 1)) == wilson_interval(0, 10)
+    True
+    """
+    if bounds is None:
+        return value, value
+    _, share = wilson_interval(0, n, confidence=confidence)
+    return max(bounds[0], value - share), min(bounds[1], value + share)
