@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exitsafe.comparison import Comparison, compare
-    from exitsafe.errors import ExitsafeError, ExitLayerError, InputError, ModelError, RunError
+    from exitsafe.errors import ExitLayerError, ExitsafeError, InputError, ModelError, RunError
     from exitsafe.lppo import LPPOConfig, align
     from exitsafe.records import Response, Sample, Verdict
     from exitsafe.runs import AuditRun, load_run

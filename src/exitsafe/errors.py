@@ -1,10 +1,10 @@
 """Every error that exitsafe raises on purpose. Each message is one line and names the way out.
 
-    ExitsafeError             exit status 2 on the command line
-    ├── InputError            a file, sample or setting is wrong
-    │   └── ExitLayerError    the exit layer does not exist in this encoder
-    ├── ModelError            a model cannot be loaded or is not supported
-    └── RunError              a run directory cannot be used as asked
+ExitsafeError             exit status 2 on the command line
+├── InputError            a file, sample or setting is wrong
+│   └── ExitLayerError    the exit layer does not exist in this encoder
+├── ModelError            a model cannot be loaded or is not supported
+└── RunError              a run directory cannot be used as asked
 """
 
 

@@ -1,0 +1,172 @@
+"""What differs between model families: where the encoder blocks live, how an exit is told to the model's own
+code, and how image features are computed and handed to the language model.
+
+A family is one row of `FAMILIES`, keyed by the model type and its vision tower's type; Llama 3.2 Vision, whose
+language model reads the image by cross-attention, needs the small adapter below. Nothing else in exitsafe knows a
+family by name. To add one, see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from exitsafe.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """LLaVA and its kin: one block list, `vision_feature_layer`, features scattered over image tokens.
+
+    Args:
+        name: The model type in the checkpoint's config.
+        vision: The model type of its vision tower.
+        blocks: Path from the model to the list of encoder blocks.
+        image_inputs: What the processor makes for the image, beside the text.
+        plain_prompt: The prompt format for a processor that has no chat template.
+    """
+
+    name: str
+    vision: str
+    blocks: str = "model.vision_tower.encoder.layers"
+    image_inputs: tuple[str, ...] = ("pixel_values",)
+    plain_prompt: str = "USER: {images}{prompt} ASSISTANT:"
+
+    def encoder_blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The encoder's blocks, in order."""
+        return _module_list(model, self.blocks)
+
+    def global_blocks(self, model: nn.Module) -> nn.ModuleList:
+        """Blocks that run after the encoder at every exit unless skipped; none in most families."""
+        return nn.ModuleList()
+
+    def default_exit(self, config: Any, num_layers: int) -> int:
+        """Blocks behind the features that the untouched model reads."""
+        return max(_absolute(config.vision_feature_layer, num_layers))
+
+    def exit_settings(self, config: Any, num_layers: int, exit_layer: int) -> dict[str, int | list[int]]:
+        """Config entries under which the model's own code reads the features of `exit_layer`."""
+        wanted = [min(index, exit_layer) for index in _absolute(config.vision_feature_layer, num_layers)]
+        # A single index follows the exit, also past the default; a list keeps its shallower entries.
+        return {"vision_feature_layer": exit_layer if isinstance(config.vision_feature_layer, int) else wanted}
+
+    def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Run the model's own feature path. One tensor (tokens, H) per image."""
+        get_image_features: Any = model.get_image_features
+        return tuple(get_image_features(**inputs, return_dict=True).pooler_output)
+
+    def feature_inputs(self, features: Sequence[tuple[Tensor, ...]]) -> dict[str, Any]:
+        """Keyword arguments that hand the features of a batch's rows to the model's `forward`."""
+        images = [image for row in features for image in row]
+        # A fresh object each time: `generate` with several return sequences changes it in place.
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=images)}} if images else {}
+
+    def images_per_prompt(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many entries of `features` one prompt's image inputs yield."""
+        return int(inputs["pixel_values"].shape[0])
+
+    def batch_key(self, inputs: Mapping[str, Tensor]) -> object:
+        """Prompts may share a batch when their keys are equal."""
+        return None
+
+    def collate_images(self, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Join the image inputs of several prompts."""
+        return {name: torch.cat(_pad_tiles([item[name] for item in inputs])) for name in self.image_inputs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mllama(Family):
+    """Llama 3.2 Vision: local blocks are the exits, gated global blocks follow; read by cross-attention.
+
+    The features of a prompt are its cross-attention states, (images * tiles, patches, H). States wanted from blocks
+    behind the exit are the exit's own, which skipping these blocks gives by itself.
+    """
+
+    global_path: str = "model.vision_model.global_transformer.layers"
+
+    def global_blocks(self, model: nn.Module) -> nn.ModuleList:
+        return _module_list(model, self.global_path)
+
+    def default_exit(self, config: Any, num_layers: int) -> int:
+        return num_layers
+
+    def exit_settings(self, config: Any, num_layers: int, exit_layer: int) -> dict[str, int | list[int]]:
+        return {}
+
+    def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        inner: Any = model.model
+        states = inner.vision_model(**inputs).last_hidden_state  # (B, images, tiles, patches, 6 * D)
+        projected = inner.multi_modal_projector(states)
+        return tuple(projected.flatten(1, 2).unbind(0))
+
+    def feature_inputs(self, features: Sequence[tuple[Tensor, ...]]) -> dict[str, Any]:
+        rows = [states for row in features for states in row]
+        return {"cross_attention_states": torch.cat(rows)} if rows else {}
+
+    def images_per_prompt(self, inputs: Mapping[str, Tensor]) -> int:
+        return 1
+
+    def batch_key(self, inputs: Mapping[str, Tensor]) -> object:
+        # Text before the first image attends evenly to all image slots, so an empty slot beside a row with more
+        # images would change that row's logits.
+        return inputs["pixel_values"].shape[1] if inputs else 0
+
+
+_LLAVA_NEXT_INPUTS = ("pixel_values", "image_sizes")
+
+FAMILIES: dict[tuple[str, str], Family] = {
+    (family.name, family.vision): family
+    for family in (
+        Family(name="llava", vision="clip_vision_model"),
+        Family(name="llava", vision="siglip_vision_model"),
+        Family(name="llava_next", vision="clip_vision_model", image_inputs=_LLAVA_NEXT_INPUTS),
+        Mllama(
+            name="mllama",
+            vision="mllama_vision_model",
+            blocks="model.vision_model.transformer.layers",
+            image_inputs=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"),
+            plain_prompt="{images}<|begin_of_text|>{prompt}",
+        ),
+    )
+}
+
+
+def find_family(config: Any) -> Family:
+    """The row for a model's config.
+
+    Raises:
+        ModelError: If no row fits; the message names the supported families.
+    """
+    vision = getattr(getattr(config, "vision_config", None), "model_type", "none")
+    family = FAMILIES.get((config.model_type, vision))
+    if family is None:
+        supported = ", ".join(sorted(f"{name} ({tower})" for name, tower in FAMILIES))
+        raise ModelError(
+            f"model type {config.model_type!r} with vision tower {vision!r} is not supported; supported: {supported}"
+        )
+    return family
+
+
+def _module_list(model: nn.Module, path: str) -> nn.ModuleList:
+    module = model.get_submodule(path)
+    assert isinstance(module, nn.ModuleList)
+    return module
+
+
+def _absolute(layers: int | Sequence[int], num_layers: int) -> list[int]:
+    """`vision_feature_layer` as indices into the hidden states, 0 being the embeddings."""
+    indices = [layers] if isinstance(layers, int) else list(layers)
+    return [index if index >= 0 else num_layers + 1 + index for index in indices]
+
+
+def _pad_tiles(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Pad dimension 1 (tiles of LLaVA-NeXT) of 5-dimensional tensors with zeros to the largest; others pass."""
+    if tensors[0].dim() != 5:
+        return list(tensors)
+    most = max(tensor.shape[1] for tensor in tensors)
+    return [nn.functional.pad(t, (0, 0) * 3 + (0, most - t.shape[1])) for t in tensors]

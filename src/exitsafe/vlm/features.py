@@ -1,0 +1,89 @@
+"""Image features at any set of exit layers from one encoder pass.
+
+The encoder runs once, up to the deepest exit wanted, and keeps each block's output. Shallower exits are *replayed*:
+every block returns a kept output instead of computing, and the model's own feature path (class-token drop, tiles,
+norms, global blocks, projector) runs on it. The encoder and projector are frozen here: no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from exitsafe.vlm.exits import check_exit_layer, replay_patch
+from exitsafe.vlm.prompts import Prompt
+
+if TYPE_CHECKING:
+    from exitsafe.vlm.model import VLM
+
+Features = tuple[Tensor, ...]
+"""What the language model reads of one prompt's images; opaque outside the family."""
+
+
+@torch.no_grad()
+def compute_features(
+    vlm: VLM, inputs: Mapping[str, Tensor], exit_layers: Sequence[int], *, skip_global: bool
+) -> dict[int, Features]:
+    """Features of `inputs` at every exit in `exit_layers`, by exit layer."""
+    for exit_layer in exit_layers:
+        check_exit_layer(exit_layer, vlm.num_layers)
+    if not exit_layers:
+        return {}
+    model, family = vlm.base_model, vlm.family_row
+    images = {name: inputs[name].to(vlm.device) for name in family.image_inputs}
+    images["pixel_values"] = images["pixel_values"].to(model.dtype)
+    blocks = family.encoder_blocks(model)
+    deepest, *shallower = sorted(set(exit_layers), reverse=True)
+    stored: list[Tensor] = []
+    recorders = [block.register_forward_hook(_recorder(stored)) for block in (blocks[:deepest] if shallower else ())]
+    try:
+        with vlm.exit_at(deepest, skip_global=skip_global):
+            features = {deepest: family.features(model, images)}
+    finally:
+        for recorder in recorders:
+            recorder.remove()
+    for exit_layer in shallower:
+        patch = replay_patch(
+            blocks,
+            family.global_blocks(model),
+            vlm.exit_settings(exit_layer),
+            stored + [stored[-1]] * (len(blocks) - deepest),
+            exit_layer=exit_layer,
+            skip_global=skip_global,
+        )
+        with vlm.exits.enter(patch):
+            features[exit_layer] = family.features(model, images)
+    return {exit_layer: features[exit_layer] for exit_layer in exit_layers}
+
+
+def features_by_prompt(
+    vlm: VLM, prompts: Sequence[Prompt], exit_layers: Sequence[int], *, batch_size: int, skip_global: bool
+) -> list[dict[int, Features | None]]:
+    """`compute_features` for many prompts, in batches, split by prompt; None for a prompt without images."""
+    family = vlm.family_row
+    found: list[dict[int, Features | None]] = [dict.fromkeys(exit_layers) for _ in prompts]
+    by_key: dict[object, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        if prompt.image_inputs:
+            by_key.setdefault(family.batch_key(prompt.image_inputs), []).append(index)
+    for indices in by_key.values():
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            inputs = family.collate_images([prompts[index].image_inputs for index in batch])
+            counts = [family.images_per_prompt(prompts[index].image_inputs) for index in batch]
+            for exit_layer, features in compute_features(vlm, inputs, exit_layers, skip_global=skip_global).items():
+                offset = 0
+                for index, count in zip(batch, counts, strict=True):
+                    found[index][exit_layer] = features[offset : offset + count]
+                    offset += count
+    return found
+
+
+def _recorder(stored: list[Tensor]) -> object:
+    def keep(module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+        stored.append(output)
+
+    return keep

@@ -1,0 +1,266 @@
+"""Answers for many (prompt, exit layer) rows, mixed in one batch.
+
+Finished rows leave the batch at once and waiting ones take their places, so one long answer does not hold up the
+others. Sampling is keyed by (seed, sample id, exit layer, draw): batch size, order and resume cannot change a draw.
+Knows nothing about judges, runs or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from exitsafe.vlm.features import Features
+from exitsafe.vlm.prompts import Prompt, collate
+
+if TYPE_CHECKING:
+    from exitsafe.vlm.model import VLM
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """A prompt to be answered from the image features of one exit layer."""
+
+    prompt: Prompt
+    exit_layer: int
+    features: Features | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """The tokens of one answer, the end-of-sequence token included; `seconds` is its share of the wall time."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen: greedy at temperature 0, else from the whole distribution."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    draw: int
+    suppress: tuple[int, ...]
+
+
+@torch.no_grad()
+def complete_rows(
+    vlm: VLM, rows: Sequence[Row], sampling: Sampling, *, batch_size: int
+) -> Iterator[tuple[int, Completion]]:
+    """Answer every row; yields (index into rows, completion) in the order of finishing."""
+    by_key: dict[object, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_key.setdefault(vlm.batch_key(row.prompt), []).append(index)
+    for indices in by_key.values():
+        # Longest first: an out-of-memory shows at once, and neighbours need little padding.
+        indices.sort(key=lambda index: -len(rows[index].prompt.input_ids))
+        yield from _complete_queue(vlm, rows, indices, sampling, batch_size=batch_size)
+
+
+def _complete_queue(
+    vlm: VLM, rows: Sequence[Row], queue: list[int], sampling: Sampling, *, batch_size: int
+) -> Iterator[tuple[int, Completion]]:
+    stop = torch.tensor(vlm.eos_token_ids, device=vlm.device)
+    waiting = list(queue)
+    batch: _Batch | None = None
+    while waiting or batch is not None:
+        started = time.perf_counter()
+        num_free = batch_size - (0 if batch is None else len(batch.indices))
+        # A refill costs a prefill and a copy of the cache: wait until a quarter of the places is free.
+        if waiting and (batch is None or (batch.can_join and num_free * 4 >= batch_size)):
+            joining, waiting = waiting[:num_free], waiting[num_free:]
+            fresh = _prefill(vlm, rows, joining, sampling)
+            batch = fresh if batch is None else batch.join(fresh)
+        else:
+            assert batch is not None
+            batch.decode(vlm, sampling)
+        batch.share_time(time.perf_counter() - started)
+        finished = torch.isin(batch.tokens[:, -1], stop) if len(stop) else torch.zeros(len(batch.indices)).bool()
+        keep: list[int] = []
+        for place, index in enumerate(batch.indices):
+            length = batch.lengths[place]
+            has_stopped = bool(finished[place])
+            if has_stopped or length == sampling.max_new_tokens:
+                yield (
+                    index,
+                    Completion(
+                        token_ids=tuple(batch.tokens[place, -length:].tolist()),
+                        finish_reason="stop" if has_stopped else "length",
+                        seconds=batch.seconds[place],
+                    ),
+                )
+            else:
+                keep.append(place)
+        if len(keep) < len(batch.indices):
+            batch = batch.select(keep) if keep else None
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """Rows under generation. All tensors are aligned at the right end; unused columns at the left are masked."""
+
+    indices: list[int]  # into the caller's rows
+    cache: DynamicCache
+    attention_mask: Tensor  # (B, S): the cached tokens
+    positions: Tensor  # (B,): of the newest token
+    tokens: Tensor  # (B, G): generated so far, right-aligned, the newest not yet in the cache
+    lengths: list[int]  # generated tokens per row
+    draws: Tensor  # (B, max_new_tokens): one uniform number per token to come, float64
+    cross_attention_mask: Tensor | None  # (B, 1, images, tiles)
+    seconds: list[float]
+
+    @property
+    def can_join(self) -> bool:
+        """Whether another batch's cache can be put beside this one: plain growing layers only."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def decode(self, vlm: VLM, sampling: Sampling) -> None:
+        """One token more for every row."""
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.indices), 1)], 1)
+        self.positions = self.positions + 1
+        extra = {} if self.cross_attention_mask is None else {"cross_attention_mask": self.cross_attention_mask}
+        outputs = vlm.model(
+            input_ids=self.tokens[:, -1:],
+            attention_mask=self.attention_mask,
+            position_ids=self.positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            **extra,
+        )
+        self.cache = outputs.past_key_values
+        chosen = _choose(outputs.logits[:, -1], self.draws, self.lengths, sampling)
+        self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def share_time(self, seconds: float) -> None:
+        share = seconds / len(self.indices)
+        self.seconds = [so_far + share for so_far in self.seconds]
+
+    def select(self, keep: Sequence[int]) -> _Batch:
+        """Only the rows `keep`, without the columns that none of them uses."""
+        index = torch.tensor(keep, device=self.tokens.device)
+        mask = self.attention_mask[index]
+        unused = int(mask.long().argmax(dim=1).min()) if self.can_join else 0
+        width = self.attention_mask.shape[1]
+        for layer in self.cache.layers:
+            if not layer.is_initialized:
+                continue
+            # Cross-attention layers hold image states, one width for all rows.
+            start = unused if layer.keys.shape[-2] == width else 0
+            layer.keys = layer.keys[index, :, start:]
+            layer.values = layer.values[index, :, start:]
+        longest = max(self.lengths[place] for place in keep)
+        cross = self.cross_attention_mask
+        return _Batch(
+            indices=[self.indices[place] for place in keep],
+            cache=self.cache,
+            attention_mask=mask[:, unused:],
+            positions=self.positions[index],
+            tokens=self.tokens[index, -longest:],
+            lengths=[self.lengths[place] for place in keep],
+            draws=self.draws[index],
+            cross_attention_mask=None if cross is None else cross[index],
+            seconds=[self.seconds[place] for place in keep],
+        )
+
+    def join(self, other: _Batch) -> _Batch:
+        """Both batches as one, padded at the left to the wider."""
+        widths = (self.attention_mask.shape[1], other.attention_mask.shape[1])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            if not mine.is_initialized:
+                continue
+            if mine.keys.shape[-2] != theirs.keys.shape[-2]:
+                assert (mine.keys.shape[-2], theirs.keys.shape[-2]) == widths
+            mine.keys = _stack_right(mine.keys, theirs.keys, dim=-2)
+            mine.values = _stack_right(mine.values, theirs.values, dim=-2)
+        cross = None
+        if self.cross_attention_mask is not None and other.cross_attention_mask is not None:
+            cross = torch.cat([self.cross_attention_mask, other.cross_attention_mask])
+        return _Batch(
+            indices=self.indices + other.indices,
+            cache=self.cache,
+            attention_mask=_stack_right(self.attention_mask, other.attention_mask, dim=-1),
+            positions=torch.cat([self.positions, other.positions]),
+            tokens=_stack_right(self.tokens, other.tokens, dim=-1),
+            lengths=self.lengths + other.lengths,
+            draws=torch.cat([self.draws, other.draws]),
+            cross_attention_mask=cross,
+            seconds=self.seconds + other.seconds,
+        )
+
+
+def _prefill(vlm: VLM, rows: Sequence[Row], indices: list[int], sampling: Sampling) -> _Batch:
+    """Read the prompts and choose each row's first token."""
+    chosen_rows = [rows[index] for index in indices]
+    batch = collate([row.prompt for row in chosen_rows], None, pad_token_id=vlm.pad_token_id)
+    batch = {name: tensor.to(vlm.device) for name, tensor in batch.items()}
+    outputs = vlm.model(
+        **batch,
+        **vlm.family_row.feature_inputs([row.features for row in chosen_rows if row.features is not None]),
+        past_key_values=DynamicCache(config=vlm.text_config),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    draws = torch.stack([_uniforms(row, sampling) for row in chosen_rows])
+    cross = batch.get("cross_attention_mask")
+    first = _choose(outputs.logits[:, -1], draws, [0] * len(indices), sampling)
+    return _Batch(
+        indices=indices,
+        cache=outputs.past_key_values,
+        attention_mask=batch["attention_mask"],
+        positions=batch["position_ids"][:, -1],
+        tokens=first[:, None],
+        lengths=[1] * len(indices),
+        draws=draws,
+        cross_attention_mask=None if cross is None else cross[:, -1:],
+        seconds=[0.0] * len(indices),
+    )
+
+
+def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sampling) -> Tensor:
+    """Next token ids (B,) from logits (B, V): the largest, or by inverting the cumulative distribution."""
+    logits = suppress_logits(logits, sampling.suppress)
+    if sampling.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    # Inverse-CDF on the CPU in float64: the same draw whatever the device and batch.
+    cumulative = (logits.float().cpu().double() / sampling.temperature).softmax(dim=-1).cumsum(dim=-1)
+    uniform = draws.gather(1, torch.tensor(lengths)[:, None]) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
+    return chosen.to(logits.device)
+
+
+def suppress_logits(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """Logits with `token_ids` made impossible."""
+    if not token_ids:
+        return logits
+    return logits.index_fill(-1, torch.tensor(token_ids, device=logits.device), float("-inf"))
+
+
+def _uniforms(row: Row, sampling: Sampling) -> Tensor:
+    if sampling.temperature == 0.0:
+        return torch.empty(0, dtype=torch.float64)
+    key = f"{sampling.seed}\x1f{row.prompt.sample_id}\x1f{row.exit_layer}\x1f{sampling.draw}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def _stack_right(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
+    """Stack along the batch, right-aligned along `dim`, zeros at the left of the narrower."""
+    width = max(first.shape[dim], second.shape[dim])
+    padded: list[Any] = []
+    for tensor in (first, second):
+        missing = list(tensor.shape)
+        missing[dim] = width - tensor.shape[dim]
+        padded.append(torch.cat([tensor.new_zeros(missing), tensor], dim=dim) if missing[dim] else tensor)
+    return torch.cat(padded)

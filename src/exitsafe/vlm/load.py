@@ -1,0 +1,134 @@
+"""`load_vlm`: a Hub id, a local folder or a built-in organism -> a `VLM`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from exitsafe.errors import ModelError
+from exitsafe.vlm.families import find_family
+from exitsafe.vlm.model import VLM
+from exitsafe.world import ORGANISMS, model_folder
+
+_QUANTIZATIONS = ("nf4", "int8")
+
+
+def load_vlm(
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+) -> VLM:
+    """Load a vision-language model so that it can exit its encoder early.
+
+    Args:
+        name_or_path: A Hub id, a folder written by `save_pretrained`, `organism` or `organism:text`.
+        adapter: A PEFT adapter folder or Hub id.
+        dtype: "auto" (as saved), or e.g. "bfloat16".
+        device: "auto" (the first GPU, else the CPU), or e.g. "cuda:1".
+        quantization: None, "nf4" or "int8", by bitsandbytes; the image encoder stays as it is.
+        trust_remote_code: Whether code from the checkpoint may run. Only safetensors are loaded either way.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: If nothing can be loaded from there, or the family is not supported.
+    """
+    source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
+    where = Path(source)
+    if where.is_dir() and not (where / "config.json").is_file():
+        raise ModelError(f"{source} has no config.json: give a Hub id or a folder written by save_pretrained")
+    if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ModelError(f"{adapter} has no adapter_config.json: give a PEFT adapter folder")
+    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **remote)
+        find_family(config)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=_dtype(dtype),
+            use_safetensors=True,
+            quantization_config=_quantization_config(quantization),
+            device_map={"": _device(device)} if quantization else None,
+            **remote,
+        )
+        model = model.to(_device(device)) if quantization is None else model
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"cannot load {name_or_path!s}: {_first_line(error)}") from error
+    processor = AutoProcessor.from_pretrained(source, **remote) if _has_processor(where) else None
+    return VLM(
+        model.eval(),
+        processor,
+        name=str(name_or_path),
+        checkpoint_hash=hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None),
+        adapter_hash=None if adapter is None else hash_files(Path(adapter)),
+    )
+
+
+def hash_files(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype):
+        raise ModelError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
+    return named
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device {device!r} is unknown; choose auto, cpu or cuda:N") from error
+
+
+def _quantization_config(quantization: str | None) -> Any:
+    if quantization is None:
+        return None
+    if quantization not in _QUANTIZATIONS:
+        raise ModelError(f"quantization {quantization!r} is unknown; choose {' or '.join(_QUANTIZATIONS)}")
+    from transformers import BitsAndBytesConfig
+
+    encoder = ["vision_tower", "vision_model", "multi_modal_projector", "lm_head"]
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=encoder)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=encoder,
+    )
+
+
+def _has_processor(where: Path) -> bool:
+    """A local folder may hold a bare model; from the Hub the processor is always asked for."""
+    if not where.is_dir():
+        return True
+    return any((where / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

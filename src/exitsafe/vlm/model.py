@@ -1,0 +1,314 @@
+"""`VLM`: a vision-language model that can exit its image encoder early.
+
+A thin shell around the Hugging Face model and processor, which stay untouched: outside `exit_at` they behave as
+loaded. The parts live in the files beside this one; this file gives them one face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exitsafe.errors import InputError, ModelError
+from exitsafe.records import Response, Sample
+from exitsafe.vlm.exits import ExitStack, check_exit_layer, skip_patch
+from exitsafe.vlm.families import find_family
+from exitsafe.vlm.features import Features, compute_features, features_by_prompt
+from exitsafe.vlm.generation import Completion, Row, Sampling, complete_rows
+from exitsafe.vlm.prompts import Prompt, collate, encode
+
+
+class VLM:
+    """A vision-language model whose image features can be read after any encoder block.
+
+    Args:
+        model: A Hugging Face model of a supported family, or a PEFT model around one.
+        processor: Its processor, or None: then only what needs none works.
+        name: What the model was loaded from.
+        checkpoint_hash: Identifies the weights, config and processor files.
+        adapter_hash: Identifies the PEFT adapter, if there is one.
+
+    Attributes:
+        model, processor: The Hugging Face objects.
+        base_model: The model without the PEFT shell (its layers stay adapted).
+        family: The model type, e.g. "llava".
+        num_layers: Encoder blocks, e.g. 24.
+        default_exit: Blocks behind the features that the untouched model reads, e.g. 23.
+
+    Raises:
+        ModelError: If the family is not supported.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str,
+        checkpoint_hash: str | None = None,
+        adapter_hash: str | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.name = name
+        self.checkpoint_hash = checkpoint_hash
+        self.adapter_hash = adapter_hash
+        self.exits = ExitStack()
+        self.family_row = find_family(self.base_model.config)
+        self.num_layers = len(self.family_row.encoder_blocks(self.base_model))
+        self.default_exit = self.family_row.default_exit(self.base_model.config, self.num_layers)
+
+    @property
+    def base_model(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def family(self) -> str:
+        return self.family_row.name
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Every exit: 1 to `num_layers`."""
+        return tuple(range(1, self.num_layers + 1))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.base_model.device)
+
+    @contextmanager
+    def exit_at(self, exit_layer: int, *, skip_global: bool = False) -> Iterator[VLM]:
+        """Run any Hugging Face code on `model` with `exit_layer` encoder blocks; the others do not compute.
+
+        Nestable: the innermost exit acts. On leaving, also by an exception, the model is as it was. Not for two
+        threads at once on one model.
+
+        Args:
+            exit_layer: Encoder blocks to run, 1 to `num_layers`.
+            skip_global: Llama 3.2 Vision only: skip the global blocks as well.
+
+        Raises:
+            ExitLayerError: If the encoder has no such block.
+            InputError: If `skip_global` is asked of a family without global blocks.
+        """
+        check_exit_layer(exit_layer, self.num_layers)
+        global_blocks = self.family_row.global_blocks(self.base_model)
+        if skip_global and not len(global_blocks):
+            raise InputError(f"skip_global: {self.family} has no global blocks; leave it out")
+        patch = skip_patch(
+            self.family_row.encoder_blocks(self.base_model),
+            global_blocks,
+            self.exit_settings(exit_layer),
+            exit_layer=exit_layer,
+            skip_global=skip_global,
+        )
+        with self.exits.enter(patch):
+            yield self
+
+    def exit_settings(self, exit_layer: int) -> list[tuple[Any, str, Any]]:
+        """(config, entry, value) triples under which the model reads the features of `exit_layer`."""
+        config = self.base_model.config
+        settings = self.family_row.exit_settings(config, self.num_layers, exit_layer)
+        return [(config, name, value) for name, value in settings.items()]
+
+    def image_features(
+        self, inputs: Mapping[str, Tensor], exit_layers: Sequence[int], *, skip_global: bool = False
+    ) -> dict[int, Features]:
+        """Image features at several exits from one encoder pass up to the deepest.
+
+        Args:
+            inputs: What the processor returns; only its image entries are read.
+            exit_layers: Exits wanted.
+            skip_global: As in `exit_at`.
+
+        Returns:
+            By exit layer, a tuple of tensors: (tokens, H) per image; for Llama 3.2 Vision (images * tiles,
+            patches, H) per row. Detached.
+        """
+        return compute_features(self, inputs, tuple(exit_layers), skip_global=skip_global)
+
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        exit_layers: int | Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        skip_global: bool = False,
+    ) -> list[Response]:
+        """Answer every sample at one exit layer, or at its own.
+
+        Args:
+            samples: What to answer.
+            exit_layers: One exit for all, or one per sample: rows of one batch may differ.
+            max_new_tokens: Longest answer, in tokens.
+            temperature: 0 is greedy; above, the whole distribution is sampled.
+            seed: With sample id and exit layer, the key of every draw.
+            batch_size: Rows under generation at a time.
+            skip_global: As in `exit_at`.
+
+        Returns:
+            One response per sample, in order.
+
+        Raises:
+            InputError: If the number of exits is not the number of samples, or a sample cannot be read.
+            ExitLayerError: If the encoder has no such block.
+        """
+        if isinstance(exit_layers, int):
+            exit_layers = [exit_layers] * len(samples)
+        if len(exit_layers) != len(samples):
+            raise InputError(f"{len(exit_layers)} exit layers for {len(samples)} samples: give one, or one per sample")
+        rows = []
+        for start in range(0, len(samples), batch_size):
+            chunk = range(start, min(start + batch_size, len(samples)))
+            prompts = [self.encode_prompt(samples[index]) for index in chunk]
+            layers = sorted({exit_layers[index] for index in chunk})
+            features = self.prompt_features(prompts, layers, batch_size=batch_size, skip_global=skip_global)
+            rows += [
+                Row(prompt=prompt, exit_layer=exit_layers[index], features=found[exit_layers[index]])
+                for index, prompt, found in zip(chunk, prompts, features, strict=True)
+            ]
+        responses: dict[int, Response] = {}
+        for index, completion in self.complete(
+            rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
+        ):
+            responses[index] = self.response(rows[index], completion)
+        return [responses[index] for index in range(len(rows))]
+
+    def encode_prompt(self, sample: Sample) -> Prompt:
+        """Tokenise one sample and prepare its images. Raises InputError for what cannot be read."""
+        return encode(sample, self.processor, self.family_row)
+
+    def prompt_features(
+        self,
+        prompts: Sequence[Prompt],
+        exit_layers: Sequence[int],
+        *,
+        batch_size: int = 16,
+        skip_global: bool = False,
+    ) -> list[dict[int, Features | None]]:
+        """`image_features` of many prompts, split by prompt; None for prompts without images."""
+        return features_by_prompt(self, prompts, tuple(exit_layers), batch_size=batch_size, skip_global=skip_global)
+
+    def complete(
+        self,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        batch_size: int,
+        draw: int = 0,
+        suppress: Sequence[int] = (),
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer rows; yields (index into rows, completion) in the order of finishing.
+
+        Args:
+            draw: Tells several answers to one (seed, sample, exit layer) apart.
+            suppress: Token ids that must not be chosen.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens}: choose 1 or more")
+        if temperature < 0.0:
+            raise InputError(f"temperature={temperature}: choose 0 (greedy) or more")
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: choose 1 or more")
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            draw=draw,
+            suppress=tuple(suppress),
+        )
+        return complete_rows(self, rows, sampling, batch_size=batch_size)
+
+    def response(self, row: Row, completion: Completion) -> Response:
+        """A completion as the record that judges read."""
+        return Response(
+            sample_id=row.prompt.sample_id,
+            exit_layer=row.exit_layer,
+            text=self.decode(completion.token_ids),
+            num_tokens=len(completion.token_ids),
+            finish_reason=completion.finish_reason,
+            seconds=completion.seconds,
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens, stripped."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    def batch_key(self, prompt: Prompt) -> object:
+        """Prompts may share a batch when their keys are equal: always, but for families with cross-attention."""
+        return self.family_row.batch_key(prompt.image_inputs)
+
+    def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher-forced last hidden states at the positions that predict the response tokens.
+
+        Args:
+            rows: Prompts with the features of their exit layers.
+            responses: Token ids, (length,) each, at least one token.
+
+        Returns:
+            hidden (B, T, H), tokens (B, T) int64, mask (B, T) bool; T is the longest response. Gradients flow into
+            the language model; the features are constants.
+        """
+        assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
+        batch = collate([row.prompt for row in rows], responses, pad_token_id=self.pad_token_id)
+        num_tokens = max(len(response) for response in responses)
+        tokens = batch["input_ids"][:, -num_tokens:].to(self.device)
+        mask = batch["attention_mask"][:, -num_tokens:].bool().to(self.device)
+        outputs = self.base_model.model(
+            **{name: tensor.to(self.device) for name, tensor in batch.items()},
+            **self.family_row.feature_inputs([row.features for row in rows if row.features is not None]),
+            use_cache=False,
+        )
+        return outputs.last_hidden_state[:, -num_tokens - 1 : -1], tokens, mask
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The language-model head, float32: (..., H) -> (..., V)."""
+        logits: Tensor = self.base_model.lm_head(hidden)
+        return logits.float()
+
+    @property
+    def tokenizer(self) -> Any:
+        if self.processor is None:
+            raise ModelError("this model folder has no processor: save the processor beside the model")
+        return self.processor.tokenizer
+
+    @property
+    def text_config(self) -> Any:
+        return self.base_model.config.get_text_config(decoder=True)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        eos = self.base_model.generation_config.eos_token_id
+        if eos is None:
+            eos = self.text_config.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        """Fills masked positions; never read by the model."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else self.eos_token_ids[0]
+
+    @cached_property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Tokens that an answer must not contain (image, pad, begin of sequence, ...); not those that end it."""
+        special = {*self.tokenizer.all_special_ids, self.processor.image_token_id}
+        return tuple(sorted(special - set(self.eos_token_ids)))
+
+    @property
+    def language_model_pattern(self) -> str:
+        """Regular expression for PEFT's `target_modules`: the language model's linear layers, never the encoder's."""
+        return (
+            r".*(?:language_model|text_model)\..*\."
+            r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
+        )
