@@ -124,7 +124,7 @@ def test_generate_checks_its_input() -> None:
         vlm.generate([sample], 9)
     for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}):
         with pytest.raises(InputError, match="choose"):
-            vlm.generate([sample], 1, **wrong)  # type: ignore[arg-type]
+            vlm.generate([sample], 1, **wrong)
     assert vlm.generate([], 1) == []
 
 

@@ -37,13 +37,13 @@ class Family:
     image_inputs: tuple[str, ...] = ("pixel_values",)
     plain_prompt: str = "USER: {images}{prompt} ASSISTANT:"
 
-    def encoder_blocks(self, model: nn.Module) -> nn.ModuleList:
+    def encoder_blocks(self, model: nn.Module) -> list[nn.Module]:
         """The encoder's blocks, in order."""
-        return _module_list(model, self.blocks)
+        return _block_list(model, self.blocks)
 
-    def global_blocks(self, model: nn.Module) -> nn.ModuleList:
+    def global_blocks(self, model: nn.Module) -> list[nn.Module]:
         """Blocks that run after the encoder at every exit unless skipped; none in most families."""
-        return nn.ModuleList()
+        return []
 
     def default_exit(self, config: Any, num_layers: int) -> int:
         """Blocks behind the features that the untouched model reads."""
@@ -62,7 +62,7 @@ class Family:
 
     def feature_inputs(self, features: Sequence[tuple[Tensor, ...]]) -> dict[str, Any]:
         """Keyword arguments that hand the features of a batch's rows to the model's `forward`."""
-        images = [image for row in features for image in row]
+        images: Any = [image for row in features for image in row]
         # A fresh object each time: `generate` with several return sequences changes it in place.
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=images)}} if images else {}
 
@@ -89,8 +89,8 @@ class Mllama(Family):
 
     global_path: str = "model.vision_model.global_transformer.layers"
 
-    def global_blocks(self, model: nn.Module) -> nn.ModuleList:
-        return _module_list(model, self.global_path)
+    def global_blocks(self, model: nn.Module) -> list[nn.Module]:
+        return _block_list(model, self.global_path)
 
     def default_exit(self, config: Any, num_layers: int) -> int:
         return num_layers
@@ -152,10 +152,10 @@ def find_family(config: Any) -> Family:
     return family
 
 
-def _module_list(model: nn.Module, path: str) -> nn.ModuleList:
-    module = model.get_submodule(path)
-    assert isinstance(module, nn.ModuleList)
-    return module
+def _block_list(model: nn.Module, path: str) -> list[nn.Module]:
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    return list(blocks)
 
 
 def _absolute(layers: int | Sequence[int], num_layers: int) -> list[int]:

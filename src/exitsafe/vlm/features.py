@@ -7,7 +7,7 @@ norms, global blocks, projector) runs on it. The encoder and projector are froze
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,7 +82,7 @@ def features_by_prompt(
     return found
 
 
-def _recorder(stored: list[Tensor]) -> object:
+def _recorder(stored: list[Tensor]) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
     def keep(module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         stored.append(output)
 

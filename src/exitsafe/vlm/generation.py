@@ -153,7 +153,7 @@ class _Batch:
         mask = self.attention_mask[index]
         unused = int(mask.long().argmax(dim=1).min()) if self.can_join else 0
         width = self.attention_mask.shape[1]
-        for layer in self.cache.layers:
+        for layer in _layers(self.cache):
             if not layer.is_initialized:
                 continue
             # Cross-attention layers hold image states, one width for all rows.
@@ -177,7 +177,7 @@ class _Batch:
     def join(self, other: _Batch) -> _Batch:
         """Both batches as one, padded at the left to the wider."""
         widths = (self.attention_mask.shape[1], other.attention_mask.shape[1])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+        for mine, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
             if not mine.is_initialized:
                 continue
             if mine.keys.shape[-2] != theirs.keys.shape[-2]:
@@ -198,6 +198,11 @@ class _Batch:
             cross_attention_mask=cross,
             seconds=self.seconds + other.seconds,
         )
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    """The cache's layers; not initialised where nothing was cached (cross-attention without an image)."""
+    return list(cache.layers)
 
 
 def _prefill(vlm: VLM, rows: Sequence[Row], indices: list[int], sampling: Sampling) -> _Batch:

@@ -52,7 +52,7 @@ def load_vlm(
     try:
         config = AutoConfig.from_pretrained(source, **remote)
         find_family(config)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=_dtype(dtype),
             use_safetensors=True,

@@ -97,7 +97,7 @@ class VLM:
         """
         check_exit_layer(exit_layer, self.num_layers)
         global_blocks = self.family_row.global_blocks(self.base_model)
-        if skip_global and not len(global_blocks):
+        if skip_global and not global_blocks:
             raise InputError(f"skip_global: {self.family} has no global blocks; leave it out")
         patch = skip_patch(
             self.family_row.encoder_blocks(self.base_model),

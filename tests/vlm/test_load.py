@@ -1,0 +1,138 @@
+"""Loading from folders that the tests save, and one clear line for what cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from exitsafe.errors import InputError, ModelError
+from exitsafe.records import Sample
+from exitsafe.vlm import VLM, load_vlm
+from tests.tiny_models import noise_image, save_tiny, tiny_llava, tiny_model, tiny_processor
+
+SAMPLE = Sample(id="a", prompt="what colour is the left", images=(noise_image(1),), kind="benign")
+
+
+@pytest.fixture(scope="module", params=["llava", "llava-siglip", "llava_next", "mllama"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp("model") / request.param)
+
+
+def test_a_saved_folder_answers_like_the_model_in_memory(folder: Path) -> None:
+    loaded = load_vlm(folder)
+    in_memory = VLM(tiny_model(folder.name), tiny_processor(folder.name), name="memory")
+    assert not loaded.model.training
+    assert loaded.num_layers == in_memory.num_layers
+    assert loaded.default_exit == in_memory.default_exit
+    answers = [vlm.generate([SAMPLE], 3, max_new_tokens=8)[0].text for vlm in (loaded, in_memory)]
+    assert answers[0] == answers[1]
+
+
+def test_dtype(folder: Path) -> None:
+    assert load_vlm(folder).model.dtype == torch.float32
+    loaded = load_vlm(folder, dtype="bfloat16")
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.generate([SAMPLE], 2, max_new_tokens=4)[0].num_tokens >= 1
+
+
+def test_the_hash_tells_checkpoints_apart(tmp_path: Path) -> None:
+    first, second = save_tiny("llava", tmp_path / "one"), save_tiny("llava", tmp_path / "two")
+    assert load_vlm(first).checkpoint_hash == load_vlm(second).checkpoint_hash
+    config = json.loads((second / "generation_config.json").read_text())
+    (second / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 3}))
+    assert load_vlm(first).checkpoint_hash != load_vlm(second).checkpoint_hash
+
+
+def test_adapter(folder: Path, tmp_path: Path) -> None:
+    plain = load_vlm(folder)
+    adapted = get_peft_model(
+        tiny_model(folder.name),
+        LoraConfig(r=4, target_modules=plain.language_model_pattern, init_lora_weights=False),
+    )
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    names = [name for name, _ in adapted.named_parameters() if "lora_" in name]
+    assert names and not any("vision" in name for name in names)
+    loaded = load_vlm(folder, adapter=tmp_path / "adapter")
+    assert isinstance(loaded.model, PeftModel)
+    assert loaded.adapter_hash is not None and plain.adapter_hash is None
+    in_memory = VLM(adapted.eval(), tiny_processor(folder.name), name="memory")
+    texts = [vlm.generate([SAMPLE], 2, max_new_tokens=8)[0].text for vlm in (loaded, in_memory, plain)]
+    assert texts[0] == texts[1]
+    hidden = []
+    for vlm in (loaded, plain):
+        prompt = vlm.encode_prompt(SAMPLE)
+        features = vlm.prompt_features([prompt], [2])[0][2]
+        assert features is not None
+        hidden.append(features[0])
+    assert torch.equal(hidden[0], hidden[1]), "an adapter on the language model must not move image features"
+
+
+def test_a_folder_without_a_processor_loads(tmp_path: Path) -> None:
+    tiny_llava().save_pretrained(tmp_path)
+    vlm = load_vlm(tmp_path)
+    assert vlm.processor is None
+    pixels = torch.zeros(1, 3, 28, 28)
+    assert vlm.image_features({"pixel_values": pixels}, (1, 2))[1][0].shape == (4, 32)
+    with pytest.raises(ModelError, match="no processor: save the processor"):
+        vlm.generate([SAMPLE], 1)
+
+
+def test_without_a_chat_template_the_plain_prompt_is_used(tmp_path: Path) -> None:
+    vlm = load_vlm(save_tiny("llava", tmp_path))
+    vlm.processor.chat_template = None
+    with pytest.warns(UserWarning, match="no chat template"):
+        prompt = vlm.encode_prompt(SAMPLE)
+    assert vlm.tokenizer.decode(prompt.input_ids).endswith("what colour is the left ASSISTANT:")
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json: give a Hub id or a folder"):
+        load_vlm(tmp_path)
+    with pytest.raises(ModelError, match="cannot load no/such-model"):
+        load_vlm("no/such-model")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ModelError, match=r"'bert'.* not supported; supported: llava"):
+        load_vlm(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load"):
+        load_vlm(tmp_path)
+
+
+def test_settings_that_do_not_exist(tmp_path: Path) -> None:
+    folder = save_tiny("llava", tmp_path / "model")
+    with pytest.raises(ModelError, match="dtype 'float7' is unknown; choose"):
+        load_vlm(folder, dtype="float7")
+    with pytest.raises(ModelError, match="device 'abacus' is unknown; choose"):
+        load_vlm(folder, device="abacus")
+    with pytest.raises(ModelError, match="quantization 'int1' is unknown; choose"):
+        load_vlm(folder, quantization="int1")
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        load_vlm(folder, adapter=tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny("llava", tmp_path)
+    torch.save(tiny_llava().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="safetensors"):
+        load_vlm(folder)
+
+
+def test_unreadable_images_and_placeholders_in_prompts(tmp_path: Path) -> None:
+    vlm = load_vlm(save_tiny("llava", tmp_path / "model"))
+    torn = tmp_path / "torn.png"
+    noise_image(1).save(torn)
+    torn.write_bytes(torn.read_bytes()[:200])
+    for image, message in (
+        (tmp_path / "none.png", "does not exist"),
+        (torn, "cannot be read"),
+        (b"x", "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=f"sample b: image .*{message}"):
+            vlm.encode_prompt(Sample(id="b", prompt="what", images=(image,), kind="benign"))
+    with pytest.raises(InputError, match="contains the image placeholder '<image>'"):
+        vlm.encode_prompt(Sample(id="b", prompt="what <image>", kind="benign"))
