@@ -1,0 +1,77 @@
+"""Files of rows: a path in, numbered rows of plain values out. Knows nothing about samples."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from exitsafe.errors import InputError
+
+Row = tuple[int, dict[str, object]]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows with their numbers, from 1: lines of JSONL, data rows of CSV and Parquet.
+
+    Raises:
+        InputError: On an unknown ending or a file that cannot be read as what its ending says.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path} has an unknown ending; suites are {', '.join(_READERS)} files")
+    try:
+        yield from reader(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
+    except (OSError, csv.Error, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, row {number}: this line is no JSON ({error})") from error
+            if not isinstance(values, dict):
+                raise InputError(f"{path}, row {number}: this line is no JSON object; write one per line")
+            yield number, values
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    # the default limit of 128 KiB per field is less than a long prompt list may take
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        for number, cells in enumerate(csv.DictReader(lines, strict=True), 1):
+            if None in cells:
+                raise InputError(f"{path}, row {number}: more cells than the header has; quote commas in cells")
+            # an empty cell is a missing value
+            yield number, {name: cell or None for name, cell in cells.items()}
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    number = 0
+    with pq.ParquetFile(path) as table:
+        for batch in table.iter_batches(batch_size=256):
+            for values in batch.to_pylist():
+                number += 1
+                yield number, values
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

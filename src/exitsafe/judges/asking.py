@@ -1,0 +1,81 @@
+"""Asking a judge and not trusting it blindly: responses in, checked verdicts out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from exitsafe.errors import ExitsafeError, InputError, RunError
+from exitsafe.judges.protocol import MEASURES, Judge
+from exitsafe.records import Response, Sample, Verdict
+
+
+def ask_judge(judge: Judge, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
+    """A judge's verdicts, each owed one there exactly once; a score that is no number becomes *unscored*.
+
+    Raises:
+        RunError: If the judge fails, or answers about other responses or measures than it was asked.
+    """
+    try:
+        verdicts = list(judge(samples, responses))
+    except ExitsafeError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"judge {judge.name} failed ({type(error).__name__}: {error}); the responses are saved: "
+            "mend the judge and start again"
+        ) from error
+    for verdict in verdicts:
+        if not isinstance(verdict, Verdict):
+            raise RunError(f"judge {judge.name} returned a {type(verdict).__name__}; return Verdict objects")
+    _check_complete(judge, samples, responses, verdicts)
+    return [_without_nan(verdict) for verdict in verdicts]
+
+
+def check_judges(judges: Sequence[Judge]) -> None:
+    """Whether names are unique and measures known, before any work is done.
+
+    Raises:
+        InputError: If not.
+    """
+    names = Counter(judge.name for judge in judges)
+    for judge in judges:
+        if names[judge.name] > 1:
+            raise InputError(f"judge {judge.name} is given {names[judge.name]} times; give each judge once")
+        for measure in judge.measures:
+            if measure not in MEASURES:
+                raise InputError(f"judge {judge.name} measures {measure!r}; choose from {', '.join(MEASURES)}")
+
+
+def _check_complete(
+    judge: Judge, samples: Sequence[Sample], responses: Sequence[Response], verdicts: Sequence[Verdict]
+) -> None:
+    asked = {(response.sample_id, response.exit_layer) for response in responses}
+    given = Counter((v.sample_id, v.exit_layer, v.measure) for v in verdicts)
+    for verdict in verdicts:
+        if verdict.judge != judge.name:
+            raise RunError(f"judge {judge.name} signed a verdict as {verdict.judge!r}; use its own name")
+        if (verdict.sample_id, verdict.exit_layer) not in asked:
+            raise RunError(
+                f"judge {judge.name} judged sample {verdict.sample_id} at exit {verdict.exit_layer}, which it was not "
+                "asked about; copy sample_id and exit_layer from the response"
+            )
+        if verdict.measure not in judge.measures:
+            raise RunError(f"judge {judge.name} gave {verdict.measure!r}, which is not among its measures")
+    for sample, response in zip(samples, responses, strict=True):
+        for measure in judge.measures:
+            count = given[response.sample_id, response.exit_layer, measure]
+            is_owed = sample.kind in MEASURES[measure].kinds
+            if count > 1 or (is_owed and count == 0):
+                raise RunError(
+                    f"judge {judge.name} gave {count} verdicts of {measure} for sample {sample.id} at exit "
+                    f"{response.exit_layer}; give exactly one (unscored with a reason where there is no score)"
+                )
+
+
+def _without_nan(verdict: Verdict) -> Verdict:
+    if verdict.score is None or math.isfinite(verdict.score):
+        return verdict
+    return replace(verdict, score=None, unscored=f"the judge returned {verdict.score}, which is no number")

@@ -1,0 +1,245 @@
+"""The run directory: settings, what is done so far, and at the end the compacted result.
+
+    run.json             settings with all hashes; written first
+    shards/00000.jsonl   responses and verdicts as they come; gone when the run is finished
+    responses.parquet    one row per sample and exit layer
+    verdicts.parquet     one row per judge, measure, sample and exit layer
+    summary.json         every metric; written last, so its presence means: finished
+
+Files with response text are readable by their owner only. Knows no model and runs no judge.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from exitsafe.errors import RunError
+from exitsafe.records import Response, Verdict
+from exitsafe.runs.files import PRIVATE, write_whole, writing
+from exitsafe.runs.fingerprint import Settings, differences
+from exitsafe.runs.scores import ScoreTable, score_table
+from exitsafe.runs.shards import Row, Saved, ShardWriter, read_shards
+from exitsafe.runs.summary import Summary, summarise
+from exitsafe.runs.tables import (
+    SampleInfo,
+    read_responses,
+    read_samples,
+    read_verdicts,
+    responses_to_parquet,
+    verdicts_to_parquet,
+)
+
+FORMAT = 1
+Judges = tuple[tuple[str, tuple[str, ...]], ...]
+"""Names and measures, in the order of the command line."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AuditRun:
+    """A finished audit on disk. Light: responses and verdicts are read when asked for.
+
+    Args:
+        path: The run directory.
+        settings: What the run is of and how it was made, with hashes: model, data, exit_layers, decoding,
+        judges. origin: What the caller noted to make the samples again, e.g. suites, split, seed and
+        limit. summary: The content of summary.json.
+    """
+
+    path: Path
+    settings: Settings
+    origin: Settings
+    summary: Summary
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The layers audited, ascending."""
+        return tuple(self.settings["exit_layers"])
+
+    @property
+    def judges(self) -> Judges:
+        """Judges' names and measures; the first that has a measure speaks for it."""
+        return _judges(self.settings)
+
+    def responses(self) -> list[Response]:
+        """All responses: in the order of the samples, then by exit layer."""
+        return read_responses(self.path / "responses.parquet")
+
+    def verdicts(self) -> list[Verdict]:
+        """All verdicts: in the order of the responses, then of the judges."""
+        return read_verdicts(self.path / "verdicts.parquet")
+
+    def samples(self) -> list[SampleInfo]:
+        """Id, kind, category, source and digest of each sample; prompts and images are not kept."""
+        return read_samples(self.path / "responses.parquet")
+
+    def score_table(self) -> ScoreTable:
+        """All scores on one grid of samples and layers."""
+        return score_table(self.samples(), self.exit_layers, self.responses(), self.verdicts())
+
+
+def load_run(path: str | Path) -> AuditRun:
+    """Open a finished run.
+
+    Raises:
+        RunError: If the folder is missing, holds no run, or its audit is not finished.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path} is no folder; give the --out of an audit")
+    head = _read_head(path)
+    if not (path / "summary.json").exists():
+        raise RunError(f"{path} is not finished; start its audit again with the same settings to go on")
+    summary = _read_json(path / "summary.json")
+    return AuditRun(path=path, settings=head["settings"], origin=head["origin"], summary=summary)
+
+
+class RunDirectory:
+    """A run being written: made, gone on with, or refused.
+
+    Args:
+        path: A new or empty folder, or a run with the same settings.
+        settings: A JSON object; any difference from the run on disk is refused.
+        origin: A JSON object that is kept and not compared.
+        process: The number of this process, which has its own shard.
+
+    Raises:
+        RunError: If the folder holds something else or a run with other settings, if another process
+        writes it, or
+            if the disk refuses.
+    """
+
+    def __init__(
+        self, path: str | Path, *, settings: Settings, origin: Settings | None = None, process: int = 0
+    ) -> None:
+        self.path = Path(path)
+        self.settings = settings
+        self.saved = Saved()
+        self._shards: ShardWriter | None = None
+        _check_folder(self.path)
+        self.is_finished = (self.path / "summary.json").exists()
+        if self.is_finished:
+            _check_same(self.path, settings)
+            self._drop_shards()
+            return
+        self._shards = ShardWriter(self.path / "shards", process=process)  # from here on the run is locked
+        try:
+            self.saved = read_shards(self.path / "shards")
+            if self.saved.responses:
+                _check_same(self.path, settings)
+            else:  # nothing to lose: a start that failed at once may be mended and started again
+                head = {"format": FORMAT, "settings": settings, "origin": origin or {}}
+                write_whole(self.path / "run.json", _to_json(head))
+        except BaseException:
+            self._shards.close()
+            raise
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shards is not None:
+            self._shards.close()
+
+    def save_responses(self, responses: Sequence[Response]) -> None:
+        """On return the responses are on disk."""
+        assert self._shards is not None, "a finished run takes no responses"
+        self._shards.append_responses(responses)
+        for response in responses:
+            self.saved.add_response(response)
+
+    def save_judgement(self, judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+        """On return the judge's word on these rows, which may be no verdict at all, is on disk."""
+        assert self._shards is not None, "a finished run takes no verdicts"
+        self._shards.append_judgement(judge, rows, verdicts)
+        self.saved.add_judgement(judge, rows, verdicts)
+
+    def finish(self, samples: Sequence[SampleInfo]) -> AuditRun:
+        """Compact the shards in canonical order, write the summary, drop the shards."""
+        judges = _judges(self.settings)
+        responses, verdicts = _in_order(self.saved, samples, judges)
+        table = score_table(samples, self.settings["exit_layers"], responses, verdicts)
+        summary = summarise(table, model=self.settings["model"], judges=judges)
+        write_whole(self.path / "responses.parquet", responses_to_parquet(samples, responses), mode=PRIVATE)
+        write_whole(self.path / "verdicts.parquet", verdicts_to_parquet(verdicts), mode=PRIVATE)
+        write_whole(self.path / "summary.json", _to_json(summary))
+        self.is_finished = True
+        self._drop_shards()
+        return load_run(self.path)
+
+    def _drop_shards(self) -> None:
+        if self._shards is not None:
+            self._shards.close()
+        folder = self.path / "shards"
+        if folder.exists():
+            with writing(folder):
+                shutil.rmtree(folder)
+
+
+def _check_folder(path: Path) -> None:
+    """Make the folder, or make sure that it is empty or a run."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        entries = {entry.name for entry in path.iterdir()}
+    # a start that was killed at once leaves these
+    others = entries - {"shards", ".run.json.part"}
+    if others and "run.json" not in entries:
+        raise RunError(f"{path} is no run and not empty (it holds {min(others)}); choose a new folder")
+
+
+def _check_same(path: Path, settings: Settings) -> None:
+    changed = differences(_read_head(path)["settings"], settings)
+    if changed:
+        raise RunError(
+            f"{path} holds a run with other settings: {'; '.join(changed)}; "
+            "choose a new folder or go back to these settings"
+        )
+
+
+def _in_order(saved: Saved, samples: Sequence[SampleInfo], judges: Judges) -> tuple[list[Response], list[Verdict]]:
+    sample_order = {sample.id: place for place, sample in enumerate(samples)}
+    measure_order = {
+        (judge, measure): (place, part)
+        for place, (judge, measures) in enumerate(judges)
+        for part, measure in enumerate(measures)
+    }
+    responses = sorted(saved.responses.values(), key=lambda r: (sample_order[r.sample_id], r.exit_layer))
+    verdicts = sorted(
+        saved.verdicts,
+        key=lambda v: (sample_order[v.sample_id], v.exit_layer, measure_order[v.judge, v.measure]),
+    )
+    return responses, verdicts
+
+
+def _judges(settings: Settings) -> Judges:
+    return tuple((judge["name"], tuple(judge["measures"])) for judge in settings["judges"])
+
+
+def _read_head(path: Path) -> Mapping[str, Any]:
+    if not (path / "run.json").exists():
+        raise RunError(f"{path} is no run: it has no run.json; give the --out of an audit")
+    head = _read_json(path / "run.json")
+    if head.get("format") != FORMAT or "settings" not in head:
+        raise RunError(f"{path}/run.json is not of this version's format ({FORMAT}); audit again into a new folder")
+    return head
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); remove the run and audit again") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no JSON object; remove the run and audit again")
+    return content
+
+
+def _to_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

@@ -1,0 +1,51 @@
+"""Writing that survives a crash: whole files or nothing, and one clear line when the disk says no."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from exitsafe.errors import RunError
+
+PRIVATE = 0o600  # files with response text
+PUBLIC = 0o644
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says of a full disk or a locked folder into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}); make room or choose another folder, "
+            "then start again: what was saved is kept"
+        ) from error
+
+
+def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
+    """Write beside, flush to disk, rename: readers see the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.part")
+    with writing(path):
+        # a leftover of a killed run may have another mode
+        beside.unlink(missing_ok=True)
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder survive a power cut; systems that cannot open folders need none of it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

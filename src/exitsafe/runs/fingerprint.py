@@ -1,0 +1,93 @@
+"""What makes two runs the same run: settings and samples in, canonical JSON, hashes and differences out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from exitsafe.errors import InputError
+from exitsafe.records import Sample
+from exitsafe.runs.tables import SampleInfo
+
+Settings = Mapping[str, Any]
+"""A JSON object, nested as it likes."""
+
+
+def canonical_json(value: object) -> str:
+    """The one spelling of a JSON value: sorted keys, no spaces, ASCII.
+
+    >>> canonical_json({"b": 1, "a": [True, None]})
+    '{"a":[true,null],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def data_fingerprint(samples: Sequence[SampleInfo]) -> dict[str, Any]:
+    """The samples' hash, in order, with readable counts beside it."""
+    whole = hashlib.sha256()
+    for sample in samples:
+        whole.update(canonical_json(asdict(sample)).encode() + b"\n")
+    return {
+        "samples": len(samples),
+        "sources": dict(sorted(Counter(sample.source for sample in samples).items())),
+        "hash": whole.hexdigest(),
+    }
+
+
+def sample_info(sample: Sample) -> SampleInfo:
+    """What a run keeps of a sample; its digest covers prompt, images, kind and answers, but no names.
+
+    Raises:
+        InputError: If an image file cannot be read.
+    """
+    images = [_image_digest(image, sample.id) for image in sample.images]
+    asked = [sample.prompt, sample.kind, list(sample.answers), images]
+    return SampleInfo(
+        id=sample.id,
+        kind=sample.kind,
+        category=sample.category,
+        source=sample.source,
+        digest=hashlib.sha256(canonical_json(asked).encode()).hexdigest(),
+    )
+
+
+def differences(old: Settings, new: Settings) -> list[str]:
+    """What differs between two settings, one readable line per value.
+
+    >>> differences({"decoding": {"seed": 0, "n": 8}}, {"decoding": {"seed": 1, "n": 8}})
+    ['decoding.seed was 0, is now 1']
+    """
+    was, now = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{name} was {was.get(name, 'absent')}, is now {now.get(name, 'absent')}"
+        for name in {**was, **now}
+        if was.get(name) != now.get(name)
+    ]
+
+
+def _leaves(settings: Settings, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, canonical_json(value)
+
+
+def _image_digest(image: Image.Image | Path | bytes, sample_id: str) -> str:
+    """Of the encoded bytes where there are any, else of mode, size and pixels."""
+    if isinstance(image, Image.Image):
+        shape = f"{image.mode} {image.size}".encode()
+        return hashlib.sha256(shape + image.tobytes()).hexdigest()
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    try:
+        return hashlib.sha256(Path(image).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"sample {sample_id}: image {image} cannot be read ({error.strerror})") from error
