@@ -1,0 +1,54 @@
+"""Token rewards and values in, advantages and returns out. Knows nothing about models, layers or samples.
+
+All tensors are `(B, T)`: one row per response, one column per response token; `mask` is bool and marks the
+tokens that exist. What stands outside the mask is never read, and is zero in what is returned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+    Args:
+        rewards: Reward of each token, `(B, T)`.
+        values: What the value head expected before each token, `(B, T)`.
+        mask: True on response tokens, `(B, T)`.
+        gamma: Discount per token.
+        lam: Weight of longer returns: 0 is one-step, 1 is Monte Carlo.
+
+    Returns:
+        Advantages, and returns = advantages + values, both `(B, T)` and not whitened.
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
+    >>> gae(rewards, values, torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=1.0)
+    (tensor([[0.5000, 0.7500]]), tensor([[1., 1.]]))
+    """
+    advantages = torch.zeros_like(values)
+    next_value = torch.zeros_like(values[:, 0])  # the value after the last token is 0: the answer ended there
+    next_advantage = torch.zeros_like(next_value)
+    for t in reversed(range(values.shape[1])):
+        is_token = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(is_token, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(is_token, values[:, t], next_value)
+        advantages[:, t] = torch.where(is_token, next_advantage, 0.0)
+    returns = torch.where(mask, advantages + values, 0.0)
+    return advantages, returns
+
+
+def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Scale to variance 1 over the masked tokens, and shift to mean 0 unless `shift_mean` is False.
+
+    The variance is the population's (divided by the count). Advantages are shifted; rewards keep their mean,
+    since their sign carries meaning.
+    """
+    count = mask.sum().clamp(min=1)
+    mean = torch.where(mask, x, 0.0).sum() / count
+    centred = torch.where(mask, x - mean, 0.0)
+    variance = centred.square().sum() / count
+    whitened = centred * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)

@@ -1,0 +1,50 @@
+"""Checkpoints of a training run: nested dicts of tensors and numbers in, the newest whole one out.
+
+A checkpoint is written beside its place and renamed, and begins with the SHA-256 of the rest, so that a torn one
+is never mistaken for a whole one. Knows nothing about what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exitsafe.runs.files import write_whole, writing
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> None:
+    """Write the state as it is after `step` steps, then drop all but the newest `keep` checkpoints."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    write_whole(folder / f"step-{step:06d}.ckpt", hashlib.sha256(content).digest() + content)
+    for old in _newest_first(folder)[keep:]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> tuple[int, dict[str, Any]] | None:
+    """(steps done, state) of the newest whole checkpoint; None if there is none.
+
+    Warns of every torn one that is passed over.
+    """
+    for path in _newest_first(folder):
+        stored = path.read_bytes()
+        digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() == digest:
+            state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+            return int(path.stem.removeprefix("step-")), state
+        warnings.warn(f"{path} is torn; going on from the checkpoint before it", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.ckpt"), reverse=True)

@@ -1,0 +1,194 @@
+"""Every constant of L-PPO in one frozen record, each with its reason. Knows nothing about models or tensors.
+
+The defaults suit LoRA on a 7B model; `LPPOConfig.for_organism()` holds those of the built-in organism.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from exitsafe.errors import InputError
+from exitsafe.records import KINDS, Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class LPPOConfig:
+    """Settings of `align`. Sources: StackLLaMA (LoRA PPO on a 7B model, 2023), TRL's PPO (1.12), Ziegler et al.
+    2019 (arXiv 1909.08593), Schulman et al. 2017 (arXiv 1707.06347), and the built-in organism, where measured.
+
+    Raises:
+        InputError: On a value outside its range; the message names the range.
+    """
+
+    # What is trained, and on which exits
+    exit_layers: Literal["all"] | tuple[int, ...] = "all"
+    """Exits that samples are drawn at, uniformly; the guarantee of L-PPO ends with this list."""
+    include_default: bool = True
+    """Adds the default exit to the list: repairing the others must not cost the one that everybody uses."""
+    train: Literal["lora", "full"] = "lora"
+    """`full` trains a copy of the whole language model and is for tiny ones: every weight is kept twice."""
+    lora_rank: int = 16
+    """StackLLaMA's rank for a 7B model. Unused by `full`."""
+    lora_alpha: int = 32
+    """StackLLaMA's: twice the rank. Unused by `full`."""
+    seed: int = 0
+    """Keys every draw: samples, exits, rollouts, minibatches, LoRA's initial weights."""
+
+    # How much
+    num_steps: int = 400
+    """About a dozen passes over 2,000 red-team prompts at 64 a step."""
+    batch_size: int = 64
+    """Responses per step; with several exits in a batch, a few per exit and kind."""
+    minibatch_size: int = 32
+    """Responses per optimiser step: two updates an epoch, as measured on the organism."""
+    num_epochs: int = 2
+    """Passes over a batch. TRL does 4; 2 halve the cost, and were enough on the organism."""
+    microbatch_tokens: int = 4096
+    """Padded prompt and response tokens per forward pass: bounds memory, changes no result but rounding."""
+    mix: Mapping[Kind, float] | None = None
+    """Share of each kind in a batch; None takes the shares of the samples given."""
+    value_warmup_steps: int = 5
+    """First steps train the value head alone: an untrained head's advantages are noise (organism)."""
+
+    # Rollouts
+    max_new_tokens: int = 128
+    """Long enough to see whether an answer complies; every token is paid for 3 + num_epochs times."""
+    temperature: float = 1.0
+    """Sampling temperature; scoring divides by it too, so that what is sampled is what is scored."""
+    rollout_batch_size: int = 32
+    """Rows generated side by side; changes no draw."""
+    feature_cache_gb: float = 8.0
+    """If the image features of all samples fit, they are computed once for the run, else once per step."""
+
+    # Reward
+    missing_eos_penalty: float = 1.0
+    """Taken from the score of an answer cut at `max_new_tokens` (TRL's example value)."""
+    score_clip: float | None = 5.0
+    """Scores are held within +-this: five deviations, where they are normalised. None does not clip."""
+    calibration_samples: int = 0
+    """If above 0, scores are shifted and scaled to mean 0, deviation 1 over so many answers of the untrained
+    model (Ziegler et al.): for reward models with a scale of their own. The built-in reward needs none."""
+    whiten_rewards: bool = False
+    """Scales token rewards to variance 1 and keeps their mean (TRL, off there too)."""
+    kl_coef: float = 0.05
+    """First weight of the KL penalty per token (TRL)."""
+    kl_target: float | None = 6.0
+    """Nats per response that the adaptive coefficient holds (Ziegler et al., TRL); None keeps it fixed."""
+    kl_horizon: int = 10_000
+    """Samples in which the coefficient moves by at most 20% (Ziegler et al., TRL)."""
+
+    # Advantages and losses
+    gamma: float = 1.0
+    """No discount: only the whole answer counts (TRL)."""
+    lam: float = 0.95
+    """GAE's lambda (Schulman et al., TRL)."""
+    clip_range: float = 0.2
+    """Schulman et al.'s epsilon."""
+    value_clip_range: float = 0.2
+    """As `clip_range` (TRL)."""
+    value_coef: float = 0.1
+    """Weight of the value loss against the policy loss (TRL); only matters if the two share weights."""
+    detach_value: bool = True
+    """The value loss stops at the head: with gradient into the policy, one organism run ended at ASR 100%."""
+    max_ratio: float = 10.0
+    """A minibatch whose mean ratio exceeds this is skipped and counted (TRL's `ratio_threshold`)."""
+
+    # Optimisers
+    learning_rate: float = 1.4e-5
+    """AdamW on the policy (StackLLaMA)."""
+    value_learning_rate: float = 1e-4
+    """AdamW on the value head, one linear layer that starts at zero."""
+    final_lr_fraction: float = 0.1
+    """Both rates fall linearly to this share of themselves at the last step (organism)."""
+    max_grad_norm: float = 1.0
+    """Gradients of policy and head are each clipped to this norm."""
+
+    # Checkpoints
+    checkpoint_every: int = 20
+    """Steps between checkpoints; an interrupted run goes on from the last one."""
+    keep_checkpoints: int = 2
+    """The newest so many are kept: one may be torn."""
+
+    @classmethod
+    def for_organism(cls, **changes: Any) -> LPPOConfig:
+        """The settings that repair the built-in organism in about two minutes on two cores."""
+        settings: dict[str, Any] = {
+            "train": "full",
+            "num_steps": 120,
+            "batch_size": 128,
+            "minibatch_size": 64,
+            "mix": {"harmful": 0.325, "borderline": 0.325, "benign": 0.15, "vqa": 0.2},
+            "max_new_tokens": 24,
+            "rollout_batch_size": 128,
+            "learning_rate": 1.5e-4,
+            "value_learning_rate": 1e-3,
+        }
+        return cls(**settings | changes)
+
+    def __post_init__(self) -> None:
+        if self.exit_layers != "all":
+            object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        if self.mix is not None:
+            object.__setattr__(self, "mix", dict(self.mix))
+        self._check_numbers()
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        if not self.exit_layers:
+            raise InputError('exit_layers is empty: give "all" or at least one exit layer')
+        if self.train not in ("lora", "full"):
+            raise InputError(f"train={self.train!r} is unknown; choose lora or full")
+        for kind, share in (self.mix or {}).items():
+            if kind not in KINDS or not share >= 0:
+                raise InputError(f"mix has {kind!r}: {share}; give shares of at least 0 for {', '.join(KINDS)}")
+        if self.mix is not None and not 0 < sum(self.mix.values()) < math.inf:
+            raise InputError("mix has no kind with a share above 0")
+        if self.minibatch_size > self.batch_size:
+            raise InputError(f"minibatch_size={self.minibatch_size} exceeds batch_size={self.batch_size}")
+        if self.value_warmup_steps >= self.num_steps:
+            raise InputError(
+                f"value_warmup_steps={self.value_warmup_steps} leaves none of num_steps={self.num_steps} to the policy"
+            )
+
+    def _check_numbers(self) -> None:
+        for name in _WHOLE_FROM_ONE:
+            _check(self, name, "a whole number of at least 1", lambda x: _is_whole(x) and x >= 1)
+        for name in ("value_warmup_steps", "calibration_samples", "seed"):
+            _check(self, name, "a whole number of at least 0", lambda x: _is_whole(x) and x >= 0)
+        for name in _POSITIVE:
+            _check(self, name, "a number above 0", lambda x: 0 < x < math.inf)
+        for name in ("score_clip", "kl_target"):
+            if getattr(self, name) is not None:
+                _check(self, name, "a number above 0, or none", lambda x: 0 < x < math.inf)
+        for name in ("missing_eos_penalty", "kl_coef", "value_coef", "feature_cache_gb"):
+            _check(self, name, "a number of at least 0", lambda x: 0 <= x < math.inf)
+        for name in ("gamma", "lam", "final_lr_fraction"):
+            _check(self, name, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+        for name in ("include_default", "whiten_rewards", "detach_value"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.calibration_samples == 1:
+            raise InputError("calibration_samples=1 has no deviation: give 0 or at least 2")
+
+
+_WHOLE_FROM_ONE = (
+    "lora_rank", "lora_alpha", "num_steps", "batch_size", "minibatch_size", "num_epochs", "microbatch_tokens",
+    "max_new_tokens", "rollout_batch_size", "kl_horizon", "checkpoint_every", "keep_checkpoints",
+)  # fmt: skip
+_POSITIVE = (
+    "temperature", "clip_range", "value_clip_range", "max_ratio", "learning_rate", "value_learning_rate",
+    "max_grad_norm",
+)  # fmt: skip
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _check(config: LPPOConfig, name: str, wanted: str, is_right: Any) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not is_right(value):
+        raise InputError(f"{name}={value!r} must be {wanted}")

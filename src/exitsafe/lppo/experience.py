@@ -1,0 +1,89 @@
+"""A batch of rollouts as tensors: log-probabilities, values, advantages. Trains nothing.
+
+Rows and responses in, `(B, T)` tensors out, zero outside the mask. Knows nothing about samples, judges or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exitsafe.lppo.advantage import gae, masked_whiten
+from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.minibatches import Minibatch, split
+from exitsafe.lppo.policy import Policy
+from exitsafe.lppo.reward import shaped_rewards
+from exitsafe.vlm import VLM, Row
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Responses to rows, dealt into minibatches and microbatches."""
+
+    rows: list[Row]
+    responses: list[Tensor]  # token ids, (length,) each
+    minibatches: list[Minibatch]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """A batch as the policy that sampled it and the reference see it, all `(B, T)`."""
+
+    mask: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+
+
+def deal(
+    vlm: VLM, rows: Sequence[Row], responses: Sequence[Tensor], *, config: LPPOConfig, rng: np.random.Generator
+) -> Batch:
+    """Split rows and their responses for the whole step."""
+    sizes = [(len(row.prompt.input_ids), len(response)) for row, response in zip(rows, responses, strict=True)]
+    minibatches = split(
+        sizes,
+        [vlm.batch_key(row.prompt) for row in rows],
+        minibatch_size=config.minibatch_size,
+        microbatch_tokens=config.microbatch_tokens,
+        rng=rng,
+    )
+    return Batch(rows=list(rows), responses=list(responses), minibatches=minibatches)
+
+
+@torch.no_grad()
+def measure(policy: Policy, batch: Batch) -> Measured:
+    """Evaluate policy and reference, in the microbatches that the update will use, each row at its exit layer."""
+    shape = (len(batch.rows), max(len(response) for response in batch.responses))
+    logprobs, ref_logprobs, values, entropy = torch.zeros(4, *shape, device=policy.vlm.device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=policy.vlm.device)
+    for microbatch in (microbatch for minibatch in batch.minibatches for microbatch in minibatch):
+        rows = [batch.rows[i] for i in microbatch]
+        responses = [batch.responses[i] for i in microbatch]
+        now = policy.evaluate(rows, responses)
+        with policy.as_reference():
+            reference = policy.evaluate(rows, responses)
+        width = now.mask.shape[1]
+        logprobs[microbatch, :width] = now.logprobs
+        ref_logprobs[microbatch, :width] = reference.logprobs
+        values[microbatch, :width] = now.values
+        entropy[microbatch, :width] = now.entropy
+        mask[microbatch, :width] = now.mask
+    return Measured(mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, entropy=entropy)
+
+
+def estimate_advantages(
+    measured: Measured, scores: Tensor, *, kl_coef: float, config: LPPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Whitened advantages, and the returns that the value head learns, `(B, T)`; scores are `(B,)`."""
+    mask = measured.mask
+    rewards = shaped_rewards(scores.to(mask.device), measured.logprobs, measured.ref_logprobs, mask, kl_coef=kl_coef)
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, measured.values, mask, gamma=config.gamma, lam=config.lam)
+    # Whitened over the whole batch, all exit layers together: an exit that does badly must push harder.
+    return masked_whiten(advantages, mask), returns

@@ -1,0 +1,71 @@
+"""Image features of samples at exit layers, computed once: encoder and projector never change in training.
+
+If the features of all samples at all trained exits fit in memory, they are computed once for the whole run;
+otherwise once per step, for that step's samples at that step's exits. Either way what is computed together
+depends on the samples and the schedule alone, never on what happens to be cached, so that a resumed run sees the
+same bits. Knows nothing about rewards or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exitsafe.records import Sample
+from exitsafe.vlm import VLM, Features, Prompt, Row
+
+ENCODER_BATCH = 16  # fixed: rounding may depend on what runs side by side
+
+
+class FeatureStore:
+    """Samples, as rows that the language model can read.
+
+    Args:
+        vlm: Whose encoder runs.
+        samples: All samples of the run.
+        exit_layers: All exits that may be asked for.
+        max_bytes: Memory for keeping the features of everything.
+    """
+
+    def __init__(self, vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int], *, max_bytes: float) -> None:
+        self._vlm = vlm
+        self._samples = samples
+        self._kept: list[dict[int, Row]] | None = None
+        if self._size_of_all(exit_layers) <= max_bytes:
+            self._kept = self._all_rows(exit_layers)
+
+    def rows(self, indices: Sequence[int], exit_layers: Sequence[int]) -> list[Row]:
+        """One row per place: sample `indices[i]` at `exit_layers[i]`, in order."""
+        if self._kept is not None:
+            return [self._kept[i][exit_layer] for i, exit_layer in zip(indices, exit_layers, strict=True)]
+        rows: dict[int, Row] = {}
+        for exit_layer in sorted(set(exit_layers)):
+            places = [place for place, layer in enumerate(exit_layers) if layer == exit_layer]
+            prompts = [self._vlm.encode_prompt(self._samples[indices[place]]) for place in places]
+            features = self._vlm.prompt_features(prompts, (exit_layer,), batch_size=ENCODER_BATCH)
+            for place, prompt, found in zip(places, prompts, features, strict=True):
+                rows[place] = _row(prompt, exit_layer, found[exit_layer])
+        return [rows[place] for place in range(len(indices))]
+
+    def _all_rows(self, exit_layers: Sequence[int]) -> list[dict[int, Row]]:
+        prompts = [self._vlm.encode_prompt(sample) for sample in self._samples]
+        features = self._vlm.prompt_features(prompts, exit_layers, batch_size=ENCODER_BATCH)
+        return [
+            {exit_layer: _row(prompt, exit_layer, kept) for exit_layer, kept in found.items()}
+            for prompt, found in zip(prompts, features, strict=True)
+        ]
+
+    def _size_of_all(self, exit_layers: Sequence[int]) -> int:
+        """Bytes, judged by the largest of the first few samples."""
+        prompts = [self._vlm.encode_prompt(sample) for sample in self._samples[:ENCODER_BATCH]]
+        layer = exit_layers[0]
+        features = self._vlm.prompt_features(prompts, (layer,), batch_size=ENCODER_BATCH)
+        largest = max(
+            sum(tensor.nbytes for tensor in prompt.image_inputs.values())
+            + len(exit_layers) * sum(tensor.nbytes for tensor in found[layer] or ())
+            for prompt, found in zip(prompts, features, strict=True)
+        )
+        return largest * len(self._samples)
+
+
+def _row(prompt: Prompt, exit_layer: int, features: Features | None) -> Row:
+    return Row(prompt=prompt, exit_layer=exit_layer, features=features)

@@ -1,0 +1,91 @@
+"""The folder of a training run: settings, metrics, checkpoints and, at the end, the adapter.
+
+    run.json         settings that make it this run, and the versions it began with
+    metrics.jsonl    one line per step; no response text
+    checkpoints/     to go on from after an interrupt
+    adapter/         the PEFT folder; there only when the run is finished
+
+Knows nothing about what is trained or how.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from exitsafe.errors import RunError
+from exitsafe.runs.files import write_whole, writing
+from exitsafe.runs.fingerprint import differences
+
+_PACKAGES = ("exitsafe", "torch", "transformers", "peft")
+
+
+class TrainingFolder:
+    """One run's folder, made or found again by `open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def open(cls, path: Path, settings: Mapping[str, Any]) -> TrainingFolder:
+        """Begin a run, or go on with the one that is there.
+
+        Raises:
+            RunError: If the folder holds a run with other settings, or something else.
+        """
+        record = path / "run.json"
+        if record.is_file():
+            _check_same(record, settings)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} holds something else than a training run: choose a new or empty folder")
+        else:
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+            versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+            content = json.dumps({"settings": settings, "versions": versions}, indent=1, allow_nan=False)
+            write_whole(record, content.encode() + b"\n")
+        return cls(path)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.adapter.is_dir()
+
+    def keep_metrics(self, num_steps: int) -> None:
+        """Drop the lines of steps that will be done again."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+        write_whole(file, b"".join(lines[:num_steps]))
+
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append one step's line."""
+        file = self.path / "metrics.jsonl"
+        with writing(file), file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+    def save_adapter(self, save: Callable[[Path], None]) -> None:
+        """Let `save` write the adapter beside its place, and rename it: it is there whole, or not at all."""
+        beside = self.path / ".adapter.part"
+        with writing(beside):
+            shutil.rmtree(beside, ignore_errors=True)
+            save(beside)
+            beside.rename(self.adapter)
+
+
+def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        old = json.loads(record.read_bytes())["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{record} is not a training run's record ({error}): choose another folder") from error
+    changed = differences(old, json.loads(json.dumps(settings)))
+    if changed:
+        raise RunError(
+            f"{record.parent} holds a run with other settings ({'; '.join(changed)}): "
+            "choose another folder, or the same settings to go on"
+        )

@@ -1,0 +1,136 @@
+"""The policy, its frozen reference and its value head on one model. Knows nothing about rewards or samples.
+
+The policy is the language model with a PEFT adapter, the reference the same model with the adapter off; encoder
+and projector take no gradient. Everything is read at the positions that predict response tokens, given the image
+features of the row's exit layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import Tensor, nn
+
+from exitsafe.errors import InputError
+from exitsafe.lppo.config import LPPOConfig
+from exitsafe.vlm import VLM, Row, suppress_logits
+
+_WHOLE_LANGUAGE_MODEL = ("language_model", "lm_head")
+
+
+@contextmanager
+def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
+    """Put a fresh adapter on the model's language model; on leaving, the model is as it was.
+
+    Raises:
+        InputError: If the model carries an adapter already, or cannot be trained as a whole.
+    """
+    base = vlm.model
+    if isinstance(base, PeftModel):
+        raise InputError(f"{vlm.name} carries an adapter: merge it, or load the model without, before training")
+    requires_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    was_training = {name: module.training for name, module in base.named_modules()}
+    vlm.model = get_peft_model(base, _adapter_config(vlm, config))
+    try:
+        base.eval()  # no dropout anywhere: old, new and reference log-probabilities must be of one function
+        yield Policy(vlm, config)
+    finally:
+        _take_off(vlm.model, base)
+        vlm.model = base
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(requires_grad[name])
+        for name, module in base.named_modules():
+            module.training = was_training[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the policy says of responses, all `(B, T)` float32 and zero outside the mask."""
+
+    logprobs: Tensor  # of the response tokens
+    values: Tensor  # what the value head expects before each token
+    entropy: Tensor  # of the distribution each token was drawn from; without gradient
+    mask: Tensor  # bool
+
+
+class Policy:
+    """The adapted model of a `VLM` with a linear value head. Made by `attached_policy`."""
+
+    def __init__(self, vlm: VLM, config: LPPOConfig) -> None:
+        self.vlm = vlm
+        self.temperature = config.temperature
+        self.detach_value = config.detach_value
+        self.value_head = nn.Linear(vlm.text_config.hidden_size, 1, device=vlm.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def evaluate(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> Evaluation:
+        """Log-probabilities under the distribution that rollouts sample from, values and entropy.
+
+        Args:
+            rows: Prompts with the features of their exit layers.
+            responses: Token ids, `(length,)` each, at least one token.
+        """
+        hidden, tokens, mask = self.vlm.response_states(rows, responses)  # (B, T, H), (B, T), (B, T)
+        logits = suppress_logits(self.vlm.logits(hidden), self.vlm.special_token_ids) / self.temperature
+        all_logprobs = logits.log_softmax(dim=-1)  # (B, T, V)
+        logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+        with torch.no_grad():
+            entropy = torch.special.entr(all_logprobs.exp()).sum(dim=-1)
+        states = hidden.detach() if self.detach_value else hidden
+        values = self.value_head(states.float()).squeeze(-1)
+        return Evaluation(
+            logprobs=torch.where(mask, logprobs, 0.0),
+            values=torch.where(mask, values, 0.0),
+            entropy=torch.where(mask, entropy, 0.0),
+            mask=mask,
+        )
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model is the one that training started from."""
+        with self.vlm.model.disable_adapter():
+            yield
+
+    def weights(self) -> dict[str, Tensor]:
+        """The adapter's weights by name: all that the policy loss trains."""
+        named: Iterator[tuple[str, Tensor]] = self.vlm.model.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder."""
+        self.vlm.model.peft_config["default"].base_model_name_or_path = self.vlm.name
+        # False: PEFT would ask the Hub whether the vocabulary has grown.
+        self.vlm.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:
+    if config.train == "lora":
+        return LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=vlm.language_model_pattern,
+        )
+    if vlm.base_model.dtype != torch.float32:
+        raise InputError(f"train='full' needs float32 weights, not {vlm.base_model.dtype}: load with dtype='float32'")
+    if vlm.base_model.lm_head.weight is vlm.base_model.get_input_embeddings().weight:
+        raise InputError("train='full' cannot train a head tied to the embeddings: use train='lora'")
+    # PEFT wants a target for LoRA; this name of its own stands for none.
+    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[*_WHOLE_LANGUAGE_MODEL])
+
+
+def _take_off(adapted: PeftModel, base: Any) -> None:
+    """Undo `get_peft_model`. PEFT's own `unload` would leave the trained copies of whole modules in place."""
+    for name, module in list(base.named_modules()):
+        if isinstance(getattr(module, "original_module", None), nn.Module):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.original_module)
+    adapted.unload()

@@ -1,0 +1,229 @@
+"""L-PPO: the whole algorithm, one step after another under the numbers of docs/lppo.md.
+
+A model, samples and a reward go in; a PEFT adapter comes out. What each step does is in the file of its name; what
+is left here is their order, and what must survive an interrupt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exitsafe.errors import RunError
+from exitsafe.judges import Judge
+from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
+from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.experience import deal, estimate_advantages, measure
+from exitsafe.lppo.features import FeatureStore
+from exitsafe.lppo.folder import TrainingFolder
+from exitsafe.lppo.kl import adapted_kl_coef
+from exitsafe.lppo.metrics import step_metrics
+from exitsafe.lppo.policy import Policy, attached_policy
+from exitsafe.lppo.reward import Reward, Scorer, as_scorer, final_scores, mean_and_deviation
+from exitsafe.lppo.rollout import rollout
+from exitsafe.lppo.sampler import draw_schedule, trained_exits
+from exitsafe.lppo.update import Learner
+from exitsafe.records import Progress, Sample
+from exitsafe.runs.fingerprint import data_fingerprint, sample_info
+from exitsafe.vlm import VLM
+
+DEFAULT_CONFIG = LPPOConfig()
+
+
+def align(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    *,
+    reward: Reward | Judge | None = None,
+    config: LPPOConfig = DEFAULT_CONFIG,
+    out: str | Path,
+    progress: Progress | None = None,
+) -> Path:
+    """Align a model at many exit layers by layer-wise PPO.
+
+    Only the language model is trained. The model is given back as it was: load the adapter to use it. Called again
+    with the same arguments, an interrupted run goes on from its last checkpoint, and ends with the same bits as one
+    that was never interrupted (on the CPU; GPU kernels may round differently from run to run).
+
+    Args:
+        vlm: The model; it must not carry an adapter.
+        samples: What to train on, of all the kinds that should keep or change their behaviour.
+        reward: A callable `(samples, responses) -> list[float]` (NaN: unscored), a judge, or None for the built-in
+            reward, which scores refusing the harmful and answering the rest.
+        config: All constants.
+        out: Folder for settings, metrics, checkpoints and adapter; new, empty, or of the same run.
+        progress: Called after each step.
+
+    Returns:
+        The PEFT adapter's folder, `out/adapter`.
+
+    Raises:
+        InputError: If samples, settings or the reward's scores cannot be used.
+        RunError: If `out` holds another run, or no answer of a step could be scored.
+    """
+    samples = tuple(samples)
+    exit_layers = trained_exits(config, vlm.exit_layers, vlm.default_exit)
+    scorer = as_scorer(reward, samples)
+    folder = TrainingFolder.open(Path(out), _settings(vlm, samples, scorer, exit_layers, config))
+    if folder.is_finished:
+        return folder.adapter
+    with attached_policy(vlm, config) as policy:
+        run = _Run(policy, samples, exit_layers, scorer, config)
+        first_step = run.resume(folder)
+        folder.keep_metrics(first_step)
+        for step in range(first_step, config.num_steps):
+            metrics = run.step(step)
+            folder.add_metrics(metrics)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
+                save_checkpoint(folder.checkpoints, step + 1, run.state(), keep=config.keep_checkpoints)
+            if progress is not None:
+                progress(step + 1, config.num_steps, f"reward {metrics['reward']:.2f}, KL {metrics['kl']:.2f}")
+        folder.save_adapter(policy.save)
+    return folder.adapter
+
+
+class _Run:
+    """Everything that lives from step to step."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        samples: Sequence[Sample],
+        exit_layers: Sequence[int],
+        scorer: Scorer,
+        config: LPPOConfig,
+    ) -> None:
+        self.policy = policy
+        self.vlm = policy.vlm
+        self.samples = samples
+        self.scorer = scorer
+        self.config = config
+        self.schedule = draw_schedule(samples, exit_layers, config)
+        self.features = FeatureStore(self.vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
+        self.learner = Learner(policy, config)
+        self.kl_coef = config.kl_coef
+        self.calibration = (0.0, 1.0)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One step of L-PPO. Returns its metrics."""
+        config, started = self.config, time.perf_counter()
+        rng = np.random.default_rng((config.seed, 4, step))
+
+        # 1. Draw samples and, for each, an exit layer.
+        indices, exit_layers = self.schedule.sample_indices[step], self.schedule.exit_layers[step]
+        samples = [self.samples[i] for i in indices]
+
+        # 2. Image features at those exits. All that follows reads these.
+        rows = self.features.rows(indices.tolist(), exit_layers.tolist())
+
+        # 3. Rollouts: one answer per row, all exits in one batch.
+        answers = rollout(self.vlm, samples, rows, config=config, draw=step)
+
+        # 4. Score the texts; what could not be scored is left out and counted.
+        scores = self.scorer(samples, [answer.response for answer in answers])
+        scored = [(a, s) for a, s in zip(answers, scores, strict=True) if s.value is not None]
+        if not scored:
+            raise RunError(f"step {step}: none of {len(answers)} answers could be scored; check the reward, then go on")
+        answers, scores = [a for a, _ in scored], [s for _, s in scored]
+        final = final_scores(
+            [s.value for s in scores if s.value is not None],
+            [a.response.finish_reason == "length" for a in answers],
+            config=config,
+            calibration=self.calibration,
+        )
+
+        # 5. Log-probabilities of policy and reference, and values, each row at its exit.
+        batch = deal(self.vlm, [a.row for a in answers], [a.token_ids for a in answers], config=config, rng=rng)
+        measured = measure(self.policy, batch)
+
+        # 6. KL-shaped token rewards, advantages and returns.
+        advantages, returns = estimate_advantages(measured, final, kl_coef=self.kl_coef, config=config)
+
+        # 7. Epochs of clipped policy and value losses; at first the value head alone.
+        learning_rate, value_learning_rate = self.learner.set_learning_rates(step)
+        stats = self.learner.update(
+            batch, measured, advantages, returns, train_policy=step >= config.value_warmup_steps, rng=rng
+        )
+
+        # 8. Metrics, and the KL coefficient of the next step.
+        metrics = {"step": step} | step_metrics(answers, scores, measured, returns, stats)
+        metrics |= {
+            "num_unscored": len(samples) - len(answers),
+            "kl_coef": self.kl_coef,
+            "learning_rate": learning_rate,
+            "value_learning_rate": value_learning_rate,
+            "seconds": time.perf_counter() - started,
+        }
+        if config.kl_target is not None:
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                metrics["kl"],
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                num_samples=len(answers),
+            )
+        return metrics
+
+    def resume(self, folder: TrainingFolder) -> int:
+        """Take up the newest whole checkpoint. Returns the step to go on with."""
+        found = load_checkpoint(folder.checkpoints, self.vlm.device)
+        if found is None:
+            if self.config.calibration_samples:
+                self.calibration = self._calibrate()
+            return 0
+        next_step, state = found
+        with torch.no_grad():
+            for name, weight in self.policy.weights().items():
+                weight.copy_(state["weights"][name])
+        self.policy.value_head.load_state_dict(state["value_head"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.value_optimizer.load_state_dict(state["value_optimizer"])
+        self.kl_coef = state["kl_coef"]
+        self.calibration = (state["calibration"][0], state["calibration"][1])
+        torch.set_rng_state(state["rng"].cpu())
+        return next_step
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on beside the settings. Schedule and learning rates follow from these and
+        the step's number; torch's random state is kept for rewards that draw."""
+        return {
+            "weights": self.policy.weights(),
+            "value_head": self.policy.value_head.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
+            "value_optimizer": self.learner.value_optimizer.state_dict(),
+            "kl_coef": self.kl_coef,
+            "calibration": list(self.calibration),
+            "rng": torch.get_rng_state(),
+        }
+
+    def _calibrate(self) -> tuple[float, float]:
+        """Mean and deviation of the scores of the untrained model, on the schedule's first samples."""
+        num = self.config.calibration_samples
+        indices, exit_layers = (
+            np.resize(drawn, num).tolist() for drawn in (self.schedule.sample_indices, self.schedule.exit_layers)
+        )
+        rows = self.features.rows(indices, exit_layers)
+        samples = [self.samples[i] for i in indices]
+        answers = rollout(self.vlm, samples, rows, config=self.config, draw=-1)
+        scores = self.scorer(samples, [answer.response for answer in answers])
+        return mean_and_deviation([score.value for score in scores if score.value is not None])
+
+
+def _settings(
+    vlm: VLM, samples: Sequence[Sample], scorer: Scorer, exit_layers: Sequence[int], config: LPPOConfig
+) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    return {
+        "method": "lppo",
+        "model": {"name": vlm.name, "hash": vlm.checkpoint_hash, "dtype": str(vlm.base_model.dtype)},
+        "data": data_fingerprint([sample_info(sample) for sample in samples]),
+        "reward": scorer.name,
+        "trained_exits": list(exit_layers),
+        "config": asdict(config),
+    }

@@ -1,0 +1,155 @@
+"""The update of L-PPO: several epochs of the two clipped losses over one batch.
+
+Tensors in, statistics out; the policy and its value head change in place. Knows nothing about samples, rewards,
+files or the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.experience import Batch, Measured
+from exitsafe.lppo.kl import k3
+from exitsafe.lppo.loss import log_ratio, masked_mean, policy_loss, value_loss
+from exitsafe.lppo.minibatches import Minibatch
+from exitsafe.lppo.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStats:
+    """Means over the optimiser steps of one update that were not skipped; None where all were."""
+
+    policy_loss: float | None
+    value_loss: float | None
+    ratio: float | None
+    approx_kl: float | None
+    clipfrac: float | None
+    vf_clipfrac: float | None
+    grad_norm: float | None
+    value_grad_norm: float | None
+    skipped_minibatches: int
+
+
+class Learner:
+    """The policy with its optimisers. The value head has its own: the two losses differ in scale."""
+
+    def __init__(self, policy: Policy, config: LPPOConfig) -> None:
+        self.policy = policy
+        self.config = config
+        self.weights = list(policy.weights().values())
+        self.head_weights = list(policy.value_head.parameters())
+        self.optimizer: Optimizer = AdamW(self.weights, eps=1e-5, weight_decay=0.0)  # PPO's usual eps
+        self.value_optimizer: Optimizer = AdamW(self.head_weights, eps=1e-5, weight_decay=0.0)
+
+    def update(
+        self,
+        batch: Batch,
+        measured: Measured,
+        advantages: Tensor,
+        returns: Tensor,
+        *,
+        train_policy: bool,
+        rng: np.random.Generator,
+    ) -> UpdateStats:
+        """All epochs over one batch; old log-probabilities and values are `measured`'s throughout.
+
+        Args:
+            batch, measured: The rollouts, and what the policy said of them before any update.
+            advantages, returns: `(B, T)`.
+            train_policy: False trains the value head alone.
+            rng: Orders the minibatches of each epoch.
+        """
+        done: list[dict[str, float]] = []
+        for _ in range(self.config.num_epochs):
+            for index in rng.permutation(len(batch.minibatches)):
+                stats = self._accumulate(batch, batch.minibatches[index], measured, advantages, returns, train_policy)
+                done.append(stats | self._step(stats["ratio"], train_policy))
+        return _summary(done)
+
+    def set_learning_rates(self, step: int) -> tuple[float, float]:
+        """Linear decay: the full rates at step 0, `final_lr_fraction` of them at the last step."""
+        config = self.config
+        factor = 1.0 - (1.0 - config.final_lr_fraction) * step / max(config.num_steps - 1, 1)
+        rates = (config.learning_rate * factor, config.value_learning_rate * factor)
+        for optimizer, rate in zip((self.optimizer, self.value_optimizer), rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        return rates
+
+    def _accumulate(
+        self,
+        batch: Batch,
+        minibatch: Minibatch,
+        measured: Measured,
+        advantages: Tensor,
+        returns: Tensor,
+        train_policy: bool,
+    ) -> dict[str, float]:
+        """Add up the gradients of a minibatch's parts, each weighted by its share of the tokens."""
+        num_tokens = sum(len(batch.responses[i]) for part in minibatch for i in part)
+        totals: dict[str, float] = {}
+        for part in minibatch:
+            now = self.policy.evaluate([batch.rows[i] for i in part], [batch.responses[i] for i in part])
+            mask, width = now.mask, now.mask.shape[1]
+            old_logprobs, old_values = measured.logprobs[part, :width], measured.values[part, :width]
+            pg_loss, clipfrac = policy_loss(
+                now.logprobs, old_logprobs, advantages[part, :width], mask, clip_range=self.config.clip_range
+            )
+            vf_loss, vf_clipfrac = value_loss(
+                now.values, old_values, returns[part, :width], mask, clip_range=self.config.value_clip_range
+            )
+            share = mask.sum() / num_tokens
+            loss = self.config.value_coef * vf_loss + (pg_loss if train_policy else 0.0)
+            (share * loss).backward()
+            logprobs = now.logprobs.detach()
+            for name, value in (
+                ("policy_loss", pg_loss),
+                ("value_loss", vf_loss),
+                ("ratio", masked_mean(log_ratio(logprobs, old_logprobs, mask).exp(), mask)),
+                ("approx_kl", masked_mean(k3(old_logprobs, logprobs, mask), mask)),
+                ("clipfrac", clipfrac),
+                ("vf_clipfrac", vf_clipfrac),
+            ):
+                totals[name] = totals.get(name, 0.0) + (share * value.detach()).item()
+        return totals
+
+    def _step(self, ratio: float, train_policy: bool) -> dict[str, float]:
+        """Clip and apply the gradients, unless the policy has run away from the one that sampled."""
+        limit = self.config.max_grad_norm
+        value_grad_norm = torch.nn.utils.clip_grad_norm_(self.head_weights, limit).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, limit).item() if train_policy else 0.0
+        is_sane = ratio <= self.config.max_ratio and math.isfinite(grad_norm) and math.isfinite(value_grad_norm)
+        if is_sane:
+            self.value_optimizer.step()
+            if train_policy:
+                self.optimizer.step()
+        self.value_optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "is_skipped": float(not is_sane)}
+
+
+def _summary(done: Sequence[dict[str, float]]) -> UpdateStats:
+    kept = [stats for stats in done if not stats["is_skipped"]]
+
+    def mean(name: str) -> float | None:
+        return sum(stats[name] for stats in kept) / len(kept) if kept else None
+
+    return UpdateStats(
+        policy_loss=mean("policy_loss"),
+        value_loss=mean("value_loss"),
+        ratio=mean("ratio"),
+        approx_kl=mean("approx_kl"),
+        clipfrac=mean("clipfrac"),
+        vf_clipfrac=mean("vf_clipfrac"),
+        grad_norm=mean("grad_norm"),
+        value_grad_norm=mean("value_grad_norm"),
+        skipped_minibatches=len(done) - len(kept),
+    )
