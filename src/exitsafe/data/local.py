@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from exitsafe.data.images import check_image, path_inside
-from exitsafe.data.tables import read_rows
+from exitsafe.data.rows import read_rows
 from exitsafe.errors import InputError
 from exitsafe.records import KINDS, Kind, Sample
 
