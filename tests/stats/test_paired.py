@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from exitsafe.stats import bootstrap_p_value, holm, mcnemar_exact
+
+
+def test_mcnemar_by_hand() -> None:
+    # 1 gained of 6 that changed: 2 * (1 + 6) / 2 ** 6
+    assert mcnemar_exact(1, 5) == pytest.approx(14 / 64)
+    assert mcnemar_exact(0, 10) == pytest.approx(2 / 1024)
+    assert mcnemar_exact(3, 3) == 1.0
+    assert mcnemar_exact(0, 0) == 1.0
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_equals_statsmodels(gained: int, lost: int) -> None:
+    expected = mcnemar(np.array([[5, gained], [lost, 5]]), exact=True).pvalue if gained + lost else 1.0
+    assert mcnemar_exact(gained, lost) == pytest.approx(min(1.0, expected))
+    assert mcnemar_exact(gained, lost) == mcnemar_exact(lost, gained)
+
+
+def test_holm_by_hand() -> None:
+    # sorted 0.01 0.02 0.04 0.3 times 4 3 2 1: 0.04 0.06 0.08 0.3
+    assert holm([0.3, 0.01, 0.04, 0.02]) == pytest.approx([0.3, 0.04, 0.08, 0.06])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_equals_statsmodels(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert adjusted == pytest.approx(multipletests(p_values, method="holm")[1])
+    assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
+
+
+def test_bootstrap_p_value_by_hand() -> None:
+    # 1 of 9 at or below 0: 2 * (1 + 1) / (1 + 9); a resample without a value does not count
+    assert bootstrap_p_value(np.array([1.0] * 8 + [-1.0, np.nan])) == pytest.approx(0.4)
+    assert bootstrap_p_value(np.zeros(9)) == 1.0
+    assert bootstrap_p_value(np.ones(1999)) == pytest.approx(0.001)
