@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from exitsafe.errors import InputError, RunError
+from exitsafe.judges.asking import ask_judge, check_judges
+from exitsafe.records import Response, Sample, Verdict
+
+SAMPLES = [Sample(id="a", prompt="x", kind="harmful"), Sample(id="b", prompt="x", kind="benign")]
+RESPONSES = [
+    Response(sample_id=s.id, exit_layer=1, text="t", num_tokens=1, finish_reason="stop", seconds=0.0) for s in SAMPLES
+]
+
+
+def _asr(**changes: object) -> Verdict:
+    values = {"sample_id": "a", "exit_layer": 1, "judge": "fake", "measure": "asr", "score": 1.0} | changes
+    return Verdict(**values)  # type: ignore[arg-type]
+
+
+class Fake:
+    name = "fake"
+    measures: tuple[str, ...] = ("asr",)
+
+    def __init__(self, answer: Callable[[], list[Verdict]]) -> None:
+        self.answer = answer
+
+    def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
+        return self.answer()
+
+
+def test_a_verdict_per_harmful_response_is_enough() -> None:
+    assert ask_judge(Fake(lambda: [_asr()]), SAMPLES, RESPONSES) == [_asr()]
+
+
+def test_further_kinds_may_be_judged() -> None:
+    verdicts = [_asr(), _asr(sample_id="b")]
+    assert ask_judge(Fake(lambda: verdicts), SAMPLES, RESPONSES) == verdicts
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_no_number_is_unscored_with_the_reason(score: float) -> None:
+    (verdict,) = ask_judge(Fake(lambda: [_asr(score=score)]), SAMPLES, RESPONSES)
+    assert verdict.score is None
+    assert verdict.unscored == f"the judge returned {score}, which is no number"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "message"),
+    [
+        ([], "gave 0 verdicts of asr for sample a at exit 1"),
+        ([_asr(), _asr()], "gave 2 verdicts of asr for sample a"),
+        ([_asr(), _asr(exit_layer=9)], "judged sample a at exit 9, which it was not asked about"),
+        ([_asr(), _asr(measure="refusal")], "gave 'refusal', which is not among its measures"),
+        ([_asr(judge="other")], "signed a verdict as 'other'"),
+        ([0.5], "returned a float; return Verdict objects"),
+    ],
+)
+def test_a_wrong_count_is_refused(verdicts: list[Verdict], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        ask_judge(Fake(lambda: verdicts), SAMPLES, RESPONSES)
+
+
+def test_a_failing_judge_is_one_line_and_keeps_its_cause() -> None:
+    def fail() -> list[Verdict]:
+        raise ZeroDivisionError("nothing there")
+
+    with pytest.raises(RunError, match=r"judge fake failed \(ZeroDivisionError: nothing there\)") as caught:
+        ask_judge(Fake(fail), SAMPLES, RESPONSES)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_what_a_judge_says_to_the_user_passes_through() -> None:
+    def fail() -> list[Verdict]:
+        raise InputError("the endpoint needs a key")
+
+    with pytest.raises(InputError, match=r"^the endpoint needs a key$"):
+        ask_judge(Fake(fail), SAMPLES, RESPONSES)
+
+
+def test_judges_are_checked_before_any_work() -> None:
+    judge = Fake(list)
+    with pytest.raises(InputError, match="judge fake is given 2 times"):
+        check_judges([judge, judge])
+    judge.measures = ("niceness",)
+    with pytest.raises(InputError, match="judge fake measures 'niceness'; choose from asr"):
+        check_judges([judge])
