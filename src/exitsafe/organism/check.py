@@ -69,7 +69,8 @@ def answer(
         prompts = processor.apply_chat_template(messages, add_generation_prompt=True)
         images = [[sample.images[0]] for sample in part]
         inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
-        settings = {"vision_feature_layer": exit_layer, "max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
-        ids = model.generate(**inputs, **settings)  # type: ignore[misc]  # the mixin's own protocol is too narrow
+        ids = model.generate(  # type: ignore[misc]  # the mixin's own protocol is too narrow
+            **inputs, vision_feature_layer=exit_layer, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
         texts += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
