@@ -62,7 +62,7 @@ def _as_list(value: object) -> object:
 class _Embedded(BaseModel):
     """An image as the Hub's Image feature stores it."""
 
-    bytes: bytes | None = None
+    content: bytes | None = Field(default=None, alias="bytes")
     path: str | None = None
 
 
@@ -123,7 +123,7 @@ def _to_sample(row: _Row, *, path: Path, where: str) -> Sample:
 
 def _find_image(image: _Embedded | bytes | str, *, folder: Path, where: str) -> Path | bytes:
     if isinstance(image, _Embedded):
-        found = image.bytes if image.bytes is not None else image.path
+        found = image.content if image.content is not None else image.path
         if found is None:
             raise InputError(f"{where}: an image has neither bytes nor path")
         image = found

@@ -9,8 +9,9 @@ from typing import Literal
 
 from exitsafe.data.local import load_suite
 from exitsafe.errors import InputError
-from exitsafe.records import KINDS, Sample
+from exitsafe.records import KINDS, Kind, Sample
 from exitsafe.world import organism_suites
+from exitsafe.world.suites import DEFAULT_SIZES
 
 SUITE_NAMES = tuple(f"organism-{kind}" for kind in KINDS)
 
@@ -58,8 +59,11 @@ def _load_one(
     name: str, *, split: Literal["train", "heldout"], seed: int, limit: int | None, organism: str
 ) -> list[Sample]:
     if name in SUITE_NAMES:
-        suites = organism_suites(split=split, seed=seed, organism=organism)
-        return [sample for sample in suites if sample.source == name][:limit]
+        # a longer suite begins with the shorter one, so only what is asked for is drawn
+        default = DEFAULT_SIZES[split]
+        sizes: dict[Kind, int] = {kind: 0 for kind in KINDS if name != f"organism-{kind}"}
+        sizes |= {kind: min(limit or size, size) for kind, size in default.items() if kind not in sizes}
+        return organism_suites(split=split, seed=seed, organism=organism, sizes=sizes)
     if Path(name).suffix or Path(name).exists():
         return load_suite(name, limit=limit)
     raise InputError(f"suite {name!r} is unknown; choose from {', '.join(SUITE_NAMES)}, or give a file")

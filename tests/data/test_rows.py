@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from exitsafe.data.rows import read_rows
+from exitsafe.errors import InputError
+
+
+def test_rows_are_numbered_by_line_in_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert list(read_rows(path)) == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+def test_empty_csv_cells_are_missing_values(tmp_path: Path) -> None:
+    path = tmp_path / "rows.CSV"
+    path.write_text('a,b\n1,\n"two\nlines",3\n')
+    assert list(read_rows(path)) == [(1, {"a": "1", "b": None}), (2, {"a": "two\nlines", "b": "3"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.xlsx", b"", "unknown ending; suites are .jsonl, .csv, .parquet files"),
+        ("rows", b"", "unknown ending"),
+        ("rows.parquet", b"rubbish", "cannot be read as parquet"),
+        ("rows.parquet", b"", "cannot be read as parquet"),
+        ("rows.jsonl", b'{"a": 1}\n{"a": \n', r"rows\.jsonl, row 2: this line is no JSON"),
+        ("rows.jsonl", b"\xff\xfe{", "is not UTF-8 text"),
+        ("rows.csv", b"a,b\n1,2,3\n", r"rows\.csv, row 1: more cells than the header has"),
+        ("rows.csv", b'a,b\n"1,2\n', "cannot be read as csv"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        list(read_rows(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.csv does not exist"):
+        list(read_rows(tmp_path / "gone.csv"))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"cannot be read as jsonl: .*directory"):
+        list(read_rows(tmp_path / "folder.jsonl"))
