@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exitsafe
+from exitsafe.errors import RunError
+from exitsafe.records import Response, Verdict
+from exitsafe.runs import SampleInfo, load_run
+from exitsafe.runs.directory import RunDirectory
+
+SAMPLES = [SampleInfo(id=i, kind="harmful", category="c", source="s", digest=i) for i in ("b", "a")]
+SETTINGS: dict[str, Any] = {
+    "model": {"name": "m", "family": "llava", "num_layers": 3, "default_exit": 2},
+    "exit_layers": [1, 2],
+    "decoding": {"seed": 0},
+    "judges": [{"name": "j", "measures": ["asr", "refusal"]}],
+}
+
+
+def _response(sample_id: str, layer: int) -> Response:
+    return Response(
+        sample_id=sample_id, exit_layer=layer, text=f"{sample_id}{layer}", num_tokens=1, finish_reason="stop", seconds=1
+    )
+
+
+def _verdicts(sample_id: str, layer: int) -> list[Verdict]:
+    return [
+        Verdict(sample_id=sample_id, exit_layer=layer, judge="j", measure=measure, score=float(layer == 1))
+        for measure in ("refusal", "asr")
+    ]
+
+
+ROWS = [("a", 2), ("b", 1), ("a", 1), ("b", 2)]
+
+
+def _complete(path: Path, rows: list[tuple[str, int]] = ROWS) -> None:
+    with RunDirectory(path, settings=SETTINGS, origin={"suites": ["s"]}) as run:
+        for row in rows:
+            if row not in run.saved.responses:
+                run.save_responses([_response(*row)])
+                run.save_judgement("j", [row], _verdicts(*row))
+        run.finish(SAMPLES)
+
+
+def test_a_finished_run_is_compact_ordered_and_private(tmp_path: Path) -> None:
+    _complete(tmp_path / "run")
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [
+        "responses.parquet",
+        "run.json",
+        "summary.json",
+        "verdicts.parquet",
+    ]
+    for name in ("responses.parquet", "verdicts.parquet"):
+        assert stat.S_IMODE((tmp_path / "run" / name).stat().st_mode) == 0o600
+    run = exitsafe.load_run(str(tmp_path / "run"))
+    canonical = [("b", 1), ("b", 2), ("a", 1), ("a", 2)]
+    assert run.responses() == [_response(*row) for row in canonical]
+    assert run.verdicts() == [verdict for row in canonical for verdict in reversed(_verdicts(*row))]
+    assert run.samples() == SAMPLES
+    assert (run.exit_layers, run.judges) == ((1, 2), (("j", ("asr", "refusal")),))
+    assert (run.settings, run.origin) == (SETTINGS, {"suites": ["s"]})
+    assert run.summary["layers"][0]["metrics"]["asr"]["value"] == 1.0
+
+
+def test_the_order_of_finishing_changes_no_byte(tmp_path: Path) -> None:
+    _complete(tmp_path / "one")
+    _complete(tmp_path / "two", ROWS[::-1])
+    for name in ("summary.json", "verdicts.parquet", "responses.parquet", "run.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, settings=SETTINGS) as run:
+        run.save_responses([_response("a", 2)])
+    with RunDirectory(tmp_path, settings=SETTINGS) as run:
+        assert list(run.saved.responses) == [("a", 2)]
+        assert run.saved.judged == {}
+        run.save_judgement("j", [("a", 2)], _verdicts("a", 2))
+    _complete(tmp_path)
+    assert len(load_run(tmp_path).verdicts()) == 8
+
+
+def test_a_finished_run_is_left_alone_but_for_forgotten_shards(tmp_path: Path) -> None:
+    _complete(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00000.jsonl").touch()
+    with RunDirectory(tmp_path, settings=SETTINGS) as run:
+        assert run.is_finished
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path, is_finished: bool) -> None:
+    if is_finished:
+        _complete(tmp_path)
+    else:
+        with RunDirectory(tmp_path, settings=SETTINGS) as run:
+            run.save_responses([_response("a", 2)])
+    with pytest.raises(RunError, match=r"other settings: decoding\.seed was 0, is now 1; choose a new folder"):
+        RunDirectory(tmp_path, settings=SETTINGS | {"decoding": {"seed": 1}})
+    RunDirectory(tmp_path, settings=SETTINGS).__exit__(None, None, None)  # the refusal let go of the lock
+
+
+def test_settings_may_change_while_nothing_is_saved(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, settings=SETTINGS | {"decoding": {"seed": 1}}).__exit__(None, None, None)
+    _complete(tmp_path)
+    assert load_run(tmp_path).settings == SETTINGS
+
+
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    with (
+        RunDirectory(tmp_path, settings=SETTINGS),
+        pytest.raises(RunError, match="is being written by another process"),
+    ):
+        RunDirectory(tmp_path, settings=SETTINGS)
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match=r"is no run and not empty \(it holds thesis\.txt\); choose a new folder"):
+        RunDirectory(tmp_path, settings=SETTINGS)
+    assert os.listdir(tmp_path) == ["thesis.txt"]  # noqa: PTH208
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot be written .*File exists"):
+        RunDirectory(tmp_path / "file", settings=SETTINGS)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_one_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunError, match=r"cannot be written .*Permission denied"):
+        RunDirectory(tmp_path / "run", settings=SETTINGS)
+
+
+def test_loading_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="gone is no folder; give the --out of an audit"):
+        load_run(tmp_path / "gone")
+    with pytest.raises(RunError, match=r"is no run: it has no run\.json"):
+        load_run(tmp_path)
+    RunDirectory(tmp_path, settings=SETTINGS).__exit__(None, None, None)
+    with pytest.raises(RunError, match="is not finished; start its audit again with the same settings"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"run\.json cannot be read"),
+        ("[]", r"run\.json holds no JSON object"),
+        (json.dumps({"format": 99, "settings": {}}), r"run\.json is not of this version's format \(1\)"),
+    ],
+)
+def test_a_damaged_head_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    _complete(tmp_path)
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunError, match=message) as caught:
+        load_run(tmp_path)
+    assert "\n" not in str(caught.value)
