@@ -71,6 +71,23 @@ def test_adapter(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(hidden[0], hidden[1]), "an adapter on the language model must not move image features"
 
 
+@pytest.mark.parametrize(("quantization", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_quantization_leaves_the_encoder_alone(folder: Path, quantization: str, layer: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs exitsafe[quantization]")
+    vlm = load_vlm(folder, quantization=quantization)
+    linear = {name: type(module).__name__ for name, module in vlm.model.named_modules() if "Linear" in str(type(module))}
+    inside = {kind for name, kind in linear.items() if "language_model" in name}
+    outside = {kind for name, kind in linear.items() if "language_model" not in name}
+    assert inside == {layer} and layer not in outside
+    prompt = vlm.encode_prompt(SAMPLE)
+    plain = load_vlm(folder)
+    found = [model.prompt_features([prompt], [3])[0][3] for model in (vlm, plain)]
+    assert found[0] is not None and found[1] is not None
+    torch.testing.assert_close(found[0][0], found[1][0])
+    if quantization == "int8":  # nf4 kernels need rows of 64 values, more than a tiny model has
+        assert vlm.generate([SAMPLE], 3, max_new_tokens=4)[0].num_tokens >= 1
+
+
 def test_a_folder_without_a_processor_loads(tmp_path: Path) -> None:
     tiny_llava().save_pretrained(tmp_path)
     vlm = load_vlm(tmp_path)

@@ -112,7 +112,8 @@ def _quantization_config(quantization: str | None) -> Any:
         raise ModelError(f"quantization {quantization!r} is unknown; choose {' or '.join(_QUANTIZATIONS)}")
     from transformers import BitsAndBytesConfig
 
-    encoder = ["vision_tower", "vision_model", "multi_modal_projector", "lm_head"]
+    # Matched from the start of a module's full name. Features must stay those of the unquantised encoder.
+    encoder = ["model.vision_tower", "model.vision_model", "model.multi_modal_projector", "lm_head"]
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=encoder)
     return BitsAndBytesConfig(
