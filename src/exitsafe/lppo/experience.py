@@ -76,14 +76,15 @@ def measure(policy: Policy, batch: Batch) -> Measured:
     return Measured(mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, entropy=entropy)
 
 
-def estimate_advantages(
-    measured: Measured, scores: Tensor, *, kl_coef: float, config: LPPOConfig
-) -> tuple[Tensor, Tensor]:
-    """Whitened advantages, and the returns that the value head learns, `(B, T)`; scores are `(B,)`."""
+def token_rewards(measured: Measured, scores: Tensor, *, kl_coef: float, config: LPPOConfig) -> Tensor:
+    """The KL penalty on every token and the score `(B,)` on the last, `(B, T)`."""
     mask = measured.mask
     rewards = shaped_rewards(scores.to(mask.device), measured.logprobs, measured.ref_logprobs, mask, kl_coef=kl_coef)
-    if config.whiten_rewards:
-        rewards = masked_whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, measured.values, mask, gamma=config.gamma, lam=config.lam)
+    return masked_whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
+
+
+def estimate_advantages(measured: Measured, rewards: Tensor, *, config: LPPOConfig) -> tuple[Tensor, Tensor]:
+    """Whitened advantages, and the returns that the value head learns, `(B, T)`."""
+    advantages, returns = gae(rewards, measured.values, measured.mask, gamma=config.gamma, lam=config.lam)
     # Whitened over the whole batch, all exit layers together: an exit that does badly must push harder.
-    return masked_whiten(advantages, mask), returns
+    return masked_whiten(advantages, measured.mask), returns

@@ -27,7 +27,7 @@ _WHOLE_LANGUAGE_MODEL = ("language_model", "lm_head")
 
 @contextmanager
 def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
-    """Put a fresh adapter on the model's language model; on leaving, the model is as it was.
+    """Put a fresh adapter on the model's language model; on leaving, all is as it was, random numbers too.
 
     Raises:
         InputError: If the model carries an adapter already, or cannot be trained as a whole.
@@ -35,19 +35,22 @@ def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
     base = vlm.model
     if isinstance(base, PeftModel):
         raise InputError(f"{vlm.name} carries an adapter: merge it, or load the model without, before training")
+    adapter_config = _adapter_config(vlm, config)
     requires_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     was_training = {name: module.training for name, module in base.named_modules()}
-    vlm.model = get_peft_model(base, _adapter_config(vlm, config))
-    try:
-        base.eval()  # no dropout anywhere: old, new and reference log-probabilities must be of one function
-        yield Policy(vlm, config)
-    finally:
-        _take_off(vlm.model, base)
-        vlm.model = base
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(requires_grad[name])
-        for name, module in base.named_modules():
-            module.training = was_training[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        vlm.model = get_peft_model(base, adapter_config)
+        try:
+            base.eval()  # no dropout anywhere: old, new and reference log-probabilities must be of one function
+            yield Policy(vlm, config)
+        finally:
+            _take_off(vlm.model, base)
+            vlm.model = base
+            for name, parameter in base.named_parameters():
+                parameter.requires_grad_(requires_grad[name])
+            for name, module in base.named_modules():
+                module.training = was_training[name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from exitsafe.errors import RunError
 from exitsafe.judges import Judge
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.experience import deal, estimate_advantages, measure
+from exitsafe.lppo.experience import deal, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder
 from exitsafe.lppo.kl import adapted_kl_coef
@@ -27,7 +27,7 @@ from exitsafe.lppo.metrics import step_metrics
 from exitsafe.lppo.policy import Policy, attached_policy
 from exitsafe.lppo.reward import Reward, Scorer, as_scorer, final_scores, mean_and_deviation
 from exitsafe.lppo.rollout import rollout
-from exitsafe.lppo.sampler import draw_schedule, trained_exits
+from exitsafe.lppo.sampler import Schedule, draw_schedule, trained_exits
 from exitsafe.lppo.update import Learner
 from exitsafe.records import Progress, Sample
 from exitsafe.runs.fingerprint import data_fingerprint, sample_info
@@ -69,12 +69,14 @@ def align(
     """
     samples = tuple(samples)
     exit_layers = trained_exits(config, vlm.exit_layers, vlm.default_exit)
+    schedule = draw_schedule(samples, exit_layers, config)
     scorer = as_scorer(reward, samples)
     folder = TrainingFolder.open(Path(out), _settings(vlm, samples, scorer, exit_layers, config))
     if folder.is_finished:
         return folder.adapter
     with attached_policy(vlm, config) as policy:
-        run = _Run(policy, samples, exit_layers, scorer, config)
+        features = FeatureStore(vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
+        run = _Run(policy, samples, schedule, features, scorer, config)
         first_step = run.resume(folder)
         folder.keep_metrics(first_step)
         for step in range(first_step, config.num_steps):
@@ -95,7 +97,8 @@ class _Run:
         self,
         policy: Policy,
         samples: Sequence[Sample],
-        exit_layers: Sequence[int],
+        schedule: Schedule,
+        features: FeatureStore,
         scorer: Scorer,
         config: LPPOConfig,
     ) -> None:
@@ -104,8 +107,8 @@ class _Run:
         self.samples = samples
         self.scorer = scorer
         self.config = config
-        self.schedule = draw_schedule(samples, exit_layers, config)
-        self.features = FeatureStore(self.vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
+        self.schedule = schedule
+        self.features = features
         self.learner = Learner(policy, config)
         self.kl_coef = config.kl_coef
         self.calibration = (0.0, 1.0)
@@ -138,12 +141,13 @@ class _Run:
             calibration=self.calibration,
         )
 
-        # 5. Log-probabilities of policy and reference, and values, each row at its exit.
+        # 5. Log-probabilities of policy and reference, each row at its exit; KL-shaped token rewards.
         batch = deal(self.vlm, [a.row for a in answers], [a.token_ids for a in answers], config=config, rng=rng)
         measured = measure(self.policy, batch)
+        rewards = token_rewards(measured, final, kl_coef=self.kl_coef, config=config)
 
-        # 6. KL-shaped token rewards, advantages and returns.
-        advantages, returns = estimate_advantages(measured, final, kl_coef=self.kl_coef, config=config)
+        # 6. Advantages and returns.
+        advantages, returns = estimate_advantages(measured, rewards, config=config)
 
         # 7. Epochs of clipped policy and value losses; at first the value head alone.
         learning_rate, value_learning_rate = self.learner.set_learning_rates(step)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from exitsafe.lppo import LPPOConfig
+from exitsafe.records import Response, Sample
+from exitsafe.vlm import VLM
+from tests.tiny_models import noise_image, tiny_model, tiny_processor
+
+WORDS = ["what", "colour", "is", "the", "left", "shape", "how", "do", "i", "make", "a", "red", "zorb"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+@pytest.fixture
+def vlm() -> VLM:
+    return make_vlm("llava")
+
+
+def make_vlm(family: str) -> VLM:
+    return VLM(tiny_model(family), tiny_processor(family), name=family)
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    return make_samples()
+
+
+def make_samples() -> list[Sample]:
+    """Twelve samples of three kinds and several lengths, every fourth without an image."""
+    return [
+        Sample(
+            id=f"s{index}",
+            prompt=" ".join(WORDS[index : index + 2 + index % 4]),
+            images=(noise_image(index),) if index % 4 else (),
+            kind=("harmful", "benign", "vqa")[index % 3],
+            answers=("red",),
+        )
+        for index in range(12)
+    ]
+
+
+@pytest.fixture
+def config() -> LPPOConfig:
+    return tiny_config()
+
+
+def tiny_config(**changes: object) -> LPPOConfig:
+    settings: dict[str, object] = {
+        "num_steps": 6,
+        "batch_size": 8,
+        "minibatch_size": 4,
+        "microbatch_tokens": 40,
+        "max_new_tokens": 5,
+        "value_warmup_steps": 1,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "learning_rate": 3e-3,
+        "value_learning_rate": 1e-2,
+        "checkpoint_every": 2,
+    }
+    return LPPOConfig(**settings | changes)  # type: ignore[arg-type]
+
+
+def count_red(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+    """A reward that wants the word red."""
+    return [float(response.text.split().count("red")) for response in responses]

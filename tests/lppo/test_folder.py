@@ -1,0 +1,64 @@
+"""The training folder: same settings go on, others are refused with the difference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from exitsafe.errors import RunError
+from exitsafe.lppo.folder import TrainingFolder
+
+SETTINGS = {"config": {"seed": 0, "mix": {"vqa": 1.0}, "exit_layers": (1, 2)}, "reward": "mine"}
+
+
+def test_the_same_settings_go_on_and_changed_ones_are_refused_with_the_difference(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    TrainingFolder.open(out, SETTINGS)
+    before = (out / "run.json").read_bytes()
+    TrainingFolder.open(out, SETTINGS)
+    assert (out / "run.json").read_bytes() == before
+    assert "torch" in json.loads(before)["versions"]
+    changed = {**SETTINGS, "config": {"seed": 1, "mix": {"vqa": 1.0}, "exit_layers": (1, 2)}}
+    with pytest.raises(RunError, match=r"other settings \(config.seed was 0, is now 1\)"):
+        TrainingFolder.open(out, changed)
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="something else than a training run"):
+        TrainingFolder.open(tmp_path, SETTINGS)
+    with pytest.raises(RunError, match="something else than a training run"):
+        TrainingFolder.open(tmp_path / "notes.txt", SETTINGS)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(RunError, match="not a training run's record"):
+        TrainingFolder.open(tmp_path, SETTINGS)
+
+
+def test_metrics_of_steps_to_be_redone_are_dropped_also_a_torn_line(tmp_path: Path) -> None:
+    folder = TrainingFolder.open(tmp_path / "run", SETTINGS)
+    for step in range(3):
+        folder.add_metrics({"step": step})
+    with (folder.path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"st')
+    folder.keep_metrics(2)
+    folder.add_metrics({"step": 2})
+    lines_now = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines_now] == [0, 1, 2]
+
+
+def test_the_adapter_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = TrainingFolder.open(tmp_path / "run", SETTINGS)
+
+    def fail(path: Path) -> None:
+        path.mkdir()
+        (path / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.save_adapter(fail)
+    assert not folder.adapter.exists()
+    folder.save_adapter(lambda path: path.mkdir())
+    assert folder.is_finished
+    assert list(folder.adapter.iterdir()) == []

@@ -1,0 +1,323 @@
+"""The loop: every read at the sampled exit, exact resume, refused settings, a reward that rises."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from exitsafe.errors import InputError, RunError
+from exitsafe.lppo import LPPOConfig, align
+from exitsafe.lppo.reward import final_scores
+from exitsafe.records import Response, Sample
+from exitsafe.vlm import VLM, Completion, Row
+from tests.lppo.conftest import count_red, make_vlm, tiny_config
+
+
+class CountRed:
+    """`count_red`, with something that happens before call number `at`."""
+
+    def __init__(self, at: int = -1, event: Callable[[], None] = lambda: None) -> None:
+        self.calls_left = at
+        self.event = event
+
+    def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        if self.calls_left == 0:
+            self.event()
+        self.calls_left -= 1
+        return count_red(samples, responses)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def adapter_of(out: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(out / "adapter" / "adapter_model.safetensors"))
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    one, other = adapter_of(first), adapter_of(second)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert metrics_of(first) == metrics_of(second)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    vlm: VLM, samples: list[Sample], tmp_path: Path, train: str
+) -> None:
+    config = tiny_config(train=train, feature_cache_gb=0.0 if train == "lora" else 1.0)
+    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        align(vlm, samples, reward=CountRed(5, interrupt), config=config, out=tmp_path / "broken")
+    assert len(metrics_of(tmp_path / "broken")) == 5  # one step past the checkpoint of step 4: to be redone
+    assert not (tmp_path / "broken" / "adapter").exists()
+    align(make_vlm("llava"), samples, reward=CountRed(), config=config, out=tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_the_same(
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+) -> None:
+    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        align(vlm, samples, reward=CountRed(5, interrupt), config=config, out=tmp_path / "broken")
+    newest = tmp_path / "broken" / "checkpoints" / "step-000004.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(RuntimeWarning, match="torn"):
+        align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from exitsafe.lppo import align
+from tests.lppo import conftest
+from tests.lppo.test_trainer import CountRed, kill
+align(conftest.make_vlm("llava"), conftest.make_samples(), reward=CountRed(3, kill), config=conftest.tiny_config(),
+      out=Path(sys.argv[1]))
+"""
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "killed")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-000002.ckpt"]
+    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "killed")
+    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_finished_run_started_again_is_done_and_changed_settings_are_refused(
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+) -> None:
+    path = align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+    assert path == tmp_path / "run" / "adapter"
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run") == path
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    for changed, difference in (
+        ({"config": tiny_config(seed=3)}, "config.seed was 0, is now 3"),
+        ({"samples": samples[:-1]}, "data.samples was 12, is now 11"),
+        ({"reward": CountRed()}, 'reward was "count_red", is now "CountRed"'),
+    ):
+        arguments: dict[str, Any] = {"samples": samples, "reward": count_red, "config": config} | changed
+        with pytest.raises(RunError, match=difference):
+            align(vlm, arguments.pop("samples"), out=tmp_path / "run", **arguments)
+
+
+def test_everything_reads_the_features_of_the_sampled_exit(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollout, old, reference, values and update: each row carries its own exit's features, mixed in a batch."""
+    vlm = make_vlm("llava")
+    reads: dict[str, list[tuple[str, int, int]]] = {"complete": [], "response_states": []}
+    mixed_batches = 0
+    right: dict[tuple[str, int], tuple[torch.Tensor, ...] | None] = {}
+    prompts = [vlm.encode_prompt(sample) for sample in samples]
+    for prompt, found in zip(prompts, vlm.prompt_features(prompts, vlm.exit_layers), strict=True):
+        right |= {(prompt.sample_id, exit_layer): features for exit_layer, features in found.items()}
+
+    def check(rows: Sequence[Row], responses: Sequence[Sequence[int]], name: str) -> None:
+        nonlocal mixed_batches
+        mixed_batches += len({row.exit_layer for row in rows}) > 1
+        for row, response in zip(rows, responses, strict=True):
+            wanted = right[row.prompt.sample_id, row.exit_layer]
+            assert (row.features is None) is (wanted is None)
+            for mine, theirs in zip(row.features or (), wanted or (), strict=True):
+                assert torch.allclose(mine, theirs, atol=1e-5)
+            reads[name].append((row.prompt.sample_id, row.exit_layer, hash(tuple(response))))
+
+    complete, response_states = VLM.complete, VLM.response_states
+
+    def spy_complete(self: VLM, rows: Sequence[Row], **settings: Any) -> Iterator[tuple[int, Completion]]:
+        for index, completion in complete(self, rows, **settings):
+            check([rows[index]], [completion.token_ids], "complete")
+            yield index, completion
+
+    def spy_states(self: VLM, rows: Sequence[Row], responses: Sequence[torch.Tensor]) -> Any:
+        check(rows, [response.tolist() for response in responses], "response_states")
+        return response_states(self, rows, responses)
+
+    monkeypatch.setattr(VLM, "complete", spy_complete)
+    monkeypatch.setattr(VLM, "response_states", spy_states)
+    config = tiny_config(num_steps=2, num_epochs=2, microbatch_tokens=10_000)
+    align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+    # each trajectory is read once by the policy, once by the reference, and once per epoch, at its one exit
+    assert sorted(reads["response_states"]) == sorted(reads["complete"] * 4)
+    assert len({exit_layer for _, exit_layer, _ in reads["complete"]}) >= 4
+    assert mixed_batches >= 8
+
+
+def test_features_are_computed_once(
+    vlm: VLM, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, tuple[int, ...]]] = []
+    original = VLM.prompt_features
+
+    def spy(self: VLM, prompts: Sequence[Any], exit_layers: Sequence[int], **settings: Any) -> Any:
+        calls.append((len(prompts), tuple(exit_layers)))
+        return original(self, prompts, exit_layers, **settings)
+
+    monkeypatch.setattr(VLM, "prompt_features", spy)
+    align(vlm, samples, reward=count_red, config=tiny_config(), out=tmp_path / "kept")
+    assert calls == [(12, (1,)), (12, (1, 2, 3, 4, 5, 6))]  # a look at the size, then all at once
+    calls.clear()
+    align(vlm, samples, reward=count_red, config=tiny_config(feature_cache_gb=0.0), out=tmp_path / "not")
+    by_step = calls[1:]
+    assert sum(number for number, _ in by_step) == 6 * 8  # every place of every step once
+    assert all(len(layers) == 1 for _, layers in by_step)
+    one, other = adapter_of(tmp_path / "kept"), adapter_of(tmp_path / "not")
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+def test_the_rollout_batch_size_changes_nothing(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
+    for size in (8, 3):
+        align(vlm, samples, reward=count_red, config=tiny_config(rollout_batch_size=size), out=tmp_path / str(size))
+    one, other = adapter_of(tmp_path / "8"), adapter_of(tmp_path / "3")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_sample_that_comes_twice_in_a_step_is_drawn_twice(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
+    texts: list[str] = []
+
+    def keep(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        texts.extend(response.text for response in responses)
+        return [0.0] * len(responses)
+
+    config = tiny_config(num_steps=2, exit_layers=(5,))
+    align(vlm, samples[1:2], reward=keep, config=config, out=tmp_path / "run")
+    assert len(set(texts)) > 8  # 16 answers to one sample at one exit
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_reward_rises(samples: list[Sample], tmp_path: Path, train: str) -> None:
+    vlm = make_vlm("llava")
+    weights = {name: weight.clone() for name, weight in vlm.model.state_dict().items()}
+    rate = {"lora": 1e-2, "full": 3e-3}[train]
+    config = tiny_config(
+        train=train, num_steps=25, batch_size=32, minibatch_size=16, microbatch_tokens=1000, learning_rate=rate
+    )
+    seen: list[tuple[int, int]] = []
+    align(
+        vlm,
+        samples,
+        reward=count_red,
+        config=config,
+        out=tmp_path / "run",
+        progress=lambda done, total, note: seen.append((done, total)),
+    )
+    metrics = metrics_of(tmp_path / "run")
+    first = sum(line["reward"] for line in metrics[:3]) / 3
+    last = sum(line["reward"] for line in metrics[-3:]) / 3
+    assert last > first + 0.5
+    assert metrics[0]["kl"] == 0.0  # the policy is the reference
+    assert metrics[-1]["kl"] > 0.1
+    assert seen == [(step, 25) for step in range(1, 26)]
+    assert vlm.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in vlm.model.state_dict().items())
+    names = adapter_of(tmp_path / "run").keys()
+    assert names
+    assert all("language_model" in name or "lm_head" in name for name in names)
+
+
+def test_metrics_hold_every_layer_and_kind_and_the_adaptive_coefficient(
+    vlm: VLM, samples: list[Sample], tmp_path: Path
+) -> None:
+    config = tiny_config(batch_size=64, minibatch_size=64, exit_layers=(2, 4), kl_target=1.0, kl_horizon=640)
+    align(vlm, samples, reward=None, config=config, out=tmp_path / "run")
+    metrics = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in metrics] == list(range(6))
+    for line in metrics:
+        assert set(line["reward_by_kind"]) == {"harmful", "benign", "vqa"}
+        assert list(line["reward_by_exit"]) == list(line["kl_by_exit"]) == ["2", "4", "5"]
+        harmful = [name for name in line["reward_by_kind_and_exit"] if name.startswith("harmful@")]
+        assert [f"harmful@{exit_layer}" for exit_layer in line["asr_by_exit"]] == harmful
+        assert len(line["reward_by_kind_and_exit"]) >= 8
+        assert 0.0 <= line["asr"] <= 1.0
+        assert line["entropy"] > 0.0
+        assert line["num_tokens"] >= 64
+        assert line["skipped_minibatches"] == line["num_unscored"] == 0
+    # KL 0 at first, target 1: the coefficient falls by 20% * 64 / 640
+    assert metrics[0]["kl_coef"] == 0.05
+    assert metrics[1]["kl_coef"] == pytest.approx(0.05 * 0.98)
+    assert metrics[0]["learning_rate"] == pytest.approx(3e-3)
+    assert metrics[5]["learning_rate"] == pytest.approx(3e-4)
+
+
+def test_unscored_answers_are_left_out_and_counted(
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+) -> None:
+    def only_vqa(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        return [1.0 if sample.kind == "vqa" else float("nan") for sample in samples]
+
+    def nothing(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        return [float("nan")] * len(responses)
+
+    align(vlm, samples, reward=only_vqa, config=config, out=tmp_path / "run")
+    for line in metrics_of(tmp_path / "run"):
+        assert list(line["reward_by_kind"]) == ["vqa"]
+        assert 4 <= line["num_unscored"] <= 7
+    with pytest.raises(RunError, match="step 0: none of 8 answers could be scored"):
+        align(vlm, samples, reward=nothing, config=config, out=tmp_path / "none")
+
+
+def test_scores_are_calibrated_on_the_untrained_model(
+    vlm: VLM, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[float, float]] = []
+    original = final_scores
+
+    def spy(*args: Any, calibration: tuple[float, float], **settings: Any) -> torch.Tensor:
+        used.append(calibration)
+        return original(*args, calibration=calibration, **settings)
+
+    monkeypatch.setattr("exitsafe.lppo.trainer.final_scores", spy)
+    config = tiny_config(calibration_samples=30)
+
+    def shifted(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        return [1000.0 + 100.0 * (response.exit_layer % 2) for response in responses]
+
+    align(vlm, samples, reward=shifted, config=config, out=tmp_path / "run")
+    assert len(used) == 6
+    assert len(set(used)) == 1
+    mean, deviation = used[0]
+    assert 1020 < mean < 1080
+    assert 40 < deviation <= 50
+
+
+def test_bad_input_leaves_no_folder_behind(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exit_layer=9, but this encoder has 6 blocks: choose 1 to 6"):
+        align(vlm, samples, config=tiny_config(exit_layers=(9,)), out=tmp_path / "run")
+    with pytest.raises(InputError, match="no samples to train on"):
+        align(vlm, [], config=tiny_config(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
