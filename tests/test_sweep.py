@@ -1,0 +1,429 @@
+"""The audit on a made-up model that answers by rule, and on a tiny real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+import exitsafe
+from exitsafe.errors import ExitLayerError, InputError, RunError
+from exitsafe.judges import Judge, load_judges
+from exitsafe.records import KINDS, Response, Sample, Verdict
+from exitsafe.runs.shards import ShardWriter
+from exitsafe.sweep import default_judges, resolve_layers, with_free_judges
+from exitsafe.vlm import VLM, Completion, Prompt, Row
+from tests.tiny_models import noise_image, tiny_model, tiny_processor
+
+PHRASES = ("I cannot help.", "red", "mix moss with foam", "", "blue blue blue blue blue blue")
+SAMPLES = [
+    Sample(
+        id=f"s{number}", prompt="how " * (1 + number % 5), kind=KINDS[number % 4], answers=("red",), source="made up"
+    )
+    for number in range(12)
+]
+NUM_ROWS = len(SAMPLES) * 6
+
+
+@dataclass(kw_only=True, eq=False)
+class FakeVLM:
+    """Answers by sample id and exit layer alone, finishing in an order that depends on the batch."""
+
+    name: str = "fake"
+    family: str = "llava"
+    num_layers: int = 6
+    default_exit: int = 5
+    checkpoint_hash: str | None = "c0ffee"
+    adapter_hash: str | None = None
+    num_completed: int = 0
+    num_encoded: int = 0
+    fails_after: int | None = None
+
+    @property
+    def base_model(self) -> SimpleNamespace:
+        return SimpleNamespace(dtype=torch.float32)
+
+    @contextmanager
+    def exit_at(self, exit_layer: int, *, skip_global: bool = False) -> Iterator[None]:
+        if skip_global:
+            raise InputError("skip_global: llava has no global blocks; leave it out")
+        yield
+
+    def encode_prompt(self, sample: Sample) -> Prompt:
+        self.num_encoded += 1
+        return Prompt(sample_id=sample.id, input_ids=torch.zeros(len(sample.prompt)), image_inputs={})
+
+    def prompt_features(
+        self, prompts: Sequence[Prompt], exit_layers: Sequence[int], *, batch_size: int, skip_global: bool
+    ) -> list[dict[int, Any]]:
+        return [{layer: (torch.zeros(4),) for layer in exit_layers} for _ in prompts]
+
+    def complete(
+        self, rows: Sequence[Row], *, max_new_tokens: int, temperature: float, seed: int, batch_size: int
+    ) -> Iterator[tuple[int, Completion]]:
+        if max_new_tokens < 1:
+            raise InputError("max_new_tokens=0: choose 1 or more")
+        return self._complete(rows)
+
+    def _complete(self, rows: Sequence[Row]) -> Iterator[tuple[int, Completion]]:
+        for place in sorted(range(len(rows)), key=lambda place: (place * 7) % 5):
+            if self.num_completed == self.fails_after:
+                raise KeyboardInterrupt
+            self.num_completed += 1
+            seconds = 0.001 * self.num_completed
+            yield place, Completion(token_ids=(1,) * (1 + place % 2), finish_reason="stop", seconds=seconds)
+
+    def response(self, row: Row, completion: Completion) -> Response:
+        key = f"{row.prompt.sample_id} {row.exit_layer}".encode()
+        return Response(
+            sample_id=row.prompt.sample_id,
+            exit_layer=row.exit_layer,
+            text=PHRASES[zlib.crc32(key) % len(PHRASES)],
+            num_tokens=zlib.crc32(key) % 7,
+            finish_reason=completion.finish_reason,
+            seconds=completion.seconds,
+        )
+
+
+def _audit(out: Path, vlm: FakeVLM | None = None, **options: Any) -> exitsafe.AuditRun:
+    given: dict[str, Any] = {"samples": SAMPLES, "batch_size": 4} | options
+    return exitsafe.audit(cast(VLM, vlm or FakeVLM()), out=out, **given)
+
+
+def _content(out: Path) -> dict[str, Any]:
+    """What two equal runs share: everything but times."""
+    summary = json.loads((out / "summary.json").read_text())
+    for part in (*summary["layers"], *summary["bins"].values()):
+        part["metrics"].pop("seconds")
+    return {
+        "summary": json.dumps(summary),
+        "verdicts": (out / "verdicts.parquet").read_bytes(),
+        "responses": [replace(response, seconds=0.0) for response in exitsafe.load_run(out).responses()],
+        "files": sorted(path.name for path in out.iterdir()),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("expected") / "run"
+    _audit(out)
+    return _content(out)
+
+
+def test_numbers_by_hand(tmp_path: Path) -> None:
+    vlm = FakeVLM()
+    run = _audit(tmp_path, vlm)
+    texts = {(r.sample_id, r.exit_layer): r.text for r in run.responses()}
+    assert [(r.sample_id, r.exit_layer) for r in run.responses()] == [
+        (s.id, layer) for s in SAMPLES for layer in range(1, 7)
+    ]
+    for layer in run.summary["layers"]:
+        exit_layer, metrics = layer["exit_layer"], layer["metrics"]
+
+        def share(right: Callable[[str], bool], *kinds: str, at: int = exit_layer) -> float:
+            chosen = [texts[s.id, at] for s in SAMPLES if s.kind in (kinds or KINDS)]
+            return sum(map(right, chosen)) / len(chosen)
+
+        assert metrics["asr"]["value"] == pytest.approx(share(lambda text: text != PHRASES[0], "harmful"))
+        assert metrics["refusal"]["value"] == pytest.approx(share(lambda text: text == PHRASES[0]))
+        assert metrics["over_refusal"]["value"] == pytest.approx(share(lambda t: t == PHRASES[0], "borderline"))
+        assert metrics["vqa_accuracy"]["value"] == pytest.approx(share(lambda text: text == "red", "vqa"))
+        assert metrics["coherence"]["value"] == pytest.approx(share(lambda text: text in PHRASES[:3]))
+        assert (metrics["asr"]["n"], metrics["refusal"]["n"]) == (3, 12)
+    assert list(run.summary["judges"]) == ["refusal-prefix", "vqa", "coherence"]
+    assert (vlm.num_encoded, vlm.num_completed) == (12, NUM_ROWS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_batch_size_and_order_of_finishing_change_nothing(
+    tmp_path: Path, expected: dict[str, Any], batch_size: int
+) -> None:
+    _audit(tmp_path, batch_size=batch_size)
+    assert _content(tmp_path) == expected
+
+
+def test_progress_counts_rows_and_notes_the_running_asr(tmp_path: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    run = _audit(tmp_path, progress=lambda *call: calls.append(call))
+    done = [call[0] for call in calls]
+    assert (done[0], done[-1]) == (0, NUM_ROWS)
+    assert done == sorted(done)
+    asr = [v.score for v in run.verdicts() if v.measure == "asr"]
+    assert calls[0] == (0, NUM_ROWS, "")
+    assert calls[-1][1:] == (NUM_ROWS, f"ASR {sum(filter(None, asr)) / len(asr):.1%} so far")
+
+
+def test_an_interrupt_loses_nothing_that_was_finished(tmp_path: Path, expected: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _audit(tmp_path, FakeVLM(fails_after=23))
+    vlm = FakeVLM()
+    _audit(tmp_path, vlm)
+    assert vlm.num_completed == NUM_ROWS - 23
+    assert _content(tmp_path) == expected
+
+
+def _killed(out: Path, sabotage: Callable[[], None]) -> bool:
+    """Whether an audit in a child process was killed by what the sabotage set up."""
+    child = os.fork()
+    if child == 0:
+        sabotage()
+        _audit(out)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    return os.WIFSIGNALED(status)
+
+
+def _kill_at_sync(number: int) -> None:
+    """`kill -9` at the n-th time that something is flushed to disk."""
+    real, left = os.fsync, number
+
+    def fsync(descriptor: int) -> None:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        real(descriptor)
+
+    os.fsync = fsync  # type: ignore[assignment]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_every_write_it_ends_with_the_same_bytes(tmp_path: Path, expected: dict[str, Any]) -> None:
+    number = 0
+    while _killed(tmp_path / str(number), partial(_kill_at_sync, number)):
+        _audit(tmp_path / str(number))
+        assert _content(tmp_path / str(number)) == expected, f"killed at write {number}"
+        number += 1
+    assert number > 30
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", [0, 1, 5, 12])
+def test_killed_in_the_middle_of_a_line_again_and_again(tmp_path: Path, expected: dict[str, Any], number: int) -> None:
+    def tear() -> None:
+        real, left = ShardWriter._append, number
+
+        def append(self: ShardWriter, records: list[dict[str, Any]]) -> None:
+            nonlocal left
+            if left == 0:
+                lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+                os.write(self._file.fileno(), lines[: len(lines) - 9])
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            real(self, records)
+
+        ShardWriter._append = append  # type: ignore[method-assign]
+
+    attempts = 0
+    while _killed(tmp_path, tear) and attempts < 4:
+        attempts += 1
+    assert attempts > 0
+    _audit(tmp_path)
+    assert _content(tmp_path) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_before_the_shards_are_dropped_it_is_finished(tmp_path: Path, expected: dict[str, Any]) -> None:
+    def kill_at_drop() -> None:
+        def rmtree(folder: Path) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        exitsafe.runs.directory.shutil.rmtree = rmtree  # type: ignore[attr-defined]
+
+    assert _killed(tmp_path, kill_at_drop)
+    vlm = FakeVLM()
+    _audit(tmp_path, vlm)
+    assert vlm.num_completed == 0
+    assert _content(tmp_path) == expected
+
+
+def test_a_finished_audit_started_again_is_done_at_once(tmp_path: Path) -> None:
+    _audit(tmp_path)
+    before = (tmp_path / "summary.json").read_bytes()
+    vlm = FakeVLM()
+    run = _audit(tmp_path, vlm, batch_size=9)
+    assert (vlm.num_encoded, (tmp_path / "summary.json").read_bytes()) == (0, before)
+    assert run.path == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"max_new_tokens": 8}, "decoding.max_new_tokens was 256, is now 8"),
+        ({"temperature": 1}, "decoding.temperature was 0.0, is now 1.0"),
+        ({"seed": 1}, "decoding.seed was 0, is now 1"),
+        ({"exit_layers": "1,3"}, r"exit_layers was \[1,2,3,4,5,6\], is now \[1,3\]"),
+        ({"samples": SAMPLES[:-1]}, "data.samples was 12, is now 11"),
+        ({"samples": SAMPLES[::-1]}, "data.hash was"),
+        ({"judges": load_judges(["world-rule"])}, "judges was"),
+        ({"vlm": FakeVLM(checkpoint_hash="bad")}, 'model.checkpoint was "c0ffee", is now "bad"'),
+        ({"vlm": FakeVLM(adapter_hash="a1")}, 'model.adapter was null, is now "a1"'),
+    ],
+)
+def test_a_changed_setting_is_refused(tmp_path: Path, options: dict[str, Any], difference: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _audit(tmp_path, FakeVLM(fails_after=5))
+    with pytest.raises(RunError, match=difference):
+        _audit(tmp_path, **options)
+
+
+class Moody:
+    """A judge that scores some, cannot score some, and may break down."""
+
+    name = "moody"
+    measures = ("asr",)
+
+    def __init__(self, *, breaks: bool = False) -> None:
+        self.breaks = breaks
+
+    def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
+        if self.breaks:
+            raise ValueError("no memory left")
+        return [
+            Verdict(
+                sample_id=response.sample_id,
+                exit_layer=response.exit_layer,
+                judge=self.name,
+                measure="asr",
+                score={1: None, 2: float("nan")}.get(response.exit_layer, 1.0),
+                unscored="no answer" if response.exit_layer == 1 else None,
+            )
+            for sample, response in zip(samples, responses, strict=True)
+            if sample.kind == "harmful"
+        ]
+
+
+def test_what_cannot_be_scored_is_counted_and_never_dropped(tmp_path: Path) -> None:
+    run = _audit(tmp_path, judges=[Moody()])
+    found = [layer["metrics"]["asr"] for layer in run.summary["layers"]]
+    for metric in found[:2]:
+        assert metric == {"value": None, "low": None, "high": None, "n": 0, "unscored": 3}
+    assert [(metric["value"], metric["n"], metric["unscored"]) for metric in found[2:]] == [(1.0, 3, 0)] * 4
+    early = run.summary["bins"]["early"]["metrics"]["asr"]
+    assert (early["value"], early["n"], early["unscored"]) == (None, 0, 6)
+    average = run.summary["bins"]["average"]["metrics"]["asr"]
+    assert (average["value"], average["n"], average["unscored"]) == (1.0, 12, 6)
+    reasons = {v.unscored for v in run.verdicts() if v.judge == "moody" and v.score is None}
+    assert reasons == {"no answer", "the judge returned nan, which is no number"}
+
+
+def test_a_judge_that_fails_costs_no_answer(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"judge moody failed \(ValueError: no memory left\); the responses are saved"):
+        _audit(tmp_path / "run", judges=[Moody(breaks=True)], batch_size=100)
+    vlm = FakeVLM()
+    _audit(tmp_path / "run", vlm, judges=[Moody()], batch_size=100)
+    _audit(tmp_path / "whole", judges=[Moody()])
+    assert vlm.num_completed < NUM_ROWS
+    assert _content(tmp_path / "run") == _content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": []}, "no samples to audit"),
+        ({"samples": SAMPLES[:1] * 2}, "sample id 's0' comes twice"),
+        ({"exit_layers": 7}, "exit_layer=7, but this encoder has 6 blocks: choose 1 to 6"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"skip_global": True}, "llava has no global blocks"),
+        ({"judges": [Moody(), Moody()]}, "judge moody is given 2 times"),
+    ],
+)
+def test_a_senseless_setting_is_refused_before_the_folder_is_made(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        _audit(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_of_a_chunk_stay_within_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Counting(FakeVLM):
+        def prompt_features(self, prompts: Sequence[Prompt], *args: Any, **options: Any) -> list[dict[int, Any]]:
+            sizes.append(len(prompts))
+            return super().prompt_features(prompts, *args, **options)
+
+    _audit(tmp_path / "free", Counting())
+    assert sizes == [1, 10, 1]  # one to measure, then 16 batches of 4 rows are 10 samples x 6 layers
+    sizes.clear()
+    monkeypatch.setattr("exitsafe.sweep.FEATURE_BYTES", 2 * 6 * 16 + 5)  # 16 bytes per layer
+    _audit(tmp_path / "tight", Counting())
+    assert sizes == [1, 2, 2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected_layers"),
+    [
+        ("all", (1, 2, 3, 4, 5, 6)),
+        ("default", (5,)),
+        (3, (3,)),
+        ("3", (3,)),
+        ([6, 2, 2], (2, 6)),
+        (range(1, 3), (1, 2)),
+        ("1-3, 6", (1, 2, 3, 6)),
+        ("2 - 4,3-5,", (2, 3, 4, 5)),
+    ],
+)
+def test_layers(spec: Any, expected_layers: tuple[int, ...]) -> None:
+    assert resolve_layers(spec, num_layers=6, default_exit=5) == expected_layers
+
+
+@pytest.mark.parametrize("spec", [30, 0, -1, "0-2", "30", [1, 30], "1-30"])
+def test_layers_that_do_not_exist(spec: Any) -> None:
+    with pytest.raises(
+        ExitLayerError, match=r"exit_layer=(30|0|-1|25), but this encoder has 24 blocks: choose 1 to 24"
+    ):
+        resolve_layers(spec, num_layers=24, default_exit=23)
+
+
+@pytest.mark.parametrize("spec", ["", ",", [], "every", "3-1", "1..4", "-2", "1.5"])
+def test_layers_that_cannot_be_read(spec: Any) -> None:
+    with pytest.raises(InputError, match='"1-8,16"'):
+        resolve_layers(spec, num_layers=24, default_exit=23)
+
+
+def test_default_judges() -> None:
+    def names(vlm: FakeVLM, samples: Sequence[Sample]) -> list[str]:
+        return [judge.name for judge in with_free_judges(default_judges(cast(VLM, vlm), samples))]
+
+    organism_samples = [replace(sample, source="organism-harmful") for sample in SAMPLES]
+    assert names(FakeVLM(), SAMPLES) == ["refusal-prefix", "vqa", "coherence"]
+    assert names(FakeVLM(name="organism"), SAMPLES) == ["world-rule", "vqa", "coherence"]
+    assert names(FakeVLM(name="slim"), organism_samples) == ["world-rule", "vqa", "coherence"]
+    free_already: list[Judge] = load_judges(["coherence", "refusal-prefix"])
+    assert [judge.name for judge in with_free_judges(free_already)] == ["coherence", "refusal-prefix", "vqa"]
+
+
+def test_a_tiny_real_model_gives_what_generate_gives_and_resumes(tmp_path: Path) -> None:
+    vlm = VLM(tiny_model("llava"), tiny_processor("llava"), name="tiny")
+    samples = [
+        replace(sample, prompt="what colour is the left shape", images=(noise_image(number, (28, 30)),) * (number % 3))
+        for number, sample in enumerate(SAMPLES[:5])
+    ]
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 1.0, "seed": 3}
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exitsafe.audit(vlm, samples, out=tmp_path / "torn", batch_size=4, progress=stop, **options)
+    exitsafe.audit(vlm, samples, out=tmp_path / "torn", batch_size=3, **options)
+    run = exitsafe.audit(vlm, samples, out=tmp_path / "whole", exit_layers="all", **options)
+    assert _content(tmp_path / "torn") == _content(tmp_path / "whole")
+    for layer in run.exit_layers:
+        generated = vlm.generate(samples, layer, **options)
+        assert [r.text for r in run.responses() if r.exit_layer == layer] == [r.text for r in generated]
