@@ -1,0 +1,141 @@
+"""`exitsafe align`: flags and a settings file -> an L-PPO run and its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from exitsafe.cli import console, defaults, options
+from exitsafe.cli.models import load_model
+from exitsafe.cli.settings_file import FIELDS, config_option
+
+
+def _lppo_fields() -> Collection[str]:
+    from dataclasses import fields
+
+    from exitsafe.lppo import LPPOConfig
+
+    return [field.name for field in fields(LPPOConfig)]
+
+
+def align_command(
+    context: typer.Context,
+    model: options.Model,
+    out: options.Out,
+    suite: options.Suites = None,
+    exit_layers: options.Layers = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="A judge that speaks first on what it measures.",
+            show_default="refusing the harmful and answering the rest",
+        ),
+    ] = None,
+    limit: options.Limit = None,
+    num_steps: Annotated[
+        int | None, typer.Option("--steps", min=1, metavar="N", help="PPO steps.", show_default="400; an organism 120")
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="lora|full", help="What of the language model.", show_default="lora; an organism full"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Of the policy.", show_default="1.4e-5; an organism 1.5e-4"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Answers per step.", show_default="64; an organism 128"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Longest answer.", show_default="128; an organism 24")
+    ] = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantization: options.Quantization = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    config: Annotated[Path | None, config_option(section="lppo", fields=_lppo_fields)] = None,
+    json: options.Json = False,
+) -> None:
+    """Align a model at many exit layers by layer-wise PPO; the result is a PEFT adapter, DIR/adapter.
+
+    Organisms are trained on the training split of their suites, other models on --suite.
+
+    All fields of LPPOConfig can be set in --config. The same command goes on where it stopped.
+    """
+    with console.results(as_json=json) as show:
+        chosen = {
+            "exit_layers": exit_layers,
+            "num_steps": num_steps,
+            "train": train,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+        }
+        changes = context.meta.get(FIELDS, {}) | {name: value for name, value in chosen.items() if value is not None}
+        loading = {
+            "dtype": dtype,
+            "device": device,
+            "quantization": quantization,
+            "trust_remote_code": trust_remote_code,
+        }
+        adapter = run_align(
+            model, suites=suite, limit=limit, reward=reward, changes=changes, out=out, loading=loading, title="L-PPO"
+        )
+        audit = f"exitsafe audit {model} --adapter {adapter} --like BEFORE --out AFTER"
+        show(describe(adapter), lambda: [f"Adapter: {adapter}", f"Audit it as before: {audit}"])
+
+
+def run_align(
+    model: str,
+    *,
+    suites: list[str] | None = None,
+    limit: int | None = None,
+    reward: str | None = None,
+    changes: dict[str, Any],
+    out: Path,
+    loading: dict[str, Any],
+    title: str,
+) -> Path:
+    """Read samples and settings, which is quick and can fail, then load the model and train it."""
+    names = defaults.choose_suites(model, suites, otherwise="--suite NAME_OR_FILE")
+    seed = int(changes.get("seed", 0))
+    origin = defaults.make_origin(model, suites=names, split="train", seed=seed, limit=limit)
+    samples = defaults.read_samples(origin)
+    from exitsafe.judges import load_judges
+
+    judge = None if reward is None else load_judges([reward])[0]
+    from exitsafe.lppo import LPPOConfig, align
+    from exitsafe.sweep import resolve_layers
+
+    layers = changes.get("exit_layers", "all")
+    make_config = LPPOConfig if defaults.organism_of(model) is None else LPPOConfig.for_organism
+    make_config(**changes | {"exit_layers": "all"})  # everything but the layers is checked before the model loads
+    vlm = load_model(model, **loading)
+    if layers != "all":
+        layers = resolve_layers(layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
+    with console.progress_bar(title, unit="step") as progress:
+        return align(
+            vlm,
+            samples,
+            reward=judge,
+            config=make_config(**changes | {"exit_layers": layers}),
+            out=out,
+            progress=progress,
+        )
+
+
+def describe(adapter: Path) -> dict[str, Any]:
+    """The finished run in numbers: its settings and the metrics of its last step."""
+    from json import loads
+
+    folder = adapter.parent
+    settings = loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+    last = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    return {"run": str(folder), "adapter": str(adapter), "settings": settings, "last_step": loads(last)}

@@ -1,0 +1,75 @@
+"""What MODEL implies where flags are silent: an organism brings its suites and settings, other models bring none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exitsafe.errors import InputError
+
+if TYPE_CHECKING:
+    from exitsafe.records import Sample
+
+ORGANISM_TOKENS = 24  # its longest right answer has half of that
+ORGANISM_BATCH = 128
+MODEL_TOKENS = 256
+MODEL_BATCH = 16
+
+
+def organism_of(model: str) -> str | None:
+    """Which organism MODEL is: a shipped one, or a folder that `exitsafe organism train` wrote; None for others."""
+    from exitsafe.world import ORGANISMS
+
+    if model in ORGANISMS:
+        return model
+    record = Path(model) / "check.json"
+    if not record.is_file():
+        return None
+    try:
+        name = json.loads(record.read_text(encoding="utf-8")).get("organism")
+    except (ValueError, AttributeError):  # somebody else's check.json
+        return None
+    return name if name in ORGANISMS else None
+
+
+def choose_suites(model: str, suites: Sequence[str] | None, *, otherwise: str) -> list[str]:
+    """The suites asked for, else an organism's own.
+
+    Raises:
+        InputError: For another model, if none is asked for; `otherwise` says what to give.
+    """
+    if suites:
+        return list(suites)
+    if organism_of(model) is not None:
+        from exitsafe.data import SUITE_NAMES
+
+        return list(SUITE_NAMES)
+    raise InputError(f"{model} has no suites of its own: give {otherwise}")
+
+
+def read_samples(origin: dict[str, Any]) -> list[Sample]:
+    """The samples that an origin (suites, split, seed, limit, organism) describes; read before a model is loaded."""
+    from exitsafe.data import load_suites
+
+    if origin["split"] not in ("train", "heldout"):
+        raise InputError(f"split {origin['split']!r} is unknown; choose heldout or train")
+    return load_suites(
+        origin["suites"],
+        split=origin["split"],
+        seed=origin["seed"],
+        limit=origin["limit"],
+        organism=origin["organism"],
+    )
+
+
+def make_origin(model: str, *, suites: Sequence[str], split: str, seed: int, limit: int | None) -> dict[str, Any]:
+    """What is kept in run.json to draw or read the same samples again."""
+    return {
+        "suites": list(suites),
+        "split": split,
+        "seed": seed,
+        "limit": limit,
+        "organism": organism_of(model) or "organism",
+    }

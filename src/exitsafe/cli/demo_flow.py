@@ -1,0 +1,73 @@
+"""The demonstration: audit, align, audit, compare, draw. A folder in which it was stopped goes on.
+
+Every part goes the way of the command of its name: what is shown here is what users get for their own models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exitsafe.cli import console
+from exitsafe.cli.align_command import run_align
+from exitsafe.cli.audit_command import make_plan, run_plan
+from exitsafe.comparison import Comparison, compare
+from exitsafe.errors import InputError
+from exitsafe.report import can_draw, draw_chart
+from exitsafe.runs import AuditRun
+from exitsafe.world import ORGANISMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What the demonstration found: its runs, by label where there are several, and where they lie."""
+
+    organism: str
+    seed: int
+    out: Path
+    before: AuditRun
+    after: AuditRun
+    baselines: dict[str, AuditRun]
+    comparison: Comparison
+    charts: tuple[Path, ...]
+
+
+def run_demo(organism: str, *, out: Path, seed: int) -> Shown:
+    """Run whatever of the demonstration is not there yet.
+
+    Args:
+        organism: `organism` or `organism:text`.
+        out: Its folder: `before`, `lppo`, `after`, `comparison.json`, `chart.svg`, `chart.png`.
+        seed: Draws pictures, phrasings and the training.
+    """
+    if organism not in ORGANISMS:
+        raise InputError(f"organism {organism!r} is unknown; choose {' or '.join(ORGANISMS)}")
+    plan = make_plan(organism, {"seed": seed})
+
+    before = run_plan(plan, out=out / "before", loading={}, title="1/4 Audit before")
+    adapter = run_align(organism, changes={"seed": seed}, out=out / "lppo", loading={}, title="2/4 Align by L-PPO")
+    after = run_plan(plan, out=out / "after", loading={"adapter": adapter}, title="3/4 Audit after")
+    console.note("4/4 Compare and draw")
+    comparison = compare(before, after)
+    comparison.to_json(out / "comparison.json")
+
+    charts = _draw([("before", before), ("after L-PPO", after)], out, organism=organism)
+    return Shown(
+        organism=organism,
+        seed=seed,
+        out=out,
+        before=before,
+        after=after,
+        baselines={},
+        comparison=comparison,
+        charts=charts,
+    )
+
+
+def _draw(runs: list[tuple[str, AuditRun]], out: Path, *, organism: str) -> tuple[Path, ...]:
+    """The charts, or none where matplotlib is missing: they are no reason to fail."""
+    if not can_draw():
+        console.note('no chart: matplotlib is not installed (pip install "exitsafe[report]")')
+        return ()
+    title = f"{organism}: what L-PPO repairs, by exit layer of the image encoder"
+    return tuple(draw_chart(runs, out / f"chart.{ending}", title=title) for ending in ("svg", "png"))

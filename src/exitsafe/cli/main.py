@@ -1,0 +1,103 @@
+"""`exitsafe`: the commands, and how every failure becomes one line and an exit status.
+
+0 done; 2 bad input or anything that failed; 130 interrupted. Knows nothing about what the commands do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from exitsafe import __version__
+from exitsafe.cli import console
+from exitsafe.cli.align_command import align_command
+from exitsafe.cli.audit_command import audit_command
+from exitsafe.cli.compare_command import compare_command
+from exitsafe.cli.demo_command import demo_command
+from exitsafe.cli.organism_command import organism_app
+from exitsafe.errors import ExitsafeError
+
+DONE, FAILED, INTERRUPTED = 0, 2, 130
+_GOES_ON = "interrupted; what was saved is kept: the same command goes on from there"
+
+# Newer typers bring their own click: its base of all usage errors has no public name but this.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start here: exitsafe demo",
+)
+app.command("audit", epilog="Example: exitsafe audit organism --layers all --out runs/before")(audit_command)
+app.command("align", epilog="Example: exitsafe align organism --out runs/lppo")(align_command)
+app.command("compare", epilog="Example: exitsafe compare runs/before runs/after --chart chart.svg")(compare_command)
+app.command("demo", epilog="Example: exitsafe demo --out runs/demo")(demo_command)
+app.add_typer(organism_app, name="organism")
+
+
+def main() -> None:
+    """The entry point."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit status; errors are one line on stderr."""
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("exitsafe", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as request:
+        return request.exit_code
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _fail(str(error) or _GOES_ON, status=INTERRUPTED)
+    except _UsageError as error:
+        return _fail(_usage(error))
+    except ExitsafeError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # the reader (head, less) has left; the interpreter must not complain about it on closing stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:  # noqa: BLE001  # the outermost edge: reported, with the way to the traceback
+        reason = f"{type(error).__name__}: {error}"
+        return _fail(f"{reason} (not foreseen; EXITSAFE_DEBUG=1 shows where)")
+    return DONE
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"exitsafe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Audit and repair the safety of vision-language models whose image encoder exits early.
+
+    An exit layer is the number of encoder blocks that run.
+    """
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    where = "exitsafe" if context is None else context.command_path
+    return f"{getattr(error, 'message', '') or error}; see {where} --help"
+
+
+def _fail(message: str, *, status: int = FAILED) -> int:
+    if os.environ.get("EXITSAFE_DEBUG"):
+        traceback.print_exc()
+    console.complain(message)
+    return status
