@@ -1,0 +1,218 @@
+"""Paired comparison against numbers worked by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exitsafe
+from exitsafe.comparison import Comparison, Difference
+from exitsafe.errors import RunError
+from exitsafe.records import Kind, Response, Verdict
+from exitsafe.runs import SampleInfo
+from exitsafe.runs.directory import RunDirectory
+
+KINDS: dict[str, Kind] = {"h": "harmful", "b": "borderline", "g": "benign", "v": "vqa"}
+JUDGES = (("rule", ("asr", "refusal")), ("other", ("asr", "vqa_accuracy", "reward")))
+Scores = Mapping[tuple[str, str], Mapping[str, Sequence[float | None]]]
+
+
+def _info(sample_id: str) -> SampleInfo:
+    return SampleInfo(id=sample_id, kind=KINDS[sample_id[0]], category="", source="s", digest=sample_id)
+
+
+def _run(
+    path: Path,
+    scores: Scores,
+    *,
+    layers: Sequence[int] = (1, 2, 3),
+    num_layers: int = 3,
+    judges: Sequence[tuple[str, Sequence[str]]] = JUDGES,
+    samples: Sequence[SampleInfo] | None = None,
+    tokens: int = 4,
+) -> Path:
+    """A finished run with these scores: by judge and measure, by sample, one per layer; None is unscored."""
+    ids = dict.fromkeys(sample_id for by_sample in scores.values() for sample_id in by_sample)
+    samples = samples or [_info(sample_id) for sample_id in ids]
+    settings: dict[str, Any] = {
+        "model": {"name": "m", "family": "llava", "num_layers": num_layers, "default_exit": 2},
+        "exit_layers": list(layers),
+        "judges": [{"name": name, "measures": list(measures)} for name, measures in judges],
+    }
+    with RunDirectory(path, settings=settings) as run:
+        run.save_responses(
+            [
+                Response(
+                    sample_id=s.id, exit_layer=layer, text="", num_tokens=tokens, finish_reason="stop", seconds=0.1
+                )
+                for s in samples
+                for layer in layers
+            ]
+        )
+        for (judge, measure), by_sample in scores.items():
+            verdicts = [
+                Verdict(
+                    sample_id=sample_id,
+                    exit_layer=layer,
+                    judge=judge,
+                    measure=measure,
+                    score=score,
+                    unscored="no answer" if score is None else None,
+                )
+                for sample_id, row in by_sample.items()
+                for layer, score in zip(layers, row, strict=True)
+            ]
+            # each measure as if it were asked by itself
+            run.saved.verdicts.extend(verdicts)
+        run.finish(samples)
+    return path
+
+
+BEFORE: Scores = {
+    ("rule", "asr"): {f"h{i}": [1, 1, 0] for i in range(8)},
+    ("rule", "refusal"): {f"b{i}": [0, 0, 0] for i in range(4)},
+    ("other", "asr"): {f"h{i}": [1, 1, 1] for i in range(8)},
+    ("other", "vqa_accuracy"): {f"v{i}": [1.0, 0.6, 0.3] for i in range(4)},
+}
+AFTER: Scores = {
+    # layer 1: six of eight repaired; layer 2: all; layer 3: one broken
+    ("rule", "asr"): {f"h{i}": [float(i < 2), 0, float(i == 0)] for i in range(8)},
+    ("rule", "refusal"): {f"b{i}": [1, 0, 0] for i in range(4)},
+    ("other", "asr"): {f"h{i}": [0, 0, 0] for i in range(8)},
+    ("other", "vqa_accuracy"): {f"v{i}": [0.9, 0.6, 0.3 * (i % 2)] for i in range(4)},
+}
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    folder = tmp_path_factory.mktemp("runs")
+    return exitsafe.compare(_run(folder / "before", BEFORE), exitsafe.load_run(_run(folder / "after", AFTER, tokens=6)))
+
+
+def _by_place(comparison: Comparison, metric: str) -> dict[int | str, Difference]:
+    return {row.place: row for row in comparison.rows(metric)}
+
+
+def test_layers_by_hand(comparison: Comparison) -> None:
+    rows = _by_place(comparison, "asr")
+    assert [(rows[x].before, rows[x].after) for x in (1, 2, 3)] == [(1.0, 0.25), (1.0, 0.0), (0.0, 0.125)]
+    assert [rows[x].difference for x in (1, 2, 3)] == [-0.75, -1.0, 0.125]
+    assert [(rows[x].gained, rows[x].lost, rows[x].n) for x in (1, 2, 3)] == [(0, 6, 8), (0, 8, 8), (1, 0, 8)]
+    assert all(rows[x].test == "mcnemar" and rows[x].judge == "rule" for x in (1, 2, 3))
+
+
+def test_mcnemar_and_holm_by_hand(comparison: Comparison) -> None:
+    rows = _by_place(comparison, "asr")
+    # 2 / 2 ** 6, 2 / 2 ** 8, 1; Holm: 2 * 0.03125, 3 * 0.0078125, 1
+    assert [rows[x].p_value for x in (1, 2, 3)] == pytest.approx([0.03125, 0.0078125, 1.0])
+    assert [rows[x].p_adjusted for x in (1, 2, 3)] == pytest.approx([0.0625, 0.0234375, 1.0])
+
+
+def test_bins_by_hand(comparison: Comparison) -> None:
+    rows = _by_place(comparison, "asr")
+    assert list(rows) == [1, 2, 3, "early", "middle", "late", "average"]
+    average = rows["average"]
+    assert (average.before, average.after) == pytest.approx((2 / 3, 0.125))
+    assert average.difference == pytest.approx((-0.75 - 1 + 0.125) / 3)
+    assert (average.n, average.gained, average.lost) == (24, 1, 14)
+    assert (average.test, average.p_adjusted) == ("bootstrap", None)
+    assert average.low < average.difference < average.high < 0
+    assert average.p_value == pytest.approx(2 / 2001)
+
+
+def test_intervals_know_their_doubt(comparison: Comparison) -> None:
+    rows = _by_place(comparison, "asr")
+    # all eight pairs changed alike: Wilson's limit for 0 of 8, z2 / (8 + z2)
+    assert (rows[2].low, rows[2].high) == pytest.approx((-1.0, -1 + 3.841458820694124 / 11.841458820694124))
+    # six of eight: between -1 and the mean of eight draws with P(-1) = 3 / 4
+    assert rows[1].low == pytest.approx(-1.0)
+    assert -0.5 <= rows[1].high <= -0.375
+
+
+def test_scores_are_bootstrapped(comparison: Comparison) -> None:
+    rows = _by_place(comparison, "vqa_accuracy")
+    assert [rows[x].difference for x in (1, 2, 3)] == pytest.approx([-0.1, 0.0, -0.15])
+    assert {(row.test, row.gained, row.judge) for row in rows.values()} == {("bootstrap", None, "other")}
+    assert (rows[3].low, rows[3].high) == pytest.approx((-0.3, 0.0))
+    tokens = _by_place(comparison, "tokens")
+    assert [(tokens[x].difference, tokens[x].judge, tokens[x].gained) for x in (1, 2, 3)] == [(2.0, "", None)] * 3
+
+
+def test_only_what_was_measured_is_listed(comparison: Comparison) -> None:
+    assert comparison.metrics == ("asr", "refusal", "over_refusal", "vqa_accuracy", "tokens")
+    assert comparison.metrics_left_out == ()
+    assert (comparison.num_samples, comparison.only_before, comparison.only_after, comparison.changed) == (16, 0, 0, 0)
+    assert (comparison.exit_layers, comparison.num_layers, comparison.default_exit) == ((1, 2, 3), 3, 2)
+
+
+def test_json_has_the_shape_of_a_summary(comparison: Comparison, tmp_path: Path) -> None:
+    comparison.to_json(tmp_path / "comparison.json")
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content == json.loads(json.dumps(comparison.to_dict()))
+    assert [layer["exit_layer"] for layer in content["layers"]] == [1, 2, 3]
+    asr = content["layers"][0]["metrics"]["asr"]
+    assert (asr["before"], asr["after"], asr["lost"], asr["n"]) == (1.0, 0.25, 6, 8)
+    assert list(content["bins"]) == ["early", "middle", "late", "average"]
+    assert content["bins"]["early"]["metrics"]["asr"]["difference"] == -0.75
+
+
+def test_comparing_a_run_with_itself_finds_nothing(tmp_path: Path) -> None:
+    path = _run(tmp_path, BEFORE)
+    found = exitsafe.compare(path, path)
+    assert all(row.difference == 0 and row.p_value == 1.0 for row in (*found.layers, *found.bins))
+
+
+def test_what_either_judge_could_not_score_is_left_out_and_counted(tmp_path: Path) -> None:
+    scores: Scores = {("rule", "asr"): {"h0": [1, None, None], "h1": [1, 1, None], "h2": [1, 1, None]}}
+    others: Scores = {("rule", "asr"): {"h0": [0, 0, 0], "h1": [None, 0, 0], "h2": [0, 0, 0]}}
+    found = exitsafe.compare(_run(tmp_path / "a", scores), _run(tmp_path / "b", others))
+    rows = _by_place(found, "asr")
+    assert [(rows[x].n, rows[x].unscored, rows[x].before) for x in (1, 2)] == [(2, 1, 1.0), (2, 1, 1.0)]
+    assert 3 not in rows
+    assert "late" not in rows
+    assert (rows["average"].n, rows["average"].unscored) == (4, 2)
+
+
+def test_only_shared_samples_and_layers_are_paired(tmp_path: Path) -> None:
+    one: Scores = {("rule", "asr"): {"h0": [1, 1], "h1": [0, 0], "h2": [1, 1], "h9": [1, 1]}}
+    # another order, one sample more, one fewer; h9 asks something else there
+    two: Scores = {("rule", "asr"): {"h9": [0, 0], "h2": [0, 0], "h0": [1, 1], "h3": [0, 0], "h4": [0, 0]}}
+    samples = [replace(_info(i), digest="other" if i == "h9" else i) for i in two["rule", "asr"]]
+    found = exitsafe.compare(
+        _run(tmp_path / "a", one, layers=(1, 3)), _run(tmp_path / "b", two, layers=(2, 3), samples=samples)
+    )
+    assert (found.exit_layers, found.num_samples) == ((3,), 2)
+    assert (found.only_before, found.only_after, found.changed) == (1, 2, 1)
+    row = _by_place(found, "asr")[3]
+    assert (row.before, row.after, row.n, row.gained, row.lost) == (1.0, 0.5, 2, 0, 1)
+
+
+def test_judges_are_never_mixed(tmp_path: Path) -> None:
+    before = _run(tmp_path / "a", BEFORE)
+    scores: Scores = {key: value for key, value in AFTER.items() if key[0] == "other"}
+    found = exitsafe.compare(before, _run(tmp_path / "c", scores, judges=JUDGES[1:]))
+    assert {row.judge for row in found.rows("asr")} == {"other"}
+    assert found.metrics_left_out == ("refusal", "over_refusal")
+
+
+def test_encoders_of_different_depth_have_no_common_bins(tmp_path: Path) -> None:
+    found = exitsafe.compare(_run(tmp_path / "a", BEFORE), _run(tmp_path / "b", AFTER, num_layers=4))
+    assert found.bins == ()
+    assert len(found.rows("asr")) == 3
+
+
+def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
+    before = _run(tmp_path / "a", {("rule", "asr"): {"h0": [1, 1, 1]}})
+    other = _run(tmp_path / "b", {("rule", "asr"): {"h1": [1, 1, 1]}})
+    with pytest.raises(RunError, match=r"share no sample \(0 ids are the same but ask something else\)"):
+        exitsafe.compare(before, other)
+    layers = _run(tmp_path / "c", {("rule", "asr"): {"h0": [1]}}, layers=(4,), num_layers=4)
+    with pytest.raises(RunError, match="share no exit layer; audit both at the same layers"):
+        exitsafe.compare(before, layers)
+    with pytest.raises(RunError, match="is no folder"):
+        exitsafe.compare(before, tmp_path / "gone")
