@@ -15,7 +15,7 @@ def main() -> None:
         "exitsafe --help": ["-m", "exitsafe", "--help"],
     }
     alternatives = {
-        name: lambda arguments=arguments: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)  # type: ignore[misc]
+        name: lambda arguments=arguments: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
         for name, arguments in commands.items()
     }
     seconds = best_seconds(alternatives, rounds=5)

@@ -75,7 +75,8 @@ def test_adapter(folder: Path, tmp_path: Path) -> None:
 def test_quantization_leaves_the_encoder_alone(folder: Path, quantization: str, layer: str) -> None:
     pytest.importorskip("bitsandbytes", reason="needs exitsafe[quantization]")
     vlm = load_vlm(folder, quantization=quantization)
-    linear = {name: type(module).__name__ for name, module in vlm.model.named_modules() if "Linear" in str(type(module))}
+    kinds = {name: type(module).__name__ for name, module in vlm.model.named_modules()}
+    linear = {name: kind for name, kind in kinds.items() if "Linear" in kind}
     inside = {kind for name, kind in linear.items() if "language_model" in name}
     outside = {kind for name, kind in linear.items() if "language_model" not in name}
     assert inside == {layer} and layer not in outside
