@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import exitsafe
-from exitsafe.comparison import Comparison, Difference
+from exitsafe.comparison import Comparison, Difference, Unscored
 from exitsafe.errors import RunError
 from exitsafe.records import Kind, Response, Verdict
 from exitsafe.runs import SampleInfo
@@ -174,6 +174,7 @@ def test_what_either_judge_could_not_score_is_left_out_and_counted(tmp_path: Pat
     rows = _by_place(found, "asr")
     assert [(rows[x].n, rows[x].unscored, rows[x].before) for x in (1, 2)] == [(2, 1, 1.0), (2, 1, 1.0)]
     assert 3 not in rows
+    assert found.unscored == (Unscored(metric="asr", judge="rule", exit_layer=3, pairs=3),)
     assert "late" not in rows
     assert (rows["average"].n, rows["average"].unscored) == (4, 2)
 

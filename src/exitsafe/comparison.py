@@ -7,10 +7,10 @@ layers, by the same judge. Everything else is counted and left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,53 +20,34 @@ from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.files import write_whole
 from exitsafe.runs.metrics import METRICS, Metric, judge_of
 from exitsafe.runs.scores import Scores, ScoreTable
-from exitsafe.stats import (
-    bootstrap_p_value,
-    constant_interval,
-    holm,
-    layers_by_bin,
-    mcnemar_exact,
-    percentile_interval,
-    resampled_layer_means,
-)
-from exitsafe.stats.bootstrap import Floats, mean_over
+from exitsafe.stats import PairedDifference, PairedScores, holm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(PairedDifference):
     """One metric at one exit layer or in one bin, before against after.
 
     Args:
         metric: As in summary.json.
         judge: Whose verdicts; "" for what the audit counts itself.
         place: The exit layer, or the bin's name (`early`, `middle`, `late`, `average`).
-        before, after: The metric over the pairs, on both sides scored.
-        difference, low, high: after - before with its 95% interval, bootstrap clustered by sample.
-        n: Pairs (responses that both runs scored).
-        unscored: Pairs left out because a judge could not score one of the two.
-        gained, lost: Pairs that went from 0 to 1 and from 1 to 0; None where scores are not all 0 or 1.
-        test: `mcnemar` (exact) at a layer if scores are all 0 or 1, else `bootstrap`: in a bin the same
-        sample
-            counts at several layers, which McNemar's test does not allow.
-        p_value: Two-sided.
-        p_adjusted: Holm over the layers of this metric; None for bins.
+        p_adjusted: p_value by Holm over the layers of this metric; None for bins.
     """
 
     metric: str
     judge: str
     place: int | str
-    before: float
-    after: float
-    difference: float
-    low: float
-    high: float
-    n: int
-    unscored: int
-    gained: int | None
-    lost: int | None
-    test: Literal["mcnemar", "bootstrap"]
-    p_value: float
     p_adjusted: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unscored:
+    """A metric that could not be compared at a layer, since no pair has two scores."""
+
+    metric: str
+    judge: str
+    exit_layer: int
+    pairs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +62,7 @@ class Comparison:
         only_before, only_after: Samples left out because the other run lacks them.
         changed: Samples left out because the same id asks something else in the other run.
         metrics_left_out: Metrics that no judge measured in both runs.
+        unscored: Metrics and layers left out because no pair could be scored.
         layers: Differences per metric and exit layer.
         bins: Differences per metric and bin; none if the two encoders differ in depth.
     """
@@ -95,6 +77,7 @@ class Comparison:
     only_after: int
     changed: int
     metrics_left_out: tuple[str, ...]
+    unscored: tuple[Unscored, ...]
     layers: tuple[Difference, ...]
     bins: tuple[Difference, ...]
 
@@ -136,10 +119,12 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
     before = before if isinstance(before, AuditRun) else load_run(before)
     after = after if isinstance(after, AuditRun) else load_run(after)
     pairing = _pair(before, after)
-    rows = [(metric, judge, _paired_scores(pairing, metric, judge)) for metric, judge in _shared_metrics(before, after)]
+    pairs = [
+        (metric, judge, _paired_scores(pairing, metric, judge)) for metric, judge in _shared_metrics(before, after)
+    ]
     num_layers = int(before.summary["num_layers"])
-    bins = layers_by_bin(pairing.exit_layers, num_layers) if num_layers == after.summary["num_layers"] else {}
-    compared = {metric.name for metric, _, _ in rows}
+    has_bins = num_layers == after.summary["num_layers"]
+    measured = {metric.name for metric, _, _ in pairs}
     return Comparison(
         before=str(before.path),
         after=str(after.path),
@@ -150,9 +135,18 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
         only_before=pairing.only_before,
         only_after=pairing.only_after,
         changed=pairing.changed,
-        metrics_left_out=tuple(name for name in _metrics_in(before, after) if name not in compared),
-        layers=tuple(row for metric, judge, pairs in rows for row in _layer_rows(metric, judge, pairs, pairing)),
-        bins=tuple(row for metric, judge, pairs in rows for row in _bin_rows(metric, judge, pairs, pairing, bins)),
+        metrics_left_out=tuple(name for name in _metrics_in(before, after) if name not in measured),
+        unscored=tuple(
+            Unscored(metric=metric.name, judge=judge, exit_layer=layer, pairs=count)
+            for metric, judge, scores in pairs
+            for layer, count in scores.unscored_layers().items()
+        ),
+        layers=tuple(row for metric, judge, scores in pairs for row in _layer_rows(metric, judge, scores)),
+        bins=tuple(
+            Difference(metric=metric.name, judge=judge, place=name, p_adjusted=None, **vars(found))
+            for metric, judge, scores in pairs
+            for name, found in (scores.bins(num_layers) if has_bins else {}).items()
+        ),
     )
 
 
@@ -169,16 +163,6 @@ class _Pairing:
     only_before: int
     only_after: int
     changed: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Pairs:
-    """One metric's scores before and after, (S, L) each, NaN unless both are scored; pairs not scored, (L,)."""
-
-    before: Floats
-    after: Floats
-    num_unscored: npt.NDArray[np.intp]
-    is_binary: bool
 
 
 def _pair(before: AuditRun, after: AuditRun) -> _Pairing:
@@ -222,20 +206,18 @@ def _metrics_in(*runs: AuditRun) -> list[str]:
     return [metric.name for metric in METRICS if metric.name in found - {"seconds"}]
 
 
-def _paired_scores(pairing: _Pairing, metric: Metric, judge: str) -> _Pairs:
+def _paired_scores(pairing: _Pairing, metric: Metric, judge: str) -> PairedScores:
     chosen = np.array([s.kind in metric.kinds for s in pairing.before.samples])[pairing.before_rows]
-    sides = [
+    before, after = (
         _cut(table, rows[chosen], pairing.exit_layers, judge, metric.measure)
         for table, rows in ((pairing.before, pairing.before_rows), (pairing.after, pairing.after_rows))
-    ]
-    is_scored = ~np.isnan(sides[0].values) & ~np.isnan(sides[1].values)
-    is_unscored = sides[0].unscored | sides[1].unscored
-    scores = np.concatenate([side.values[is_scored] for side in sides])
-    return _Pairs(
-        before=np.where(is_scored, sides[0].values, np.nan),
-        after=np.where(is_scored, sides[1].values, np.nan),
-        num_unscored=is_unscored.sum(axis=0),
-        is_binary=metric.bounds is not None and bool(np.isin(scores, (0.0, 1.0)).all()),
+    )
+    return PairedScores(
+        before.values,
+        after.values,
+        before.unscored | after.unscored,
+        exit_layers=pairing.exit_layers,
+        bounds=metric.bounds,
     )
 
 
@@ -249,92 +231,10 @@ def _cut(table: ScoreTable, rows: npt.NDArray[np.intp], layers: Sequence[int], j
     return Scores(values=found.values[cells], unscored=found.unscored[cells])
 
 
-def _layer_rows(metric: Metric, judge: str, pairs: _Pairs, pairing: _Pairing) -> list[Difference]:
-    replicates = _replicates(pairs)
-    rows = [
-        _difference(metric, judge, layer, pairs, [[column]], replicates[:, column], is_layer=True)
-        for column, layer in enumerate(pairing.exit_layers)
-        if not np.isnan(pairs.before[:, column]).all()
-    ]
-    adjusted = holm([row.p_value for row in rows])
-    return [replace(row, p_adjusted=p) for row, p in zip(rows, adjusted, strict=True)]
-
-
-def _bin_rows(
-    metric: Metric, judge: str, pairs: _Pairs, pairing: _Pairing, bins: Mapping[str, Sequence[int]]
-) -> list[Difference]:
-    """Each bin as the mean of its layers, and their average as the mean of the bins."""
-    replicates = _replicates(pairs)
-    measured = [not np.isnan(column).all() for column in pairs.before.T]
-    columns = {
-        name: [c for c in map(pairing.exit_layers.index, layers) if measured[c]] for name, layers in bins.items()
-    }
-    columns = {name: chosen for name, chosen in columns.items() if chosen}
-    if not columns:
-        return []
-    means = {name: mean_over(replicates[:, chosen]) for name, chosen in columns.items()}
-    rows = [
-        _difference(metric, judge, name, pairs, [chosen], means[name], is_layer=False)
-        for name, chosen in columns.items()
-    ]
-    average = mean_over(np.stack(list(means.values()), axis=1))
+def _layer_rows(metric: Metric, judge: str, scores: PairedScores) -> list[Difference]:
+    found = scores.layers()
+    adjusted = holm([difference.p_value for difference in found.values()])
     return [
-        *rows,
-        _difference(metric, judge, "average", pairs, list(columns.values()), average, is_layer=False),
+        Difference(metric=metric.name, judge=judge, place=layer, p_adjusted=p_adjusted, **vars(difference))
+        for (layer, difference), p_adjusted in zip(found.items(), adjusted, strict=True)
     ]
-
-
-def _replicates(pairs: _Pairs) -> Floats:
-    """Resampled differences per layer, (R, L)."""
-    differences = pairs.after - pairs.before
-    return resampled_layer_means(differences[~np.isnan(differences).all(axis=1)])
-
-
-def _difference(
-    metric: Metric,
-    judge: str,
-    place: int | str,
-    pairs: _Pairs,
-    groups: Sequence[Sequence[int]],
-    replicates: Floats,
-    *,
-    is_layer: bool,
-) -> Difference:
-    """One row; its value is the mean over groups of the mean over a group's columns of the columns' means."""
-    columns = [column for group in groups for column in group]
-    before, after = (
-        float(np.mean([np.mean([np.nanmean(side[:, c]) for c in group]) for group in groups]))
-        for side in (pairs.before, pairs.after)
-    )
-    changes = (pairs.after - pairs.before)[:, columns]
-    has_pair = ~np.isnan(changes)
-    low, high = _interval(after - before, replicates, int(has_pair.any(axis=1).sum()), metric)
-    gained = int((changes == 1).sum()) if pairs.is_binary else None
-    lost = int((changes == -1).sum()) if pairs.is_binary else None
-    uses_mcnemar = is_layer and gained is not None and lost is not None
-    return Difference(
-        metric=metric.name,
-        judge=judge,
-        place=place,
-        before=before,
-        after=after,
-        difference=after - before,
-        low=low,
-        high=high,
-        n=int(has_pair.sum()),
-        unscored=int(pairs.num_unscored[columns].sum()),
-        gained=gained,
-        lost=lost,
-        test="mcnemar" if uses_mcnemar else "bootstrap",
-        p_value=mcnemar_exact(gained or 0, lost or 0) if uses_mcnemar else bootstrap_p_value(replicates),
-        p_adjusted=None,
-    )
-
-
-def _interval(difference: float, replicates: Floats, num_clusters: int, metric: Metric) -> tuple[float, float]:
-    if np.nanmax(replicates) - np.nanmin(replicates) < 1e-12:
-        width = None if metric.bounds is None else metric.bounds[1] - metric.bounds[0]
-        bounds = None if width is None else (-width, width)
-        return constant_interval(difference, num_clusters, bounds=bounds)
-    low, high = percentile_interval(replicates)
-    return min(low, difference), max(high, difference)

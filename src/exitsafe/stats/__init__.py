@@ -2,6 +2,7 @@
 
 from exitsafe.stats.bins import BINS, bin_of, layers_by_bin
 from exitsafe.stats.bootstrap import percentile_interval, resampled_layer_means
+from exitsafe.stats.differences import PairedDifference, PairedScores
 from exitsafe.stats.estimates import Estimate, bin_estimates, layer_estimates
 from exitsafe.stats.intervals import constant_interval, wilson_interval
 from exitsafe.stats.paired import bootstrap_p_value, holm, mcnemar_exact
@@ -9,6 +10,8 @@ from exitsafe.stats.paired import bootstrap_p_value, holm, mcnemar_exact
 __all__ = [
     "BINS",
     "Estimate",
+    "PairedDifference",
+    "PairedScores",
     "bin_estimates",
     "bin_of",
     "bootstrap_p_value",

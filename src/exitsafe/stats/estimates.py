@@ -102,9 +102,7 @@ def bin_estimates(
         bin_values.append(value)
         bin_replicates.append(resampled)
     if found:
-        found["average"] = _average(
-            found, bin_values, bin_replicates, num_clusters=len(clusters), bounds=bounds
-        )
+        found["average"] = _average(found, bin_values, bin_replicates, num_clusters=len(clusters), bounds=bounds)
     return found
 
 
