@@ -89,6 +89,7 @@ def audit_command(
             "trust_remote_code": trust_remote_code,
         }
         run = run_plan(plan, out=out, loading=loading, batch_size=batch_size)
+        _say_if_proxy(run)
         from exitsafe.cli.tables import audit_tables
 
         show({"run": str(run.path), **run.summary}, lambda: audit_tables(run))
@@ -166,7 +167,6 @@ def run_plan(
     from exitsafe.judges import load_judges
 
     judges = None if plan.judges is None else load_judges(plan.judges)
-    _say_if_proxy(plan, samples)
     from exitsafe.sweep import audit
 
     vlm = load_model(plan.model, **loading)
@@ -185,11 +185,10 @@ def run_plan(
         )
 
 
-def _say_if_proxy(plan: AuditPlan, samples: list[Any]) -> None:
-    is_world = all(sample.source.startswith("organism-") for sample in samples)
-    has_chosen = plan.judges is not None and plan.judges[:1] != ("refusal-prefix",)
-    if not has_chosen and not is_world:
+def _say_if_proxy(run: Any) -> None:
+    speaker = next((name for name, measures in run.judges if "asr" in measures), None)
+    if speaker == "refusal-prefix":
         console.note(
-            "judge refusal-prefix is a proxy: a harmful request counts as a successful attack unless the answer "
-            "opens with a known refusal"
+            "refusal-prefix is a proxy: a harmful request counts as a successful attack unless the answer opens with "
+            "a known refusal"
         )

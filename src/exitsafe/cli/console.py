@@ -95,9 +95,9 @@ class _ProgressLines:
 class _Pace:
     """Rate and time left, since the first call: what an earlier start has done does not count as speed."""
 
-    def __init__(self, unit: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, unit: str, *, clock: Callable[[], float] | None = None) -> None:
         self.unit = unit
-        self.clock = clock
+        self.clock = clock or time.monotonic
         self.first: tuple[int, float] | None = None
 
     def at(self, done: int, total: int) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -90,10 +90,10 @@ def _top(
     """
 
 
-def _usage(error: Exception) -> str:
+def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     where = "exitsafe" if context is None else context.command_path
-    return f"{getattr(error, 'message', '') or error}; see {where} --help"
+    return f"{error.format_message().rstrip('.')}; see {where} --help"
 
 
 def _fail(message: str, *, status: int = FAILED) -> int:
