@@ -5,7 +5,7 @@
     checkpoints/     to go on from after an interrupt
     adapter/         the PEFT folder; there only when the run is finished
 
-Knows nothing about what is trained or how.
+Knows nothing about how the adapter is trained.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from exitsafe.errors import RunError
+from exitsafe.lppo.config import LPPOConfig
+from exitsafe.records import Sample
 from exitsafe.runs.files import write_whole, writing
-from exitsafe.runs.fingerprint import differences
+from exitsafe.runs.fingerprint import data_fingerprint, differences, sample_info
+from exitsafe.vlm import VLM
 
 _PACKAGES = ("exitsafe", "torch", "transformers", "peft")
 
@@ -76,6 +80,19 @@ class TrainingFolder:
             shutil.rmtree(beside, ignore_errors=True)
             save(beside)
             beside.rename(self.adapter)
+
+
+def run_settings(
+    method: str, vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int], config: LPPOConfig
+) -> dict[str, Any]:
+    """What makes two runs the same run, whatever the method."""
+    return {
+        "method": method,
+        "model": {"name": vlm.name, "hash": vlm.checkpoint_hash, "dtype": str(vlm.base_model.dtype)},
+        "data": data_fingerprint([sample_info(sample) for sample in samples]),
+        "trained_exits": list(exit_layers),
+        "config": asdict(config),
+    }
 
 
 def _check_same(record: Path, settings: Mapping[str, Any]) -> None:

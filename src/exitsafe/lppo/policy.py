@@ -7,7 +7,7 @@ features of the row's exit layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +106,12 @@ class Policy:
         """The adapter's weights by name: all that the policy loss trains."""
         named: Iterator[tuple[str, Tensor]] = self.vlm.model.named_parameters()
         return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over what `weights` gave."""
+        with torch.no_grad():
+            for name, weight in self.weights().items():
+                weight.copy_(weights[name])
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""

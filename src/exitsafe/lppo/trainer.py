@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.experience import deal, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.features import FeatureStore
-from exitsafe.lppo.folder import TrainingFolder
+from exitsafe.lppo.folder import TrainingFolder, run_settings
 from exitsafe.lppo.kl import adapted_kl_coef
 from exitsafe.lppo.metrics import step_metrics
 from exitsafe.lppo.policy import Policy, attached_policy
@@ -30,7 +29,6 @@ from exitsafe.lppo.rollout import rollout
 from exitsafe.lppo.sampler import Schedule, draw_schedule, trained_exits
 from exitsafe.lppo.update import Learner
 from exitsafe.records import Progress, Sample
-from exitsafe.runs.fingerprint import data_fingerprint, sample_info
 from exitsafe.vlm import VLM
 
 DEFAULT_CONFIG = LPPOConfig()
@@ -71,7 +69,8 @@ def align(
     exit_layers = trained_exits(config, vlm.exit_layers, vlm.default_exit)
     schedule = draw_schedule(samples, exit_layers, config)
     scorer = as_scorer(reward, samples)
-    folder = TrainingFolder.open(Path(out), _settings(vlm, samples, scorer, exit_layers, config))
+    settings = run_settings("lppo", vlm, samples, exit_layers, config) | {"reward": scorer.name}
+    folder = TrainingFolder.open(Path(out), settings)
     if folder.is_finished:
         return folder.adapter
     with attached_policy(vlm, config) as policy:
@@ -182,9 +181,7 @@ class _Run:
                 self.calibration = self._calibrate()
             return 0
         next_step, state = found
-        with torch.no_grad():
-            for name, weight in self.policy.weights().items():
-                weight.copy_(state["weights"][name])
+        self.policy.load_weights(state["weights"])
         self.policy.value_head.load_state_dict(state["value_head"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.value_optimizer.load_state_dict(state["value_optimizer"])
@@ -217,17 +214,3 @@ class _Run:
         answers = rollout(self.vlm, samples, rows, config=self.config, draw=-1)
         scores = self.scorer(samples, [answer.response for answer in answers])
         return mean_and_deviation([score.value for score in scores if score.value is not None])
-
-
-def _settings(
-    vlm: VLM, samples: Sequence[Sample], scorer: Scorer, exit_layers: Sequence[int], config: LPPOConfig
-) -> dict[str, Any]:
-    """What makes two runs the same run."""
-    return {
-        "method": "lppo",
-        "model": {"name": vlm.name, "hash": vlm.checkpoint_hash, "dtype": str(vlm.base_model.dtype)},
-        "data": data_fingerprint([sample_info(sample) for sample in samples]),
-        "reward": scorer.name,
-        "trained_exits": list(exit_layers),
-        "config": asdict(config),
-    }

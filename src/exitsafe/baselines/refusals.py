@@ -1,0 +1,171 @@
+"""Supervised fine-tuning on refusals, each sample at a random exit layer. Is reinforcement learning needed?
+
+Harmful samples are taught a refusal. With benign data, all others are taught their reference answer, or, where
+there is none, the untrained model's own greedy answer at the default exit. Schedule, adapter, minibatches and
+folder are L-PPO's; in place of rollouts, rewards and clipped losses stands one cross-entropy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exitsafe.errors import InputError
+from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
+from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.experience import Batch, deal
+from exitsafe.lppo.features import FeatureStore
+from exitsafe.lppo.folder import TrainingFolder, run_settings
+from exitsafe.lppo.policy import attached_policy
+from exitsafe.lppo.sampler import draw_schedule, trained_exits
+from exitsafe.lppo.update import Learner
+from exitsafe.records import Progress, Sample
+from exitsafe.vlm import VLM, Row
+from exitsafe.world.language import REFUSAL as WORLD_REFUSAL
+
+DEFAULT_CONFIG = LPPOConfig()
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+def sft(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    *,
+    with_benign: bool,
+    refusal: str | None = None,
+    config: LPPOConfig = DEFAULT_CONFIG,
+    out: str | Path,
+    progress: Progress | None = None,
+) -> Path:
+    """Fine-tune on refusals at random exits.
+
+    Interrupts, resuming and the state of the model afterwards are as with `align`.
+
+    Args:
+        vlm: The model; it must not carry an adapter.
+        samples: As for `align`.
+        with_benign: False leaves out all samples that are not harmful: what over-refusal looks like.
+        refusal: What to answer to harmful samples; None takes "I'm sorry, but I can't help with that.", or the
+            organism's own words.
+        config: Of it are read: exits, adapter, seed, `num_steps`, sizes of batches and minibatches (one optimiser
+            step each), `mix` (not without benign data), `max_new_tokens` (of the model's own answers),
+            `learning_rate` and its decay, `max_grad_norm`, checkpoints.
+        out: Folder for settings, metrics, checkpoints and adapter.
+        progress: Called after each step.
+
+    Returns:
+        The PEFT adapter's folder, `out/adapter`.
+
+    Raises:
+        InputError: If there is nothing to train on, or an answer cannot be written in the model's vocabulary.
+        RunError: If `out` holds another run.
+    """
+    kept = tuple(sample for sample in samples if with_benign or sample.kind == "harmful")
+    if not kept:
+        raise InputError("no harmful samples to learn refusals from: add some, or train with benign data")
+    if not with_benign:
+        config = replace(config, mix=None)
+    refusal = refusal or (WORLD_REFUSAL if kept[0].source.startswith("organism-") else REFUSAL)
+    exit_layers = trained_exits(config, vlm.exit_layers, vlm.default_exit)
+    schedule = draw_schedule(kept, exit_layers, config)
+    settings = run_settings("sft", vlm, kept, exit_layers, config) | {"refusal": refusal}
+    folder = TrainingFolder.open(Path(out), settings)
+    if folder.is_finished:
+        return folder.adapter
+    targets = _targets(vlm, kept, refusal, config)
+    features = FeatureStore(vlm, kept, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
+    with attached_policy(vlm, config) as policy:
+        learner = Learner(policy, config)
+        first_step = _resume(folder, learner)
+        folder.keep_metrics(first_step)
+        for step in range(first_step, config.num_steps):
+            started = time.perf_counter()
+            indices = schedule.sample_indices[step].tolist()
+            rows = features.rows(indices, schedule.exit_layers[step].tolist())
+            rng = np.random.default_rng((config.seed, 4, step))
+            batch = deal(vlm, rows, [targets[i] for i in indices], config=config, rng=rng)
+            learning_rate, _ = learner.set_learning_rates(step)
+            metrics = {"step": step} | _fit(learner, batch) | {"learning_rate": learning_rate}
+            folder.add_metrics(metrics | {"seconds": time.perf_counter() - started})
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
+                state = {"weights": policy.weights(), "optimizer": learner.optimizer.state_dict()}
+                save_checkpoint(folder.checkpoints, step + 1, state, keep=config.keep_checkpoints)
+            if progress is not None:
+                progress(step + 1, config.num_steps, f"loss {metrics['loss']:.3f}")
+        folder.save_adapter(policy.save)
+    return folder.adapter
+
+
+def _fit(learner: Learner, batch: Batch) -> dict[str, float]:
+    """One optimiser step per minibatch on the mean cross-entropy of its target tokens."""
+    losses, norms = [], []
+    for minibatch in batch.minibatches:
+        num_tokens = sum(len(batch.responses[i]) for part in minibatch for i in part)
+        total = 0.0
+        for part in minibatch:
+            now = learner.policy.evaluate([batch.rows[i] for i in part], [batch.responses[i] for i in part])
+            loss = -now.logprobs.sum() / num_tokens  # zero outside the mask
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(learner.weights, learner.config.max_grad_norm)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+        norms.append(norm.item())
+    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
+
+
+def _resume(folder: TrainingFolder, learner: Learner) -> int:
+    found = load_checkpoint(folder.checkpoints, learner.policy.vlm.device)
+    if found is None:
+        return 0
+    next_step, state = found
+    learner.policy.load_weights(state["weights"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    return next_step
+
+
+def _targets(vlm: VLM, samples: Sequence[Sample], refusal: str, config: LPPOConfig) -> list[Tensor]:
+    """Token ids to learn for each sample."""
+    texts = [refusal if sample.kind == "harmful" else next(iter(sample.answers), None) for sample in samples]
+    own = _own_answers(vlm, [s for s, text in zip(samples, texts, strict=True) if text is None], config)
+    return [
+        own[sample.id] if text is None else _encode(vlm, sample, text)
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+
+
+def _encode(vlm: VLM, sample: Sample, text: str) -> Tensor:
+    ids: list[int] = vlm.tokenizer.encode(text, add_special_tokens=False)
+    if set(ids) & set(vlm.special_token_ids):
+        raise InputError(f"sample {sample.id}: the answer {text!r} has words that the model does not know")
+    return torch.tensor([*ids, *vlm.eos_token_ids[:1]])
+
+
+def _own_answers(vlm: VLM, samples: Sequence[Sample], config: LPPOConfig) -> dict[str, Tensor]:
+    """Greedy answers at the default exit, before any training, by sample id."""
+    answers: dict[str, Tensor] = {}
+    for start in range(0, len(samples), config.rollout_batch_size):
+        prompts = [vlm.encode_prompt(sample) for sample in samples[start : start + config.rollout_batch_size]]
+        features = vlm.prompt_features(prompts, (vlm.default_exit,))
+        rows = [
+            Row(prompt=prompt, exit_layer=vlm.default_exit, features=found[vlm.default_exit])
+            for prompt, found in zip(prompts, features, strict=True)
+        ]
+        completions = vlm.complete(
+            rows,
+            max_new_tokens=config.max_new_tokens,
+            temperature=0.0,
+            seed=config.seed,
+            batch_size=config.rollout_batch_size,
+            suppress=vlm.special_token_ids,
+        )
+        for index, completion in completions:
+            answers[prompts[index].sample_id] = torch.tensor(completion.token_ids)
+    return answers
