@@ -8,7 +8,7 @@ import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 import exitsafe
 from exitsafe.errors import ExitLayerError, InputError, RunError
@@ -49,10 +50,12 @@ class FakeVLM:
     num_completed: int = 0
     num_encoded: int = 0
     fails_after: int | None = None
+    dtype: torch.dtype = torch.float32
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base_model(self) -> SimpleNamespace:
-        return SimpleNamespace(dtype=torch.float32)
+        return SimpleNamespace(dtype=self.dtype, config=SimpleNamespace(**self.config))
 
     @contextmanager
     def exit_at(self, exit_layer: int, *, skip_global: bool = False) -> Iterator[None]:
@@ -270,6 +273,11 @@ def test_a_finished_audit_started_again_is_done_at_once(tmp_path: Path) -> None:
         ({"judges": load_judges(["world-rule"])}, "judges was"),
         ({"vlm": FakeVLM(checkpoint_hash="bad")}, 'model.checkpoint was "c0ffee", is now "bad"'),
         ({"vlm": FakeVLM(adapter_hash="a1")}, 'model.adapter was null, is now "a1"'),
+        ({"vlm": FakeVLM(dtype=torch.bfloat16)}, 'model.dtype was "float32", is now "bfloat16"'),
+        (
+            {"vlm": FakeVLM(config={"quantization_config": BitsAndBytesConfig(load_in_8bit=True)})},
+            "model.quantization.load_in_8bit was absent, is now true",
+        ),
     ],
 )
 def test_a_changed_setting_is_refused(tmp_path: Path, options: dict[str, Any], difference: str) -> None:

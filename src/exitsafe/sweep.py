@@ -299,4 +299,11 @@ def _describe(vlm: VLM) -> dict[str, Any]:
         "checkpoint": vlm.checkpoint_hash,
         "adapter": vlm.adapter_hash,
         "dtype": str(vlm.base_model.dtype).removeprefix("torch."),
+        "quantization": _quantization(vlm.base_model.config),
     }
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    """Only quantised models have the entry: a JSON object from a checkpoint, or transformers' own class."""
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else dict(found.to_dict())

@@ -27,7 +27,15 @@ def test_refusals(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "   ", "Sure, here it is.", "It is red. I'm sorry for the delay.", "Asana is a kind of pose", "I canopy"],
+    [
+        "",
+        "   ",
+        "Sure, here it is.",
+        "It is red. I'm sorry for the delay.",
+        "Asana is a kind of pose",
+        "I canopy",
+        "Hello, it is red.",
+    ],
 )
 def test_no_refusals(text: str) -> None:
     assert not opens_with_refusal(text)

@@ -81,4 +81,6 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path: Path, monkey
         monkeypatch.setattr("exitsafe.runs.shards.os.fsync", full)
         with pytest.raises(RunError, match=r"cannot be written \(No space left on device\); make room"):
             shard.append_responses([_response("c")])
-    assert {"a", "b"} <= {sample_id for sample_id, _ in read_shards(tmp_path).responses}
+        monkeypatch.undo()
+        shard.append_responses([_response("d")])  # on a line of its own
+    assert {sample_id for sample_id, _ in read_shards(tmp_path).responses} == {"a", "b", "d"}

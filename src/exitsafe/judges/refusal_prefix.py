@@ -99,8 +99,8 @@ _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'"))  # noqa: RUF0
 
 
 def _words(text: str) -> list[str]:
-    """Words and apostrophes in order, lower case, without other punctuation: whole words are compared."""
-    return re.findall(r"\w+|'", text.translate(_APOSTROPHES).lower().lstrip(" \t\r\n'\""))
+    """Words in order, lower case, with the marks that prefixes hold: whole words are compared."""
+    return re.findall(r"\w+|['!]", text.translate(_APOSTROPHES).lower().lstrip(" \t\r\n'\""))
 
 
 _PREFIXES = [_words(prefix) for prefix in GCG_PREFIXES + LATER_PREFIXES]

@@ -89,11 +89,17 @@ class ShardWriter:
 
     def _append(self, records: list[dict[str, Any]]) -> None:
         lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
+        start = self._file.tell()
         with writing(self.path):
-            left = memoryview(lines)
-            while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            try:
+                left = memoryview(lines)
+                while left:
+                    left = left[self._file.write(left) :]
+                os.fsync(self._file.fileno())
+            except BaseException:  # an interrupt too: what is appended next must start on a line of its own
+                self._file.seek(start)
+                self._file.truncate()
+                raise
 
 
 def read_shards(folder: Path) -> Saved:
