@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from exitsafe.stats.intervals import CONFIDENCE
+from exitsafe.stats.intervals import CONFIDENCE, constant_interval
 
 Floats = npt.NDArray[np.float64]
 RESAMPLES = 2000
@@ -47,6 +47,24 @@ def percentile_interval(replicates: Floats, *, confidence: float = CONFIDENCE) -
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(replicates, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def clustered_interval(
+    value: float, replicates: Floats, *, num_clusters: int, bounds: tuple[float, float] | None
+) -> tuple[float, float]:
+    """The interval of a mean: percentiles of its resampled values, or `constant_interval` where none differs.
+
+    Args:
+        value: The mean itself, which the interval always holds.
+        replicates: (R,) resampled values.
+        num_clusters: Samples that were drawn from.
+        bounds: The scale's ends; None for an open scale.
+    """
+    if np.nanmax(replicates) - np.nanmin(replicates) < 1e-12:
+        return constant_interval(value, num_clusters, bounds=bounds)
+    low, high = percentile_interval(replicates)
+    # a handful of samples can leave the value itself just outside its percentiles
+    return min(low, value), max(high, value)
 
 
 def mean_over(columns: Floats) -> Floats:

@@ -13,9 +13,8 @@ from typing import Literal
 import numpy as np
 
 from exitsafe.stats.bins import layers_by_bin
-from exitsafe.stats.bootstrap import Floats, mean_over, percentile_interval, resampled_layer_means
+from exitsafe.stats.bootstrap import Floats, clustered_interval, mean_over, resampled_layer_means
 from exitsafe.stats.estimates import Bools, Bounds
-from exitsafe.stats.intervals import constant_interval
 from exitsafe.stats.paired import bootstrap_p_value, mcnemar_exact
 
 
@@ -63,7 +62,8 @@ class PairedScores:
         self.changes = self.after - self.before
         self.unscored = unscored
         self.exit_layers = list(exit_layers)
-        self.width = None if bounds is None else bounds[1] - bounds[0]
+        # of a difference
+        self.bounds = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
         scores = np.concatenate([before[is_scored], after[is_scored]])
         self.is_binary = bounds is not None and bool(np.isin(scores, (0.0, 1.0)).all())
         self.has_pairs = [bool(column.any()) for column in is_scored.T]
@@ -111,7 +111,9 @@ class PairedScores:
         columns = [column for group in groups for column in group]
         changes = self.changes[:, columns]
         has_pair = ~np.isnan(changes)
-        low, high = self._interval(after - before, replicates, num_clusters=int(has_pair.any(axis=1).sum()))
+        low, high = clustered_interval(
+            after - before, replicates, num_clusters=int(has_pair.any(axis=1).sum()), bounds=self.bounds
+        )
         gained, lost = int((changes == 1).sum()), int((changes == -1).sum())
         uses_mcnemar = is_layer and self.is_binary
         return PairedDifference(
@@ -127,10 +129,3 @@ class PairedScores:
             test="mcnemar" if uses_mcnemar else "bootstrap",
             p_value=mcnemar_exact(gained, lost) if uses_mcnemar else bootstrap_p_value(replicates),
         )
-
-    def _interval(self, difference: float, replicates: Floats, *, num_clusters: int) -> tuple[float, float]:
-        if np.nanmax(replicates) - np.nanmin(replicates) < 1e-12:
-            bounds = None if self.width is None else (-self.width, self.width)
-            return constant_interval(difference, num_clusters, bounds=bounds)
-        low, high = percentile_interval(replicates)
-        return min(low, difference), max(high, difference)

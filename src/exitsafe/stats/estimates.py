@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from exitsafe.stats.bins import layers_by_bin
-from exitsafe.stats.bootstrap import Floats, mean_over, percentile_interval, resampled_layer_means
-from exitsafe.stats.intervals import constant_interval, wilson_interval
+from exitsafe.stats.bootstrap import Floats, clustered_interval, mean_over, resampled_layer_means
+from exitsafe.stats.intervals import wilson_interval
 
 Bools = npt.NDArray[np.bool_]
 Bounds = tuple[float, float] | None
@@ -61,7 +61,7 @@ def layer_estimates(
         if replicates is None:
             low, high = wilson_interval(int(values.sum()), n)
         else:
-            low, high = _interval(value, replicates[:, column], num_clusters=n, bounds=bounds)
+            low, high = clustered_interval(value, replicates[:, column], num_clusters=n, bounds=bounds)
         found[layer] = Estimate(value=value, low=low, high=high, n=n, unscored=missing)
     return found
 
@@ -97,7 +97,7 @@ def bin_estimates(
             continue
         value, resampled = float(np.nanmean(layer_means[chosen])), mean_over(replicates[:, chosen])
         num_clusters = int((~np.isnan(scores[:, chosen])).any(axis=1).sum())
-        low, high = _interval(value, resampled, num_clusters=num_clusters, bounds=bounds)
+        low, high = clustered_interval(value, resampled, num_clusters=num_clusters, bounds=bounds)
         found[name] = Estimate(value=value, low=low, high=high, n=n, unscored=missing)
         bin_values.append(value)
         bin_replicates.append(resampled)
@@ -119,16 +119,8 @@ def _average(
         return Estimate(value=None, low=None, high=None, n=n, unscored=unscored)
     value = float(np.mean(values))
     resampled = mean_over(np.stack(replicates, axis=1))
-    low, high = _interval(value, resampled, num_clusters=num_clusters, bounds=bounds)
+    low, high = clustered_interval(value, resampled, num_clusters=num_clusters, bounds=bounds)
     return Estimate(value=value, low=low, high=high, n=n, unscored=unscored)
-
-
-def _interval(value: float, replicates: Floats, *, num_clusters: int, bounds: Bounds) -> tuple[float, float]:
-    if np.nanmax(replicates) - np.nanmin(replicates) < 1e-12:
-        return constant_interval(value, num_clusters, bounds=bounds)
-    low, high = percentile_interval(replicates)
-    # a handful of samples can leave the value itself just outside its percentiles
-    return min(low, value), max(high, value)
 
 
 def _with_scores(scores: Floats) -> Floats:
