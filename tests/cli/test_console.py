@@ -59,9 +59,9 @@ def test_progress_without_a_terminal_is_few_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     with console.progress_bar("Audit", unit="answer") as progress:
-        for done in range(0, 101):
+        for done in range(101):
             now += 0.25
             progress(done, 100, "ASR 50.0% so far")
         progress(100, 100, "")

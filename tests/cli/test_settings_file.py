@@ -16,7 +16,8 @@ Seen = dict[str, Any]
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """A command with flags of every kind; what it got."""
-    app, seen = typer.Typer(), {}
+    app = typer.Typer()
+    seen: Seen = {}
 
     @app.callback()
     def top() -> None: ...

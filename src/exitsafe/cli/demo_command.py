@@ -16,6 +16,9 @@ def demo_command(
     organism: Annotated[
         str, typer.Option(metavar="NAME", help="organism, or organism:text, where the text alone decides.")
     ] = "organism",
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also what L-PPO must beat: PPO at the default exit, and SFT.")
+    ] = False,
     seed: options.Seed = None,
     config: Annotated[Path | None, config_option()] = None,
     json: options.Json = False,
@@ -30,5 +33,5 @@ def demo_command(
         from exitsafe.cli.demo_flow import run_demo
         from exitsafe.cli.demo_screen import last_screen, to_document
 
-        shown = run_demo(organism, out=out, seed=seed or 0)
+        shown = run_demo(organism, out=out, seed=seed or 0, with_baselines=baselines)
         show(to_document(shown), lambda: last_screen(shown))

@@ -11,6 +11,7 @@ from pathlib import Path
 from exitsafe.cli import console
 from exitsafe.cli.align_command import run_align
 from exitsafe.cli.audit_command import make_plan, run_plan
+from exitsafe.cli.demo_baselines import run_baselines
 from exitsafe.comparison import Comparison, compare
 from exitsafe.errors import InputError
 from exitsafe.report import can_draw, draw_chart
@@ -32,33 +33,35 @@ class Shown:
     charts: tuple[Path, ...]
 
 
-def run_demo(organism: str, *, out: Path, seed: int) -> Shown:
+def run_demo(organism: str, *, out: Path, seed: int, with_baselines: bool) -> Shown:
     """Run whatever of the demonstration is not there yet.
 
     Args:
         organism: `organism` or `organism:text`.
-        out: Its folder: `before`, `lppo`, `after`, `comparison.json`, `chart.svg`, `chart.png`.
+        out: Its folder: `before`, `lppo`, `after`, `comparison.json`, `chart.svg`, `chart.png`,
+            and `baseline-NAME` for each.
         seed: Draws pictures, phrasings and the training.
+        with_baselines: Also train and audit what L-PPO must beat.
     """
     if organism not in ORGANISMS:
         raise InputError(f"organism {organism!r} is unknown; choose {' or '.join(ORGANISMS)}")
     plan = make_plan(organism, {"seed": seed})
 
-    before = run_plan(plan, out=out / "before", loading={}, title="1/4 Audit before")
-    adapter = run_align(organism, changes={"seed": seed}, out=out / "lppo", loading={}, title="2/4 Align by L-PPO")
-    after = run_plan(plan, out=out / "after", loading={"adapter": adapter}, title="3/4 Audit after")
-    console.note("4/4 Compare and draw")
+    before = run_plan(plan, out=out / "before", loading={}, title="Audit before")
+    adapter = run_align(organism, changes={"seed": seed}, out=out / "lppo", loading={}, title="Align by L-PPO")
+    after = run_plan(plan, out=out / "after", loading={"adapter": adapter}, title="Audit after")
     comparison = compare(before, after)
     comparison.to_json(out / "comparison.json")
 
-    charts = _draw([("before", before), ("after L-PPO", after)], out, organism=organism)
+    baselines = run_baselines(plan, out=out) if with_baselines else {}
+    charts = _draw([("before", before), ("after L-PPO", after), *baselines.items()], out, organism=organism)
     return Shown(
         organism=organism,
         seed=seed,
         out=out,
         before=before,
         after=after,
-        baselines={},
+        baselines=baselines,
         comparison=comparison,
         charts=charts,
     )

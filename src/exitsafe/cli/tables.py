@@ -64,6 +64,9 @@ def comparison_tables(comparison: Comparison, metrics: Sequence[str] | None = No
     }
     if any(left_out.values()):
         notes.append("Samples left out: " + ", ".join(f"{n} {why}" for why, n in left_out.items() if n) + ".")
+    if comparison.unscored:
+        places = (f"{row.metric} at exit {row.exit_layer} ({row.pairs} pairs)" for row in comparison.unscored)
+        notes.append(f"Could not be scored: {', '.join(places)}.")
     if comparison.metrics_left_out:
         notes.append(f"No judge in both runs for {', '.join(comparison.metrics_left_out)}.")
     return [*tables, Group(*(Text(line, style="dim") for line in notes))]

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exitsafe.cli.main import run
+
+QUICK = "value_warmup_steps: 1\nminibatch_size: 4\nlppo:\n  lora_rank: 2\n  lora_alpha: 4\n  learning_rate: 1e-3\n"
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Path:
+    path = tmp_path / "lppo.yaml"
+    path.write_text(QUICK)
+    return path
+
+
+def test_an_adapter_that_audit_takes(
+    tiny_llava: Path, suite: Path, audited: Path, quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "lppo"
+    flags = ["--config", str(quick), "--steps", "2", "--batch-size", "8", "--max-new-tokens", "4", "--seed", "5"]
+    align = ["align", str(tiny_llava), "--suite", str(suite), "--layers", "1-2", *flags, "--out", str(out)]
+    assert run([*align, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["adapter"] == str(out / "adapter")
+    assert document["settings"]["trained_exits"] == [1, 2, 5]
+    config = document["settings"]["config"]
+    chosen = {"num_steps": 2, "lora_rank": 2, "learning_rate": 1e-3, "minibatch_size": 4, "seed": 5, "batch_size": 8}
+    assert {name: config[name] for name in chosen} == chosen
+    assert document["last_step"]["step"] == 1
+
+    written = (out / "metrics.jsonl").read_bytes()
+    assert run(align) == 0
+    assert (out / "metrics.jsonl").read_bytes() == written
+    assert "--adapter" in capsys.readouterr().out
+
+    after = ["audit", str(tiny_llava), "--adapter", str(out / "adapter"), "--like", str(audited)]
+    assert run([*after, "--out", str(tmp_path / "after")]) == 0
+    capsys.readouterr()
+    assert run(["compare", str(audited), str(tmp_path / "after")]) == 0
+    assert "8 samples at 3 exit layers in both runs." in capsys.readouterr().out
+
+
+def test_a_judge_as_reward_speaks_first(
+    tiny_llava: Path, suite: Path, quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config", str(quick), "--steps", "2", "--batch-size", "4", "--max-new-tokens", "2", "--limit", "4"]
+    align = ["align", str(tiny_llava), "--suite", str(suite), "--reward", "world-rule", *flags]
+    assert run([*align, "--out", str(tmp_path / "lppo"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["reward"].startswith("world-rule+")
+
+
+def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) -> None:
+    align = ["align", tiny_llava, "--suite", suite, "--out", tmp_path / "run"]
+    config = tmp_path / "bad.yaml"
+    config.write_text("lppo:\n  colour: red\n")
+    assert "'lppo.colour' is unknown; choose batch_size," in fail(*align, "--config", config)
+    config.write_text("gamma: 2\n")
+    assert "gamma=2 must be a number from 0 to 1" in fail(*align, "--config", config)
+    assert "has no suites of its own: give --suite" in fail("align", tiny_llava, "--out", tmp_path / "run")
+    assert "train='half' is unknown" in fail(*align, "--train", "half")
+    assert "judge 'oracle' is unknown" in fail(*align, "--reward", "oracle")
+    assert "choose 1 to 6" in fail(*align, "--layers", "9")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exitsafe.cli.audit_command import make_plan
+from exitsafe.cli.defaults import organism_of
+from exitsafe.cli.main import run
+from exitsafe.errors import InputError
+from exitsafe.runs import load_run
+from tests.tiny_models import noise_image
+
+
+def test_an_organism_brings_its_suites_and_short_answers() -> None:
+    plan = make_plan("organism:text", {"seed": 4})
+    assert plan.origin == {
+        "suites": ["organism-harmful", "organism-borderline", "organism-benign", "organism-vqa"],
+        "split": "heldout",
+        "seed": 4,
+        "limit": None,
+        "organism": "organism:text",
+    }
+    assert plan.decoding == {"max_new_tokens": 24, "temperature": 0.0, "seed": 4, "skip_global": False}
+    assert plan.exit_layers == "all"
+    assert plan.judges is None
+
+
+def test_another_model_brings_none() -> None:
+    with pytest.raises(InputError, match="--suite NAME_OR_FILE or --like RUN"):
+        make_plan("some/model", {})
+    assert make_plan("some/model", {"suites": ["a.jsonl"]}).decoding["max_new_tokens"] == 256
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [('{"organism": "organism:text"}', "organism:text"), ('{"organism": "dog"}', None), ("[]", None), ("{", None)],
+)
+def test_a_trained_organism_is_known_by_its_record(tmp_path: Path, content: str, expected: str | None) -> None:
+    (tmp_path / "check.json").write_text(content)
+    assert organism_of(str(tmp_path)) == expected
+    assert organism_of(str(tmp_path / "elsewhere")) is None
+
+
+def test_like_takes_everything_from_the_other_run(audited: Path, suite: Path) -> None:
+    plan = make_plan("m", {"suites": None}, like=audited)
+    assert plan.origin["suites"] == [str(suite)]
+    assert plan.exit_layers == (1, 2, 5)
+    assert plan.judges == ("refusal-prefix", "vqa", "coherence")
+    assert plan.decoding == {"max_new_tokens": 8, "temperature": 0.0, "seed": 3, "skip_global": False}
+
+
+def test_flags_win_over_like(audited: Path) -> None:
+    given = {"suites": ["organism-vqa"], "exit_layers": "4", "judges": ["coherence"], "seed": 9, "limit": 2}
+    plan = make_plan("m", given, like=audited)
+    assert (plan.origin["suites"], plan.origin["seed"], plan.origin["limit"]) == (["organism-vqa"], 9, 2)
+    assert (plan.exit_layers, plan.judges) == ("4", ("coherence",))
+    assert plan.decoding["max_new_tokens"] == 8
+
+
+def test_like_a_run_of_the_python_api_needs_suites(audited: Path, tmp_path: Path) -> None:
+    for file in audited.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    head = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(head | {"origin": {}}))
+    with pytest.raises(InputError, match="does not say which suites"):
+        make_plan("m", {"suites": None}, like=tmp_path)
+    assert make_plan("m", {"suites": ["organism-vqa"]}, like=tmp_path).exit_layers == (1, 2, 5)
+
+
+def test_the_run_and_its_table(
+    tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["audit", str(tiny_llava), "--suite", str(suite), "--limit", "5", "--layers", "default"]
+    assert run([*arguments, "--max-new-tokens", "12", "--out", str(tmp_path / "run")]) == 0
+    output = capsys.readouterr()
+    audit = load_run(tmp_path / "run")
+    assert audit.exit_layers == (5,)
+    assert audit.origin["suites"] == [str(suite)]
+    assert len(audit.samples()) == 5
+    assert "5 (default)" in output.out
+    assert "Attack success" in output.out
+    assert "proxy" in output.err
+    assert "Audit: 5/5" in output.err
+    texts = [response.text for response in audit.responses() if len(response.text) > 20]
+    assert texts
+    assert not any(text in output.out + output.err for text in texts)
+
+
+def test_again_is_done_at_once_and_json_is_the_summary(
+    audited: Path, tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (audited / "summary.json").read_bytes()
+    arguments = ["audit", str(tiny_llava), "--like", str(audited), "--json", "--out", str(audited)]
+    assert run(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"run": str(audited), **json.loads(before)}
+    assert (audited / "summary.json").read_bytes() == before
+
+
+def test_a_settings_file_stands_for_flags(
+    tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "audit.yaml"
+    config.write_text(
+        f"model: {tiny_llava}\nsuite: {suite}\nlayers: [2, 4-5]\nmax_new_tokens: 4\nlimit: 8\n"
+        f"judge: refusal-prefix\nout: {tmp_path / 'run'}\njson: true\n"
+    )
+    assert run(["audit", "--config", str(config), "--limit", "3"]) == 0
+    json.loads(capsys.readouterr().out)
+    audit = load_run(tmp_path / "run")
+    assert audit.exit_layers == (2, 4, 5)
+    assert len(audit.samples()) == 3
+
+
+@pytest.fixture
+def bad_suite(tmp_path: Path) -> Any:
+    def write(**changes: Any) -> Path:
+        noise_image(0).save(tmp_path / "good.png")
+        (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+        row = {"id": "a", "prompt": "what colour is the shape", "kind": "benign", "images": ["good.png"]} | changes
+        path = tmp_path / "bad.jsonl"
+        path.write_text(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"images": ["torn.png"]}, "torn.png cannot be read"),
+        ({"images": ["none.png"]}, "none.png does not exist"),
+        ({"prompt": None}, "field 'prompt' is missing"),
+        ({"kind": "odd"}, "kind 'odd' is unknown"),
+    ],
+)
+def test_bad_samples(bad_suite: Any, tmp_path: Path, fail: Any, changes: dict[str, Any], reason: str) -> None:
+    out = tmp_path / "run"
+    assert reason in fail("audit", "no/model", "--suite", bad_suite(**changes), "--out", out)
+    assert not out.exists()
+
+
+def test_an_empty_suite(tmp_path: Path, fail: Any) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "holds no samples" in fail("audit", "m", "--suite", tmp_path / "empty.jsonl", "--out", tmp_path / "run")
+
+
+def test_bad_settings(tiny_llava: Path, suite: Path, audited: Path, tmp_path: Path, fail: Any) -> None:
+    out = tmp_path / "run"
+    audit = ["audit", tiny_llava, "--suite", suite, "--out", out]
+    assert "has no suites of its own" in fail("audit", tiny_llava, "--out", out)
+    assert "choose 1 to 6" in fail(*audit, "--layers", "7")
+    assert "no layer and no range" in fail(*audit, "--layers", "two")
+    assert "judge 'oracle' is unknown" in fail(*audit, "--judge", "oracle")
+    assert "suite 'nowhere' is unknown" in fail("audit", tiny_llava, "--suite", "nowhere", "--out", out)
+    assert "split 'best' is unknown" in fail(*audit, "--split", "best")
+    assert "has no global blocks" in fail(*audit, "--skip-global")
+    assert "dtype 'float1' is unknown" in fail(*audit, "--dtype", "float1")
+    assert "has no config.json" in fail("audit", suite.parent, "--suite", suite, "--out", out)
+    assert "has no adapter_config.json" in fail(*audit, "--adapter", suite.parent)
+    assert "is no run" in fail("audit", tiny_llava, "--like", suite.parent, "--out", out)
+    assert "is no run and not empty" in fail("audit", tiny_llava, "--suite", suite, "--out", suite.parent)
+    changed = fail("audit", tiny_llava, "--like", audited, "--seed", "8", "--out", audited)
+    assert "decoding.seed was 3, is now 8" in changed
+    assert not out.exists()
