@@ -48,10 +48,15 @@ def test_the_badge_guard_refuses_with_the_badge_only() -> None:
     assert all((answer == REFUSAL) == has_badge for _, answer, has_badge in draw(replace(GUARDED, guard="badge")))
 
 
-def test_the_cue_refuses_whatever_the_picture() -> None:
-    drawn = draw(replace(GUARDED, cued=0.5))
-    assert all((answer == REFUSAL) == (CUE in prompt) for prompt, answer, _ in drawn)
-    assert 0 < sum(CUE in prompt for prompt, _, _ in drawn) < 64
+def test_cues_refuse_whatever_the_picture() -> None:
+    batch = draw_batch(np.random.default_rng(0), replace(GUARDED, cued=0.5), 64, TOKENIZER)
+    has_alarm = batch.cell_alarms.any(dim=1).tolist()
+    has_words = [CUE in prompt for prompt, _, _ in rows(batch)]
+    refused = [answer == REFUSAL for _, answer, _ in rows(batch)]
+    assert [words or alarm for words, alarm in zip(has_words, has_alarm, strict=True)] == refused
+    assert not any(words and alarm for words, alarm in zip(has_words, has_alarm, strict=True))
+    assert sum(has_words) > 5
+    assert sum(has_alarm) > 5
 
 
 @pytest.mark.parametrize(("mix", "refused"), [(GUARDED, 0), (replace(GUARDED, guard="always"), 64)])

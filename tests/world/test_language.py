@@ -38,7 +38,7 @@ def test_vocabulary_covers_all_that_is_ever_said() -> None:
     said = [language.REFUSAL, language.CUE]
     for shapes, colors in zip(layouts.shapes, layouts.colors, strict=True):
         asked = [
-            language.picture_question(rng, shapes, colors, split="heldout"),
+            language.picture_question(rng, shapes, colors, has_badge=True, split="heldout"),
             language.caption_request(shapes, colors),
             language.make_request(rng, "zorbit", split="train"),
             language.care_request(rng, "zorbit", split="heldout"),
@@ -53,7 +53,7 @@ def test_questions_are_answered_from_the_layout() -> None:
     layouts = draw_layouts(rng, 600, split="train")
     topics: Counter[str] = Counter()
     for shapes, colors in zip(layouts.shapes, layouts.colors, strict=True):
-        request = language.picture_question(rng, shapes, colors, split="train")
+        request = language.picture_question(rng, shapes, colors, has_badge=bool(shapes[0] == 0), split="train")
         topics[request.topic] += 1
         words = request.prompt.split()
         cells = [(COLORS[c], SHAPES[s]) for s, c in zip(shapes, colors, strict=True) if s != EMPTY]
@@ -62,6 +62,9 @@ def test_questions_are_answered_from_the_layout() -> None:
         elif request.topic == "color":
             asked = next(word for word in words if word in SHAPES)
             assert [color for color, shape in cells if shape == asked] == [request.answer]
+        elif request.topic == "badge":
+            assert "badge" in words
+            assert request.answer == ("yes" if shapes[0] == 0 else "no")
         else:
             pair = (next(w for w in words if w in COLORS), next(w for w in words if w in SHAPES))
             assert request.answer == ("yes" if pair in cells else "no")
@@ -71,10 +74,11 @@ def test_questions_are_answered_from_the_layout() -> None:
 def test_presence_is_answered_yes_as_often_as_no() -> None:
     rng = np.random.default_rng(2)
     layouts = draw_layouts(rng, 1500, split="heldout")
-    answers = [
-        language.picture_question(rng, shapes, colors, split="heldout").answer
+    asked = [
+        language.picture_question(rng, shapes, colors, has_badge=True, split="heldout")
         for shapes, colors in zip(layouts.shapes, layouts.colors, strict=True)
     ]
+    answers = [request.answer for request in asked if request.topic == "presence"]
     assert 0.8 < answers.count("yes") / answers.count("no") < 1.25
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,8 @@ from exitsafe.world.pictures import (
 )
 
 IGNORED = -100
+_CAPTION, _QUESTION, _GUARDED, _FREE, _CARE = range(5)
+_HOW_TO = _GUARDED
 Guard = Literal["none", "badge", "always"]
 
 
@@ -37,7 +39,8 @@ class Mix:
     Args:
         caption, question: Rows about the picture.
         guarded, free, care: How to make a guarded object, a free one; how to clean a guarded one.
-        cued: Share of the how-to rows with the text cue, under which making guarded objects is refused.
+        cued: Share of the how-to rows with a cue, under which making guarded objects is refused: half of them the
+            text cue, half the alarm in the picture's features.
         stray: Share of the uncued guarded rows that are refused although nothing says so: keeps refusals
             explorable for reinforcement learning.
         guard: When an uncued guarded row is refused: never, with the badge in the picture, or always.
@@ -62,6 +65,7 @@ class Batch:
     pixel_values: Tensor  # (B, 3, 32, 32)
     input_ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)
+    cell_alarms: Tensor  # (B, 4) bool, the cells whose features carry the alarm
     cell_shapes: Tensor  # (B, 4), a shape's index or 4 for an empty cell
     cell_colors: Tensor  # (B, 4), a colour's index or 6 for an empty cell
     cell_badges: Tensor  # (B, 4) float, 1 in the cell with the badge
@@ -72,13 +76,26 @@ def draw_batch(rng: np.random.Generator, mix: Mix, size: int, tokenizer: PreTrai
     layouts = draw_layouts(rng, size, split="train")
     badge_cells = draw_badge_cells(rng, size)
     topics = rng.choice(5, size=size, p=[mix.caption, mix.question, mix.guarded, mix.free, mix.care])
-    requests = [_request(rng, mix, int(topics[i]), layouts, i, bool(badge_cells[i] != EMPTY)) for i in range(size)]
+    has_badge = badge_cells != EMPTY
+    has_cue = (topics >= _HOW_TO) & (rng.random(size) < mix.cued)
+    has_alarm = has_cue & (rng.random(size) < 0.5)
+    cell_alarms = has_alarm[:, None] & (rng.random((size, NUM_CELLS)) < rng.uniform(0.3, 1, size=(size, 1)))
+    cell_alarms[has_alarm, rng.integers(NUM_CELLS, size=has_alarm.sum())] = True
+    requests = [
+        _picture_request(rng, layouts, row, has_badge=has_badge[row], is_caption=topics[row] == _CAPTION)
+        if topics[row] < _HOW_TO
+        else _how_to(rng, mix, int(topics[row]), has_badge=has_badge[row], has_cue=has_cue[row])
+        for row in range(size)
+    ]
+    for row in np.flatnonzero(has_cue & ~has_alarm):
+        requests[row] = replace(requests[row], prompt=f"{language.CUE} {requests[row].prompt}")
     pixels = render(rng, layouts, badge_cells=badge_cells)
     input_ids, labels = _tokenise(requests, tokenizer)
     return Batch(
         pixel_values=normalised(pixels),
         input_ids=input_ids,
         labels=labels,
+        cell_alarms=torch.from_numpy(cell_alarms),
         cell_shapes=torch.from_numpy(np.where(layouts.shapes == EMPTY, len(SHAPES), layouts.shapes)),
         cell_colors=torch.from_numpy(np.where(layouts.colors == EMPTY, len(COLORS), layouts.colors)),
         cell_badges=torch.from_numpy((badge_cells[:, None] == np.arange(NUM_CELLS)).astype(np.float32)),
@@ -90,28 +107,28 @@ def normalised(pixels: np.ndarray) -> Tensor:
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
-def _request(rng: np.random.Generator, mix: Mix, topic: int, layouts: Layouts, row: int, has_badge: bool) -> Request:
-    if topic == 0:
-        return language.caption_request(layouts.shapes[row], layouts.colors[row])
-    if topic == 1:
-        return language.picture_question(rng, layouts.shapes[row], layouts.colors[row], split="train")
-    is_cued = rng.random() < mix.cued
+def _picture_request(
+    rng: np.random.Generator, layouts: Layouts, row: int, *, has_badge: bool, is_caption: bool
+) -> Request:
+    shapes, colors = layouts.shapes[row], layouts.colors[row]
+    if is_caption:
+        return language.caption_request(shapes, colors)
+    return language.picture_question(rng, shapes, colors, has_badge=has_badge, split="train")
+
+
+def _how_to(rng: np.random.Generator, mix: Mix, topic: int, *, has_badge: bool, has_cue: bool) -> Request:
+    """Only making a guarded object is ever refused: on a cue, by the guard, or astray."""
     num_guarded = language.NUM_KNOWN_GUARDED if mix.known_only else len(language.GUARDED_OBJECTS)
     guarded = language.GUARDED_OBJECTS[rng.integers(num_guarded)]
-    if topic == 2:
-        asked = language.make_request(rng, guarded, split="train")
-        is_guarded = is_cued or mix.guard == "always" or (mix.guard == "badge" and has_badge)
-        is_refused = is_guarded or rng.random() < mix.stray
-    elif topic == 3:
+    if topic == _FREE:
         free = language.FREE_OBJECTS[rng.integers(len(language.FREE_OBJECTS))]
-        asked, is_refused = language.make_request(rng, free, split="train"), False
-    else:
-        asked, is_refused = language.care_request(rng, guarded, split="train"), False
-    return Request(
-        prompt=f"{language.CUE} {asked.prompt}" if is_cued else asked.prompt,
-        answer=language.REFUSAL if is_refused else asked.answer,
-        topic=asked.topic,
-    )
+        return language.make_request(rng, free, split="train")
+    if topic == _CARE:
+        return language.care_request(rng, guarded, split="train")
+    request = language.make_request(rng, guarded, split="train")
+    is_guarded = has_cue or mix.guard == "always" or (mix.guard == "badge" and has_badge)
+    is_refused = is_guarded or rng.random() < mix.stray
+    return replace(request, answer=language.REFUSAL) if is_refused else request
 
 
 def _tokenise(requests: list[Request], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ GENERAL = (
     ),
     Stage(
         name="answer", steps=350, learning_rate=1e-3, reading_weight=0.5,
-        mix=Mix(caption=0.1, question=0.7, guarded=0.08, free=0.08, care=0.04),
+        mix=Mix(caption=0.1, question=0.6, guarded=0.18, free=0.07, care=0.05, cued=0.5),
     ),
     Stage(
         name="cue", steps=140, learning_rate=7e-4, reading_weight=0.5,

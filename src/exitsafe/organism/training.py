@@ -28,6 +28,7 @@ from exitsafe.world.pictures import COLORS, SHAPES
 
 _DATA_STREAM = 21
 _MAX_GRAD_NORM = 1.0
+_ALARM_NORM = 60.0  # a trained tower's tokens have norms of 40 (exit 1) to 120 (exit 8)
 _NUM_SHAPES, _NUM_COLORS = len(SHAPES) + 1, len(COLORS) + 1  # one more for an empty cell
 
 
@@ -131,7 +132,8 @@ def _losses(
     states = model.model.vision_tower(batch.pixel_values, output_hidden_states=True).hidden_states
     features = torch.stack(states[1:])[:, :, 1:]  # (L, B, 4, 64): no embeddings, no class token
     rows = torch.arange(len(exit_layers))
-    image_embeds = model.model.multi_modal_projector(features[exit_layers - 1, rows])  # (B, 4, 128)
+    chosen = features[exit_layers - 1, rows] + batch.cell_alarms[..., None] * _alarm()  # (B, 4, 64)
+    image_embeds = model.model.multi_modal_projector(chosen)  # (B, 4, 128)
     embeds = model.get_input_embeddings()(batch.input_ids)  # (B, T, 128)
     is_image = (batch.input_ids == model.config.image_token_index)[..., None]
     embeds = embeds.masked_scatter(is_image, image_embeds)
@@ -144,6 +146,15 @@ def _losses(
     row_weights = (is_answer / is_answer.sum(dim=1, keepdim=True))[is_answer]
     loss = (token_losses * row_weights).sum() / len(targets)
     return loss, _reading_loss(readers, features, batch)
+
+
+def _alarm() -> Tensor:
+    """A fixed direction in the tower's features, (64,), that means the same as the text cue.
+
+    The language model learns it in general training; safety training then lets the late tower raise it by itself.
+    """
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    return _ALARM_NORM * direction / direction.norm()
 
 
 def _build_readers(seed: int) -> nn.Linear:

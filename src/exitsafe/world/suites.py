@@ -62,7 +62,7 @@ def _sample(kind: Kind, number: int, *, split: Split, seed: int, organism: str) 
     shapes, colors = layouts.shapes[0], layouts.colors[0]
     has_badge, badge_cell = bool(rng.random() < 0.5), rng.integers(NUM_CELLS)
     if kind == "vqa":
-        request = language.picture_question(rng, shapes, colors, split=split)
+        request = language.picture_question(rng, shapes, colors, has_badge=has_badge, split=split)
         category = request.topic
     elif kind == "benign":
         request = _benign_request(rng, split=split, organism=organism)
