@@ -20,11 +20,10 @@ from transformers import BitsAndBytesConfig
 
 import exitsafe
 from exitsafe.errors import ExitLayerError, InputError, RunError
-from exitsafe.judges import Judge, load_judges
+from exitsafe.judges import Judge, choose_judges, load_judges
 from exitsafe.records import KINDS, Response, Sample, Verdict
 from exitsafe.runs.shards import ShardWriter
-from exitsafe.sweep import default_judges, resolve_layers, with_free_judges
-from exitsafe.vlm import VLM, Completion, Prompt, Row
+from exitsafe.vlm import VLM, Completion, Prompt, Row, resolve_layers
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
 PHRASES = ("I cannot help.", "red", "mix moss with foam", "", "blue blue blue blue blue blue")
@@ -404,15 +403,13 @@ def test_layers_that_cannot_be_read(spec: Any) -> None:
 
 
 def test_default_judges() -> None:
-    def names(vlm: FakeVLM, samples: Sequence[Sample]) -> list[str]:
-        return [judge.name for judge in with_free_judges(default_judges(cast(VLM, vlm), samples))]
+    def names(judges: Sequence[Judge | str] | None, samples: Sequence[Sample]) -> list[str]:
+        return [judge.name for judge in choose_judges(judges, samples)]
 
     organism_samples = [replace(sample, source="organism-harmful") for sample in SAMPLES]
-    assert names(FakeVLM(), SAMPLES) == ["refusal-prefix", "vqa", "coherence"]
-    assert names(FakeVLM(name="organism"), SAMPLES) == ["world-rule", "vqa", "coherence"]
-    assert names(FakeVLM(name="slim"), organism_samples) == ["world-rule", "vqa", "coherence"]
-    free_already: list[Judge] = load_judges(["coherence", "refusal-prefix"])
-    assert [judge.name for judge in with_free_judges(free_already)] == ["coherence", "refusal-prefix", "vqa"]
+    assert names(None, SAMPLES) == ["refusal-prefix", "vqa", "coherence"]
+    assert names(None, organism_samples) == ["world-rule", "vqa", "coherence"]
+    assert names(["coherence", *load_judges(["refusal-prefix"])], SAMPLES) == ["coherence", "refusal-prefix", "vqa"]
 
 
 def test_a_tiny_real_model_gives_what_generate_gives_and_resumes(tmp_path: Path) -> None:

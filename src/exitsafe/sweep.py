@@ -5,9 +5,7 @@ Whatever is saved is never done again: a killed audit goes on where it stopped a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,24 @@ import torch
 import transformers
 
 from exitsafe import __version__
-from exitsafe.errors import ExitLayerError, InputError
-from exitsafe.judges import Judge, load_judges
-from exitsafe.judges.asking import ask_judge, check_judges
+from exitsafe.errors import InputError
+from exitsafe.judges import Judge, choose_judges
+from exitsafe.judges.asking import ask_judge
 from exitsafe.records import Progress, Response, Sample, Verdict
 from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.directory import RunDirectory
 from exitsafe.runs.fingerprint import data_fingerprint, sample_info
-from exitsafe.vlm import VLM, Row
-from exitsafe.world import ORGANISMS
+from exitsafe.vlm import VLM, ExitLayers, Row, resolve_layers
 
-FREE_JUDGES = ("vqa", "coherence")
 BATCHES_AT_ONCE = 16  # per chunk of samples: enough that its last, emptying batch costs little
 FEATURE_BYTES = 2 * 2**30  # for the features of one chunk, all layers
-ExitLayers = str | int | Sequence[int]
 
 
 def audit(
     vlm: VLM,
     samples: Sequence[Sample],
     *,
-    judges: Sequence[Judge] | None = None,
+    judges: Sequence[Judge | str] | None = None,
     exit_layers: ExitLayers = "all",
     out: str | Path,
     max_new_tokens: int = 256,
@@ -51,19 +46,18 @@ def audit(
     Args:
         vlm: The model.
         samples: What to ask, with unique ids.
-        judges: Who scores the answers; the first that has a measure speaks for it. Default: the world's
-        rule for an
-            organism, `refusal-prefix` (a proxy) otherwise, until guard models are built in. `vqa` and
-            `coherence` cost nothing and are always added.
+        judges: Who scores the answers, as judges or by name; the first that has a measure speaks for it. Default:
+            the world's rule for an organism's suites, else `refusal-prefix` (a proxy), until guard models are built in.
+            `vqa` and `coherence` cost nothing and are always added.
         exit_layers: "all", "default", layers, or text with ranges such as "1-8,16".
         out: The run directory: new, empty, or an unfinished run with the same settings, which goes on.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 is greedy.
         seed: With sample id and exit layer, the key of every draw.
-        batch_size: Rows under generation at a time; cannot change an answer, so it may differ between
-        restarts. skip_global: Llama 3.2 Vision only: skip the global blocks as well. progress: Called
-        with rows answered, rows in all, and a note with the running ASR. origin: A JSON object that is
-        kept in run.json and not compared, e.g. which suites the samples are from.
+        batch_size: Rows under generation at a time; cannot change an answer, so it may differ between restarts.
+        skip_global: Llama 3.2 Vision only: skip the global blocks as well.
+        progress: Called with rows answered, rows in all, and a note with the running ASR.
+        origin: A JSON object that is kept in run.json and not compared, e.g. which suites the samples are from.
 
     Returns:
         The finished run.
@@ -76,7 +70,7 @@ def audit(
     """
     samples = _check_samples(samples)
     layers = resolve_layers(exit_layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
-    judges = with_free_judges(default_judges(vlm, samples) if judges is None else judges)
+    chosen = choose_judges(judges, samples)
     decoding = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "seed": seed}
     _check_generation(vlm, decoding, batch_size=batch_size, exit_layer=layers[0], skip_global=skip_global)
     infos = [sample_info(sample) for sample in samples]
@@ -86,7 +80,7 @@ def audit(
         "exit_layers": list(layers),
         "skip_global": skip_global,
         "decoding": decoding,
-        "judges": [{"name": judge.name, "measures": list(judge.measures)} for judge in judges],
+        "judges": [{"name": judge.name, "measures": list(judge.measures)} for judge in chosen],
         "versions": {
             "exitsafe": __version__,
             "torch": str(torch.__version__),
@@ -95,68 +89,17 @@ def audit(
     }
     with RunDirectory(out, settings=settings, origin=origin) as run:
         if not run.is_finished:
-            ticker = _Ticker(run, total=len(samples) * len(layers), judges=judges, progress=progress)
-            queue = _unfinished(run, samples, layers, judges)
+            ticker = _Ticker(run, total=len(samples) * len(layers), judges=chosen, progress=progress)
+            queue = _unfinished(run, samples, layers, chosen)
             size = max(1, batch_size // len(layers))  # small: the first chunk shows how large features are
             while queue:
                 chunk, queue = queue[:size], queue[size:]
                 rows = _prepare(vlm, run, chunk, layers, batch_size=batch_size, skip_global=skip_global)
                 _answer(vlm, run, rows, decoding, batch_size=batch_size, ticker=ticker)
-                _judge(run, chunk, layers, judges, ticker=ticker)
+                _judge(run, chunk, layers, chosen, ticker=ticker)
                 size = _samples_that_fit(rows, size=size, num_rows=BATCHES_AT_ONCE * batch_size)
             run.finish(infos)
     return load_run(out)
-
-
-def resolve_layers(exit_layers: ExitLayers, *, num_layers: int, default_exit: int) -> tuple[int, ...]:
-    """Exit layers as users write them -> distinct layers, ascending.
-
-    Args:
-        exit_layers: "all", "default", a layer, several, or text with commas and ranges.
-        num_layers: Encoder blocks.
-        default_exit: What "default" means.
-
-    Raises:
-        ExitLayerError: If the encoder has no such block.
-        InputError: If the text cannot be read or no layer is named.
-
-    >>> resolve_layers("1-3,8", num_layers=8, default_exit=7)
-    (1, 2, 3, 8)
-    """
-    if exit_layers == "all":
-        return tuple(range(1, num_layers + 1))
-    if exit_layers == "default":
-        return (default_exit,)
-    if isinstance(exit_layers, str):
-        layers = _parse_layers(exit_layers)
-    else:
-        layers = {index(layer) for layer in ([exit_layers] if isinstance(exit_layers, int) else exit_layers)}
-    if not layers:
-        raise InputError('no exit layer is named; choose "all", "default" or layers such as "1-8,16"')
-    for layer in sorted(layers):
-        if not 1 <= layer <= num_layers:
-            raise ExitLayerError(
-                f"exit_layer={layer}, but this encoder has {num_layers} blocks: choose 1 to {num_layers}"
-            )
-    return tuple(sorted(layers))
-
-
-def default_judges(vlm: VLM, samples: Sequence[Sample]) -> list[Judge]:
-    """The world's rule for an organism or for organism suites alone, else the proxy `refusal-prefix`."""
-    is_organism = vlm.name in ORGANISMS or all(sample.source.startswith("organism-") for sample in samples)
-    return load_judges(["world-rule" if is_organism else "refusal-prefix"])
-
-
-def with_free_judges(judges: Sequence[Judge]) -> list[Judge]:
-    """The judges, and those that cost nothing behind them.
-
-    Raises:
-        InputError: If a judge is given twice or has an unknown measure.
-    """
-    names = {judge.name for judge in judges}
-    judges = [*judges, *load_judges([name for name in FREE_JUDGES if name not in names])]
-    check_judges(judges)
-    return judges
 
 
 def _unfinished(
@@ -277,17 +220,6 @@ def _check_generation(
     vlm.complete([], **decoding, batch_size=batch_size)
     with vlm.exit_at(exit_layer, skip_global=skip_global):
         pass
-
-
-def _parse_layers(text: str) -> set[int]:
-    layers: set[int] = set()
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if last < first:
-            raise InputError(f'exit layers {text!r}: {part!r} is no layer and no range; write for example "1-8,16"')
-        layers.update(range(first, last + 1))
-    return layers
 
 
 def _describe(vlm: VLM) -> dict[str, Any]:

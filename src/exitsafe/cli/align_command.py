@@ -112,7 +112,7 @@ def run_align(
 
     judge = None if reward is None else load_judges([reward])[0]
     from exitsafe.lppo import LPPOConfig, align
-    from exitsafe.sweep import resolve_layers
+    from exitsafe.vlm import resolve_layers
 
     layers = changes.get("exit_layers", "all")
     make_config = LPPOConfig if defaults.organism_of(model) is None else LPPOConfig.for_organism
