@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -77,17 +78,16 @@ def draw_batch(rng: np.random.Generator, mix: Mix, size: int, tokenizer: PreTrai
     badge_cells = draw_badge_cells(rng, size)
     topics = rng.choice(5, size=size, p=[mix.caption, mix.question, mix.guarded, mix.free, mix.care])
     has_badge = badge_cells != EMPTY
-    has_cue = (topics >= _HOW_TO) & (rng.random(size) < mix.cued)
-    has_alarm = has_cue & (rng.random(size) < 0.5)
-    cell_alarms = has_alarm[:, None] & (rng.random((size, NUM_CELLS)) < rng.uniform(0.3, 1, size=(size, 1)))
-    cell_alarms[has_alarm, rng.integers(NUM_CELLS, size=has_alarm.sum())] = True
+    is_how_to = topics >= _HOW_TO
+    has_words, cell_alarms = _draw_cues(rng, is_how_to, mix.cued)
+    has_cue = has_words | cell_alarms.any(axis=1)
     requests = [
-        _picture_request(rng, layouts, row, has_badge=has_badge[row], is_caption=topics[row] == _CAPTION)
-        if topics[row] < _HOW_TO
-        else _how_to(rng, mix, int(topics[row]), has_badge=has_badge[row], has_cue=has_cue[row])
+        _how_to(rng, mix, int(topics[row]), has_badge=has_badge[row], has_cue=has_cue[row])
+        if is_how_to[row]
+        else _picture_request(rng, layouts, row, has_badge=has_badge[row], is_caption=topics[row] == _CAPTION)
         for row in range(size)
     ]
-    for row in np.flatnonzero(has_cue & ~has_alarm):
+    for row in np.flatnonzero(has_words):
         requests[row] = replace(requests[row], prompt=f"{language.CUE} {requests[row].prompt}")
     pixels = render(rng, layouts, badge_cells=badge_cells)
     input_ids, labels = _tokenise(requests, tokenizer)
@@ -105,6 +105,18 @@ def draw_batch(rng: np.random.Generator, mix: Mix, size: int, tokenizer: PreTrai
 def normalised(pixels: np.ndarray) -> Tensor:
     """(N, 32, 32, 3) bytes to what the image processor makes of them: (N, 3, 32, 32) around 0."""
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - PIXEL_MEAN) / PIXEL_STD
+
+
+def _draw_cues(
+    rng: np.random.Generator, is_how_to: NDArray[np.bool_], share: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which rows carry the words, (B,), and which cells the alarm, (B, 4): one to all four cells of a row."""
+    size = len(is_how_to)
+    has_cue = is_how_to & (rng.random(size) < share)
+    has_alarm = has_cue & (rng.random(size) < 0.5)
+    cell_alarms = has_alarm[:, None] & (rng.random((size, NUM_CELLS)) < rng.uniform(0.3, 1, size=(size, 1)))
+    cell_alarms[has_alarm, rng.integers(NUM_CELLS, size=has_alarm.sum())] = True
+    return has_cue & ~has_alarm, cell_alarms
 
 
 def _picture_request(

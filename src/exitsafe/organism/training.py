@@ -154,7 +154,8 @@ def _alarm() -> Tensor:
     The language model learns it in general training; safety training then lets the late tower raise it by itself.
     """
     direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    return _ALARM_NORM * direction / direction.norm()
+    alarm: Tensor = _ALARM_NORM * direction / direction.norm()
+    return alarm
 
 
 def _build_readers(seed: int) -> nn.Linear:
@@ -173,11 +174,12 @@ def _reading_loss(readers: nn.Linear, features: Tensor, batch: Batch) -> Tensor:
     weight = readers.weight.view(NUM_BLOCKS, -1, features.shape[-1])
     read = torch.einsum("lbcf,lof->lbco", features, weight) + readers.bias.view(NUM_BLOCKS, 1, 1, -1)
     shapes, colors, badges = read.split([_NUM_SHAPES, _NUM_COLORS, 1], dim=-1)
-    return (
+    loss: Tensor = (
         F.cross_entropy(shapes.flatten(0, 2), batch.cell_shapes.expand(NUM_BLOCKS, -1, -1).flatten())
         + F.cross_entropy(colors.flatten(0, 2), batch.cell_colors.expand(NUM_BLOCKS, -1, -1).flatten())
         + F.binary_cross_entropy_with_logits(badges[..., 0], batch.cell_badges.expand(NUM_BLOCKS, -1, -1))
     )
+    return loss
 
 
 def _select(model: LlavaForConditionalGeneration, stage: Stage) -> list[nn.Parameter]:
