@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from exitsafe.errors import InputError
 from exitsafe.records import Sample
 from exitsafe.vlm import VLM, Features
 from tests.vlm.test_exits import count_attention, stock_inputs
@@ -53,6 +55,11 @@ def test_by_prompt_equals_alone(vlm: VLM, samples: list[Sample]) -> None:
                 continue
             for a, b in zip(left, right, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_inputs_without_an_image_are_refused(vlm: VLM) -> None:
+    with pytest.raises(InputError, match="inputs have no pixel_values"):
+        vlm.image_features({"input_ids": torch.zeros(1, 3)}, (1,))
 
 
 def test_no_exit_layers_no_work(vlm: VLM) -> None:

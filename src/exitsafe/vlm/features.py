@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from exitsafe.errors import InputError
 from exitsafe.vlm.exits import check_exit_layer, replay_patch
 from exitsafe.vlm.prompts import Prompt
 
@@ -33,6 +34,9 @@ def compute_features(
     if not exit_layers:
         return {}
     model, family = vlm.base_model, vlm.family_row
+    missing = [name for name in family.image_inputs if name not in inputs]
+    if missing:
+        raise InputError(f"inputs have no {' and no '.join(missing)}: give what the processor makes of images")
     images = {name: inputs[name].to(vlm.device) for name in family.image_inputs}
     images["pixel_values"] = images["pixel_values"].to(model.dtype)
     blocks = family.encoder_blocks(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from exitsafe.errors import ModelError
@@ -62,8 +63,6 @@ def load_vlm(
         )
         model = model.to(_device(device)) if quantization is None else model
         if adapter is not None:
-            from peft import PeftModel
-
             model = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"cannot load {name_or_path!s}: {_first_line(error)}") from error

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from exitsafe.errors import InputError, ModelError
@@ -65,7 +66,7 @@ class VLM:
 
     @property
     def base_model(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
     def family(self) -> str:
@@ -128,6 +129,10 @@ class VLM:
         Returns:
             By exit layer, a tuple of tensors: (tokens, H) per image; for Llama 3.2 Vision (images * tiles,
             patches, H) per row. Detached.
+
+        Raises:
+            ExitLayerError: If the encoder has no such block.
+            InputError: If an image entry is missing from `inputs`.
         """
         return compute_features(self, inputs, tuple(exit_layers), skip_global=skip_global)
 
