@@ -81,9 +81,12 @@ def test_a_mix_that_the_samples_cannot_fill_is_refused() -> None:
 
 
 def test_trained_exits() -> None:
-    available = range(1, 9)
-    assert trained_exits(config(), available, 7) == tuple(range(1, 9))
-    assert trained_exits(config(exit_layers=(5, 1, 1)), available, 7) == (1, 5, 7)
-    assert trained_exits(config(exit_layers=(5, 1), include_default=False), available, 7) == (1, 5)
+    def trained(**changes: object) -> tuple[int, ...]:
+        return trained_exits(config(**changes), num_layers=8, default_exit=7)
+
+    assert trained() == tuple(range(1, 9))
+    assert trained(exit_layers=(5, 1, 1)) == trained(exit_layers="1,5") == (1, 5, 7)
+    assert trained(exit_layers=(5, 1), include_default=False) == (1, 5)
+    assert trained(exit_layers="default") == (7,)
     with pytest.raises(ExitLayerError, match="exit_layer=30, but this encoder has 8 blocks: choose 1 to 8"):
-        trained_exits(config(exit_layers=(30,)), available, 7)
+        trained(exit_layers=(30,))

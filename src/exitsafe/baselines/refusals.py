@@ -72,7 +72,7 @@ def sft(
     if not with_benign:
         config = replace(config, mix=None)
     refusal = refusal or (WORLD_REFUSAL if kept[0].source.startswith("organism-") else REFUSAL)
-    exit_layers = trained_exits(config, vlm.exit_layers, vlm.default_exit)
+    exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(kept, exit_layers, config)
     settings = run_settings("sft", vlm, kept, exit_layers, config) | {"refusal": refusal}
     folder = TrainingFolder.open(Path(out), settings)

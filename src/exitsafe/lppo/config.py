@@ -24,8 +24,9 @@ class LPPOConfig:
     """
 
     # What is trained, and on which exits
-    exit_layers: Literal["all"] | tuple[int, ...] = "all"
-    """Exits that samples are drawn at, uniformly; the guarantee of L-PPO ends with this list."""
+    exit_layers: str | tuple[int, ...] = "all"
+    """Exits that samples are drawn at, uniformly: "all", "default", layers, or text such as "1-8,16". The guarantee of
+    L-PPO ends with this list."""
     include_default: bool = True
     """Adds the default exit to the list: repairing the others must not cost the one that everybody uses."""
     train: Literal["lora", "full"] = "lora"
@@ -129,7 +130,7 @@ class LPPOConfig:
         return cls(**settings | changes)
 
     def __post_init__(self) -> None:
-        if self.exit_layers != "all":
+        if not isinstance(self.exit_layers, str):
             object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
         if self.mix is not None:
             object.__setattr__(self, "mix", dict(self.mix))
@@ -138,7 +139,7 @@ class LPPOConfig:
 
     def _check_choices(self) -> None:
         if not self.exit_layers:
-            raise InputError('exit_layers is empty: give "all" or at least one exit layer')
+            raise InputError('exit_layers is empty: give "all", "default" or at least one layer')
         if self.train not in ("lora", "full"):
             raise InputError(f"train={self.train!r} is unknown; choose lora or full")
         for kind, share in (self.mix or {}).items():

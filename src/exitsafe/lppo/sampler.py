@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from exitsafe.errors import ExitLayerError, InputError
+from exitsafe.errors import InputError
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.records import KINDS, Sample
+from exitsafe.vlm import resolve_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +47,15 @@ def draw_schedule(samples: Sequence[Sample], exit_layers: Sequence[int], config:
     )
 
 
-def trained_exits(config: LPPOConfig, available: Sequence[int], default_exit: int) -> tuple[int, ...]:
+def trained_exits(config: LPPOConfig, *, num_layers: int, default_exit: int) -> tuple[int, ...]:
     """The exit layers that the config names for this encoder, ascending, each once.
 
     Raises:
         ExitLayerError: If a layer does not exist in the encoder.
+        InputError: If the text that names them cannot be read.
     """
-    if config.exit_layers == "all":
-        return tuple(sorted(available))
-    for layer in config.exit_layers:
-        if layer not in available:
-            raise ExitLayerError(
-                f"exit_layer={layer}, but this encoder has {max(available)} blocks: "
-                f"choose {min(available)} to {max(available)}"
-            )
-    default = {default_exit} if config.include_default else set()
-    return tuple(sorted({*config.exit_layers} | default))
+    named = resolve_layers(config.exit_layers, num_layers=num_layers, default_exit=default_exit)
+    return tuple(sorted({*named, default_exit})) if config.include_default else named
 
 
 def _shares(samples: Sequence[Sample], config: LPPOConfig) -> list[float]:

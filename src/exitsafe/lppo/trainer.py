@@ -66,7 +66,7 @@ def align(
         RunError: If `out` holds another run, or no answer of a step could be scored.
     """
     samples = tuple(samples)
-    exit_layers = trained_exits(config, vlm.exit_layers, vlm.default_exit)
+    exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(samples, exit_layers, config)
     scorer = as_scorer(reward, samples)
     settings = run_settings("lppo", vlm, samples, exit_layers, config) | {"reward": scorer.name}
