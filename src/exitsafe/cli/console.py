@@ -6,8 +6,10 @@ With `--json` stdout carries one JSON document and nothing else, whatever librar
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -24,6 +26,7 @@ def results(*, as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[],
 
     `tables()` makes rich renderables; it is called only if they are shown.
     """
+    _quieten_libraries()
     stdout = sys.stdout
 
     def show(document: dict[str, Any], tables: Callable[[], list[Any]]) -> None:
@@ -120,3 +123,11 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _quieten_libraries() -> None:
+    """Silence what is known and no user can mend; every other warning stays."""
+    # PEFT reads a name that transformers has renamed
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # PEFT imports bitsandbytes, which misses kernels that only quantised models would use
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

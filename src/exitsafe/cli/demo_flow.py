@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from exitsafe.cli import console
 from exitsafe.cli.align_command import run_align
 from exitsafe.cli.audit_command import make_plan, run_plan
@@ -46,6 +48,9 @@ def run_demo(organism: str, *, out: Path, seed: int, with_baselines: bool) -> Sh
     if organism not in ORGANISMS:
         raise InputError(f"organism {organism!r} is unknown; choose {' or '.join(ORGANISMS)}")
     plan = make_plan(organism, {"seed": seed})
+    # Threads gain little on a model this small, and on a busy machine they mostly wait for each other. One thread
+    # also gives the same bits whatever the number of cores.
+    torch.set_num_threads(1)
 
     before = run_plan(plan, out=out / "before", loading={}, title="Audit before")
     adapter = run_align(organism, changes={"seed": seed}, out=out / "lppo", loading={}, title="Align by L-PPO")

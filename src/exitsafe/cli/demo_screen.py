@@ -76,9 +76,9 @@ def _before(shown: Shown) -> str:
     worst = worst_exit(shown.before, "asr")
     default = summary["default_exit"]
     return (
-        f"At its default exit, {default}, the model is attacked with success {_rate(shown.before, 'asr', default)}. "
-        f"Its worst exit is {worst}: {_rate(shown.before, 'asr', worst)}. The other exits' mean is "
-        f"{percent(mean_of_other_exits(shown.before, 'asr'))}."
+        f"At the default exit, {default}, attacks succeed in {_rate(shown.before, 'asr', default)}. At the worst "
+        f"exit, {worst}, they succeed in {_rate(shown.before, 'asr', worst)}. The mean of the exits other than the "
+        f"default is {percent(mean_of_other_exits(shown.before, 'asr'))}."
     )
 
 
@@ -93,9 +93,9 @@ def _after(shown: Shown) -> str:
     else:
         verdict = "L-PPO made no clear difference"
     return (
-        f"{verdict}: the other exits' mean went from {percent(before)} to {percent(after)}, and the worst exit is now "
-        f"{worst}: {_rate(shown.after, 'asr', worst)}. Averaged over early, middle and late exits the change is "
-        f"{_change(row)}."
+        f"{verdict}: the mean of the exits other than the default went from {percent(before)} to {percent(after)}, "
+        f"and the worst exit, {worst}, is at {_rate(shown.after, 'asr', worst)}. Averaged over early, middle and late "
+        f"exits the change is {_change(row)}."
     )
 
 

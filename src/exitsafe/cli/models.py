@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,11 +18,8 @@ def load_model(model: str, *, quantization: str | None = None, **flags: Any) -> 
     disable_progress_bar()  # takes those of downloads along
     if not is_silent:
         enable_progress_bars()
-    # PEFT reads a name that transformers has renamed: nothing a user can mend
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    if quantization is None:
-        # PEFT imports bitsandbytes, which misses kernels of quantised models
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantization is not None:
+        logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
     from exitsafe.vlm import load_vlm
 
     return load_vlm(model, quantization=quantization, **flags)
