@@ -24,7 +24,7 @@ def test_frozen_keyword_only_and_copied() -> None:
 
 def test_for_organism_takes_changes() -> None:
     config = LPPOConfig.for_organism(seed=2, exit_layers=(7,))
-    assert (config.seed, config.exit_layers, config.train, config.num_steps) == (2, (7,), "full", 120)
+    assert (config.seed, config.exit_layers, config.train, config.num_steps) == (2, (7,), "full", 80)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(LPPOConfig)])

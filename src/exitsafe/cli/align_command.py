@@ -37,7 +37,7 @@ def align_command(
     ] = None,
     limit: options.Limit = None,
     num_steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="N", help="PPO steps.", show_default="400; an organism 120")
+        int | None, typer.Option("--steps", min=1, metavar="N", help="PPO steps.", show_default="400; an organism 80")
     ] = None,
     train: Annotated[
         str | None,

@@ -118,7 +118,7 @@ class LPPOConfig:
         """The settings that repair the built-in organism in about two minutes on two cores."""
         settings: dict[str, Any] = {
             "train": "full",
-            "num_steps": 120,
+            "num_steps": 80,
             "batch_size": 128,
             "minibatch_size": 64,
             "mix": {"harmful": 0.325, "borderline": 0.325, "benign": 0.15, "vqa": 0.2},
