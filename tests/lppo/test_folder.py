@@ -11,33 +11,35 @@ from exitsafe.errors import RunError
 from exitsafe.lppo.folder import TrainingFolder
 
 SETTINGS = {"config": {"seed": 0, "mix": {"vqa": 1.0}, "exit_layers": (1, 2)}, "reward": "mine"}
+SIZES = {"microbatch_tokens": 100}
 
 
 def test_the_same_settings_go_on_and_changed_ones_are_refused_with_the_difference(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
-    TrainingFolder.open(out, SETTINGS)
+    TrainingFolder.open(out, SETTINGS, SIZES)
     before = (out / "run.json").read_bytes()
-    TrainingFolder.open(out, SETTINGS)
+    TrainingFolder.open(out, SETTINGS, SIZES)
     assert (out / "run.json").read_bytes() == before
     assert "torch" in json.loads(before)["versions"]
+    TrainingFolder.open(out, SETTINGS, {"microbatch_tokens": 50})  # out of memory: goes on in smaller parts
     changed = {**SETTINGS, "config": {"seed": 1, "mix": {"vqa": 1.0}, "exit_layers": (1, 2)}}
     with pytest.raises(RunError, match=r"other settings \(config.seed was 0, is now 1\)"):
-        TrainingFolder.open(out, changed)
+        TrainingFolder.open(out, changed, SIZES)
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="something else than a training run"):
-        TrainingFolder.open(tmp_path, SETTINGS)
+        TrainingFolder.open(tmp_path, SETTINGS, SIZES)
     with pytest.raises(RunError, match="something else than a training run"):
-        TrainingFolder.open(tmp_path / "notes.txt", SETTINGS)
+        TrainingFolder.open(tmp_path / "notes.txt", SETTINGS, SIZES)
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(RunError, match="not a training run's record"):
-        TrainingFolder.open(tmp_path, SETTINGS)
+        TrainingFolder.open(tmp_path, SETTINGS, SIZES)
 
 
 def test_metrics_of_steps_to_be_redone_are_dropped_also_a_torn_line(tmp_path: Path) -> None:
-    folder = TrainingFolder.open(tmp_path / "run", SETTINGS)
+    folder = TrainingFolder.open(tmp_path / "run", SETTINGS, SIZES)
     for step in range(3):
         folder.add_metrics({"step": step})
     with (folder.path / "metrics.jsonl").open("a") as lines:
@@ -49,7 +51,7 @@ def test_metrics_of_steps_to_be_redone_are_dropped_also_a_torn_line(tmp_path: Pa
 
 
 def test_the_adapter_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = TrainingFolder.open(tmp_path / "run", SETTINGS)
+    folder = TrainingFolder.open(tmp_path / "run", SETTINGS, SIZES)
 
     def fail(path: Path) -> None:
         path.mkdir()

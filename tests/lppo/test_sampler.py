@@ -78,6 +78,8 @@ def test_a_mix_that_the_samples_cannot_fill_is_refused() -> None:
         draw_schedule(pool(harmful=3), (1,), config(mix={"harmful": 0.5, "vqa": 0.5}))
     with pytest.raises(InputError, match="no samples"):
         draw_schedule([], (1,), config())
+    with pytest.raises(InputError, match="2 samples have the id 'vqa-0'"):
+        draw_schedule([*pool(vqa=2), *pool(vqa=1)], (1,), config())
 
 
 def test_trained_exits() -> None:

@@ -22,7 +22,7 @@ from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.experience import Batch, deal
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder, run_settings
-from exitsafe.lppo.policy import attached_policy
+from exitsafe.lppo.policy import attached_policy, check_trainable
 from exitsafe.lppo.sampler import draw_schedule, trained_exits
 from exitsafe.lppo.update import Learner
 from exitsafe.records import Progress, Sample
@@ -74,8 +74,9 @@ def sft(
     refusal = refusal or (WORLD_REFUSAL if kept[0].source.startswith("organism-") else REFUSAL)
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(kept, exit_layers, config)
-    settings = run_settings("sft", vlm, kept, exit_layers, config) | {"refusal": refusal}
-    folder = TrainingFolder.open(Path(out), settings)
+    check_trainable(vlm, config)
+    settings, sizes = run_settings("sft", vlm, kept, exit_layers, config)
+    folder = TrainingFolder.open(Path(out), settings | {"refusal": refusal}, sizes)
     if folder.is_finished:
         return folder.adapter
     targets = _targets(vlm, kept, refusal, config)

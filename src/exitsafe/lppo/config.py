@@ -175,6 +175,9 @@ class LPPOConfig:
             raise InputError("calibration_samples=1 has no deviation: give 0 or at least 2")
 
 
+SIZES = ("microbatch_tokens", "rollout_batch_size", "feature_cache_gb", "checkpoint_every", "keep_checkpoints")
+"""What decides memory and disk, and results only by rounding: may differ when a run goes on, e.g. out of memory."""
+
 _WHOLE_FROM_ONE = (
     "lora_rank", "lora_alpha", "num_steps", "batch_size", "minibatch_size", "num_epochs", "microbatch_tokens",
     "max_new_tokens", "rollout_batch_size", "kl_horizon", "checkpoint_every", "keep_checkpoints",

@@ -1,6 +1,6 @@
 """The folder of a training run: settings, metrics, checkpoints and, at the end, the adapter.
 
-    run.json         settings that make it this run, and the versions it began with
+    run.json         settings that make it this run; sizes and versions it began with
     metrics.jsonl    one line per step; no response text
     checkpoints/     to go on from after an interrupt
     adapter/         the PEFT folder; there only when the run is finished
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exitsafe.errors import RunError
-from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.config import SIZES, LPPOConfig
 from exitsafe.records import Sample
 from exitsafe.runs.files import write_whole, writing
 from exitsafe.runs.fingerprint import data_fingerprint, differences, sample_info
@@ -38,8 +38,13 @@ class TrainingFolder:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def open(cls, path: Path, settings: Mapping[str, Any]) -> TrainingFolder:
+    def open(cls, path: Path, settings: Mapping[str, Any], sizes: Mapping[str, Any]) -> TrainingFolder:
         """Begin a run, or go on with the one that is there.
+
+        Args:
+            path: The folder.
+            settings: What makes it this run.
+            sizes: What may differ when it goes on; kept for the record.
 
         Raises:
             RunError: If the folder holds a run with other settings, or something else.
@@ -53,8 +58,8 @@ class TrainingFolder:
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
             versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-            content = json.dumps({"settings": settings, "versions": versions}, indent=1, allow_nan=False)
-            write_whole(record, content.encode() + b"\n")
+            content = {"settings": settings, "sizes": sizes, "versions": versions}
+            write_whole(record, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
         return cls(path)
 
     @property
@@ -84,15 +89,18 @@ class TrainingFolder:
 
 def run_settings(
     method: str, vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int], config: LPPOConfig
-) -> dict[str, Any]:
-    """What makes two runs the same run, whatever the method."""
-    return {
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What makes two runs the same run, whatever the method; and the sizes that may differ between restarts."""
+    constants = asdict(config)
+    sizes = {name: constants.pop(name) for name in SIZES}
+    settings = {
         "method": method,
         "model": {"name": vlm.name, "hash": vlm.checkpoint_hash, "dtype": str(vlm.base_model.dtype)},
         "data": data_fingerprint([sample_info(sample) for sample in samples]),
         "trained_exits": list(exit_layers),
-        "config": asdict(config),
+        "config": constants,
     }
+    return settings, sizes
 
 
 def _check_same(record: Path, settings: Mapping[str, Any]) -> None:

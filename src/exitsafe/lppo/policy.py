@@ -30,17 +30,15 @@ def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
     """Put a fresh adapter on the model's language model; on leaving, all is as it was, random numbers too.
 
     Raises:
-        InputError: If the model carries an adapter already, or cannot be trained as a whole.
+        InputError: As `check_trainable`.
     """
+    check_trainable(vlm, config)
     base = vlm.model
-    if isinstance(base, PeftModel):
-        raise InputError(f"{vlm.name} carries an adapter: merge it, or load the model without, before training")
-    adapter_config = _adapter_config(vlm, config)
     requires_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     was_training = {name: module.training for name, module in base.named_modules()}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        vlm.model = get_peft_model(base, adapter_config)
+        vlm.model = get_peft_model(base, _adapter_config(vlm, config))
         try:
             base.eval()  # no dropout anywhere: old, new and reference log-probabilities must be of one function
             yield Policy(vlm, config)
@@ -120,20 +118,28 @@ class Policy:
         self.vlm.model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:
+def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
+    """Raise InputError if the model carries an adapter already, or cannot be trained as a whole where that is asked."""
+    if isinstance(vlm.model, PeftModel):
+        raise InputError(f"{vlm.name} carries an adapter: merge it, or load the model without, before training")
     if config.train == "lora":
-        return LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=vlm.language_model_pattern,
-        )
-    if vlm.base_model.dtype != torch.float32:
-        raise InputError(f"train='full' needs float32 weights, not {vlm.base_model.dtype}: load with dtype='float32'")
-    if vlm.base_model.lm_head.weight is vlm.base_model.get_input_embeddings().weight:
+        return
+    if vlm.model.dtype != torch.float32:
+        raise InputError(f"train='full' needs float32 weights, not {vlm.model.dtype}: load with dtype='float32'")
+    if vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight:
         raise InputError("train='full' cannot train a head tied to the embeddings: use train='lora'")
-    # PEFT wants a target for LoRA; this name of its own stands for none.
-    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[*_WHOLE_LANGUAGE_MODEL])
+
+
+def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:
+    if config.train == "full":
+        # PEFT wants a target for LoRA; this name of its own stands for none.
+        return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[*_WHOLE_LANGUAGE_MODEL])
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=vlm.language_model_pattern,
+    )
 
 
 def _take_off(adapted: PeftModel, base: Any) -> None:

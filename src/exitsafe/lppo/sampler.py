@@ -6,6 +6,7 @@ step can move a later draw, and a resumed run needs no more than its step number
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,11 @@ def draw_schedule(samples: Sequence[Sample], exit_layers: Sequence[int], config:
 
     Each step holds the kinds in the shares of the mix, to within one sample; within a kind, every sample is
     drawn once before any is drawn again; the exit layer of each place is uniform and independent of the rest.
+
+    Raises:
+        InputError: If there are no samples, ids are not unique, or the mix asks for a kind that is missing.
     """
+    _check_ids(samples)
     shape = (config.num_steps, config.batch_size)
     kinds = _draw_kinds(_shares(samples, config), shape, np.random.default_rng((config.seed, 1)))
     sample_indices = np.empty(shape, dtype=np.int64)
@@ -58,11 +63,17 @@ def trained_exits(config: LPPOConfig, *, num_layers: int, default_exit: int) -> 
     return tuple(sorted({*named, default_exit})) if config.include_default else named
 
 
+def _check_ids(samples: Sequence[Sample]) -> None:
+    if not samples:
+        raise InputError("no samples to train on")
+    name, count = Counter(sample.id for sample in samples).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{count} samples have the id {name!r}: ids must be unique, random numbers are keyed by them")
+
+
 def _shares(samples: Sequence[Sample], config: LPPOConfig) -> list[float]:
     """Share of each of `KINDS` in a batch; they sum to 1."""
     counts = [sum(sample.kind == kind for sample in samples) for kind in KINDS]
-    if not samples:
-        raise InputError("no samples to train on")
     if config.mix is None:
         return [count / len(samples) for count in counts]
     for kind, count in zip(KINDS, counts, strict=True):

@@ -23,7 +23,7 @@ from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder, run_settings
 from exitsafe.lppo.kl import adapted_kl_coef
 from exitsafe.lppo.metrics import step_metrics
-from exitsafe.lppo.policy import Policy, attached_policy
+from exitsafe.lppo.policy import Policy, attached_policy, check_trainable
 from exitsafe.lppo.reward import Reward, Scorer, as_scorer, final_scores, mean_and_deviation
 from exitsafe.lppo.rollout import rollout
 from exitsafe.lppo.sampler import Schedule, draw_schedule, trained_exits
@@ -68,9 +68,10 @@ def align(
     samples = tuple(samples)
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(samples, exit_layers, config)
+    check_trainable(vlm, config)
     scorer = as_scorer(reward, samples)
-    settings = run_settings("lppo", vlm, samples, exit_layers, config) | {"reward": scorer.name}
-    folder = TrainingFolder.open(Path(out), settings)
+    settings, sizes = run_settings("lppo", vlm, samples, exit_layers, config)
+    folder = TrainingFolder.open(Path(out), settings | {"reward": scorer.name}, sizes)
     if folder.is_finished:
         return folder.adapter
     with attached_policy(vlm, config) as policy:
