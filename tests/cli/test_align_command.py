@@ -49,9 +49,12 @@ def test_a_judge_as_reward_speaks_first(
     tiny_llava: Path, suite: Path, quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--config", str(quick), "--steps", "2", "--batch-size", "4", "--max-new-tokens", "2", "--limit", "4"]
+    quick.write_text(QUICK + "  exit_layers: [1, 3-4]\n")
     align = ["align", str(tiny_llava), "--suite", str(suite), "--reward", "world-rule", *flags]
     assert run([*align, "--out", str(tmp_path / "lppo"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["settings"]["reward"].startswith("world-rule+")
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["reward"].startswith("world-rule+")
+    assert settings["trained_exits"] == [1, 3, 4, 5]
 
 
 def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) -> None:

@@ -15,10 +15,11 @@ from exitsafe.cli.main import run
 from exitsafe.comparison import compare
 from exitsafe.lppo import LPPOConfig
 from exitsafe.organism.architecture import build_model, build_processor
+from exitsafe.records import Kind
 from exitsafe.runs import load_run
 from exitsafe.world import suites
 
-SMALL = {"harmful": 6, "borderline": 6, "benign": 4, "vqa": 4}
+SMALL: dict[Kind, int] = {"harmful": 6, "borderline": 6, "benign": 4, "vqa": 4}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def tiny_demo(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"num_steps": 3, "value_warmup_steps": 1, "batch_size": 8, "minibatch_size": 8, "max_new_tokens": 6}
     for_organism = LPPOConfig.for_organism
     monkeypatch.setattr(LPPOConfig, "for_organism", lambda **changes: for_organism(**quick | changes))
-    monkeypatch.setattr(suites, "DEFAULT_SIZES", {"train": SMALL, "heldout": SMALL})
+    for split in suites.DEFAULT_SIZES:
+        monkeypatch.setitem(suites.DEFAULT_SIZES, split, SMALL)
     monkeypatch.setattr("exitsafe.vlm.load.model_folder", lambda name: untrained)
 
 

@@ -112,23 +112,15 @@ def run_align(
 
     judge = None if reward is None else load_judges([reward])[0]
     from exitsafe.lppo import LPPOConfig, align
-    from exitsafe.vlm import resolve_layers
 
-    layers = changes.get("exit_layers", "all")
     make_config = LPPOConfig if defaults.organism_of(model) is None else LPPOConfig.for_organism
-    make_config(**changes | {"exit_layers": "all"})  # everything but the layers is checked before the model loads
+    layers = changes.get("exit_layers", "all")
+    # a YAML list may hold ranges
+    layers = ",".join(map(str, layers)) if isinstance(layers, list) else str(layers)
+    config = make_config(**changes | {"exit_layers": layers})
     vlm = load_model(model, **loading)
-    if layers != "all":
-        layers = resolve_layers(layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     with console.progress_bar(title, unit="step") as progress:
-        return align(
-            vlm,
-            samples,
-            reward=judge,
-            config=make_config(**changes | {"exit_layers": layers}),
-            out=out,
-            progress=progress,
-        )
+        return align(vlm, samples, reward=judge, config=config, out=out, progress=progress)
 
 
 def describe(adapter: Path) -> dict[str, Any]:
