@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_logprobs_equal_stock_transformers_row_by_row_whatever_the_padding(vlm: 
 
 
 def test_what_is_sampled_is_what_is_scored(vlm: VLM, samples: list[Sample]) -> None:
-    """First tokens of 3,000 rollouts follow the scored distribution; special tokens never come."""
+    """First tokens of 2,000 rollouts follow the scored distribution; special tokens never come."""
     temperature, vocabulary = 0.6, vlm.text_config.vocab_size
     row = rows_at(vlm, samples[1:2], [3])[0]
     special = list(vlm.special_token_ids)
@@ -139,14 +140,15 @@ def test_what_is_sampled_is_what_is_scored(vlm: VLM, samples: list[Sample]) -> N
     entropy = -(probabilities[allowed] * evaluated.logprobs[:, 0]).sum()
     assert evaluated.entropy[0, 0].item() == pytest.approx(entropy.item(), abs=1e-4)
     drawn = torch.zeros(vocabulary)
-    for draw in range(1000):
-        for _, completion in vlm.complete(
-            [row], max_new_tokens=1, temperature=temperature, seed=0, batch_size=1, draw=draw, suppress=special
-        ):
-            drawn[completion.token_ids[0]] += 1
+    # the random numbers are keyed by the sample's id
+    rows = [replace(row, prompt=replace(row.prompt, sample_id=str(draw))) for draw in range(2000)]
+    for _, completion in vlm.complete(
+        rows, max_new_tokens=1, temperature=temperature, seed=0, batch_size=250, suppress=special
+    ):
+        drawn[completion.token_ids[0]] += 1
     assert (drawn[special] == 0).all()
     common = probabilities > 0.005
-    chi2 = ((drawn - 1000 * probabilities) ** 2 / (1000 * probabilities))[common].sum().item()
+    chi2 = ((drawn - 2000 * probabilities) ** 2 / (2000 * probabilities))[common].sum().item()
     degrees = int(common.sum())
     assert degrees >= 5
     assert chi2 < degrees + 4.5 * (2 * degrees) ** 0.5
