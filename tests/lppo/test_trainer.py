@@ -269,6 +269,8 @@ def test_metrics_hold_every_layer_and_kind_and_the_adaptive_coefficient(
         assert line["entropy"] > 0.0
         assert line["num_tokens"] >= 64
         assert line["skipped_minibatches"] == line["num_unscored"] == 0
+    # the policy is the reference until the step after the value head's own: value_warmup_steps is 1
+    assert metrics[0]["kl"] == metrics[1]["kl"] == 0.0 != metrics[2]["kl"]
     # KL 0 at first, target 1: the coefficient falls by 20% * 64 / 640
     assert metrics[0]["kl_coef"] == 0.05
     assert metrics[1]["kl_coef"] == pytest.approx(0.05 * 0.98)
