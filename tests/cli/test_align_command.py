@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from exitsafe.cli.defaults import ORGANISM_TOKENS
 from exitsafe.cli.main import run
+from exitsafe.lppo import LPPOConfig
 
 QUICK = "value_warmup_steps: 1\nminibatch_size: 4\nlppo:\n  lora_rank: 2\n  lora_alpha: 4\n  learning_rate: 1e-3\n"
 
@@ -69,3 +71,15 @@ def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) 
     assert "judge 'oracle' is unknown" in fail(*align, "--reward", "oracle")
     assert "choose 1 to 6" in fail(*align, "--layers", "9")
     assert not (tmp_path / "run").exists()
+
+
+def test_help_names_the_defaults_that_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["align", "--help"]) == 0
+    output = capsys.readouterr().out
+    general, organism = LPPOConfig(), LPPOConfig.for_organism()
+    for name in ("num_steps", "train", "batch_size", "max_new_tokens"):
+        assert f"[default: ({getattr(general, name)}; an organism {getattr(organism, name)})]" in output
+    assert organism.max_new_tokens == ORGANISM_TOKENS
