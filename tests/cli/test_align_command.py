@@ -73,9 +73,7 @@ def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) 
     assert not (tmp_path / "run").exists()
 
 
-def test_help_names_the_defaults_that_hold(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_names_the_defaults_that_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert run(["align", "--help"]) == 0
     output = capsys.readouterr().out
