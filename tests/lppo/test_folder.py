@@ -64,3 +64,17 @@ def test_the_adapter_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     folder.save_adapter(lambda path: path.mkdir())
     assert folder.is_finished
     assert list(folder.adapter.iterdir()) == []
+
+
+def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
+    folder = TrainingFolder.open(tmp_path, SETTINGS, SIZES)
+    with folder.locked(), pytest.raises(RunError, match="being written by another process"), folder.locked():
+        pass
+    with folder.locked():
+        pass
+
+
+def test_what_a_kill_in_the_first_write_leaves_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.part").write_text('{"sett')
+    TrainingFolder.open(tmp_path, SETTINGS, SIZES)
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["reward"] == "mine"

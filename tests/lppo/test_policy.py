@@ -215,6 +215,17 @@ def test_the_saved_adapter_loads_and_merges_to_the_same_logits(
     assert all(torch.equal(merged.state_dict()[name], start[name]) for name in encoder)
 
 
+def test_the_config_seed_alone_decides_the_first_weights(vlm: VLM) -> None:
+    first_weights = []
+    for callers_seed, seed in ((1, 0), (2, 0), (1, 5)):
+        torch.manual_seed(callers_seed)
+        with attached_policy(vlm, tiny_config(seed=seed)) as policy:
+            first_weights.append([weight.detach().clone() for weight in policy.weights().values()])
+    same, again, other = first_weights
+    assert all(torch.equal(a, b) for a, b in zip(same, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(same, other, strict=True))
+
+
 def test_what_cannot_be_trained_is_refused(vlm: VLM, tmp_path: Path) -> None:
     with attached_policy(vlm, LPPOConfig()) as policy:
         policy.save(tmp_path / "adapter")

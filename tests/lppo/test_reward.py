@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, RunError
 from exitsafe.lppo import LPPOConfig, shaped_rewards
 from exitsafe.lppo.reward import as_scorer, final_scores, mean_and_deviation
 from exitsafe.records import Kind, Response, Sample, Verdict
@@ -171,3 +171,28 @@ def test_a_callable_is_taken_at_its_word_and_checked() -> None:
         as_scorer(lambda samples, responses: [2.0], asked)(asked, said)
     with pytest.raises(InputError, match="infinite score"):
         as_scorer(lambda samples, responses: [2.0, math.inf], asked)(asked, said)
+
+
+def test_a_judges_nan_is_unscored_and_a_missing_verdict_is_refused() -> None:
+    class Broken:
+        name = "broken"
+        measures = ("refusal",)
+
+        def __init__(self, *, says: bool) -> None:
+            self.says = says
+
+        def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
+            return [
+                Verdict(
+                    sample_id=response.sample_id, exit_layer=1, judge=self.name, measure="refusal", score=float("nan")
+                )
+                for response in responses
+                if self.says
+            ]
+
+    sample = Sample(id="a", prompt="what", kind="benign")
+    response = Response(sample_id="a", exit_layer=1, text="red", num_tokens=1, finish_reason="stop", seconds=0.0)
+    (score,) = as_scorer(Broken(says=True), [sample])([sample], [response])
+    assert score.value is None
+    with pytest.raises(RunError, match="judge broken"):
+        as_scorer(Broken(says=False), [sample])([sample], [response])
