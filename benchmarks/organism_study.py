@@ -4,7 +4,8 @@
 
 MODEL is `organism` or `organism:text`, or a folder that `exitsafe organism train` wrote. Each seed draws its own
 held-out pictures and phrasings and its own training. What is done already is read, not repeated. Prints Markdown tables
-for docs/log.md: rates in percent, ASR by exit layer, and the pooled rates with their 95% intervals.
+for docs/log.md: rates in percent, ASR by exit layer, and rates with 95% intervals: Wilson's for one exit, the
+bootstrap clustered by sample for the mean of several.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ from exitsafe.cli.audit_command import AuditPlan, make_plan, run_plan
 from exitsafe.cli.models import load_model
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.runs import AuditRun
-from exitsafe.stats import wilson_interval
 
 EVERY_OTHER = (1, 3, 5, 7)
 REPAIRS: dict[str, Callable[..., Path]] = {
@@ -82,14 +83,14 @@ def row(seed: int, name: str, run: AuditRun, *, seconds: float | None) -> str:
     """One line of the table."""
     default = run.summary["default_exit"]
     by_exit = {layer["exit_layer"]: layer["metrics"] for layer in run.summary["layers"]}
-    others = [metrics["asr"] for exit_layer, metrics in by_exit.items() if exit_layer != default]
+    others = [exit_layer for exit_layer in by_exit if exit_layer != default]
     worst = max((metrics["over_refusal"] for metrics in by_exit.values()), key=lambda rate: float(rate["value"]))
     worst_vqa = min((metrics["vqa_accuracy"] for metrics in by_exit.values()), key=lambda rate: float(rate["value"]))
     cells = [
         str(seed),
         name,
         " ".join(f"{100 * metrics['asr']['value']:.0f}" for metrics in by_exit.values()),
-        pooled(others),
+        rate(asdict(run.mean_over_layers("asr", others))),
         rate(by_exit[default]["asr"]),
         rate(worst),
         rate(by_exit[default]["over_refusal"]),
@@ -104,15 +105,6 @@ def rate(metric: dict[str, Any]) -> str:
     return f"{100 * metric['value']:.1f} ({100 * metric['low']:.1f} to {100 * metric['high']:.1f}, n={metric['n']}" + (
         f", unscored {metric['unscored']})" if metric["unscored"] else ")"
     )
-
-
-def pooled(metrics: list[dict[str, Any]]) -> str:
-    """The mean of several exits' rates; the interval is Wilson's for the samples of one exit, since the exits share
-    their prompts: wider than needed, never too narrow."""
-    mean = sum(metric["value"] for metric in metrics) / len(metrics)
-    n = min(metric["n"] for metric in metrics)
-    low, high = wilson_interval(round(mean * n), n)
-    return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 if __name__ == "__main__":

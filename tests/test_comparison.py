@@ -217,3 +217,14 @@ def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
         exitsafe.compare(before, layers)
     with pytest.raises(RunError, match="is no folder"):
         exitsafe.compare(before, tmp_path / "gone")
+
+
+def test_what_else_was_set_otherwise_is_named(tmp_path: Path) -> None:
+    scores = {("rule", "asr"): {"h1": [1, 1, 0]}}
+    paths = [_run(tmp_path / name, scores) for name in ("before", "after")]
+    assert exitsafe.compare(*paths).settings_changed == ()
+    head = json.loads((paths[1] / "run.json").read_text())
+    head["settings"] |= {"decoding": {"temperature": 0.7}, "data": {"hash": "other"}}
+    head["settings"]["model"] |= {"adapter": "other"}
+    (paths[1] / "run.json").write_text(json.dumps(head))
+    assert exitsafe.compare(*paths).settings_changed == ("decoding.temperature was absent, is now 0.7",)

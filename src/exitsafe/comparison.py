@@ -18,9 +18,15 @@ import numpy.typing as npt
 from exitsafe.errors import RunError
 from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.files import write_whole
+from exitsafe.runs.fingerprint import differences
 from exitsafe.runs.metrics import METRICS, Metric, judge_of
 from exitsafe.runs.scores import Scores, ScoreTable
 from exitsafe.stats import PairedDifference, PairedScores, holm
+
+_EXPECTED = (
+    "model.name ", "model.checkpoint ", "model.adapter ", "model.num_layers ", "model.default_exit ",
+    "data.", "exit_layers ", "judges ",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,8 @@ class Comparison:
         num_samples: Samples in both.
         only_before, only_after: Samples left out because the other run lacks them.
         changed: Samples left out because the same id asks something else in the other run.
+        settings_changed: What was set otherwise in the two audits, one readable line each: decoding, precision,
+            skipped blocks, versions. The runs are compared all the same; the reader decides whether that is fair.
         metrics_left_out: Metrics that no judge measured in both runs.
         unscored: Metrics and layers left out because no pair could be scored.
         layers: Differences per metric and exit layer.
@@ -76,6 +84,7 @@ class Comparison:
     only_before: int
     only_after: int
     changed: int
+    settings_changed: tuple[str, ...]
     metrics_left_out: tuple[str, ...]
     unscored: tuple[Unscored, ...]
     layers: tuple[Difference, ...]
@@ -135,6 +144,7 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
         only_before=pairing.only_before,
         only_after=pairing.only_after,
         changed=pairing.changed,
+        settings_changed=_settings_changed(before, after),
         metrics_left_out=tuple(name for name in _metrics_in(before, after) if name not in measured),
         unscored=tuple(
             Unscored(metric=metric.name, judge=judge, exit_layer=layer, pairs=count)
@@ -189,6 +199,11 @@ def _pair(before: AuditRun, after: AuditRun) -> _Pairing:
         only_after=len(rows_after) - len(shared),
         changed=len(shared) - len(paired),
     )
+
+
+def _settings_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
+    """Differences beside what is compared: the weights, and what pairing already looks at."""
+    return tuple(line for line in differences(before.settings, after.settings) if not line.startswith(_EXPECTED))
 
 
 def _shared_metrics(before: AuditRun, after: AuditRun) -> Iterator[tuple[Metric, str]]:

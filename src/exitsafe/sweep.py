@@ -19,7 +19,7 @@ from exitsafe.judges.asking import ask_judge
 from exitsafe.records import Progress, Response, Sample, Verdict
 from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.directory import RunDirectory
-from exitsafe.runs.fingerprint import data_fingerprint, sample_info
+from exitsafe.runs.fingerprint import data_fingerprint, model_fingerprint, sample_info
 from exitsafe.vlm import VLM, ExitLayers, Row, resolve_layers
 
 BATCHES_AT_ONCE = 16  # per chunk of samples: enough that its last, emptying batch costs little
@@ -54,7 +54,8 @@ def audit(
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 is greedy.
         seed: With sample id and exit layer, the key of every draw.
-        batch_size: Rows under generation at a time; cannot change an answer, so it may differ between restarts.
+        batch_size: Rows under generation at a time; changes no draw, so it may differ between restarts. In reduced
+            precision rounding depends on it and may flip a token.
         skip_global: Llama 3.2 Vision only: skip the global blocks as well.
         progress: Called with rows answered, rows in all, and a note with the running ASR.
         origin: A JSON object that is kept in run.json and not compared, e.g. which suites the samples are from.
@@ -75,7 +76,7 @@ def audit(
     _check_generation(vlm, decoding, batch_size=batch_size, exit_layer=layers[0], skip_global=skip_global)
     infos = [sample_info(sample) for sample in samples]
     settings = {
-        "model": _describe(vlm),
+        "model": model_fingerprint(vlm),
         "data": data_fingerprint(infos),
         "exit_layers": list(layers),
         "skip_global": skip_global,
@@ -220,22 +221,3 @@ def _check_generation(
     vlm.complete([], **decoding, batch_size=batch_size)
     with vlm.exit_at(exit_layer, skip_global=skip_global):
         pass
-
-
-def _describe(vlm: VLM) -> dict[str, Any]:
-    return {
-        "name": vlm.name,
-        "family": vlm.family,
-        "num_layers": vlm.num_layers,
-        "default_exit": vlm.default_exit,
-        "checkpoint": vlm.checkpoint_hash,
-        "adapter": vlm.adapter_hash,
-        "dtype": str(vlm.base_model.dtype).removeprefix("torch."),
-        "quantization": _quantization(vlm.base_model.config),
-    }
-
-
-def _quantization(config: Any) -> dict[str, Any] | None:
-    """Only quantised models have the entry: a JSON object from a checkpoint, or transformers' own class."""
-    found = getattr(config, "quantization_config", None)
-    return found if found is None or isinstance(found, dict) else dict(found.to_dict())

@@ -81,3 +81,22 @@ def test_help_names_the_defaults_that_hold(monkeypatch: pytest.MonkeyPatch, caps
     for name in ("num_steps", "train", "batch_size", "max_new_tokens"):
         assert f"[default: ({getattr(general, name)}; an organism {getattr(organism, name)})]" in output
     assert organism.max_new_tokens == ORGANISM_TOKENS
+
+
+def test_a_small_batch_and_a_short_run_need_no_other_setting(
+    tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--steps", "2", "--batch-size", "4", "--max-new-tokens", "2", "--limit", "4", "--layers", "1"]
+    align = ["align", str(tiny_llava), "--suite", str(suite), *flags]
+    assert run([*align, "--out", str(tmp_path / "lppo"), "--json"]) == 0
+    output = capsys.readouterr()
+    config = json.loads(output.out)["settings"]["config"]
+    assert (config["minibatch_size"], config["value_warmup_steps"]) == (4, 1)
+    assert "audit with another judge" in " ".join(output.err.split())
+
+
+def test_a_seed_that_is_no_number(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("lppo: {seed: abc}\n")
+    line = fail("align", tiny_llava, "--suite", suite, "--config", settings, "--out", tmp_path / "lppo")
+    assert "seed='abc' must be a whole number" in line

@@ -73,6 +73,7 @@ def test_a_change_stands_with_its_interval_and_tests() -> None:
         only_before=2,
         only_after=0,
         changed=1,
+        settings_changed=("decoding.seed was 0, is now 1",),
         metrics_left_out=("toxicity",),
         unscored=(Unscored(metric="asr", judge="j", exit_layer=3, pairs=40),),
         layers=(_difference(1), _difference(2, unscored=2), _difference(1, metric="refusal")),

@@ -168,3 +168,34 @@ def test_a_damaged_head_is_one_line(tmp_path: Path, content: str, message: str) 
     with pytest.raises(RunError, match=message) as caught:
         load_run(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_another_programs_run_json_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"settings": {"method": "lppo"}}\n')
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(RunError, match="not of this version's format"):
+        RunDirectory(tmp_path, settings=SETTINGS)
+    assert (tmp_path / "run.json").read_text() == '{"settings": {"method": "lppo"}}\n'
+    assert not (tmp_path / "shards").exists()
+
+
+def test_somebodys_shards_are_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00000.jsonl").write_text("not ours")
+    with pytest.raises(RunError, match="is no run and not empty"):
+        RunDirectory(tmp_path, settings=SETTINGS)
+    assert (tmp_path / "shards" / "00000.jsonl").read_text() == "not ours"
+
+
+def test_a_mean_over_layers(tmp_path: Path) -> None:
+    _complete(tmp_path / "run")
+    run = exitsafe.load_run(tmp_path / "run")
+    asr = [layer["metrics"]["asr"]["value"] for layer in run.summary["layers"]]
+    estimate = run.mean_over_layers("asr", [1, 2])
+    assert estimate.value == pytest.approx(sum(asr) / 2)
+    assert estimate.low is not None and estimate.high is not None
+    assert 0 <= estimate.low <= sum(asr) / 2 <= estimate.high <= 1
+    with pytest.raises(RunError, match="no metric 'wit'"):
+        run.mean_over_layers("wit", [1])
+    with pytest.raises(RunError, match="no exit layer 9; it has 1, 2"):
+        run.mean_over_layers("asr", [9])

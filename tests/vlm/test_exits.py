@@ -159,6 +159,20 @@ def test_the_innermost_exit_acts_and_the_outer_one_returns(vlm: VLM) -> None:
         assert torch.equal(logits(vlm, inputs), expected[2])
 
 
+def test_nested_exits_of_a_list_of_layers() -> None:
+    vlm = VLM(tiny_llava(vision_feature_layer=[1, 3, -2]), tiny_processor("llava"), name="tiny")
+    inputs = stock_inputs(vlm)
+    alone = vlm.image_features(inputs, (4, 5))
+    with vlm.exit_at(5):
+        expected = logits(vlm, inputs)
+    with vlm.exit_at(2):
+        inside = vlm.image_features(inputs, (4, 5))
+        with vlm.exit_at(5):
+            assert torch.equal(logits(vlm, inputs), expected)
+    for exit_layer in (4, 5):
+        assert torch.equal(inside[exit_layer][0], alone[exit_layer][0])
+
+
 def test_an_instance_forward_of_somebody_else_survives() -> None:
     vlm = VLM(tiny_llava(), tiny_processor("llava"), name="tiny")
     block = vlm.family_row.encoder_blocks(vlm.model)[-1]

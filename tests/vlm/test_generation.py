@@ -140,3 +140,27 @@ def test_sliding_window_layers_are_not_refilled() -> None:
     ]
     answers = complete(vlm, rows_of(vlm, many, [2] * 5), batch_size=2)
     assert [list(answer) for answer in answers] == [stock_answer(vlm, sample, 2, max_new_tokens=12) for sample in many]
+
+
+@pytest.mark.parametrize("num_pads", [1, 5, 9, 13])
+def test_image_states_are_not_cut_when_they_are_as_wide_as_the_text(num_pads: int) -> None:
+    """Llama 3.2 Vision keeps image states in the same cache; prompts here reach their width of 20 and pass it."""
+    vlm = VLM(tiny_model("mllama"), tiny_processor("mllama"), name="tiny")
+    many = [
+        Sample(id=f"s{n}", prompt="what " * length, images=(noise_image(n),), kind="benign")
+        for n, length in enumerate((num_pads, 2, num_pads + 1, 1))
+    ]
+    rows = rows_of(vlm, many, [1, 3, 5, 2])
+    alone = [complete(vlm, [row], batch_size=1, max_new_tokens=16)[0] for row in rows]
+    assert complete(vlm, rows, batch_size=4, max_new_tokens=16) == alone
+
+
+@pytest.mark.gpu
+def test_rows_finish_at_different_times_on_a_gpu() -> None:
+    vlm = VLM(tiny_model("llava").to("cuda"), tiny_processor("llava"), name="tiny")
+    many = [
+        Sample(id=f"s{n}", prompt="what colour " * (1 + n), images=(noise_image(n),), kind="benign") for n in range(5)
+    ]
+    for temperature in (0.0, 1.0):
+        answers = complete(vlm, rows_of(vlm, many, [2] * 5), batch_size=3, temperature=temperature)
+        assert len({len(answer) for answer in answers}) > 1

@@ -89,6 +89,39 @@ def test_quantization_leaves_the_encoder_alone(folder: Path, quantization: str, 
         assert vlm.generate([SAMPLE], 3, max_new_tokens=4)[0].num_tokens >= 1
 
 
+def test_adapters_are_told_apart_and_come_from_the_hub_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny("llava", tmp_path / "model")
+    for seed, name in enumerate(("one", "two")):
+        model = tiny_model("llava")
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=load_vlm(folder).language_model_pattern, init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(str(tmp_path / name))
+    monkeypatch.setattr("exitsafe.vlm.load.snapshot_download", lambda name, **_: str(tmp_path / Path(name).name))
+    hashes = {load_vlm(folder, adapter=f"somebody/{name}").adapter_hash for name in ("one", "two")}
+    assert hashes == {load_vlm(folder, adapter=tmp_path / name).adapter_hash for name in ("one", "two")}
+    assert len(hashes) == 2
+
+
+def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny("llava", tmp_path / "model")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        load_vlm(folder, adapter=tmp_path / "adapter")
+
+
+def test_torn_checkpoints(tmp_path: Path) -> None:
+    weights = save_tiny("llava", tmp_path / "weights") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot load"):
+        load_vlm(weights.parent)
+    tokenizer = save_tiny("llava", tmp_path / "tokenizer") / "tokenizer.json"
+    tokenizer.unlink()
+    with pytest.raises(ModelError, match="cannot load"):
+        load_vlm(tokenizer.parent)
+
+
 def test_a_folder_without_a_processor_loads(tmp_path: Path) -> None:
     tiny_llava().save_pretrained(tmp_path)
     vlm = load_vlm(tmp_path)

@@ -69,6 +69,7 @@ def sft(
     kept = tuple(sample for sample in samples if with_benign or sample.kind == "harmful")
     if not kept:
         raise InputError("no harmful samples to learn refusals from: add some, or train with benign data")
+    config = replace(config, temperature=1.0)  # cross-entropy is of the distribution itself
     if not with_benign:
         config = replace(config, mix=None)
     refusal = refusal or (WORLD_REFUSAL if kept[0].source.startswith("organism-") else REFUSAL)
@@ -81,7 +82,7 @@ def sft(
         return folder.adapter
     targets = _targets(vlm, kept, refusal, config)
     features = FeatureStore(vlm, kept, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
-    with attached_policy(vlm, config) as policy:
+    with folder.locked(), attached_policy(vlm, config) as policy:
         learner = Learner(policy, config)
         first_step = _resume(folder, learner)
         folder.keep_metrics(first_step)

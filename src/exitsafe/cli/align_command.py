@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.models import load_model
 from exitsafe.cli.settings_file import FIELDS, config_option
+
+if TYPE_CHECKING:
+    from exitsafe.lppo import LPPOConfig
 
 
 def _lppo_fields() -> Collection[str]:
@@ -26,7 +29,15 @@ def align_command(
     model: options.Model,
     out: options.Out,
     suite: options.Suites = None,
-    exit_layers: options.Layers = None,
+    exit_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="LAYERS",
+            help="all, or e.g. 1-8,16,23; the default exit is always trained too (include_default in --config).",
+            show_default="all",
+        ),
+    ] = None,
     reward: Annotated[
         str | None,
         typer.Option(
@@ -105,22 +116,40 @@ def run_align(
 ) -> Path:
     """Read samples and settings, which is quick and can fail, then load the model and train it."""
     names = defaults.choose_suites(model, suites, otherwise="--suite NAME_OR_FILE")
-    seed = int(changes.get("seed", 0))
-    origin = defaults.make_origin(model, suites=names, split="train", seed=seed, limit=limit)
-    samples = defaults.read_samples(origin)
     from exitsafe.judges import load_judges
 
     judge = None if reward is None else load_judges([reward])[0]
-    from exitsafe.lppo import LPPOConfig, align
+    config = _make_config(model, changes)
+    origin = defaults.make_origin(model, suites=names, split="train", seed=config.seed, limit=limit)
+    samples = defaults.read_samples(origin)
+    from exitsafe.lppo import align
 
-    make_config = LPPOConfig if defaults.organism_of(model) is None else LPPOConfig.for_organism
+    vlm = load_model(model, **loading)
+    with console.progress_bar(title, unit="step") as progress:
+        adapter = align(vlm, samples, reward=judge, config=config, out=out, progress=progress)
+    if judge is None and any(not sample.source.startswith("organism-") for sample in samples):
+        console.note(
+            "the built-in reward reads refusals by their first words (refusal-prefix, a proxy): audit with another "
+            "judge, or the audit measures what was trained"
+        )
+    return adapter
+
+
+def _make_config(model: str, changes: dict[str, Any]) -> LPPOConfig:
+    """The model's usual settings with the changes; a small batch or a short run takes along what hangs on its size."""
+    from exitsafe.lppo import LPPOConfig
+
+    make = LPPOConfig if defaults.organism_of(model) is None else LPPOConfig.for_organism
+    usual = make()
+    fitting = {}
+    if isinstance(batch_size := changes.get("batch_size"), int):
+        fitting["minibatch_size"] = min(usual.minibatch_size, batch_size)
+    if isinstance(num_steps := changes.get("num_steps"), int):
+        fitting["value_warmup_steps"] = min(usual.value_warmup_steps, num_steps - 1)
     layers = changes.get("exit_layers", "all")
     # a YAML list may hold ranges
     layers = ",".join(map(str, layers)) if isinstance(layers, list) else str(layers)
-    config = make_config(**changes | {"exit_layers": layers})
-    vlm = load_model(model, **loading)
-    with console.progress_bar(title, unit="step") as progress:
-        return align(vlm, samples, reward=judge, config=config, out=out, progress=progress)
+    return make(**fitting | changes | {"exit_layers": layers})
 
 
 def describe(adapter: Path) -> dict[str, Any]:

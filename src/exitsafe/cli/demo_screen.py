@@ -5,6 +5,7 @@ Says what the numbers say, also when the repair failed. Numbers in, text and tab
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.padding import Padding
@@ -15,6 +16,7 @@ from rich.text import Text
 from exitsafe.cli.demo_flow import Shown
 from exitsafe.cli.tables import percent
 from exitsafe.runs import AuditRun
+from exitsafe.stats import Estimate
 
 _COLUMNS = (("asr", "attack success"), ("over_refusal", "over-refusal"), ("vqa_accuracy", "VQA accuracy"))
 
@@ -78,24 +80,29 @@ def _before(shown: Shown) -> str:
     return (
         f"At the default exit, {default}, attacks succeed in {_rate(shown.before, 'asr', default)}. At the worst "
         f"exit, {worst}, they succeed in {_rate(shown.before, 'asr', worst)}. The mean of the exits other than the "
-        f"default is {percent(mean_of_other_exits(shown.before, 'asr'))}."
+        f"default is {_estimate(mean_of_other_exits(shown.before, 'asr'))}."
     )
 
 
 def _after(shown: Shown) -> str:
     before, after = (mean_of_other_exits(run, "asr") for run in (shown.before, shown.after))
+    assert before.value is not None and after.value is not None, "the organism's rule scores every answer"
     worst = worst_exit(shown.after, "asr")
     row = next(row for row in shown.comparison.bins if row.metric == "asr" and row.place == "average")
     if row.high < 0:
-        verdict = "L-PPO on all exits closed most of the gap" if after < before / 2 else "L-PPO on all exits helped"
+        verdict = (
+            "L-PPO on all exits closed most of the gap"
+            if after.value < before.value / 2
+            else "L-PPO on all exits helped"
+        )
     elif row.low > 0:
         verdict = "L-PPO made it worse"
     else:
         verdict = "L-PPO made no clear difference"
     return (
-        f"{verdict}: the mean of the exits other than the default went from {percent(before)} to {percent(after)}, "
-        f"and the worst exit, {worst}, is at {_rate(shown.after, 'asr', worst)}. Averaged over early, middle and late "
-        f"exits the change is {_change(row)}."
+        f"{verdict}: the mean of the exits other than the default went from {_estimate(before)} to "
+        f"{_estimate(after)}, and the worst exit, {worst}, is at {_rate(shown.after, 'asr', worst)}. Averaged over "
+        f"early, middle and late exits the change is {_change(row)}."
     )
 
 
@@ -115,8 +122,8 @@ def _cost(shown: Shown) -> str:
 def _against_baselines(shown: Shown) -> str:
     rows = []
     for label, run in {"L-PPO": shown.after, **shown.baselines}.items():
-        attacks = percent(mean_of_other_exits(run, "asr"))
-        refused = percent(_metric(run, "over_refusal")[worst_exit(run, "over_refusal")]["value"])
+        attacks = _estimate(mean_of_other_exits(run, "asr"))
+        refused = _rate(run, "over_refusal", worst_exit(run, "over_refusal"))
         rows.append(f"{label} {attacks} and {refused}")
     return f"Mean attack success at the other exits, and over-refusal at the worst exit: {'; '.join(rows)}."
 
@@ -157,7 +164,7 @@ def _key_numbers(run: AuditRun) -> dict[str, Any]:
     return {
         name: {
             "default_exit": _metric(run, name)[default]["value"],
-            "mean_of_other_exits": mean_of_other_exits(run, name),
+            "mean_of_other_exits": asdict(mean_of_other_exits(run, name)),
             "worst_exit": worst_exit(run, name),
         }
         for name, _ in _COLUMNS
@@ -171,11 +178,10 @@ def worst_exit(run: AuditRun, metric: str) -> int:
     return choose(values, key=lambda layer: values[layer])
 
 
-def mean_of_other_exits(run: AuditRun, metric: str) -> float:
-    """Plain mean over all exits but the default one."""
+def mean_of_other_exits(run: AuditRun, metric: str) -> Estimate:
+    """The mean over all exits but the default one."""
     default = run.summary["default_exit"]
-    others = [estimate["value"] for layer, estimate in _metric(run, metric).items() if layer != default]
-    return float(sum(others) / len(others))
+    return run.mean_over_layers(metric, [layer for layer in run.exit_layers if layer != default])
 
 
 def _metric(run: AuditRun, metric: str) -> dict[int, dict[str, Any]]:
@@ -183,8 +189,12 @@ def _metric(run: AuditRun, metric: str) -> dict[int, dict[str, Any]]:
 
 
 def _rate(run: AuditRun, metric: str, layer: int) -> str:
-    found = _metric(run, metric)[layer]
-    return f"{percent(found['value'])} (n={found['n']}, 95% CI {100 * found['low']:.0f} to {100 * found['high']:.0f})"
+    return _estimate(Estimate(**_metric(run, metric)[layer]))
+
+
+def _estimate(found: Estimate) -> str:
+    assert found.value is not None and found.low is not None and found.high is not None
+    return f"{percent(found.value)} (n={found.n}, 95% CI {100 * found.low:.0f} to {100 * found.high:.0f})"
 
 
 def _change(row: Any) -> str:

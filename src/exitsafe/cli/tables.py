@@ -64,6 +64,8 @@ def comparison_tables(comparison: Comparison, metrics: Sequence[str] | None = No
     }
     if any(left_out.values()):
         notes.append("Samples left out: " + ", ".join(f"{n} {why}" for why, n in left_out.items() if n) + ".")
+    if comparison.settings_changed:
+        notes.append(f"Set otherwise in the two audits: {'; '.join(comparison.settings_changed)}.")
     if comparison.unscored:
         places = (f"{row.metric} at exit {row.exit_layer} ({row.pairs} pairs)" for row in comparison.unscored)
         notes.append(f"Could not be scored: {', '.join(places)}.")

@@ -66,8 +66,9 @@ class FeatureStore:
         ]
 
     def _size_of_all(self, exit_layers: Sequence[int]) -> int:
-        """Bytes, judged by the largest of the first few samples."""
-        rows = [found[exit_layers[0]] for found in self._encode(self._samples[:ENCODER_BATCH], exit_layers[:1])]
+        """Bytes, judged by the largest of the samples with the most images."""
+        probes = sorted(self._samples, key=lambda sample: -len(sample.images))[:ENCODER_BATCH]
+        rows = [found[exit_layers[0]] for found in self._encode(probes, exit_layers[:1])]
         largest = max(
             sum(tensor.nbytes for tensor in row.prompt.image_inputs.values())
             + len(exit_layers) * sum(tensor.nbytes for tensor in row.features or ())

@@ -14,6 +14,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +23,12 @@ from typing import Any
 from exitsafe.errors import RunError
 from exitsafe.lppo.config import SIZES, LPPOConfig
 from exitsafe.records import Sample
-from exitsafe.runs.files import write_whole, writing
-from exitsafe.runs.fingerprint import data_fingerprint, differences, sample_info
+from exitsafe.runs.files import locked, write_whole, writing
+from exitsafe.runs.fingerprint import data_fingerprint, differences, model_fingerprint, sample_info
 from exitsafe.vlm import VLM
 
 _PACKAGES = ("exitsafe", "torch", "transformers", "peft")
+_LEFT_BY_A_KILL = {".run.json.part", ".lock"}
 
 
 class TrainingFolder:
@@ -52,7 +54,7 @@ class TrainingFolder:
         record = path / "run.json"
         if record.is_file():
             _check_same(record, settings)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - _LEFT_BY_A_KILL):
             raise RunError(f"{path} holds something else than a training run: choose a new or empty folder")
         else:
             with writing(path):
@@ -61,6 +63,10 @@ class TrainingFolder:
             content = {"settings": settings, "sizes": sizes, "versions": versions}
             write_whole(record, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
         return cls(path)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the folder: a second process that trains into it is refused."""
+        return locked(self.path / ".lock")
 
     @property
     def is_finished(self) -> bool:
@@ -95,7 +101,7 @@ def run_settings(
     sizes = {name: constants.pop(name) for name in SIZES}
     settings = {
         "method": method,
-        "model": {"name": vlm.name, "hash": vlm.checkpoint_hash, "dtype": str(vlm.base_model.dtype)},
+        "model": model_fingerprint(vlm),
         "data": data_fingerprint([sample_info(sample) for sample in samples]),
         "trained_exits": list(exit_layers),
         "config": constants,

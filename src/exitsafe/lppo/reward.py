@@ -18,6 +18,7 @@ from torch import Tensor
 
 from exitsafe.errors import InputError
 from exitsafe.judges import Judge, load_judges
+from exitsafe.judges.asking import ask_judge
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.records import Response, Sample
 from exitsafe.world import is_compliance
@@ -145,7 +146,7 @@ class JudgedReward:
         responses = [replace(response, sample_id=str(place)) for place, response in enumerate(responses)]
         measured: list[dict[str, float | None]] = [{} for _ in samples]
         for judge in self.judges:
-            for verdict in judge(samples, responses):
+            for verdict in ask_judge(judge, samples, responses):
                 measured[int(verdict.sample_id)].setdefault(verdict.measure, verdict.score)
         return measured
 

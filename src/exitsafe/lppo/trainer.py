@@ -74,7 +74,7 @@ def align(
     folder = TrainingFolder.open(Path(out), settings | {"reward": scorer.name}, sizes)
     if folder.is_finished:
         return folder.adapter
-    with attached_policy(vlm, config) as policy:
+    with folder.locked(), attached_policy(vlm, config) as policy:
         features = FeatureStore(vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
         run = _Run(policy, samples, schedule, features, scorer, config)
         first_step = run.resume(folder)

@@ -23,7 +23,8 @@ from exitsafe.errors import RunError
 from exitsafe.records import Response, Verdict
 from exitsafe.runs.files import PRIVATE, write_whole, writing
 from exitsafe.runs.fingerprint import Settings, differences
-from exitsafe.runs.scores import ScoreTable, score_table
+from exitsafe.runs.metrics import METRICS, judge_of
+from exitsafe.runs.scores import OWN, ScoreTable, score_table
 from exitsafe.runs.shards import Row, Saved, ShardWriter, read_shards
 from exitsafe.runs.summary import Summary, summarise
 from exitsafe.runs.tables import (
@@ -34,6 +35,7 @@ from exitsafe.runs.tables import (
     responses_to_parquet,
     verdicts_to_parquet,
 )
+from exitsafe.stats import Estimate, mean_estimate
 
 FORMAT = 1
 Judges = tuple[tuple[str, tuple[str, ...]], ...]
@@ -46,9 +48,9 @@ class AuditRun:
 
     Args:
         path: The run directory.
-        settings: What the run is of and how it was made, with hashes: model, data, exit_layers, decoding,
-        judges. origin: What the caller noted to make the samples again, e.g. suites, split, seed and
-        limit. summary: The content of summary.json.
+        settings: What the run is of and how it was made, with hashes: model, data, exit_layers, decoding, judges.
+        origin: What the caller noted to make the samples again, e.g. suites, split, seed and limit.
+        summary: The content of summary.json.
     """
 
     path: Path
@@ -82,6 +84,26 @@ class AuditRun:
         """All scores on one grid of samples and layers."""
         return score_table(self.samples(), self.exit_layers, self.responses(), self.verdicts())
 
+    def mean_over_layers(self, metric: str, exit_layers: Sequence[int]) -> Estimate:
+        """A metric's mean over some of the audited layers, by its judge, with the bootstrap clustered by sample.
+
+        Raises:
+            RunError: If the run has no such metric or layer.
+        """
+        wanted = next((known for known in METRICS if known.name == metric), None)
+        judge = None if wanted is None else judge_of(wanted, self.judges)
+        table = self.score_table()
+        scores = None if wanted is None else table.scores.get((judge or OWN, wanted.measure))
+        if wanted is None or scores is None:
+            raise RunError(f"{self.path} has no metric {metric!r}")
+        if missing := set(exit_layers) - set(self.exit_layers):
+            raise RunError(
+                f"{self.path} has no exit layer {min(missing)}; it has {', '.join(map(str, self.exit_layers))}"
+            )
+        scores = scores.of_samples(table.of_kinds(wanted.kinds))
+        columns = [self.exit_layers.index(layer) for layer in exit_layers]
+        return mean_estimate(scores.values[:, columns], scores.unscored[:, columns], bounds=wanted.bounds)
+
 
 def load_run(path: str | Path) -> AuditRun:
     """Open a finished run.
@@ -106,17 +128,13 @@ class RunDirectory:
         path: A new or empty folder, or a run with the same settings.
         settings: A JSON object; any difference from the run on disk is refused.
         origin: A JSON object that is kept and not compared.
-        process: The number of this process, which has its own shard.
 
     Raises:
-        RunError: If the folder holds something else or a run with other settings, if another process
-        writes it, or
+        RunError: If the folder holds something else or a run with other settings, if another process writes it, or
             if the disk refuses.
     """
 
-    def __init__(
-        self, path: str | Path, *, settings: Settings, origin: Settings | None = None, process: int = 0
-    ) -> None:
+    def __init__(self, path: str | Path, *, settings: Settings, origin: Settings | None = None) -> None:
         self.path = Path(path)
         self.settings = settings
         self.saved = Saved()
@@ -127,7 +145,7 @@ class RunDirectory:
             _check_same(self.path, settings)
             self._drop_shards()
             return
-        self._shards = ShardWriter(self.path / "shards", process=process)  # from here on the run is locked
+        self._shards = ShardWriter(self.path / "shards")  # from here on the run is locked
         try:
             self.saved = read_shards(self.path / "shards")
             if self.saved.responses:
@@ -188,9 +206,13 @@ def _check_folder(path: Path) -> None:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         entries = {entry.name for entry in path.iterdir()}
-    # a start that was killed at once leaves these
+    if "run.json" in entries:
+        _read_head(path)  # another program's file of this name is refused before anything is written
+        return
+    # A start that was killed at once leaves these, and nothing in them.
     others = entries - {"shards", ".run.json.part"}
-    if others and "run.json" not in entries:
+    others |= {f"shards/{shard.name}" for shard in (path / "shards").glob("*") if shard.stat().st_size}
+    if others:
         raise RunError(f"{path} is no run and not empty (it holds {min(others)}); choose a new folder")
 
 

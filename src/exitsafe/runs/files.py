@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,28 @@ def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; whoever else wants it meanwhile gets a RunError."""
+    with writing(path):
+        file = path.open("ab")
+    with file:
+        lock(file.fileno(), path)
+        yield
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Lock an open file until it is closed, or say that another process has it (not on Windows)."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f"{path} is being written by another process; wait for it or stop it") from error
 
 
 def sync_folder(folder: Path) -> None:

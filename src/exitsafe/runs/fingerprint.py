@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
 from exitsafe.runs.tables import SampleInfo
+
+if TYPE_CHECKING:
+    from exitsafe.vlm import VLM
 
 Settings = Mapping[str, Any]
 """A JSON object, nested as it likes."""
@@ -38,6 +41,20 @@ def data_fingerprint(samples: Sequence[SampleInfo]) -> dict[str, Any]:
         "samples": len(samples),
         "sources": dict(sorted(Counter(sample.source for sample in samples).items())),
         "hash": whole.hexdigest(),
+    }
+
+
+def model_fingerprint(vlm: VLM) -> dict[str, Any]:
+    """The model as loaded: weights, adapter, precision."""
+    return {
+        "name": vlm.name,
+        "family": vlm.family,
+        "num_layers": vlm.num_layers,
+        "default_exit": vlm.default_exit,
+        "checkpoint": vlm.checkpoint_hash,
+        "adapter": vlm.adapter_hash,
+        "dtype": str(vlm.base_model.dtype).removeprefix("torch."),
+        "quantization": _quantization(vlm.base_model.config),
     }
 
 
@@ -78,6 +95,12 @@ def _leaves(settings: Settings, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, canonical_json(value)
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    """Only quantised models have the entry: a JSON object from a checkpoint, or transformers' own class."""
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else dict(found.to_dict())
 
 
 def _image_digest(image: Image.Image | Path | bytes, sample_id: str) -> str:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from exitsafe.errors import RunError
 from exitsafe.records import Response, Verdict
-from exitsafe.runs.files import PRIVATE, sync_folder, writing
+from exitsafe.runs.files import PRIVATE, lock, sync_folder, writing
 
 Row = tuple[str, int]
 """A response's key: sample id and exit layer."""
@@ -61,7 +59,7 @@ class ShardWriter:
         # unbuffered: nothing half-written is left to be written again on closing
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         try:
-            _lock(self._file.fileno(), self.path)
+            lock(self._file.fileno(), self.path)
             with writing(self.path):
                 self._file.truncate(_sound_length(self.path))
                 self._file.seek(0, os.SEEK_END)
@@ -137,14 +135,3 @@ def _sound_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             except ValueError:  # a power cut can leave rubbish of any length; its rows are done again
                 return
             yield record, offset
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunError(f"{path} is being written by another process; wait for it or stop it") from error

@@ -3,7 +3,7 @@
 from exitsafe.stats.bins import BINS, bin_of, layers_by_bin
 from exitsafe.stats.bootstrap import percentile_interval, resampled_layer_means
 from exitsafe.stats.differences import PairedDifference, PairedScores
-from exitsafe.stats.estimates import Estimate, bin_estimates, layer_estimates
+from exitsafe.stats.estimates import Estimate, bin_estimates, layer_estimates, mean_estimate
 from exitsafe.stats.intervals import constant_interval, wilson_interval
 from exitsafe.stats.paired import bootstrap_p_value, holm, mcnemar_exact
 
@@ -20,6 +20,7 @@ __all__ = [
     "layer_estimates",
     "layers_by_bin",
     "mcnemar_exact",
+    "mean_estimate",
     "percentile_interval",
     "resampled_layer_means",
     "wilson_interval",

@@ -106,6 +106,22 @@ def bin_estimates(
     return found
 
 
+def mean_estimate(scores: Floats, unscored: Bools, *, bounds: Bounds) -> Estimate:
+    """The mean over layers of each layer's measure, with the bootstrap clustered by sample.
+
+    Args:
+        scores, unscored, bounds: As for `layer_estimates`, of the layers wanted.
+    """
+    n, missing = int((~np.isnan(scores)).sum()), int(unscored.sum())
+    if n == 0:
+        return Estimate(value=None, low=None, high=None, n=0, unscored=missing)
+    clusters = _with_scores(scores)
+    value = float(np.nanmean(mean_over(scores.T)))
+    resampled = mean_over(resampled_layer_means(clusters))
+    low, high = clustered_interval(value, resampled, num_clusters=len(clusters), bounds=bounds)
+    return Estimate(value=value, low=low, high=high, n=n, unscored=missing)
+
+
 def _average(
     bins: Mapping[str, Estimate],
     values: list[float],

@@ -74,6 +74,10 @@ class Family:
         """Prompts may share a batch when their keys are equal."""
         return None
 
+    def image_cache_layers(self, text_config: Any) -> frozenset[int]:
+        """Layers of the language model's cache that hold image states, of one width, instead of the text's."""
+        return frozenset()
+
     def collate_images(self, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Join the image inputs of several prompts."""
         return {name: torch.cat(_pad_tiles([item[name] for item in inputs])) for name in self.image_inputs}
@@ -110,6 +114,9 @@ class Mllama(Family):
 
     def images_per_prompt(self, inputs: Mapping[str, Tensor]) -> int:
         return 1
+
+    def image_cache_layers(self, text_config: Any) -> frozenset[int]:
+        return frozenset(text_config.cross_attention_layers)
 
     def batch_key(self, inputs: Mapping[str, Tensor]) -> object:
         # Text before the first image attends evenly to all image slots, so an empty slot beside a row with more

@@ -118,6 +118,7 @@ class _Batch:
     lengths: list[int]  # generated tokens per row
     draws: Tensor  # (B, max_new_tokens): one uniform number per token to come, float64
     cross_attention_mask: Tensor | None  # (B, 1, images, tiles)
+    image_layers: frozenset[int]  # layers of the cache that hold image states
     seconds: list[float]
 
     @property
@@ -152,12 +153,10 @@ class _Batch:
         index = torch.tensor(keep, device=self.tokens.device)
         mask = self.attention_mask[index]
         unused = int(mask.long().argmax(dim=1).min()) if self.can_join else 0
-        width = self.attention_mask.shape[1]
-        for layer in _layers(self.cache):
+        for number, layer in enumerate(_layers(self.cache)):
             if not layer.is_initialized:
                 continue
-            # Cross-attention layers hold image states, one width for all rows.
-            start = unused if layer.keys.shape[-2] == width else 0
+            start = 0 if number in self.image_layers else unused
             layer.keys = layer.keys[index, :, start:]
             layer.values = layer.values[index, :, start:]
         longest = max(self.lengths[place] for place in keep)
@@ -169,19 +168,17 @@ class _Batch:
             positions=self.positions[index],
             tokens=self.tokens[index, -longest:],
             lengths=[self.lengths[place] for place in keep],
-            draws=self.draws[index],
+            draws=self.draws[list(keep)],  # on the CPU, wherever the model is
             cross_attention_mask=None if cross is None else cross[index],
+            image_layers=self.image_layers,
             seconds=[self.seconds[place] for place in keep],
         )
 
     def join(self, other: _Batch) -> _Batch:
         """Both batches as one, padded at the left to the wider."""
-        widths = (self.attention_mask.shape[1], other.attention_mask.shape[1])
         for mine, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
             if not mine.is_initialized:
                 continue
-            if mine.keys.shape[-2] != theirs.keys.shape[-2]:
-                assert (mine.keys.shape[-2], theirs.keys.shape[-2]) == widths
             mine.keys = _stack_right(mine.keys, theirs.keys, dim=-2)
             mine.values = _stack_right(mine.values, theirs.values, dim=-2)
         cross = None
@@ -196,6 +193,7 @@ class _Batch:
             lengths=self.lengths + other.lengths,
             draws=torch.cat([self.draws, other.draws]),
             cross_attention_mask=cross,
+            image_layers=self.image_layers,
             seconds=self.seconds + other.seconds,
         )
 
@@ -229,6 +227,7 @@ def _prefill(vlm: VLM, rows: Sequence[Row], indices: list[int], sampling: Sampli
         lengths=[1] * len(indices),
         draws=draws,
         cross_attention_mask=None if cross is None else cross[:, -1:],
+        image_layers=vlm.family_row.image_cache_layers(vlm.text_config),
         seconds=[0.0] * len(indices),
     )
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from exitsafe.errors import ModelError
@@ -16,6 +18,9 @@ from exitsafe.vlm.model import VLM
 from exitsafe.world import ORGANISMS, model_folder
 
 _QUANTIZATIONS = ("nf4", "int8")
+_DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt")
+# What the libraries raise for torn files, missing parts and devices that are not there.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError, SafetensorError)
 
 
 def load_vlm(
@@ -47,10 +52,9 @@ def load_vlm(
     where = Path(source)
     if where.is_dir() and not (where / "config.json").is_file():
         raise ModelError(f"{source} has no config.json: give a Hub id or a folder written by save_pretrained")
-    if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ModelError(f"{adapter} has no adapter_config.json: give a PEFT adapter folder")
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
+        adapter_folder = None if adapter is None else _adapter_folder(adapter)
         config = AutoConfig.from_pretrained(source, **remote)
         find_family(config)
         model: Any = AutoModelForImageTextToText.from_pretrained(
@@ -62,28 +66,40 @@ def load_vlm(
             **remote,
         )
         model = model.to(_device(device)) if quantization is None else model
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        processor = AutoProcessor.from_pretrained(source, **remote) if _has_processor(where) else None
+        if adapter_folder is not None:
+            model = PeftModel.from_pretrained(model, str(adapter_folder))
+    except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {name_or_path!s}: {_first_line(error)}") from error
-    processor = AutoProcessor.from_pretrained(source, **remote) if _has_processor(where) else None
     return VLM(
         model.eval(),
         processor,
         name=str(name_or_path),
         checkpoint_hash=hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None),
-        adapter_hash=None if adapter is None else hash_files(Path(adapter)),
+        adapter_hash=None if adapter_folder is None else hash_files(adapter_folder),
     )
 
 
 def hash_files(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files."""
+    """SHA-256 over the names and contents of what decides an answer: weights, configs, tokenizer, templates."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _DECIDING and path.is_file()):
+        digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _adapter_folder(adapter: str | Path) -> Path:
+    """The adapter's files, from the Hub if `adapter` is no folder; safetensors only, as for models."""
+    is_local = Path(adapter).is_dir()
+    folder = (
+        Path(adapter) if is_local else Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
+    )
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{adapter} has no {name}: give a PEFT adapter folder saved as safetensors")
+    return folder
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -62,7 +62,13 @@ class VLM:
         self.exits = ExitStack()
         self.family_row = find_family(self.base_model.config)
         self.num_layers = len(self.family_row.encoder_blocks(self.base_model))
-        self.default_exit = self.family_row.default_exit(self.base_model.config, self.num_layers)
+        config = self.base_model.config
+        self.default_exit = self.family_row.default_exit(config, self.num_layers)
+        # Taken now: inside an exit the config says something else.
+        self._exit_settings = {
+            exit_layer: self.family_row.exit_settings(config, self.num_layers, exit_layer)
+            for exit_layer in self.exit_layers
+        }
 
     @property
     def base_model(self) -> Any:
@@ -113,8 +119,7 @@ class VLM:
     def exit_settings(self, exit_layer: int) -> list[tuple[Any, str, Any]]:
         """(config, entry, value) triples under which the model reads the features of `exit_layer`."""
         config = self.base_model.config
-        settings = self.family_row.exit_settings(config, self.num_layers, exit_layer)
-        return [(config, name, value) for name, value in settings.items()]
+        return [(config, name, value) for name, value in self._exit_settings[exit_layer].items()]
 
     def image_features(
         self, inputs: Mapping[str, Tensor], exit_layers: Sequence[int], *, skip_global: bool = False
