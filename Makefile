@@ -28,10 +28,10 @@ check: install
 	$(BIN)/lint-imports
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 bench: install
 	$(BIN)/python -m benchmarks
