@@ -30,7 +30,7 @@ def main() -> None:
         with torch.no_grad(), vlm.exit_at(exit_layer):
             return vlm.base_model.model.vision_tower(pixels["pixel_values"])
 
-    seconds = best_seconds({str(layer): lambda layer=layer: tower(layer) for layer in exits}, rounds=5)  # type: ignore[misc]
+    seconds = best_seconds({str(layer): lambda layer=layer: tower(layer) for layer in exits}, rounds=3)  # type: ignore[misc]
     print("(a) encoder time at exit l over all 12 blocks (goal: within 10% of l / 12)")
     for layer in exits:
         ratio, linear = seconds[str(layer)] / seconds[str(NUM_LAYERS)], layer / NUM_LAYERS
@@ -42,7 +42,7 @@ def main() -> None:
             "full": lambda model=model: model.image_features(pixels, (model.num_layers,)),
             "one by one": lambda model=model: [model.image_features(pixels, (layer,)) for layer in model.exit_layers],
         }
-        seconds = best_seconds(alternatives, rounds=5)
+        seconds = best_seconds(alternatives, rounds=3)
         print(
             f"(b) all {NUM_LAYERS} exits over one full pass, {name}: {seconds['all'] / seconds['full']:.2f} "
             f"(exit by exit: {seconds['one by one'] / seconds['full']:.2f}; goal <= 1.15)"
