@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,10 +80,10 @@ class ShardWriter:
         self._file.close()
 
     def append_responses(self, responses: Sequence[Response]) -> None:
-        self._append([{"response": asdict(response)} for response in responses])
+        self._append([{"response": vars(response)} for response in responses])
 
     def append_judgement(self, judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
-        self._append([{"judge": judge, "rows": rows, "verdicts": [asdict(verdict) for verdict in verdicts]}])
+        self._append([{"judge": judge, "rows": rows, "verdicts": [vars(verdict) for verdict in verdicts]}])
 
     def _append(self, records: list[dict[str, Any]]) -> None:
         lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
