@@ -26,7 +26,7 @@ for command in {[[], *COMMANDS]!r}:
     loaded = sorted(set({HEAVY!r}) & set(sys.modules))
     assert not loaded, (command, loaded)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -121,5 +121,5 @@ def test_a_reader_that_leaves_is_no_crash() -> None:
         process.stdout.readline()
         process.stdout.close()
         errors = process.stderr.read()
-        assert process.wait(timeout=60) == 2
+        assert process.wait(timeout=300) == 2
     assert errors == ""

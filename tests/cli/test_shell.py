@@ -21,7 +21,7 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 def exitsafe(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "exitsafe", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=OFFLINE, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=OFFLINE, check=False)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "mllama"])
@@ -56,7 +56,7 @@ def test_an_interrupted_audit_goes_on_with_the_same_command(tiny_llava: Path, tm
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE) as process:
         _wait_for_answers(out, process)
         process.send_signal(signal.SIGINT)
-        printed, complaint = process.communicate(timeout=60)
+        printed, complaint = process.communicate(timeout=300)
     assert process.returncode == 130
     assert printed == ""
     assert complaint.splitlines()[-1].startswith("exitsafe: interrupted")

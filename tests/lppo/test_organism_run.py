@@ -53,6 +53,7 @@ def test_a_short_run_sees_the_gap_in_its_own_rollouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_whole_run_repairs_every_exit_and_the_default_exit_alone_does_not(tmp_path: Path) -> None:
     vlm = load_vlm("organism")
     pool, heldout = organism_suites(split="train"), organism_suites(split="heldout")
