@@ -18,13 +18,13 @@ import torch
 
 from benchmarks.timing import best_seconds
 from exitsafe import audit, load_vlm
+from exitsafe.cli.defaults import ORGANISM_BATCH
 from exitsafe.records import Sample
 from exitsafe.vlm import VLM
 from exitsafe.world import organism_suites
 
 MAX_NEW_TOKENS = 24
 STOCK_BATCH_SIZES = (8, 32, 128, 512)
-OUR_BATCH_SIZE = 128
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
 
     def ours() -> None:
         shutil.rmtree(folder / "run", ignore_errors=True)
-        audit(vlm, samples, out=folder / "run", max_new_tokens=MAX_NEW_TOKENS, batch_size=OUR_BATCH_SIZE)
+        audit(vlm, samples, out=folder / "run", max_new_tokens=MAX_NEW_TOKENS, batch_size=ORGANISM_BATCH)
 
     alternatives: dict[str, Callable[[], object]] = {"exitsafe": ours}
     for batch_size in STOCK_BATCH_SIZES:

@@ -156,3 +156,10 @@ def test_bad_embedded_bytes(tmp_path: Path) -> None:
 def test_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no samples; write one row per sample"):
         load_suite(_jsonl(tmp_path))
+
+
+def test_fields_that_a_sample_does_not_have_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "suite.jsonl"
+    path.write_text('{"id": "a", "prompt": "x", "kind": "harmful", "picture": "p.png"}\n')
+    with pytest.warns(UserWarning, match=r"suite\.jsonl: not read: picture; a sample has id, prompt, kind, images"):
+        load_suite(path)

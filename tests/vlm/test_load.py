@@ -187,3 +187,19 @@ def test_unreadable_images_and_placeholders_in_prompts(tmp_path: Path) -> None:
             vlm.encode_prompt(Sample(id="b", prompt="what", images=(image,), kind="benign"))
     with pytest.raises(InputError, match="contains the image placeholder '<image>'"):
         vlm.encode_prompt(Sample(id="b", prompt="what <image>", kind="benign"))
+
+
+def test_paths_that_do_not_exist_and_adapters_of_other_models(tmp_path: Path) -> None:
+    folder = save_tiny("llava", tmp_path / "model")
+    for missing in (tmp_path / "no-model", "./no-model"):
+        with pytest.raises(ModelError, match="no-model does not exist"):
+            load_vlm(missing)
+    with pytest.raises(ModelError, match=r"adapter .*/lppo/adapter does not exist; .* let the run finish"):
+        load_vlm(folder, adapter=tmp_path / "lppo" / "adapter")
+    adapted = get_peft_model(tiny_model("llava"), LoraConfig(r=2, target_modules=r".*language_model.*q_proj$"))
+    adapted.save_pretrained(str(tmp_path / "other"))
+    settings = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    settings |= {"r": 4, "base_model_name_or_path": "another/model"}
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="does not fit this model; it was made for another/model"):
+        load_vlm(folder, adapter=tmp_path / "other")

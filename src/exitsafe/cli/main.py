@@ -59,7 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort) as error:
         return _fail(str(error) or _GOES_ON, status=INTERRUPTED)
     except _UsageError as error:
-        return _fail(_usage(error))
+        # Without arguments the help has been shown already, and the error says no more.
+        return _fail(_usage(error)) if str(error).strip() else FAILED
     except ExitsafeError as error:
         return _fail(str(error))
     except BrokenPipeError:

@@ -8,6 +8,7 @@ row has the fields of `Sample`: id, prompt and kind, and optionally images, cate
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -24,28 +25,31 @@ def load_suite(path: str | Path, *, limit: int | None = None) -> list[Sample]:
     """Read and check a suite.
 
     Args:
-        path: A .jsonl, .csv or .parquet file. Images are paths relative to it, or, in Parquet, encoded
-        bytes. In CSV
-            a field with several values is a JSON list.
+        path: A .jsonl, .csv or .parquet file. Images are paths relative to it, or, in Parquet, encoded bytes. In CSV
+            a field with several values is a JSON list. Fields that a sample does not have are named in a warning.
         limit: Keep the first `limit` rows; later ones are not read.
 
     Raises:
-        InputError: On a file that cannot be read, a row that is no sample, an image that is missing,
-        unreadable or
+        InputError: On a file that cannot be read, a row that is no sample, an image that is missing, unreadable or
             outside the file's folder, an id that comes twice, or a file without rows.
     """
     path = Path(path)
     samples: dict[str, Sample] = {}
+    unread: set[str] = set()
     for number, values in read_rows(path):
         if len(samples) == limit:
             break
         where = f"{path}, row {number}"
+        unread |= values.keys() - _Row.model_fields.keys()
         sample = _to_sample(_parse(values, where), path=path, where=where)
         if sample.id in samples:
             raise InputError(f"{where}: id {sample.id!r} comes a second time; ids must be unique")
         samples[sample.id] = sample
     if not samples:
         raise InputError(f"{path} holds no samples; write one row per sample with id, prompt and kind")
+    if unread:
+        known = ", ".join(_Row.model_fields)
+        warnings.warn(f"{path}: not read: {', '.join(sorted(unread))}; a sample has {known}", stacklevel=2)
     return list(samples.values())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ def load_vlm(
     """
     source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
     where = Path(source)
+    if not where.is_dir() and not _may_be_on_the_hub(source):
+        raise ModelError(f"{source} does not exist: give a Hub id or a folder written by save_pretrained")
     if where.is_dir() and not (where / "config.json").is_file():
         raise ModelError(f"{source} has no config.json: give a Hub id or a folder written by save_pretrained")
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -68,7 +72,7 @@ def load_vlm(
         model = model.to(_device(device)) if quantization is None else model
         processor = AutoProcessor.from_pretrained(source, **remote) if _has_processor(where) else None
         if adapter_folder is not None:
-            model = PeftModel.from_pretrained(model, str(adapter_folder))
+            model = _with_adapter(model, adapter_folder)
     except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {name_or_path!s}: {_first_line(error)}") from error
     return VLM(
@@ -92,14 +96,31 @@ def hash_files(folder: Path) -> str:
 
 def _adapter_folder(adapter: str | Path) -> Path:
     """The adapter's files, from the Hub if `adapter` is no folder; safetensors only, as for models."""
-    is_local = Path(adapter).is_dir()
-    folder = (
-        Path(adapter) if is_local else Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
-    )
+    folder = Path(adapter)
+    if not folder.is_dir():
+        if not _may_be_on_the_hub(str(adapter)):
+            raise ModelError(f"adapter {adapter} does not exist; if it is an align run's, let the run finish first")
+        try:
+            folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
+        except _LOADING_ERRORS as error:
+            raise ModelError(f"cannot load adapter {adapter}: {_first_line(error)}") from error
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{adapter} has no {name}: give a PEFT adapter folder saved as safetensors")
     return folder
+
+
+def _with_adapter(model: Any, folder: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        made_for = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+        raise ModelError(f"adapter {folder} does not fit this model; it was made for {made_for}") from error
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Hub ids are NAME or OWNER/NAME."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
