@@ -49,7 +49,7 @@ def audit_command(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Answers under way at a time; changes none.", show_default="16; an organism 256"
+            min=1, metavar="N", help="Answers under way at a time; changes no draw.", show_default="16; an organism 256"
         ),
     ] = None,
     skip_global: Annotated[
