@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from exitsafe.errors import InputError, RunError
 from exitsafe.lppo import Watch, align, keep_apart
 from exitsafe.lppo.experience import Batch, Measured, estimate_advantages, measure, token_rewards
+from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.lppo.minibatches import share_out, split
 from exitsafe.lppo.parallel import Team, this_team
 from exitsafe.lppo.policy import Evaluation
@@ -64,7 +65,7 @@ def numbers(line: Any, name: str = "") -> dict[str, float]:
         return {
             path: x
             for key, value in line.items()
-            if key != "seconds"
+            if key not in NEVER_TWICE
             for path, x in numbers(value, f"{name}/{key}").items()
         }
     return {} if line is None else {name: float(line)}

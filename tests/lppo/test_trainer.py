@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from exitsafe.errors import InputError, RunError
 from exitsafe.lppo import LPPOConfig, align
+from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.lppo.sampler import draw_schedule
 from exitsafe.records import Response, Sample
 from exitsafe.vlm import VLM, Completion, Row
@@ -43,7 +44,7 @@ def interrupt() -> None:
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in NEVER_TWICE} for line in lines]
 
 
 def adapter_of(out: Path) -> dict[str, torch.Tensor]:
@@ -320,3 +321,13 @@ def test_bad_input_leaves_no_folder_behind(vlm: VLM, samples: list[Sample], tmp_
     with pytest.raises(InputError, match="no samples to train on"):
         align(vlm, [], config=tiny_config(), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_each_step_says_what_memory_it_took(
+    vlm: VLM, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter(range(100, 200))
+    monkeypatch.setattr("exitsafe.vlm.peak.Gauge.read", lambda gauge: {"peak_process_bytes": next(readings)})
+    align(vlm, samples, reward=CountRed(), config=tiny_config(num_steps=3), out=tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["peak_process_bytes"] for line in lines] == [100, 101, 102]

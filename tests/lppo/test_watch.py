@@ -13,6 +13,7 @@ import torch
 import exitsafe
 from exitsafe.errors import InputError, RunError
 from exitsafe.lppo import LPPOConfig, Part, Watch, WeightedSum, align, keep_apart
+from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.lppo.watch import objective
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.vlm import VLM
@@ -57,7 +58,7 @@ def split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 def looks_of(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "watch.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in NEVER_TWICE} for line in lines]
 
 
 def result_of(out: Path) -> dict[str, Any]:

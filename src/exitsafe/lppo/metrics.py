@@ -18,6 +18,10 @@ from exitsafe.lppo.loss import masked_mean
 from exitsafe.lppo.reward import Score
 from exitsafe.lppo.rollout import Trajectory
 from exitsafe.lppo.update import UpdateStats
+from exitsafe.vlm.peak import MEASURED
+
+NEVER_TWICE = ("seconds", *MEASURED)
+"""What a run repeated bit for bit does not repeat; these names end a line."""
 
 
 def step_metrics(

@@ -88,6 +88,11 @@ class Team:
             dist.all_gather_object(everybodys, own)
         return everybodys
 
+    def largest(self, own: Mapping[str, int]) -> dict[str, int]:
+        """Of each name, the largest that one of them has."""
+        everybodys = self.gather(own)
+        return {name: max(found[name] for found in everybodys) for name in own}
+
     def any(self, own: bool) -> bool:
         """Whether one of them says so."""
         return self.sum(torch.tensor(float(own))).item() > 0

@@ -40,6 +40,7 @@ from exitsafe.lppo.update import Learner
 from exitsafe.lppo.watch import Watch, Watcher
 from exitsafe.records import Progress, Sample
 from exitsafe.vlm import VLM
+from exitsafe.vlm.peak import Gauge
 
 DEFAULT_CONFIG = LPPOConfig()
 
@@ -111,6 +112,7 @@ def align(
         team.take_first(list(policy.weights().values()))
         if team.is_sharded:
             shard(vlm, team)
+        gauge = Gauge(vlm.device)
         with stop.at_once():
             features = FeatureStore(
                 vlm,
@@ -123,7 +125,7 @@ def align(
             run = _Run(policy, samples, schedule, layers, features, scorer, config, team)
             first_step = _resume(run, watcher, folder)
         with tracking(track, folder.path, first_step=first_step) as log:
-            num_steps = _train(run, watcher, folder, first_step, stop=stop, log=log, progress=progress)
+            num_steps = _train(run, watcher, folder, first_step, gauge=gauge, stop=stop, log=log, progress=progress)
         result = {"steps": num_steps, "adapter_step": num_steps, "why": "the last step"}
         if watcher is not None:
             result = watcher.result(num_steps)
@@ -158,6 +160,7 @@ def _train(
     folder: TrainingFolder,
     step: int,
     *,
+    gauge: Gauge,
     stop: Stop,
     log: Track,
     progress: Progress | None,
@@ -178,6 +181,7 @@ def _train(
         if step == config.num_steps or (watcher is not None and watcher.is_over):
             return step
         metrics = run.step(step)
+        metrics |= team.largest(gauge.read())  # features and looks before the step count too
         folder.add_metrics(metrics)
         log(metrics, step)
         step += 1
