@@ -48,7 +48,7 @@ def test_shaped_rewards_equal_the_plain_loop_wherever_the_padding_is(
 
 def test_the_score_is_clipped_and_the_penalty_comes_after() -> None:
     config = LPPOConfig(score_clip=1.0)
-    final = final_scores([2.0, -0.5, 2.0, -0.5], [0.0, 0.0, 0.25, 0.25], config=config)
-    assert final.tolist() == [1.0, -0.5, 0.75, -0.75]
+    final = final_scores([2.0, -0.5, 2.0, -0.5, -2.0], [0.0, 0.0, 0.25, 0.25, 0.25], config=config)
+    assert final.tolist() == [1.0, -0.5, 0.75, -0.75, -1.25]
     free = final_scores([99.0], [0.0], config=LPPOConfig(score_clip=None))
     assert free.tolist() == [99.0]

@@ -94,6 +94,18 @@ def test_draws_do_not_depend_on_the_batch(vlm: VLM, samples: list[Sample]) -> No
         assert complete(vlm, rows, temperature=1.0, batch_size=7, **other) != first
 
 
+def test_each_exit_and_sample_draws_its_own() -> None:
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="tiny")
+    sample = Sample(id="a", prompt="what colour", images=(noise_image(1),), kind="benign")
+    (row,) = rows_of(vlm, [sample], [3])
+    others = [
+        replace(row, exit_layer=2),  # with the features of exit 3: only the draw can differ
+        replace(row, prompt=replace(row.prompt, sample_id="b")),
+    ]
+    first, *found = complete(vlm, [row, *others], temperature=1.0, batch_size=1)
+    assert all(tokens != first for tokens in found)
+
+
 def test_draws_follow_the_distribution() -> None:
     vlm = VLM(tiny_llava(), tiny_processor("llava"), name="tiny")
     sample = Sample(id="a", prompt="what colour", images=(noise_image(1),), kind="benign")
