@@ -1,8 +1,8 @@
 """Faults put into the training code one at a time, in a copy, to see a test fail: `python -m tests.lppo.mutations`.
 
 A fault of faults.yaml is a piece of source, what replaces it, and the test files of which one must notice. Prints one
-line per fault; ends with status 1 if one was missed or its source is not there any more. `--only WORD` tries those whose
-name has it. An hour or so on one core.
+line per fault; ends with status 1 if one was missed or its source is not there any more. `--only WORD` tries those
+whose name has it.
 """
 
 from __future__ import annotations
