@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from exitsafe.errors import InputError
+from exitsafe.records import Response, Sample
 from exitsafe.vlm.features import Features
 from exitsafe.vlm.prompts import Prompt, collate
 
@@ -59,6 +61,12 @@ class Sampling:
     draw: int
     suppress: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens}: choose 1 or more")
+        if self.temperature < 0.0:
+            raise InputError(f"temperature={self.temperature}: choose 0 (greedy) or more")
+
 
 @torch.no_grad()
 def complete_rows(
@@ -67,11 +75,47 @@ def complete_rows(
     """Answer every row; yields (index into rows, completion) in the order of finishing."""
     by_key: dict[object, list[int]] = {}
     for index, row in enumerate(rows):
-        by_key.setdefault(vlm.batch_key(row.prompt), []).append(index)
+        by_key.setdefault(vlm.row_key(row), []).append(index)
     for indices in by_key.values():
         # Longest first: an out-of-memory shows at once, and neighbours need little padding.
         indices.sort(key=lambda index: -len(rows[index].prompt.input_ids))
-        yield from _complete_queue(vlm, rows, indices, sampling, batch_size=batch_size)
+        queue = _complete_queue(vlm, rows, indices, sampling, batch_size=batch_size)
+        while True:
+            with vlm.adapted(rows[indices[0]].exit_layer):  # not while the caller has its turn
+                found = next(queue, None)
+            if found is None:
+                break
+            yield found
+
+
+def answer_samples(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    exit_layers: int | Sequence[int],
+    *,
+    batch_size: int,
+    skip_global: bool,
+    **decoding: Any,
+) -> list[Response]:
+    """`VLM.generate`: the features of a batch of samples at a time, then all answers."""
+    if isinstance(exit_layers, int):
+        exit_layers = [exit_layers] * len(samples)
+    if len(exit_layers) != len(samples):
+        raise InputError(f"{len(exit_layers)} exit layers for {len(samples)} samples: give one, or one per sample")
+    rows = []
+    for start in range(0, len(samples), batch_size):
+        chunk = range(start, min(start + batch_size, len(samples)))
+        prompts = [vlm.encode_prompt(samples[index]) for index in chunk]
+        layers = sorted({exit_layers[index] for index in chunk})
+        features = vlm.prompt_features(prompts, layers, batch_size=batch_size, skip_global=skip_global)
+        rows += [
+            Row(prompt=prompt, exit_layer=exit_layers[index], features=found[exit_layers[index]])
+            for index, prompt, found in zip(chunk, prompts, features, strict=True)
+        ]
+    responses: dict[int, Response] = {}
+    for index, completion in vlm.complete(rows, **decoding, batch_size=batch_size):
+        responses[index] = vlm.response(rows[index], completion)
+    return [responses[index] for index in range(len(rows))]
 
 
 def _complete_queue(
@@ -267,6 +311,14 @@ def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sam
     uniform = draws.gather(1, torch.tensor(lengths)[:, None]) * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
     return chosen.to(logits.device)
+
+
+def end_tokens(generation_config: Any, text_config: Any) -> tuple[int, ...]:
+    """Tokens that end an answer, wherever the checkpoint says so."""
+    eos = generation_config.eos_token_id
+    if eos is None:
+        eos = text_config.eos_token_id
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def suppress_logits(logits: Tensor, token_ids: Sequence[int]) -> Tensor:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from exitsafe.errors import ModelError
+from exitsafe.vlm.adapters import check_folder, exit_folders, load_adapters
 from exitsafe.vlm.families import find_family
 from exitsafe.vlm.model import VLM
 from exitsafe.vlm.processes import own_device
@@ -42,7 +41,8 @@ def load_vlm(
 
     Args:
         name_or_path: A Hub id, a folder written by `save_pretrained`, `organism` or `organism:text`.
-        adapter: A PEFT adapter folder or Hub id.
+        adapter: A PEFT adapter folder or Hub id; or one with a PEFT folder `layer-NN` for each exit that has an adapter
+            of its own: there it acts, and at other exits the base model does.
         translators: A folder that `exitsafe translate` made for this model.
         revision: Branch, tag or commit of a Hub model; None is its newest commit.
         dtype: "auto" (as saved), or e.g. "bfloat16".
@@ -71,7 +71,7 @@ def load_vlm(
     try:
         adapter_folder = None if adapter is None else _adapter_folder(adapter)
         config = AutoConfig.from_pretrained(source, **remote)
-        find_family(config)
+        family = find_family(config)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=_dtype(dtype),
@@ -82,8 +82,10 @@ def load_vlm(
         )
         model = model.to(_device(device)) if quantization is None else model
         processor = AutoProcessor.from_pretrained(source, **remote) if _has_processor(where) else None
+        adapters = None
         if adapter_folder is not None:
-            model = _with_adapter(model, adapter_folder)
+            num_layers = len(family.encoder_blocks(model))
+            model, adapters = load_adapters(model, adapter_folder, num_layers=num_layers)
     except SafetensorError as error:
         reason = f"a file of weights is torn ({_first_line(error)}); save or download it again"
         raise ModelError(f"cannot load {name_or_path!s}: {reason}") from error
@@ -94,7 +96,8 @@ def load_vlm(
         processor,
         name=str(name_or_path),
         checkpoint_hash=hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None),
-        adapter_hash=None if adapter_folder is None else hash_files(adapter_folder),
+        adapter_hash=None if adapter_folder is None else _hash_adapter(adapter_folder),
+        adapters=adapters,
     )
     if translators is not None:
         vlm.translators = load_translators(vlm, translators)
@@ -121,18 +124,18 @@ def _adapter_folder(adapter: str | Path) -> Path:
             folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except _LOADING_ERRORS as error:
             raise ModelError(f"cannot load adapter {adapter}: {_first_line(error)}") from error
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{adapter} has no {name}: give a PEFT adapter folder saved as safetensors")
+    check_folder(folder, name=str(adapter))
     return folder
 
 
-def _with_adapter(model: Any, folder: Path) -> PeftModel:
-    try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError) as error:
-        made_for = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-        raise ModelError(f"adapter {folder} does not fit this model; it was made for {made_for}") from error
+def _hash_adapter(folder: Path) -> str:
+    """Of one adapter, or of all that act at exits of their own."""
+    folders = exit_folders(folder)
+    if not folders:
+        return hash_files(folder)
+    return hashlib.sha256(
+        "".join(f"{layer} {hash_files(found)}\n" for layer, found in folders.items()).encode()
+    ).hexdigest()
 
 
 def _may_be_on_the_hub(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""How much memory is free, how many rows fit into it, and what running out of it looks like.
+"""How much memory is free, how many rows fit into it, what running out of it looks like, and how to make room.
 
 Knows nothing about samples or runs.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,18 @@ def is_out_of_memory(error: Exception) -> bool:
 def release_memory() -> None:
     """Give unused cached memory back to the device, after an out-of-memory or before another model loads."""
     clear_device_cache(garbage_collection=True)
+
+
+@contextmanager
+def offloaded(model: Any, device: torch.device) -> Iterator[None]:
+    """Keep a model's weights in main memory meanwhile, so that its GPU is free for something else."""
+    if device.type == "cpu":
+        yield
+        return
+    model.to("cpu")
+    release_memory()
+    try:
+        yield
+    finally:
+        release_memory()
+        model.to(device)

@@ -7,25 +7,25 @@ loaded. The parts live in the files beside this one; this file gives them one fa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from exitsafe.errors import InputError, ModelError
 from exitsafe.records import Response, Sample
+from exitsafe.vlm.adapters import LINEAR_LAYERS, ExitAdapters
 from exitsafe.vlm.exits import ExitStack, Hook, check_exit_layer, skip_patch
 from exitsafe.vlm.families import find_family
 from exitsafe.vlm.features import Features, compute_features, features_by_prompt
-from exitsafe.vlm.generation import Completion, Row, Sampling, complete_rows
-from exitsafe.vlm.memory import release_memory, rows_that_fit
-from exitsafe.vlm.packing import collate_packed, sibling_groups, tree_mask
-from exitsafe.vlm.prompts import Prompt, check_text, collate, encode
-from exitsafe.vlm.translators import Translators
+from exitsafe.vlm.generation import Completion, Row, Sampling, answer_samples, complete_rows, end_tokens
+from exitsafe.vlm.memory import offloaded, rows_that_fit
+from exitsafe.vlm.packing import packed_states
+from exitsafe.vlm.prompts import Prompt, check_room, collate, encode
+from exitsafe.vlm.translators import Translators, find_projector
 
 
 class VLM:
@@ -38,6 +38,7 @@ class VLM:
         checkpoint_hash: Identifies the weights, config and processor files.
         adapter_hash: Identifies the PEFT adapter, if there is one.
         translators: One linear map per exit that features pass before the projector, if wanted.
+        adapters: Where `model` has one adapter per exit: which acts where. Outside exits the default exit's acts.
 
     Attributes:
         model, processor: The Hugging Face objects.
@@ -59,6 +60,7 @@ class VLM:
         checkpoint_hash: str | None = None,
         adapter_hash: str | None = None,
         translators: Translators | None = None,
+        adapters: ExitAdapters | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -76,6 +78,9 @@ class VLM:
             exit_layer: self.family_row.exit_settings(config, self.num_layers, exit_layer)
             for exit_layer in self.exit_layers
         }
+        self.adapters = adapters
+        if adapters is not None:
+            adapters.active = self.adapter_at(self.default_exit)
 
     @property
     def base_model(self) -> Any:
@@ -98,8 +103,8 @@ class VLM:
     def exit_at(self, exit_layer: int, *, skip_global: bool = False) -> Iterator[VLM]:
         """Run any Hugging Face code on `model` with `exit_layer` encoder blocks; the others do not compute.
 
-        Nestable: the innermost exit acts. On leaving, also by an exception, the model is as it was. Not for two
-        threads at once on one model.
+        Where exits have adapters of their own, this exit's acts. Nestable: the innermost exit acts. On leaving, also
+        by an exception, the model is as it was. Not for two threads at once on one model.
 
         Args:
             exit_layer: Encoder blocks to run, 1 to `num_layers`.
@@ -114,10 +119,13 @@ class VLM:
         global_blocks = self.family_row.global_blocks(self.base_model)
         if skip_global and not global_blocks:
             raise InputError(f"skip_global: {self.family} has no global blocks; leave it out")
+        settings = self.exit_settings(exit_layer)
+        if self.adapters is not None:
+            settings.append((self.adapters, "active", self.adapter_at(exit_layer)))
         patch = skip_patch(
             self.family_row.encoder_blocks(self.base_model),
             global_blocks,
-            self.exit_settings(exit_layer),
+            settings,
             exit_layer=exit_layer,
             skip_global=skip_global,
             hooks=self.translation_hooks(exit_layer),
@@ -129,6 +137,17 @@ class VLM:
         """(config, entry, value) triples under which the model reads the features of `exit_layer`."""
         config = self.base_model.config
         return [(config, name, value) for name, value in self._exit_settings[exit_layer].items()]
+
+    def adapter_at(self, exit_layer: int) -> str | None:
+        """Name of the PEFT adapter in `model` that acts at this exit; None: the base model answers alone."""
+        check_exit_layer(exit_layer, self.num_layers)
+        if self.adapters is not None:
+            return self.adapters.by_exit.get(exit_layer)
+        return str(self.model.active_adapter) if isinstance(self.model, PeftModel) else None
+
+    def adapted(self, exit_layer: int) -> AbstractContextManager[None]:
+        """Inside, the adapter of this exit acts, and the encoder is left alone: for features that are there already."""
+        return nullcontext() if self.adapters is None else self.adapters.acting(self.adapter_at(exit_layer))
 
     def translation_hooks(self, exit_layer: int) -> list[Hook]:
         """What carries features of `exit_layer` through its translator; nothing where there is nothing to translate."""
@@ -148,13 +167,7 @@ class VLM:
         Raises:
             ModelError: If the family's projector does not read the features of an exit as they are.
         """
-        if self.family_row.projector is None:
-            raise ModelError(
-                f"{self.family} cannot be translated: behind an exit its features pass global blocks, and the "
-                "projector reads states of several blocks side by side; repair its exits by exitsafe align"
-            )
-        found: torch.nn.Module = self.base_model.get_submodule(self.family_row.projector)
-        return found
+        return find_projector(self.base_model, self.family_row)
 
     def image_features(
         self, inputs: Mapping[str, Tensor], exit_layers: Sequence[int], *, skip_global: bool = False
@@ -205,26 +218,16 @@ class VLM:
             InputError: If the number of exits is not the number of samples, or a sample cannot be read.
             ExitLayerError: If the encoder has no such block.
         """
-        if isinstance(exit_layers, int):
-            exit_layers = [exit_layers] * len(samples)
-        if len(exit_layers) != len(samples):
-            raise InputError(f"{len(exit_layers)} exit layers for {len(samples)} samples: give one, or one per sample")
-        rows = []
-        for start in range(0, len(samples), batch_size):
-            chunk = range(start, min(start + batch_size, len(samples)))
-            prompts = [self.encode_prompt(samples[index]) for index in chunk]
-            layers = sorted({exit_layers[index] for index in chunk})
-            features = self.prompt_features(prompts, layers, batch_size=batch_size, skip_global=skip_global)
-            rows += [
-                Row(prompt=prompt, exit_layer=exit_layers[index], features=found[exit_layers[index]])
-                for index, prompt, found in zip(chunk, prompts, features, strict=True)
-            ]
-        responses: dict[int, Response] = {}
-        for index, completion in self.complete(
-            rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
-        ):
-            responses[index] = self.response(rows[index], completion)
-        return [responses[index] for index in range(len(rows))]
+        return answer_samples(
+            self,
+            samples,
+            exit_layers,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            skip_global=skip_global,
+        )
 
     def encode_prompt(self, sample: Sample) -> Prompt:
         """Tokenise one sample and prepare its images. Raises InputError for what cannot be read."""
@@ -258,18 +261,10 @@ class VLM:
             draw: Tells several answers to one (seed, sample, exit layer) apart.
             suppress: Token ids that must not be chosen.
         """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={max_new_tokens}: choose 1 or more")
-        if temperature < 0.0:
-            raise InputError(f"temperature={temperature}: choose 0 (greedy) or more")
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: choose 1 or more")
         sampling = Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            draw=draw,
-            suppress=tuple(suppress),
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draw=draw, suppress=tuple(suppress)
         )
         return complete_rows(self, rows, sampling, batch_size=batch_size)
 
@@ -290,12 +285,7 @@ class VLM:
 
     def check_prompt(self, sample: Sample, *, max_new_tokens: int) -> None:
         """Raises InputError if the sample's text cannot be asked: too long, or with the image placeholder in it."""
-        if max_new_tokens >= self.context_length:
-            raise InputError(
-                f"max_new_tokens={max_new_tokens}, but this model has room for {self.context_length} tokens, prompt "
-                "and answer together: choose fewer"
-            )
-        check_text(sample, self.processor, limit=self.context_length - max_new_tokens)
+        check_room(sample, self.processor, context_length=self.context_length, max_new_tokens=max_new_tokens)
 
     def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
         """How many of these prompts to answer at a time with the memory that is free now, at least 1."""
@@ -306,24 +296,17 @@ class VLM:
             device=self.device,
         )
 
-    @contextmanager
-    def offloaded(self) -> Iterator[None]:
+    def offloaded(self) -> AbstractContextManager[None]:
         """Keep the weights in main memory meanwhile, so that a GPU is free for something else."""
-        device = self.device
-        if device.type == "cpu":
-            yield
-            return
-        self.model.to("cpu")
-        release_memory()
-        try:
-            yield
-        finally:
-            release_memory()
-            self.model.to(device)
+        return offloaded(self.model, self.device)
 
     def batch_key(self, prompt: Prompt) -> object:
         """Prompts may share a batch when their keys are equal: always, but for families with cross-attention."""
         return self.family_row.batch_key(prompt.image_inputs)
+
+    def row_key(self, row: Row) -> object:
+        """Rows may share a forward pass when their keys are equal: prompts that may, answered by one adapter."""
+        return self.adapter_at(row.exit_layer), self.batch_key(row.prompt)
 
     def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced last hidden states at the positions that predict the response tokens.
@@ -336,16 +319,17 @@ class VLM:
             hidden (B, T, H), tokens (B, T) int64, mask (B, T) bool; T is the longest response. Gradients flow into
             the language model; the features are constants.
         """
-        assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
+        assert len({self.row_key(row) for row in rows}) == 1, "group rows by row_key first"
         batch = collate([row.prompt for row in rows], responses, pad_token_id=self.pad_token_id)
         num_tokens = max(len(response) for response in responses)
         tokens = batch["input_ids"][:, -num_tokens:].to(self.device)
         mask = batch["attention_mask"][:, -num_tokens:].bool().to(self.device)
-        outputs = self.base_model.model(
-            **{name: tensor.to(self.device) for name, tensor in batch.items()},
-            **self.family_row.feature_inputs([row.features for row in rows if row.features is not None]),
-            use_cache=False,
-        )
+        with self.adapted(rows[0].exit_layer):
+            outputs = self.base_model.model(
+                **{name: tensor.to(self.device) for name, tensor in batch.items()},
+                **self.family_row.feature_inputs([row.features for row in rows if row.features is not None]),
+                use_cache=False,
+            )
         return outputs.last_hidden_state[:, -num_tokens - 1 : -1], tokens, mask
 
     def packed_response_states(
@@ -361,21 +345,9 @@ class VLM:
         Returns:
             As `response_states`, to rounding; hidden states are kept at the responses' positions only.
         """
-        assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
-        groups = sibling_groups(rows, group_size)
-        batch, branch, reads = collate_packed(rows, responses, groups, pad_token_id=self.pad_token_id)
-        takes_bool = self.text_config._attn_implementation == "sdpa"
-        tokens = pad_sequence(list(responses), batch_first=True, padding_value=self.pad_token_id).to(self.device)
-        lengths = torch.tensor([len(response) for response in responses])
-        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.device)
-        first_rows = [rows[group[0]] for group in groups]
-        outputs = self.base_model.model(
-            **{name: tensor.to(self.device) for name, tensor in batch.items()},
-            attention_mask=tree_mask(branch.to(self.device), additive=None if takes_bool else self.base_model.dtype),
-            **self.family_row.feature_inputs([row.features for row in first_rows if row.features is not None]),
-            use_cache=False,
-        )
-        return outputs.last_hidden_state.flatten(0, 1)[reads.to(self.device)], tokens, mask
+        assert len({self.row_key(row) for row in rows}) == 1, "group rows by row_key first"
+        with self.adapted(rows[0].exit_layer):
+            return packed_states(self, rows, responses, group_size=group_size)
 
     @property
     def can_pack(self) -> bool:
@@ -407,10 +379,7 @@ class VLM:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        eos = self.base_model.generation_config.eos_token_id
-        if eos is None:
-            eos = self.text_config.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return end_tokens(self.base_model.generation_config, self.text_config)
 
     @cached_property
     def pad_token_id(self) -> int:
@@ -427,7 +396,4 @@ class VLM:
     @property
     def language_model_pattern(self) -> str:
         """Regular expression for PEFT's `target_modules`: the language model's linear layers, never the encoder's."""
-        return (
-            r".*(?:language_model|text_model)\..*\."
-            r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
-        )
+        return LINEAR_LAYERS

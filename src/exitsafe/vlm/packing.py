@@ -8,12 +8,37 @@ separate sequences take G (P + R). Nothing else about the model changes. Knows n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from exitsafe.vlm.generation import Row
 from exitsafe.vlm.prompts import collate
+
+if TYPE_CHECKING:
+    from exitsafe.vlm.model import VLM
+
+
+def packed_states(
+    vlm: VLM, rows: Sequence[Row], responses: Sequence[Tensor], *, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`VLM.packed_response_states`."""
+    groups = sibling_groups(rows, group_size)
+    batch, branch, reads = collate_packed(rows, responses, groups, pad_token_id=vlm.pad_token_id)
+    takes_bool = vlm.text_config._attn_implementation == "sdpa"
+    tokens = pad_sequence(list(responses), batch_first=True, padding_value=vlm.pad_token_id).to(vlm.device)
+    lengths = torch.tensor([len(response) for response in responses])
+    mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(vlm.device)
+    first_rows = [rows[group[0]] for group in groups]
+    outputs = vlm.base_model.model(
+        **{name: tensor.to(vlm.device) for name, tensor in batch.items()},
+        attention_mask=tree_mask(branch.to(vlm.device), additive=None if takes_bool else vlm.base_model.dtype),
+        **vlm.family_row.feature_inputs([row.features for row in first_rows if row.features is not None]),
+        use_cache=False,
+    )
+    return outputs.last_hidden_state.flatten(0, 1)[reads.to(vlm.device)], tokens, mask
 
 
 def sibling_groups(rows: Sequence[Row], group_size: int) -> list[list[int]]:

@@ -59,6 +59,16 @@ def encode(sample: Sample, processor: Any, family: Family) -> Prompt:
     )
 
 
+def check_room(sample: Sample, processor: Any, *, context_length: int, max_new_tokens: int) -> None:
+    """`check_text`, with room for an answer in a model of `context_length` tokens."""
+    if max_new_tokens >= context_length:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens}, but this model has room for {context_length} tokens, prompt "
+            "and answer together: choose fewer"
+        )
+    check_text(sample, processor, limit=context_length - max_new_tokens)
+
+
 def check_text(sample: Sample, processor: Any, *, limit: int | None = None) -> None:
     """Whether a sample's text can be asked, found out without its images.
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from exitsafe.errors import InputError, ModelError
 
 if TYPE_CHECKING:
+    from exitsafe.vlm.families import Family
     from exitsafe.vlm.model import VLM
 
 MAPS, RECORD = "translators.safetensors", "translators.json"
@@ -139,6 +140,16 @@ def model_record(vlm: VLM) -> dict[str, Any]:
         "default_exit": vlm.default_exit,
         "checkpoint": vlm.checkpoint_hash,
     }
+
+
+def find_projector(model: nn.Module, family: Family) -> nn.Module:
+    """`VLM.projector`."""
+    if family.projector is None:
+        raise ModelError(
+            f"{family.name} cannot be translated: behind an exit its features pass global blocks, and the "
+            "projector reads states of several blocks side by side; repair its exits by exitsafe align"
+        )
+    return model.get_submodule(family.projector)
 
 
 def merge_translator(linear: nn.Linear, translator: Translator) -> tuple[Tensor, Tensor]:
