@@ -21,6 +21,8 @@ from exitsafe.cli.audit_command import audit_command
 from exitsafe.cli.compare_command import compare_command
 from exitsafe.cli.demo_command import demo_command
 from exitsafe.cli.doctor_command import doctor_command
+from exitsafe.cli.frontier_command import frontier_command
+from exitsafe.cli.export_command import export_command
 from exitsafe.cli.judge_command import judge_command
 from exitsafe.cli.label_command import label_command
 from exitsafe.cli.organism_command import organism_app
@@ -28,6 +30,7 @@ from exitsafe.cli.rerun_command import rerun_command
 from exitsafe.cli.suites_command import suites_command
 from exitsafe.cli.transfer_command import transfer_command
 from exitsafe.cli.translate_command import translate_command
+from exitsafe.cli.verify_command import verify_command
 from exitsafe.errors import ExitsafeError
 
 DONE, FAILED, INTERRUPTED = 0, 2, 130
@@ -47,6 +50,9 @@ app = typer.Typer(
 app.command("audit", epilog="Example: exitsafe audit organism --layers all --out runs/before")(audit_command)
 app.command("align", epilog="Example: exitsafe align organism --out runs/lppo")(align_command)
 app.command("compare", epilog="Example: exitsafe compare runs/before runs/after --chart chart.svg")(compare_command)
+app.command(
+    "frontier", epilog="Example: exitsafe frontier runs/after --max-asr 0.05 --min-vqa 0.8 --max-over-refusal 0.1"
+)(frontier_command)
 app.command("translate", epilog="Example: exitsafe translate organism --out runs/translators")(translate_command)
 app.command("transfer", epilog='Example: exitsafe transfer organism --train-sets "1;7;all" --out runs/transfer')(
     transfer_command
@@ -56,6 +62,8 @@ app.command("label", epilog="Example: exitsafe label runs/before, then exitsafe 
     label_command
 )
 app.command("rerun", epilog="Example: exitsafe rerun runs/before")(rerun_command)
+app.command("export", epilog="Example: exitsafe export organism --exit-layer 4 --out slim")(export_command)
+app.command("verify", epilog="Example: exitsafe verify slim --against runs/before")(verify_command)
 app.command("suites", epilog="Example: exitsafe suites xstest")(suites_command)
 app.command("doctor", epilog="Example: exitsafe doctor llava-hf/llava-1.5-7b-hf")(doctor_command)
 app.command("demo", epilog="Example: exitsafe demo --out runs/demo")(demo_command)

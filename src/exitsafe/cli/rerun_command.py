@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitsafe.cli import console, defaults, options
+from exitsafe.cli import console, options
 from exitsafe.cli.audit_plan import AuditPlan, audit_as_planned, make_judges, settings_of
-from exitsafe.cli.models import load_model
+from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from exitsafe.runs import AuditRun
 
-_MUST_AGREE = ("model.checkpoint ", "model.adapter ", "model.translators ", "model.family ", "model.num_layers ")
 _MOST_SHOWN = 5
 
 
@@ -75,15 +74,9 @@ def compare_runs(before: AuditRun, again: AuditRun) -> dict[str, Any]:
 
 def _repeat(before: AuditRun, *, out: Path, device: str | None) -> AuditRun:
     """The same audit in another folder; what is not the same model or data is refused before it is asked."""
-    from exitsafe.runs.fingerprint import data_fingerprint, differences, model_fingerprint, sample_info
-
-    origin = dict(before.origin)
-    if not origin.get("suites") or not origin.get("model"):
-        raise RunError(f"{before.path} was not made by the command line and does not say how to repeat it")
+    origin = origin_of_model(before)
     settings = settings_of(before.path, needs_suites=True)
-    samples = defaults.read_samples(origin)
-    if data_fingerprint([sample_info(sample) for sample in samples])["hash"] != before.settings["data"]["hash"]:
-        raise RunError(f"the suites of {before.path} ({', '.join(origin['suites'])}) have changed since; restore them")
+    samples = read_samples_of(before)
     plan = AuditPlan(
         model=origin["model"],
         origin=origin,
@@ -96,13 +89,8 @@ def _repeat(before: AuditRun, *, out: Path, device: str | None) -> AuditRun:
         },
     )
     judges = make_judges(plan.judges, plan.judging, out=out)
-    loading = {**origin["loading"], **({} if device is None else {"device": device})}
-    if not Path(plan.model).exists() and defaults.organism_of(plan.model) is None:
-        loading["revision"] = before.settings["model"]["checkpoint"]
-    vlm = load_model(plan.model, **loading)
-    changed = differences({"model": before.settings["model"]}, {"model": model_fingerprint(vlm)})
-    if serious := [line for line in changed if line.startswith(_MUST_AGREE)]:
-        raise RunError(f"this is not the model of {before.path}: {'; '.join(serious)}; restore it")
+    loading = loading_of(before, device=device)
+    vlm = load_model_of(before, loading)
     return audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title="Audit again")
 
 

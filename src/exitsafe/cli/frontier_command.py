@@ -1,0 +1,200 @@
+"""`exitsafe frontier`: a finished run -> which of its exits are safe, useful and fast enough, and which one to ship."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exitsafe.cli import console, options
+from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of
+from exitsafe.cli.settings_file import config_option
+from exitsafe.errors import InputError, ModelError, RunError
+
+if TYPE_CHECKING:
+    import torch
+
+    from exitsafe.doctor.savings import Savings
+    from exitsafe.records import Sample
+    from exitsafe.runs import AuditRun
+    from exitsafe.vlm.latency import Latency
+
+_NUM_SAMPLES = 8
+_READ_WITH = ("dtype", "quantization", "revision", "trust_remote_code")
+"""What of the loading decides shapes and types."""
+
+
+def frontier_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", show_default=False)],
+    max_asr: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Most attack success, 0 to 1, by its upper bound.", show_default=False),
+    ] = None,
+    min_vqa: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Least VQA accuracy, 0 to 1, by its lower bound.", show_default=False),
+    ] = None,
+    max_over_refusal: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Most over-refusal, 0 to 1, by its upper bound.", show_default=False),
+    ] = None,
+    max_ms: Annotated[
+        float | None,
+        typer.Option(metavar="MS", help="Longest median answer, by its upper bound.", show_default=False),
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of an answer.")] = 64,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Samples of the run to time, one at a time, three times each.",
+            show_default=str(_NUM_SAMPLES),
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu or cuda:N.", show_default="as in the audit")
+    ] = None,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Measure no times: the model need not be at hand.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write all numbers there too.", show_default=False)
+    ] = None,
+    config: Annotated[Path | None, config_option()] = None,
+    json: options.Json = False,
+) -> None:
+    """Weigh safety, use and cost of every exit of a run, and recommend the cheapest that keeps all limits.
+
+    Times are measured here with the run's model, one request at a time, and kept in RUN/latency.json. All bounds hold
+    at once with 95% confidence, so any limits may be tried on them.
+    """
+    with console.results(as_json=json) as show:
+        from exitsafe.cli.frontier_tables import frontier_tables
+        from exitsafe.frontier import Limits, check_limits, find_frontier
+        from exitsafe.runs import load_run
+        from exitsafe.runs.files import write_whole, writing
+
+        found = load_run(run)
+        limits = Limits(max_asr=max_asr, min_vqa=min_vqa, max_over_refusal=max_over_refusal, max_ms=max_ms)
+        if no_latency:
+            _refuse_what_measures(max_ms=max_ms, samples=samples, device=device)
+        check_limits(found, limits, has_latency=not no_latency)
+        if no_latency:
+            latency, savings = None, _savings_without_model(found, answer_tokens)
+        else:
+            asked = _read_samples(found)
+            latency = _latency(found, asked, num_samples=samples or _NUM_SAMPLES, device=device)
+            savings = _savings(found, asked, answer_tokens)
+        frontier = find_frontier(found, latency, savings, limits=limits, num_answer_tokens=answer_tokens)
+        document = frontier.to_dict()
+        if out is not None:
+            with writing(out.parent):
+                out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(out, (jsonlib.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+        show(document, lambda: frontier_tables(frontier))
+
+
+def _refuse_what_measures(**flags: Any) -> None:
+    for name, value in flags.items():
+        if value is not None:
+            raise InputError(f"--{name.replace('_', '-')} needs measured times; leave it or --no-latency out")
+
+
+def _read_samples(run: AuditRun) -> list[Sample]:
+    if not run.origin.get("suites"):
+        raise RunError(
+            f"{run.path} was made in Python and does not say where its model is: give --no-latency, or call "
+            "exitsafe.frontier.find_frontier with what exitsafe.vlm.latency.measure_latency returns"
+        )
+    return read_samples_of(run)
+
+
+def _latency(run: AuditRun, samples: list[Sample], *, num_samples: int, device: str | None) -> Latency:
+    """What latency.json has for this machine and these settings, else measured now and kept there."""
+    from exitsafe.runs.latencies import keep_latency, kept_latency
+    from exitsafe.vlm.latency import NEW_TOKENS, NUM_REPEATS, measure_latency
+    from exitsafe.vlm.machine import describe_machine
+
+    loading = loading_of(run, device=device)
+    model = {
+        name: value for name, value in run.settings["model"].items() if name not in ("name", "device", "processor")
+    }
+    settings = {
+        "model": model,
+        "data": run.settings["data"]["hash"],
+        "exit_layers": list(run.exit_layers),
+        "skip_global": run.settings["skip_global"],
+        "num_samples": num_samples,
+        "repeats": NUM_REPEATS,
+        "new_tokens": NEW_TOKENS,
+        "machine": describe_machine(_torch_device(loading["device"])),
+    }
+    kept = kept_latency(run.path, settings)
+    if kept is not None:
+        console.note(f"times are those of {run.path}/latency.json, measured on this machine with the same settings")
+        return kept
+    vlm = load_model_of(run, loading)
+    with console.progress_bar("Timing", unit="answer") as progress:
+        latency = measure_latency(
+            vlm,
+            samples,
+            run.exit_layers,
+            num_samples=num_samples,
+            skip_global=bool(run.settings["skip_global"]),
+            progress=progress,
+        )
+    keep_latency(run.path, settings, latency)
+    return latency
+
+
+def _savings_without_model(run: AuditRun, answer_tokens: int) -> Savings | None:
+    """Counted for an assumed prompt, if the model's config can be read; it is named if not."""
+    try:
+        return _savings(run, [], answer_tokens)
+    except (ModelError, RunError) as error:
+        console.note(f"nothing is counted of what exits save: {error}")
+        return None
+
+
+def _savings(run: AuditRun, samples: list[Sample], answer_tokens: int) -> Savings:
+    """Counted on the model's config, which must be that of the run."""
+    from transformers.utils import logging
+
+    from exitsafe.doctor import load_blueprint, typical_prompt
+    from exitsafe.doctor.savings import count_savings
+
+    origin, loading = origin_of_model(run), loading_of(run)
+    given = {name: value for name, value in loading.items() if name in _READ_WITH}
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # remarks on a config help nobody here
+    try:
+        blueprint = load_blueprint(origin["model"], **given)
+    finally:
+        logging.set_verbosity(before)
+    model = run.settings["model"]
+    was = (model["family"], model["num_layers"], model["default_exit"])
+    if was != (blueprint.family, blueprint.num_layers, blueprint.default_exit):
+        raise RunError(f"{origin['model']} is not the model of {run.path}: its family or its exits differ; restore it")
+    return count_savings(
+        blueprint,
+        typical_prompt(blueprint, samples),
+        run.exit_layers,
+        skip_global=bool(run.settings["skip_global"]),
+        num_answer_tokens=answer_tokens,
+    )
+
+
+def _torch_device(name: str) -> torch.device:
+    import torch
+
+    from exitsafe.vlm.processes import own_device
+
+    if name == "auto":
+        return own_device()
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is unknown; choose auto, cpu or cuda:N") from error

@@ -1,0 +1,104 @@
+"""What each exit saves of a model, counted on shapes: floating-point operations and bytes of weights. No clocks.
+
+Against the untouched model at its default exit for operations, and against the whole checkpoint for bytes: an exit's
+export drops every block behind the exit, also those that the default exit never reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from exitsafe.doctor.blueprint import Blueprint, weights_of
+from exitsafe.doctor.compute import NUM_ANSWER_TOKENS
+from exitsafe.doctor.prompts import Typical
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """Floating-point operations of one prompt and its answer, and bytes."""
+
+    default_encoder: int
+    """Of the untouched model's image features, projector and all that follows the encoder included."""
+    encoder: Mapping[int, int]
+    """The same by exit layer."""
+    prefill: int
+    """Of the language model over the prompt."""
+    answer: int
+    """Of the language model for the answer."""
+    num_answer_tokens: int
+    dropped_bytes: Mapping[int, int]
+    """By exit layer: weights of the blocks that an export at that exit leaves out."""
+    model_bytes: int
+    """Of all weights."""
+    is_measured: bool
+    """Whether the prompt is the largest of given samples, or one picture and an assumed text."""
+
+    @property
+    def encoder_share(self) -> float:
+        """Of encoder and prefill together: what an early exit could save at most, before the first token."""
+        return self.default_encoder / (self.default_encoder + self.prefill)
+
+    def saved(self, exit_layer: int) -> int:
+        """Operations that the exit saves against the default exit; negative behind it."""
+        return self.default_encoder - self.encoder[exit_layer]
+
+    def saved_share(self, exit_layer: int) -> float:
+        """Of the whole answer at the default exit."""
+        return self.saved(exit_layer) / (self.default_encoder + self.prefill + self.answer)
+
+
+@torch.no_grad()
+def count_savings(
+    blueprint: Blueprint,
+    typical: Typical,
+    exit_layers: Sequence[int],
+    *,
+    skip_global: bool = False,
+    num_answer_tokens: int = NUM_ANSWER_TOKENS,
+) -> Savings:
+    """Count what each exit computes and holds.
+
+    Args:
+        blueprint: The model.
+        typical: Its prompt.
+        exit_layers: The exits.
+        skip_global: As in `VLM.exit_at`: global blocks neither run nor are kept.
+        num_answer_tokens: Length of the answer.
+    """
+    blueprint.image_states = typical.image_states
+    prefill = _language_model(blueprint, typical.num_prompt_tokens)
+    longer = _language_model(blueprint, typical.num_prompt_tokens + num_answer_tokens)
+    return Savings(
+        default_encoder=_encoder(blueprint, typical, blueprint.default_exit, skip_global=False),
+        encoder={layer: _encoder(blueprint, typical, layer, skip_global=skip_global) for layer in exit_layers},
+        prefill=prefill,
+        answer=longer - prefill,
+        num_answer_tokens=num_answer_tokens,
+        dropped_bytes={layer: _dropped_bytes(blueprint, layer, skip_global=skip_global) for layer in exit_layers},
+        model_bytes=weights_of(blueprint).total,
+        is_measured=typical.is_measured,
+    )
+
+
+def _encoder(blueprint: Blueprint, typical: Typical, exit_layer: int, *, skip_global: bool) -> int:
+    with FlopCounterMode(display=False) as counter, blueprint.exit_at(exit_layer, skip_global=skip_global):
+        if typical.image_inputs:
+            blueprint.family_row.features(blueprint.base_model, typical.image_inputs)
+    return int(counter.get_total_flops())
+
+
+def _language_model(blueprint: Blueprint, num_tokens: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        blueprint.read_tokens(1, num_tokens)
+    return int(counter.get_total_flops())
+
+
+def _dropped_bytes(blueprint: Blueprint, exit_layer: int, *, skip_global: bool) -> int:
+    """The encoder is never quantised, so its bytes are those of its type."""
+    family, model = blueprint.family_row, blueprint.base_model
+    dropped = family.encoder_blocks(model)[exit_layer:] + (family.global_blocks(model) if skip_global else [])
+    return sum(tensor.nbytes for block in dropped for tensor in (*block.parameters(), *block.buffers()))
