@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from exitsafe.cli.doctor_command import ASSUMED_SAMPLES, doctor_command
 from exitsafe.cli.doctor_tables import readable
 from exitsafe.errors import InputError, ModelError
+from tests.doctor.test_judge_weights import reward_model  # noqa: F401
 
 
 def examine(*arguments: str | Path) -> str:
@@ -65,6 +66,17 @@ def test_settings_of_align_from_a_file(tiny_llava: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="lora_rank=0 must be"):
         settings.write_text("lora_rank: 0\n")
         examine(tiny_llava, "--config", settings)
+
+
+def test_models_of_reward_and_watch_are_counted(
+    tiny_llava: Path,
+    reward_model: tuple[Path, int],  # noqa: F811
+) -> None:
+    folder, size = reward_model
+    judge = f"reward:{folder}"
+    found = document(tiny_llava, "--reward", judge, "--watch-judge", judge, "--device", "cpu")["align"]
+    assert _bytes(found, "reward models") == _bytes(found, "the watch's judge") == size
+    assert {part["name"] for part in found["host"]} == {"feature cache", "best weights", "checkpoint"}
 
 
 def test_an_organism_needs_nothing_more() -> None:

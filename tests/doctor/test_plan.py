@@ -214,6 +214,6 @@ def test_features_that_do_not_fit_are_said_to_be_computed_again(
     blueprint = load_blueprint(folders["llava"])
     typical = typical_prompt(blueprint, samples)
     config = settings(feature_cache_gb=0.0)
-    (cache,) = align_plan(blueprint, typical, exit_layers=(5,), num_samples=6, config=config).host
+    cache, _ = align_plan(blueprint, typical, exit_layers=(5,), num_samples=6, config=config).host
     assert cache.bytes == 0
     assert "computed again in every step" in cache.note

@@ -18,6 +18,7 @@ from exitsafe.lppo.tensor_file import TensorFile
 from exitsafe.records import Sample
 from exitsafe.vlm import VLM, Prompt, Row
 from tests.lppo.conftest import count_red, make_vlm, tiny_config
+from tests.tiny_models import noise_image
 
 EXITS = (1, 3, 5)
 PLACES = ([3, 3, 3, 0, 7, 5, 5, 3], [1, 1, 1, 5, 3, 1, 1, 5])  # sample 0 has no image
@@ -76,11 +77,24 @@ def test_siblings_are_encoded_once(vlm: VLM, samples: list[Sample], monkeypatch:
     assert sorted(encoded) == [("s3", 1), ("s3", 5), ("s5", 1), ("s7", 3)]
 
 
-def test_a_budget_that_is_too_small_is_not_used(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
-    size = FeatureStore(vlm, samples, EXITS, max_bytes=0)._size_of_all(EXITS)
+def test_a_budget_that_is_too_small_is_not_used(tmp_path: Path) -> None:
+    """Larger pictures at the end of the list count as what they are."""
+    pictures = [noise_image(number, (28, 28) if number < 20 else (84, 84)) for number in range(24)]
+    samples = [Sample(id=f"s{i}", prompt="what", images=(image,), kind="benign") for i, image in enumerate(pictures)]
+    vlm = make_vlm("llava_next")
+    kept = FeatureStore(vlm, samples, EXITS, max_bytes=1e9)._kept
+    assert kept is not None
+    sizes = [
+        sum(tensor.nbytes for row in rows.values() for tensor in row.features or ())
+        + sum(tensor.nbytes for tensor in rows[1].prompt.image_inputs.values())
+        for rows in kept
+    ]
+    assert max(sizes[20:]) > max(sizes[:20])
+    size = sum(sizes)
     for memory, disk, is_kept in ((size, 0, True), (size - 1, size, True), (size - 1, size - 1, False)):
         store = FeatureStore(vlm, samples, EXITS, max_bytes=memory, max_disk_bytes=disk, folder=tmp_path)
         assert (store._kept is not None) is is_kept
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from exitsafe.errors import InputError
+from exitsafe.lppo import align
 from exitsafe.lppo.policy import attached_policy
 from exitsafe.lppo.update import Learner
 from exitsafe.records import Sample
@@ -47,3 +51,11 @@ def test_an_update_smaller_than_bfloat16_can_hold_is_kept(half: VLM) -> None:
         with torch.no_grad():
             weight.add_(before, alpha=1e-4)  # bfloat16 has steps of 0.4 to 0.8%
         assert not torch.equal(weight, before)
+
+
+def test_float16_is_refused_by_name_of_what_to_take(samples: list[Sample], tmp_path: Path) -> None:
+    vlm = make_vlm("llava")
+    vlm.model.to(torch.float16)
+    with pytest.raises(InputError, match=r"float16 weights.*--dtype bfloat16"):
+        align(vlm, samples, config=tiny_config(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitsafe.cli import console, defaults, options
+from exitsafe.cli.memory_check import RECORD, check_align, largest_peaks
 from exitsafe.cli.models import load_model
 from exitsafe.cli.rewards import WATCH_SAMPLES, WatchFlags, has_built_in, make_watch, read_rewards
 from exitsafe.cli.settings_file import FIELDS, config_option
@@ -213,11 +214,15 @@ def run_align(
     samples, watching = make_watch(model, defaults.read_samples(origin), watch, seed=config.seed, images=images)
     from exitsafe.lppo import align
 
+    check = None
+    if not (out / "adapter").is_dir():
+        check = check_align(model, samples, config=config, reward=reward, watch=watching, loading=loading)
     vlm = load_model(model, **loading)
     with console.progress_bar(title, unit="step") as progress:
-        adapter = align(
-            vlm, samples, reward=reward, config=config, watch=watching, track=track, out=out, progress=progress
-        )
+        said = progress if check is None else check.saying(progress)
+        adapter = align(vlm, samples, reward=reward, config=config, watch=watching, track=track, out=out, progress=said)
+    if check is not None:
+        check.keep(out, peaks=largest_peaks(out))
     if has_built_in(reward) and any(not sample.source.startswith("organism-") for sample in samples):
         console.note(
             "warning: the built-in reward reads refusals by their first words (refusal-prefix, a proxy): audit with "
@@ -252,12 +257,14 @@ def describe(adapter: Path) -> dict[str, Any]:
     folder = adapter.parent
     settings = loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
     last = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    memory = folder / RECORD
     return {
         "run": str(folder),
         "adapter": str(adapter),
         "settings": settings,
         "result": TrainingFolder(folder).result,
         "last_step": loads(last),
+        "memory": loads(memory.read_bytes()) if memory.is_file() else None,
     }
 
 

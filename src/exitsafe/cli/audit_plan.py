@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitsafe.cli import console, defaults, options
+from exitsafe.cli.memory_check import MemoryCheck, check_audit
 from exitsafe.cli.models import load_model
 from exitsafe.errors import InputError
 
@@ -107,9 +108,12 @@ def run_plan(plan: AuditPlan, *, out: Path, loading: Mapping[str, Any], title: s
     samples = defaults.read_samples(plan.origin)
     plan = replace(plan, judging=stored_judging(out) | plan.judging)
     judges = make_judges(plan.judges, plan.judging, out=out)
-    return audit_as_planned(
-        plan, load_model(plan.model, **loading), samples, judges, out=out, loading=loading, title=title
-    )
+    check = None if (out / "summary.json").is_file() else check_audit(plan, samples, judges, loading=loading)
+    vlm = load_model(plan.model, **loading)
+    run = audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title=title, check=check)
+    if check is not None:
+        check.keep(out)
+    return run
 
 
 def audit_as_planned(
@@ -121,6 +125,7 @@ def audit_as_planned(
     out: Path,
     loading: Mapping[str, Any],
     title: str = "Audit",
+    check: MemoryCheck | None = None,
 ) -> AuditRun:
     """The audit itself, with a progress bar."""
     from exitsafe.runs import StopRule
@@ -136,7 +141,7 @@ def audit_as_planned(
             judges=judges,
             exit_layers=plan.exit_layers,
             out=out,
-            progress=progress,
+            progress=progress if check is None else check.saying(progress),
             origin=origin_of_run(
                 plan.origin, plan.model, loading, judging=plan.judging, judge_pass=plan.settings["judge_pass"]
             ),

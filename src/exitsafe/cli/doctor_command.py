@@ -11,12 +11,15 @@ import typer
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.align_command import make_config
 from exitsafe.cli.doctor_tables import facts_table, memory_table, readable
+from exitsafe.cli.memory_check import judges_of
+from exitsafe.cli.rewards import read_rewards
 from exitsafe.cli.settings_file import FIELDS, config_option
 
 if TYPE_CHECKING:
     import torch
 
     from exitsafe.doctor import Blueprint, Compute, Plan, Typical
+    from exitsafe.judges import Judge
     from exitsafe.lppo import LPPOConfig
     from exitsafe.records import Sample
 
@@ -56,6 +59,16 @@ def doctor_command(
         int | None,
         typer.Option(min=1, metavar="N", help="Longest answer of an audit.", show_default="256; an organism 24"),
     ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="JUDGE[@KIND][=WEIGHT]", help="As for align: its model is counted.", show_default="built-in"
+        ),
+    ] = None,
+    watch_judge: Annotated[
+        str | None,
+        typer.Option(metavar="JUDGE", help="As for align: its model is counted.", show_default="no watch"),
+    ] = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -87,6 +100,8 @@ def doctor_command(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             device=_device(device),
+            reward_judges=judges_of(read_rewards(reward)),
+            watch_judge=watch_judge,
         )
         show(document, lambda: [facts_table(document), *(memory_table(*plan) for plan in plans), *document["notes"]])
 
@@ -101,9 +116,13 @@ def examine(
     batch_size: int | None,
     max_new_tokens: int | None,
     device: torch.device,
+    reward_judges: Sequence[Judge] = (),
+    watch_judge: str | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, Plan]]]:
     """All findings as one JSON object, and the plans by their titles."""
-    from exitsafe.doctor import align_plan, audit_plan, count_compute, typical_prompt
+    from exitsafe.doctor import align_plan, audit_plan, bytes_by_name, count_compute, judge_bytes, typical_prompt
+    from exitsafe.judges import load_judges
+    from exitsafe.judges.qwen3guard import DEFAULT_MODEL
     from exitsafe.lppo.sampler import trained_exits
     from exitsafe.vlm.memory import free_memory
 
@@ -112,18 +131,31 @@ def examine(
     free = free_memory(device)
     is_organism = defaults.organism_of(model) is not None
     longest = max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else defaults.MODEL_TOKENS)
-    judge, judge_bytes = (None, 0) if is_organism else _default_judge()
+    judge = None if is_organism else f"qwen3guard:{DEFAULT_MODEL}"
+    is_host = device.type == "cpu"
     auditing = audit_plan(
         blueprint,
         typical,
         exit_layers=blueprint.exit_layers,
         max_new_tokens=longest,
         batch_size=batch_size,
-        judge_bytes=judge_bytes,
+        judge_bytes=0 if judge is None else bytes_by_name(DEFAULT_MODEL),  # its config may be out of reach
         free=free,
+        is_host=is_host,
     )
     exits = trained_exits(lppo, num_layers=blueprint.num_layers, default_exit=blueprint.default_exit)
-    training = align_plan(blueprint, typical, exit_layers=exits, num_samples=num_samples, config=lppo, free=free)
+    watching = None if watch_judge is None else judge_bytes(load_judges([watch_judge]), on=device)
+    training = align_plan(
+        blueprint,
+        typical,
+        exit_layers=exits,
+        num_samples=num_samples,
+        config=lppo,
+        reward_bytes=judge_bytes(reward_judges, on=device),
+        watch_bytes=watching,
+        free=free,
+        is_host=is_host,
+    )
     document = {
         "model": model,
         "supported": True,
@@ -171,7 +203,7 @@ def _notes(
     if training.rows_that_fit is not None and training.rows > training.rows_that_fit > 0:
         notes.append(f"Set rollout_batch_size to {training.rows_that_fit} or less: more rows do not fit.")
     if blueprint.base_model.dtype == torch.float16:
-        notes.append("float16 gradients can vanish or overflow in align: give --dtype bfloat16.")
+        notes.append("align refuses float16, in which small gradients vanish: give --dtype bfloat16.")
     if blueprint.processor is None:
         notes.append("There is no processor: save it beside the model before audit or align.")
     elif getattr(blueprint.processor, "chat_template", None) is None:
@@ -214,17 +246,6 @@ def _device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device {name!r} is unknown; choose auto, cpu or cuda:N") from error
-
-
-def _default_judge() -> tuple[str, int]:
-    """The judge beside an audit, and its weights in bfloat16, from the size in its name."""
-    import re
-
-    from exitsafe.judges.qwen3guard import DEFAULT_MODEL
-
-    billions = re.search(r"(\d+(?:\.\d+)?)B", DEFAULT_MODEL)
-    assert billions is not None
-    return f"qwen3guard:{DEFAULT_MODEL}", int(float(billions[1]) * 2e9)
 
 
 def _shares(compute: Compute) -> dict[str, float]:

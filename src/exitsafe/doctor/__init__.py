@@ -2,6 +2,7 @@
 
 from exitsafe.doctor.blueprint import Blueprint, load_blueprint
 from exitsafe.doctor.compute import Compute, count_compute
+from exitsafe.doctor.judge_weights import bytes_by_name, judge_bytes
 from exitsafe.doctor.plan import Part, Plan, align_plan, audit_plan
 from exitsafe.doctor.prompts import Typical, typical_prompt
 
@@ -13,7 +14,9 @@ __all__ = [
     "Typical",
     "align_plan",
     "audit_plan",
+    "bytes_by_name",
     "count_compute",
+    "judge_bytes",
     "load_blueprint",
     "typical_prompt",
 ]

@@ -21,6 +21,7 @@ from exitsafe.lppo.features import ENCODER_BATCH
 from exitsafe.lppo.policy import Policy, attached_policy, pack_size
 from exitsafe.lppo.update import Learner
 from exitsafe.vlm import Row
+from exitsafe.vlm.answering import BATCHES_AT_ONCE, FEATURE_BYTES
 from exitsafe.vlm.memory import MOST_ROWS, SHARE, cache_bytes, row_bytes
 from exitsafe.vlm.prompts import Prompt
 
@@ -51,6 +52,8 @@ class Plan:
     """With the free memory; None if that is not known."""
     free: int | None
     """Bytes free on the device."""
+    is_host: bool = False
+    """The device is the host, so that both kinds of parts lie in one memory."""
 
     @property
     def always(self) -> int:
@@ -61,7 +64,8 @@ class Plan:
         """Of the phase that takes most; phases follow one another."""
         phases = {part.phase for part in self.device} - {"always"}
         by_phase = [sum(part.bytes for part in self.device if part.phase == phase) for phase in phases]
-        return self.always + max(by_phase, default=0)
+        beside = sum(part.bytes for part in self.host) if self.is_host else 0
+        return self.always + beside + max(by_phase, default=0)
 
     @property
     def fits(self) -> bool | None:
@@ -76,7 +80,9 @@ def audit_plan(
     max_new_tokens: int,
     batch_size: int | None = None,
     judge_bytes: int = 0,
+    adapter_bytes: int = 0,
     free: int | None = None,
+    is_host: bool = False,
 ) -> Plan:
     """What an audit holds on its device.
 
@@ -87,11 +93,15 @@ def audit_plan(
         max_new_tokens: Longest answer.
         batch_size: Rows under generation at a time; None takes what fits, as the audit does.
         judge_bytes: Weights of judges beside the model.
+        adapter_bytes: Weights of the adapter that is audited.
         free: Bytes free on the device.
+        is_host: Whether the device is the host.
     """
     always = [*_weights(blueprint)]
+    if adapter_bytes:
+        always.append(Part(name="adapter", bytes=adapter_bytes, note="as saved"))
     if judge_bytes:
-        always.append(Part(name="judge beside", bytes=judge_bytes, note="estimated from its name"))
+        always.append(Part(name="judge beside", bytes=judge_bytes, note="weights alone"))
     num_tokens = typical.num_prompt_tokens + max_new_tokens
     per_row = _row(blueprint, typical, num_tokens)
     fitting = _rows_that_fit(free, sum(part.bytes for part in always), per_row)
@@ -105,6 +115,7 @@ def audit_plan(
             phase="answering",
             note=f"{rows} rows of up to {num_tokens} tokens",
         ),
+        Part(name="features of waiting rows", bytes=_waiting(typical, rows, free), phase="answering"),
     )
     return Plan(
         device=device,
@@ -113,6 +124,7 @@ def audit_plan(
         rows=rows,
         rows_that_fit=fitting,
         free=free,
+        is_host=is_host,
     )
 
 
@@ -123,7 +135,10 @@ def align_plan(
     exit_layers: Sequence[int],
     num_samples: int,
     config: LPPOConfig,
+    reward_bytes: int = 0,
+    watch_bytes: int | None = None,
     free: int | None = None,
+    is_host: bool = False,
 ) -> Plan:
     """What L-PPO holds. The reference is the model with its adapter off: no second copy.
 
@@ -133,7 +148,10 @@ def align_plan(
         exit_layers: Exits that are trained.
         num_samples: To train on; their features are kept if they fit.
         config: The run's.
+        reward_bytes: Weights of the reward's models, which stay loaded.
+        watch_bytes: Weights of the watch's judge, which is loaded for each look; None without a watch.
         free: Bytes free on the device.
+        is_host: Whether the device is the host.
 
     Raises:
         InputError: If the model cannot be trained so.
@@ -153,6 +171,8 @@ def align_plan(
         Part(name="value head", bytes=head),
         Part(name="optimiser", bytes=optimizer_bytes(trained), note="AdamW: two float32 moments a weight"),
     ]
+    if reward_bytes:
+        always.append(Part(name="reward models", bytes=reward_bytes, note="weights alone"))
     update = [Part(name="gradients", bytes=adapter + head), *passes.parts(config, blueprint)]
     fitting = _rows_that_fit(free, sum(part.bytes for part in always), per_row)
     rows = min(config.rollout_batch_size, config.batch_size)
@@ -167,13 +187,21 @@ def align_plan(
         ),
         *(replace(part, phase="update") for part in update),
     )
+    kept = adapter + head + optimizer_bytes(trained)
+    host = [_features(typical, exit_layers, num_samples, config)]
+    if watch_bytes is not None:
+        device += (Part(name="the watch's judge", bytes=watch_bytes, phase="look", note="weights alone"),)
+        host.append(Part(name="best weights", bytes=adapter, note="of the watch"))
+        kept += adapter
+    host.append(Part(name="checkpoint", bytes=2 * kept, note="while it is written"))
     return Plan(
         device=device,
-        host=(_features(typical, exit_layers, num_samples, config),),
+        host=tuple(host),
         cache_per_row=_cache(blueprint, typical, num_tokens),
         rows=rows,
         rows_that_fit=fitting,
         free=free,
+        is_host=is_host,
     )
 
 
@@ -294,6 +322,12 @@ def _features(typical: Typical, exit_layers: Sequence[int], num_samples: int, co
         return Part(name="feature cache", bytes=0, note=f"{size / 1e9:.1f} GB on disk (feature_disk_gb)")
     note = f"all would take {size / 1e9:.1f} GB, more than feature_cache_gb: computed again in every step"
     return Part(name="feature cache", bytes=0, note=note)
+
+
+def _waiting(typical: Typical, rows: int, free: int | None) -> int:
+    """Features of the rows that an audit has encoded and not yet answered."""
+    most = FEATURE_BYTES if free is None else min(FEATURE_BYTES, free // 4)
+    return min(most, BATCHES_AT_ONCE * rows * typical.feature_bytes)
 
 
 def _cache(blueprint: Blueprint, typical: Typical, num_tokens: int) -> int:

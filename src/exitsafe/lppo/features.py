@@ -52,12 +52,9 @@ class FeatureStore:
         self._vlm = vlm
         self._samples = samples
         self._index_of = {sample.id: index for index, sample in enumerate(samples)}
-        self._kept: list[dict[int, Row]] | None = None
-        size = self._size_of_all(exit_layers)
-        if size <= max_bytes:
-            self._kept = self._all_rows(exit_layers)
-        elif size <= max_disk_bytes and folder is not None:
-            self._kept = self._all_rows(exit_layers, TensorFile(folder))
+        self._kept: list[dict[int, Row]] | None = self._all_rows(exit_layers, max_bytes)
+        if self._kept is None and folder is not None and max_disk_bytes > 0:
+            self._kept = self._all_rows(exit_layers, max_disk_bytes, TensorFile(folder))
 
     def rows(
         self, indices: Sequence[int], exit_layers: Sequence[int], *, places: Sequence[int] | None = None
@@ -103,11 +100,18 @@ class FeatureStore:
             found |= {_key(row): replace(row, features=kept[layer]) for row, kept in zip(asked, features, strict=True)}
         return found
 
-    def _all_rows(self, exit_layers: Sequence[int], file: TensorFile | None = None) -> list[dict[int, Row]]:
-        """Rows of every sample, by exit layer, with their features in the host's memory or in a file."""
+    def _all_rows(
+        self, exit_layers: Sequence[int], max_bytes: float, file: TensorFile | None = None
+    ) -> list[dict[int, Row]] | None:
+        """Rows of every sample, by exit layer, with their features in the host's memory or in a file; None if they
+        take more than `max_bytes`: pictures differ in size, so this shows when it has come to that."""
         kept: list[dict[int, Row]] = []
+        size = 0
         for start in range(0, len(self._samples), ENCODER_BATCH):
             batch = self._encode(self._samples[start : start + ENCODER_BATCH], exit_layers)
+            size += sum(_size(rows) for rows in batch)
+            if size > max_bytes:
+                return None
             kept += _in_memory(batch) if file is None else _in_file(batch, file)
         return kept
 
@@ -119,16 +123,12 @@ class FeatureStore:
             for prompt, found in zip(prompts, features, strict=True)
         ]
 
-    def _size_of_all(self, exit_layers: Sequence[int]) -> int:
-        """Bytes, judged by the largest of the samples with the most images."""
-        probes = sorted(self._samples, key=lambda sample: -len(sample.images))[:ENCODER_BATCH]
-        rows = [found[exit_layers[0]] for found in self._encode(probes, exit_layers[:1])]
-        largest = max(
-            sum(tensor.nbytes for tensor in row.prompt.image_inputs.values())
-            + len(exit_layers) * sum(tensor.nbytes for tensor in row.features or ())
-            for row in rows
-        )
-        return largest * len(self._samples)
+
+def _size(rows: Mapping[int, Row]) -> int:
+    """Bytes of a sample's pixels, which its rows share, and of its features at all exits."""
+    inputs = next(iter(rows.values())).prompt.image_inputs
+    features = [tensor for row in rows.values() for tensor in row.features or ()]
+    return sum(tensor.nbytes for tensor in (*inputs.values(), *features))
 
 
 def _in_memory(batch: Sequence[dict[int, Row]]) -> list[dict[int, Row]]:

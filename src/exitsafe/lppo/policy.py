@@ -150,6 +150,15 @@ def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
         raise InputError("train='full' cannot train a head tied to the embeddings: use train='lora'")
 
 
+def check_precision(vlm: VLM) -> None:
+    """Raise InputError for float16 weights: gradients are not scaled here, and small ones vanish in float16."""
+    if vlm.base_model.dtype == torch.float16:
+        raise InputError(
+            f"{vlm.name} has float16 weights, in which small gradients vanish: load with dtype='bfloat16' "
+            "(--dtype bfloat16)"
+        )
+
+
 def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:
     if config.train == "full":
         # PEFT wants a target for LoRA; this name of its own stands for none.

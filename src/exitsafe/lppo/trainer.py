@@ -29,7 +29,7 @@ from exitsafe.lppo.kl import adapted_kl_coef
 from exitsafe.lppo.layer_sampler import LayerSampler
 from exitsafe.lppo.metrics import num_equal_groups, step_metrics
 from exitsafe.lppo.parallel import ALONE, Team, this_team
-from exitsafe.lppo.policy import Policy, attached_policy, check_trainable
+from exitsafe.lppo.policy import Policy, attached_policy, check_precision, check_trainable
 from exitsafe.lppo.reward import Reward, Score, final_scores
 from exitsafe.lppo.rollout import Trajectory, rollout
 from exitsafe.lppo.sampler import Schedule, draw_schedule, trained_exits
@@ -75,7 +75,7 @@ def align(
         watch: Looks at held-out samples by a judge that is not the reward: the best look's weights become the adapter.
         track: Trackers that get each step's numbers beside metrics.jsonl: "tensorboard", "trackio", "wandb".
         out: Folder for settings, metrics, checkpoints and adapter; new, empty, or of the same run.
-        progress: Called after each step.
+        progress: Called before the first step and after each.
 
     Returns:
         The PEFT adapter's folder, `out/adapter`.
@@ -91,6 +91,7 @@ def align(
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(samples, exit_layers, config)
     check_trainable(vlm, config)
+    check_precision(vlm)
     check_launch(vlm, config)
     check_trackers(track)
     scorer = as_scorer(reward, samples)
@@ -172,6 +173,8 @@ def _train(
     """
     config, team = run.config, run.team
     stop.message = _goes_on(step, config)
+    if progress is not None:
+        progress(step, config.num_steps, "")
     while True:
         if watcher is not None and watcher.is_due(step):
             with stop.at_once():
