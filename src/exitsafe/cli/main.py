@@ -26,6 +26,7 @@ from exitsafe.cli.export_command import export_command
 from exitsafe.cli.judge_command import judge_command
 from exitsafe.cli.label_command import label_command
 from exitsafe.cli.organism_command import organism_app
+from exitsafe.cli.report_command import report_command
 from exitsafe.cli.rerun_command import rerun_command
 from exitsafe.cli.suites_command import suites_command
 from exitsafe.cli.transfer_command import transfer_command
@@ -64,6 +65,7 @@ app.command("label", epilog="Example: exitsafe label runs/before, then exitsafe 
 app.command("rerun", epilog="Example: exitsafe rerun runs/before")(rerun_command)
 app.command("export", epilog="Example: exitsafe export organism --exit-layer 4 --out slim")(export_command)
 app.command("verify", epilog="Example: exitsafe verify slim --against runs/before")(verify_command)
+app.command("report", epilog="Example: exitsafe report runs/before runs/after --out report.html")(report_command)
 app.command("suites", epilog="Example: exitsafe suites xstest")(suites_command)
 app.command("doctor", epilog="Example: exitsafe doctor llava-hf/llava-1.5-7b-hf")(doctor_command)
 app.command("demo", epilog="Example: exitsafe demo --out runs/demo")(demo_command)

@@ -1,0 +1,250 @@
+"""The page's tables: summaries and comparisons in, rows of text out. Knows no markup: the template escapes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from exitsafe.comparison import Comparison, Difference
+from exitsafe.report.chart import LabelledRun
+from exitsafe.report.names import shown
+from exitsafe.report.numbers import TITLES, amount, change, interval, is_rate, p_value
+from exitsafe.runs.metrics import AGGREGATES
+from exitsafe.stats import BINS, layers_by_bin
+
+Summary = Mapping[str, Any]
+LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a table; the first cell is its heading."""
+
+    cells: tuple[str, ...]
+    is_default: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of text.
+
+    Args:
+        caption: What it shows, in a line.
+        columns: Headings.
+        rows: As many cells each.
+        num_names: How many columns, from the left, hold names rather than numbers.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    num_names: int = 1
+
+
+_MEASURED = ("value", "95% interval", "n", "unscored")
+
+
+def layer_estimates(results: Mapping[str, Any], metric: str) -> dict[int, Mapping[str, Any]]:
+    """A metric by exit layer, of a summary or of one judge's part of it."""
+    return {row["exit_layer"]: row["metrics"][metric] for row in results["layers"] if metric in row["metrics"]}
+
+
+def metric_table(title: str, metric: str, runs: Sequence[tuple[str, Summary, int]]) -> Table:
+    """A metric by exit layer and run, with all that it rests on.
+
+    Args:
+        title: The metric's name.
+        metric: As in summary.json.
+        runs: Label, summary or a judge's part of it, and the default exit.
+    """
+    found = [(label, layer_estimates(results, metric), default) for label, results, default in runs]
+    layers = sorted({layer for _, estimates, _ in found for layer in estimates})
+    return Table(
+        caption=f"{title} by exit layer",
+        columns=("exit", "run", *_MEASURED),
+        rows=tuple(
+            Row(
+                cells=(exit_name(layer, default), label, *measured(metric, estimates[layer])),
+                is_default=layer == default,
+            )
+            for layer in layers
+            for label, estimates, default in found
+            if layer in estimates
+        ),
+        num_names=2,
+    )
+
+
+def bin_table(runs: Sequence[LabelledRun]) -> Table | None:
+    """AASR, ATS and ATR of arXiv 2411.04291 per bin, and the same means of what a repair may cost."""
+    metrics = [*AGGREGATES, "over_refusal", "benign_refusal", "vqa_accuracy"]
+    rows = [
+        Row(cells=(_bin_metric(metric), shown(label), bin_name(run.summary, name), *measured(metric, found)))
+        for metric in metrics
+        for label, run in runs
+        for name in (*BINS, "average")
+        if (found := run.summary["bins"].get(name, {}).get("metrics", {}).get(metric)) is not None
+    ]
+    if not rows:
+        return None
+    columns = ("mean of", "run", "exits", *_MEASURED)
+    return Table(
+        caption="Means over the exits of a bin, and over the three bins", columns=columns, rows=tuple(rows), num_names=3
+    )
+
+
+def bin_name(summary: Summary, name: str) -> str:
+    """`early`, or, where exits of the bin were not audited, how many were."""
+    num_layers, audited = summary["num_layers"], [row["exit_layer"] for row in summary["layers"]]
+    whole, found = layers_by_bin(range(1, num_layers + 1), num_layers), layers_by_bin(audited, num_layers)
+    if name == "average":
+        return name if found == whole else f"average of the {len(audited)} exits audited, by bin"
+    return name if found.get(name) == whole[name] else f"{name} ({len(found[name])} of {len(whole[name])} exits)"
+
+
+def agreement_table(runs: Sequence[LabelledRun]) -> Table | None:
+    """Cohen's kappa of every two judges; None where no two judged the same."""
+    rows = [Row(cells=_agreement_cells(label, pair)) for label, run in runs for pair in run.summary["agreement"]]
+    columns = ("measure", "run", "first judge", "second judge", "agree on", "kappa", "95% interval", "n", "unscored")
+    return Table(caption="How far judges agree", columns=columns, rows=tuple(rows), num_names=4) if rows else None
+
+
+def against_default_tables(summary: Summary) -> Iterator[tuple[str, Table]]:
+    """Per metric: a line that says how many exits differ from the default one, and the tests."""
+    layers = summary["against_default"]["layers"]
+    for metric in (name for name in TITLES if any(name in row["metrics"] for row in layers)):
+        found = {row["exit_layer"]: row["metrics"][metric] for row in layers if metric in row["metrics"]}
+        num_apart = sum(test["p_adjusted"] < LEVEL for test in found.values())
+        rows = tuple(
+            Row(
+                cells=(
+                    str(layer), f"{test['n']:,}", f"{test['unscored']:,}",
+                    amount(metric, test["at_default"]), amount(metric, test["at_layer"]),
+                    change(metric, test["difference"]), _change_interval(metric, test["low"], test["high"]),
+                    _effect(test["effect_size"]), p_value(test["p_value"]), p_value(test["p_adjusted"]),
+                )
+            )
+            for layer, test in found.items()
+        )  # fmt: skip
+        columns = ("exit", "pairs", "unscored", "at default", "at exit", *_tested(metric, _measure_of(found.values())))
+        headline = f"{TITLES[metric]}: {num_apart} of {len(found)} exits differ from the default exit"
+        yield headline, Table(caption=f"{TITLES[metric]} against the default exit", columns=columns, rows=rows)
+
+
+def comparison_tables(comparison: Comparison, before: str, after: str) -> Iterator[tuple[str, Table]]:
+    """Per metric: a line that says how many exits changed, and the tests per exit and bin."""
+    for metric in comparison.metrics:
+        found = comparison.rows(metric)
+        tested = [row for row in found if row.p_adjusted is not None]
+        num_apart = sum(row.p_adjusted < LEVEL for row in tested if row.p_adjusted is not None)
+        columns = ("exit", "pairs", "unscored", before, after, *_tested(metric, found[0].effect_measure))
+        rows = tuple(_difference_row(metric, row, comparison.default_exit) for row in found)
+        headline = f"{TITLES[metric]}: {num_apart} of {len(tested)} exits differ"
+        yield headline, Table(caption=f"{TITLES[metric]}, {before} and {after}", columns=columns, rows=rows)
+
+
+def worst_table(runs: Sequence[tuple[str, Summary]], metrics: Sequence[str]) -> Table | None:
+    """Worst exits, each chosen on one half of the samples and measured on the other, and with the halves swapped."""
+    rows = []
+    for metric in metrics:
+        for label, summary in runs:
+            worst = summary["worst"].get(metric)
+            for half, found in (("first", worst), ("second", None if worst is None else worst["swapped"])):
+                if found is not None:
+                    exit_layer = exit_name(found["exit_layer"], summary["default_exit"])
+                    rows.append(Row(cells=(TITLES[metric], label, half, exit_layer, *measured(metric, found))))
+    columns = ("measure", "run", "chosen on half", "worst exit", *_MEASURED)
+    caption = "Worst exits, each measured on the half of the requests that did not choose it"
+    return Table(caption=caption, columns=columns, rows=tuple(rows), num_names=3) if rows else None
+
+
+LOWER, HIGHER, NOT_SHOWN = "lower", "higher", "no difference could be shown"
+
+
+def verdict(row: Difference) -> str:
+    """What a test says: over exits with Holm's correction, for a bin by itself."""
+    p = row.p_value if row.p_adjusted is None else row.p_adjusted
+    if p >= LEVEL:
+        return NOT_SHOWN
+    return LOWER if row.difference < 0 else HIGHER
+
+
+def change_table(rows: Sequence[Difference], before: str, after: str, *, default_exit: int) -> Table:
+    """Some places of one metric, with the word for what its test says."""
+    metric = rows[0].metric
+    columns = ("exits", "pairs", "unscored", before, after, *_tested(metric, rows[0].effect_measure), "after is")
+    return Table(
+        caption=f"{TITLES[metric]}, {before} and {after}",
+        columns=columns,
+        rows=tuple(
+            Row(
+                cells=(
+                    *(found := _difference_row(metric, row, default_exit)).cells,
+                    verdict(row).replace(NOT_SHOWN, "not shown to differ"),
+                ),
+                is_default=found.is_default,
+            )
+            for row in rows
+        ),
+    )
+
+
+def exit_name(exit_layer: int | str, default_exit: int) -> str:
+    """With a word where it is the default."""
+    return f"{exit_layer} (default)" if exit_layer == default_exit else str(exit_layer)
+
+
+def measured(metric: str, found: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Value, interval, n and unscored."""
+    counts = f"{found['n']:,}", f"{found['unscored']:,}"
+    if found["value"] is None:
+        return "none scored", "", *counts
+    return amount(metric, found["value"]), interval(metric, found["low"], found["high"]), *counts
+
+
+def _bin_metric(metric: str) -> str:
+    return f"{TITLES[metric]} ({AGGREGATES[metric]})" if metric in AGGREGATES else TITLES[metric]
+
+
+def _agreement_cells(label: str, pair: Mapping[str, Any]) -> tuple[str, ...]:
+    kappa = f"none: {pair['undefined']}" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+    return (
+        TITLES.get(pair["measure"], pair["measure"]),
+        shown(label),
+        shown(pair["first"]),
+        shown(pair["second"]),
+        "" if pair["observed"] is None else f"{pair['observed']:.1%}",
+        kappa,
+        "" if pair["kappa"] is None else f"{pair['low']:.2f} to {pair['high']:.2f}",
+        f"{pair['n']:,}",
+        f"{pair['unscored']:,}",
+    )
+
+
+def _difference_row(metric: str, row: Difference, default_exit: int) -> Row:
+    cells = (
+        exit_name(row.place, default_exit), f"{row.n:,}", f"{row.unscored:,}",
+        amount(metric, row.before), amount(metric, row.after),
+        change(metric, row.difference), _change_interval(metric, row.low, row.high),
+        _effect(row.effect_size), p_value(row.p_value), "" if row.p_adjusted is None else p_value(row.p_adjusted),
+    )  # fmt: skip
+    return Row(cells=cells, is_default=row.place == default_exit)
+
+
+def _tested(metric: str, effect_measure: str) -> tuple[str, ...]:
+    unit = " (points)" if is_rate(metric) else ""
+    effect = "Cohen's h" if effect_measure == "cohen_h" else "d_av"
+    return f"change{unit}", "95% interval", effect, "p", "p (Holm)"
+
+
+def _measure_of(tests: Any) -> str:
+    return str(next(iter(tests))["effect_measure"])
+
+
+def _change_interval(metric: str, low: float, high: float) -> str:
+    return f"{change(metric, low)} to {change(metric, high)}"
+
+
+def _effect(size: float | None) -> str:
+    return "" if size is None else f"{size:+.2f}"

@@ -1,0 +1,142 @@
+"""How the runs were made, and what the page cannot show: run.json and summaries in, tables and sentences out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from exitsafe.report.facts import Row, Table
+from exitsafe.report.names import shown, without_folder
+from exitsafe.report.numbers import TITLES, number_list
+from exitsafe.report.words import Compared, Told
+from exitsafe.runs.fingerprint import canonical_json
+
+_TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_HASH = re.compile(r'"([0-9a-f]{16})[0-9a-f]{16,}"')
+_MAX_LENGTH = 400
+
+
+def method_table(runs: Sequence[Told]) -> Table:
+    """What decides a run's answers and verdicts, a column per run; one that several runs share is said once."""
+    facts = [dict(_facts(told)) for told in runs]
+    names = dict.fromkeys(name for found in facts for name in found)
+    return Table(
+        caption="What the runs are of and how they were made",
+        columns=("setting", *(shown(told.label) for told in runs)),
+        rows=tuple(Row(cells=(name, *(found.get(name, "") for found in facts))) for name in names),
+        num_names=1 + len(runs),
+    )
+
+
+def set_otherwise(compared: Sequence[Compared]) -> list[str]:
+    """What differs between audits beside the model, one line each."""
+    return [
+        f"{shown(pair.before)} and {shown(pair.after)}: {_public(line)}."
+        for pair in compared
+        if pair.comparison is not None
+        for line in pair.comparison.settings_changed
+    ]
+
+
+def limits(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str]:
+    """What must not be read out of the numbers; only what applies to these runs."""
+    yield (
+        "The numbers are about these requests and others like them. A low rate is no proof that a model is safe: "
+        "other requests, languages, pictures or attacks were not tried."
+    )
+    yield (
+        "Verdicts are those of automatic judges, which err. The intervals are about the draw of requests, not about "
+        "the judges."
+    )
+    if any(name == "refusal-prefix" for told in runs for name, _ in told.run.judges):
+        yield (
+            "refusal-prefix is a proxy: it calls every answer to a harmful request a success that does not open with a "
+            "known refusal. Confirm its attack success with a judge that reads the answer."
+        )
+    if any(name == "world-rule" for told in runs for name, _ in told.run.judges):
+        yield (
+            "The requests are those of a small synthetic test model, which knows invented things only. It shows that "
+            "the method works; its numbers say nothing about other models."
+        )
+    yield from _decoding(runs)
+    for told in runs:
+        if line := _unscored(told):
+            yield line
+        num_layers, exits = told.run.summary["num_layers"], told.run.exit_layers
+        if len(exits) < num_layers:
+            missing = f"{num_layers - len(exits)} of {num_layers} exits"
+            yield f"{shown(told.label)}: {missing} were not audited; nothing is known of them."
+    if any(told.run.summary["worst"] for told in runs):
+        yield "Rates at worst exits rest on half of the requests, since the other half chose; their intervals show it."
+    yield "Seconds are an answer's share of the time of mixed batches: they show no latency that a user would meet."
+    if any(pair.comparison is not None for pair in compared):
+        yield (
+            "Runs are compared request by request. A difference that could not be shown may still be there: its "
+            "interval says how large it could be. p-values are corrected over the exits of one metric, not over "
+            "metrics."
+        )
+
+
+def _facts(told: Told) -> Iterator[tuple[str, str]]:
+    settings, summary = told.run.settings, told.run.summary
+    model: Mapping[str, Any] = settings.get("model", {})
+    yield "model", shown(without_folder(str(summary["model"])))
+    yield "family, blocks, default exit", f"{summary['family']}, {summary['num_layers']}, {summary['default_exit']}"
+    yield "exits audited", number_list(list(told.run.exit_layers))
+    for name in ("checkpoint", "adapter", "translators"):
+        if name in model:
+            yield name, "none" if model[name] is None else f"SHA-256 {model[name]}"
+    for name in ("dtype", "quantization", "device", "attention", "processor"):
+        if name in model:
+            yield name, _public(canonical_json(model[name]))
+    for name in ("decoding", "batch_size", "skip_global", "stop_when"):
+        if name in settings:
+            yield name.replace("_", " "), _public(canonical_json(settings[name]))
+    data = settings.get("data", {})
+    for suite, n in data.get("sources", {}).items():
+        yield f"suite {shown(without_folder(suite)) or 'unnamed'}", f"{n:,} requests{_revision(told.run.origin, suite)}"
+    if "hash" in data:
+        yield "requests", f"SHA-256 {data['hash']}"
+    for name in ("split", "seed", "limit"):
+        if told.run.origin.get(name) is not None:
+            yield f"suites: {name}", _public(canonical_json(told.run.origin[name]))
+    for judge in settings.get("judges", ()):
+        yield f"judge {shown(judge['name'])}", _public(canonical_json(judge.get("settings", {})))
+    for package, version in settings.get("versions", {}).items():
+        yield f"version of {shown(package)}", shown(str(version))
+
+
+def _revision(origin: Mapping[str, Any], suite: str) -> str:
+    """The commit that a suite of the Hub was read at."""
+    found = (origin.get("hub") or {}).get(suite)
+    return "" if not found else f", {_public(canonical_json(found))}"
+
+
+def _decoding(runs: Sequence[Told]) -> Iterator[str]:
+    temperatures = {told.run.settings.get("decoding", {}).get("temperature") for told in runs} - {None}
+    if temperatures == {0.0}:
+        yield "Each request was answered once, by the likeliest words. Other ways of decoding may answer otherwise."
+    elif temperatures:
+        yield "Each request was answered once, from one random draw. Another draw may give another answer."
+
+
+def _unscored(told: Told) -> str | None:
+    """Answers that a judge could not score, metric by metric."""
+    found = []
+    for metric, title in TITLES.items():
+        missing = sum(row["metrics"].get(metric, {}).get("unscored", 0) for row in told.run.summary["layers"])
+        if missing:
+            found.append(f"{title.lower()} {missing:,}")
+    if not found:
+        return None
+    return (
+        f"{shown(told.label)}: answers that could not be scored are in no rate ({', '.join(found)}, over all exits). "
+        "If they differ from the others, the rates are off."
+    )
+
+
+def _public(text: str) -> str:
+    """JSON without this machine's folders, hashes cut to what tells them apart."""
+    without = _TEXT.sub(lambda match: f'"{without_folder(match[1])}"', text)
+    return shown(_HASH.sub(r'"\1…"', without).replace('"', ""), max_length=_MAX_LENGTH)

@@ -1,0 +1,56 @@
+"""Names from runs (labels, judges, categories, suites) as a page may show them. Text in, text out; escaping is later.
+
+Whoever wrote a suite chose its names: characters that nobody sees or that turn the reading direction are spelt out,
+long names are cut. Folders of this machine are not shown: a page is made to be passed on.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+
+_MAX_LENGTH = 80
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def shown(name: str, *, max_length: int = _MAX_LENGTH) -> str:
+    """A name with nothing hidden in it.
+
+    >>> shown("a" + chr(0x202E) + "b" + chr(0))
+    'a\\\\u202eb\\\\u0000'
+    """
+    cut = name if len(name) <= max_length else name[: max_length - 1] + "…"
+    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) in _UNSEEN else c for c in cut)
+
+
+def without_folder(name: str) -> str:
+    """A model or suite by its name, a file of this machine by its last part.
+
+    >>> without_folder("llava-hf/llava-1.5-7b-hf"), without_folder("/home/ann/suite.jsonl")
+    ('llava-hf/llava-1.5-7b-hf', 'suite.jsonl')
+    """
+    if name.startswith(("/", "~", ".")):
+        return Path(name).name or name
+    return PureWindowsPath(name).name if PureWindowsPath(name).drive else name
+
+
+def label_runs(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above them as make them unique; a number where none do.
+
+    >>> label_runs([Path("a/before"), Path("a/after")]), label_runs([Path("a/run"), Path("b/run")])
+    (['before', 'after'], ['a/run', 'b/run'])
+    """
+    resolved = [path.resolve() for path in paths]
+    labels = [path.name or "run" for path in resolved]
+    for depth in range(2, 1 + max((len(path.parts) for path in resolved), default=0)):
+        if len(set(labels)) == len(labels):
+            break
+        labels = [
+            "/".join(path.parts[1:][-depth:]) if labels.count(label) > 1 else label
+            for path, label in zip(resolved, labels, strict=True)
+        ]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[:i].count(label) + 1})"
+        for i, label in enumerate(labels)
+    ]
