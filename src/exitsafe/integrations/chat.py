@@ -1,0 +1,159 @@
+"""Chat turns -> a prompt, through the model's own chat template.
+
+Other tools bring system and assistant turns and pictures between words, where a `Sample` is one user turn; for such a
+turn the prompt is the one that `VLM.generate` makes. Knows nothing about exit layers or the tools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from jinja2 import TemplateError
+from PIL.Image import Image
+
+from exitsafe.errors import InputError, ModelError
+from exitsafe.vlm import VLM
+from exitsafe.vlm.prompts import Prompt, open_image
+
+Picture: TypeAlias = Image | Path | bytes
+Part: TypeAlias = str | Picture
+"""Words or a picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Who speaks, and words and pictures in the order in which they are said."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[Part, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        return [part for part in self.parts if isinstance(part, str) and part]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+def encode_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> Prompt:
+    """Tokenise a conversation that the model is to go on with.
+
+    Args:
+        vlm: The model.
+        turns: The conversation; the last turn is the user's.
+        prompt_id: Names the prompt in errors, and is part of the key of its draws.
+
+    Raises:
+        InputError: If the chat template has no place for a turn, a picture cannot be read or a text holds the model's
+            image placeholder.
+        ModelError: If there is no processor.
+    """
+    text = render_chat(vlm, turns, prompt_id=prompt_id)
+    return encode_text(vlm, text, [picture for turn in turns for picture in turn.pictures], prompt_id=prompt_id)
+
+
+def encode_text(vlm: VLM, text: str, pictures: Sequence[Picture], *, prompt_id: str) -> Prompt:
+    """Tokenise a text that a chat template has written, with one image placeholder per picture."""
+    processor = _processor(vlm)
+    images = [open_image(picture, prompt_id) for picture in pictures]
+    # The template already wrote what the tokenizer would add in front.
+    bos = processor.tokenizer.bos_token
+    has_bos = bos is not None and text.startswith(bos)
+    inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=not has_bos)
+    mask = inputs.get("cross_attention_mask")
+    return Prompt(
+        sample_id=prompt_id,
+        input_ids=inputs["input_ids"][0],
+        image_inputs={name: inputs[name] for name in vlm.family_row.image_inputs} if images else {},
+        cross_attention_mask=None if mask is None else mask[0],
+    )
+
+
+def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
+    """The conversation as the chat template writes it, open for the model's answer.
+
+    Raises:
+        InputError: If the template leaves out or refuses a turn.
+    """
+    processor = _processor(vlm)
+    if not turns or turns[-1].role != "user":
+        raise InputError(f"{prompt_id}: the last turn must be the user's, for the model to answer")
+    if any(processor.image_token in text for turn in turns for text in turn.texts):
+        raise InputError(f"{prompt_id}: a text contains the image placeholder {processor.image_token!r}; remove it")
+    if processor.chat_template is None:
+        return _render_plainly(vlm, turns, prompt_id)
+    complaint = "it leaves out a turn, or a part of one"
+    for has_plain_texts in (False, True):  # some templates take words as a list of parts, some as a string
+        messages = [_message(turn, has_plain_texts=has_plain_texts) for turn in turns]
+        try:
+            text = str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except (TemplateError, TypeError, KeyError) as error:
+            complaint = f"it says: {_first_line(error)}" if isinstance(error, TemplateError) else complaint
+            continue
+        if _is_whole(text, turns, processor.image_token):
+            return text
+    roles = ", ".join(turn.role + " with an image" * bool(turn.pictures) for turn in turns)
+    raise InputError(
+        f"{prompt_id}: this model's chat template cannot take the turns {roles} ({complaint}); change them"
+    )
+
+
+def digest_of(turns: Sequence[Turn]) -> str:
+    """What tells conversations apart, hashed; pictures by their bytes."""
+    whole = hashlib.sha256()
+    for turn in turns:
+        for part in turn.parts:
+            if isinstance(part, Image):
+                content = f"{part.mode} {part.size}".encode() + part.tobytes()
+            elif isinstance(part, Path):
+                content = part.read_bytes()
+            else:
+                content = part.encode() if isinstance(part, str) else part
+            whole.update(f"{turn.role} {type(part) is str} {len(content)} ".encode() + content)
+    return whole.hexdigest()
+
+
+def _message(turn: Turn, *, has_plain_texts: bool) -> dict[str, Any]:
+    if has_plain_texts and not turn.pictures:
+        return {"role": turn.role, "content": "".join(turn.texts)}
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in turn.parts
+        if part != ""
+    ]
+    return {"role": turn.role, "content": content}
+
+
+def _is_whole(text: str, turns: Sequence[Turn], image_token: str) -> bool:
+    """Every word and picture is in the text, in order of the turns, and no list of parts was written out as code."""
+    if text.count(image_token) != sum(len(turn.pictures) for turn in turns) or "{'type': '" in text:
+        return False
+    place = 0
+    for turn in turns:
+        found = [text.find(said.strip(), place) for said in turn.texts]
+        if -1 in found:
+            return False
+        place = max([place, *found])
+    return True
+
+
+def _render_plainly(vlm: VLM, turns: Sequence[Turn], prompt_id: str) -> str:
+    if len(turns) > 1:
+        raise InputError(f"{prompt_id}: this model has no chat template and takes one user turn only")
+    images = (vlm.processor.image_token + "\n") * len(turns[0].pictures)
+    return vlm.family_row.plain_prompt.format(images=images, prompt="".join(turns[0].texts))
+
+
+def _processor(vlm: VLM) -> Any:
+    if vlm.processor is None:
+        raise ModelError("this model folder has no processor: save the processor beside the model")
+    return vlm.processor
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

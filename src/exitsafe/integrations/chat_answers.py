@@ -1,0 +1,186 @@
+"""Prompts with an exit layer each -> answers, mixed in one batch: what the doors share.
+
+Knows nothing about the tools behind the doors, judges or runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import transformers
+
+from exitsafe import __version__
+from exitsafe.errors import InputError, RunError
+from exitsafe.runs.fingerprint import canonical_json, model_fingerprint
+from exitsafe.vlm import VLM
+from exitsafe.vlm.generation import Completion, Row
+from exitsafe.vlm.memory import is_out_of_memory, release_memory
+from exitsafe.vlm.prompts import Prompt
+
+ENCODED_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChatRequest:
+    """A prompt, the exit to read its pictures at, and how to answer it.
+
+    `temperature` 0 is greedy; with `seed`, the prompt's id and the exit layer are the key of every draw. The answer
+    ends before the first of the `stop` texts.
+    """
+
+    prompt: Prompt
+    exit_layer: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatAnswer:
+    """`num_tokens` were generated for the text; `finish_reason` is "length" where `max_new_tokens` cut it off."""
+
+    text: str
+    num_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+def answer_chats(
+    vlm: VLM, requests: Sequence[ChatRequest], *, batch_size: int | None = None, skip_global: bool = False
+) -> list[ChatAnswer]:
+    """Answer every request; those with the same decoding share batches, whatever their exits.
+
+    Args:
+        vlm: The model.
+        requests: What to answer.
+        batch_size: Rows under generation at a time; None takes what fits in memory. Halved when memory runs out.
+        skip_global: As in `VLM.exit_at`.
+
+    Raises:
+        RunError: If memory does not suffice for one row.
+    """
+    groups: dict[tuple[int, float, int], list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault((request.max_new_tokens, request.temperature, request.seed), []).append(index)
+    answers: dict[int, ChatAnswer] = {}
+    for indices in groups.values():
+        group = [requests[index] for index in indices]
+        rows = _rows(vlm, group, skip_global=skip_global)
+        for place, completion in _complete(vlm, rows, group[0], batch_size=batch_size).items():
+            answers[indices[place]] = _answer(vlm, completion, group[place].stop)
+    return [answers[index] for index in range(len(requests))]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    vlm: VLM, pairs: Sequence[tuple[Prompt, str]], exit_layer: int, *, batch_size: int, skip_global: bool = False
+) -> list[tuple[float, bool]]:
+    """By pair of a prompt and what the model might say: the sum of its tokens' log-probabilities at an exit layer, and
+    whether the greedy answer begins so."""
+    by_key: dict[object, list[int]] = {}
+    for index, (prompt, _) in enumerate(pairs):
+        by_key.setdefault(vlm.batch_key(prompt), []).append(index)
+    found: dict[int, tuple[float, bool]] = {}
+    for indices in by_key.values():
+        for start in range(0, len(indices), batch_size):
+            chunk = indices[start : start + batch_size]
+            prompts = [pairs[index][0] for index in chunk]
+            features = vlm.prompt_features(prompts, [exit_layer], skip_global=skip_global)
+            rows = [
+                Row(prompt=prompt, exit_layer=exit_layer, features=by_layer[exit_layer])
+                for prompt, by_layer in zip(prompts, features, strict=True)
+            ]
+            hidden, tokens, mask = vlm.response_states(rows, [_continuation(vlm, pairs[index][1]) for index in chunk])
+            logits = vlm.logits(hidden)  # (B, T, V)
+            logprobs = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+            sums = torch.where(mask, logprobs, 0.0).sum(dim=1)
+            is_greedy = ((logits.argmax(dim=-1) == tokens) | ~mask).all(dim=1)
+            found |= dict(zip(chunk, zip(sums.tolist(), is_greedy.tolist(), strict=True), strict=True))
+    return [found[index] for index in range(len(pairs))]
+
+
+def model_digest(vlm: VLM, *, batch_size: int | None, skip_global: bool) -> str:
+    """Twelve characters that change with anything that may change an answer, the exit layer apart."""
+    model = {name: value for name, value in model_fingerprint(vlm).items() if name != "name"}
+    deciding = {
+        "model": model,
+        "batch_size": "auto" if batch_size is None else batch_size,
+        "skip_global": skip_global,
+        "versions": [__version__, str(torch.__version__), transformers.__version__],
+    }
+    return hashlib.sha256(canonical_json(deciding).encode()).hexdigest()[:12]
+
+
+def _rows(vlm: VLM, requests: Sequence[ChatRequest], *, skip_global: bool) -> list[Row]:
+    rows = []
+    for start in range(0, len(requests), ENCODED_AT_ONCE):
+        chunk = requests[start : start + ENCODED_AT_ONCE]
+        features = vlm.prompt_features(
+            [request.prompt for request in chunk],
+            sorted({request.exit_layer for request in chunk}),
+            batch_size=ENCODED_AT_ONCE,
+            skip_global=skip_global,
+        )
+        rows += [
+            Row(prompt=request.prompt, exit_layer=request.exit_layer, features=found[request.exit_layer])
+            for request, found in zip(chunk, features, strict=True)
+        ]
+    return rows
+
+
+def _complete(vlm: VLM, rows: Sequence[Row], decoding: ChatRequest, *, batch_size: int | None) -> dict[int, Completion]:
+    size = batch_size or vlm.rows_that_fit([row.prompt for row in rows], max_new_tokens=decoding.max_new_tokens)
+    done: dict[int, Completion] = {}
+    while len(done) < len(rows):
+        left = [place for place in range(len(rows)) if place not in done]
+        try:
+            for place, completion in vlm.complete(
+                [rows[place] for place in left],
+                max_new_tokens=decoding.max_new_tokens,
+                temperature=decoding.temperature,
+                seed=decoding.seed,
+                batch_size=size,
+            ):
+                done[left[place]] = completion
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise RunError(
+                    "memory does not suffice to answer one prompt; take fewer new tokens, a smaller dtype, or "
+                    "quantization"
+                ) from error
+            size //= 2
+        else:
+            break
+        release_memory()  # outside the handler: the error keeps the failed batch alive
+    return done
+
+
+def _continuation(vlm: VLM, text: str) -> torch.Tensor:
+    token_ids = vlm.tokenizer(text, add_special_tokens=False).input_ids
+    if not token_ids:
+        raise InputError("a continuation has no token; leave it out")
+    return torch.tensor(token_ids)
+
+
+def _answer(vlm: VLM, completion: Completion, stop: Sequence[str]) -> ChatAnswer:
+    def decode(num_tokens: int) -> str:
+        return str(vlm.tokenizer.decode(list(completion.token_ids[:num_tokens]), skip_special_tokens=True))
+
+    def is_stopped(num_tokens: int) -> bool:
+        return any(text in decode(num_tokens) for text in stop)
+
+    length = len(completion.token_ids)
+    if not is_stopped(length):
+        text = vlm.decode(completion.token_ids)
+        return ChatAnswer(text=text, num_tokens=length, finish_reason=completion.finish_reason)
+    num_tokens = bisect_left(range(length), True, key=is_stopped)
+    said = decode(num_tokens)
+    end = min(place for place in (said.find(text) for text in stop) if place >= 0)
+    return ChatAnswer(text=said[:end].strip(), num_tokens=num_tokens, finish_reason="stop")

@@ -1,0 +1,113 @@
+"""lm-eval's door: a loaded VLM at one exit layer as an `LM` for `lm_eval.simple_evaluate`.
+
+It is lm-eval's own `hf-multimodal` (batching, truncation, stopping and log-likelihoods are lm-eval's), run inside
+`exit_at`. Tasks without pictures do not pass the image encoder: their results are the same at every exit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from exitsafe.errors import InputError
+from exitsafe.integrations.chat_answers import model_digest
+from exitsafe.vlm import VLM
+
+try:
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+except ImportError as error:
+    raise InputError('this door needs lm-eval, which is not installed: pip install "exitsafe[lm-eval]"') from error
+
+Answer = TypeVar("Answer")
+_CACHE_ENTRY = "exitsafe"  # other entries' names are hashes
+
+
+def lm_eval_model(
+    vlm: VLM, *, exit_layer: int | None = None, skip_global: bool = False, batch_size: int = 8
+) -> HFMultimodalLM:
+    """A model at one exit layer for lm-eval.
+
+    With `use_cache`, give each exit a file of its own: lm-eval looks answers up by the request alone. A file that holds
+    another exit's or model's answers is refused.
+
+    Args:
+        vlm: The model. It may not be run by somebody else while lm-eval uses it.
+        exit_layer: Encoder blocks to run; None is the default exit.
+        skip_global: As in `VLM.exit_at`.
+        batch_size: Requests at a time.
+
+    Returns:
+        An `lm_eval.api.model.LM`, to be given as `model` to `lm_eval.simple_evaluate`.
+
+    Raises:
+        ExitLayerError: If the encoder has no such block.
+        InputError: If lm-eval is not installed, or `batch_size` is not a number of 1 or more.
+        ModelError: If there is no processor.
+
+    >>> import lm_eval, exitsafe  # doctest: +SKIP
+    >>> lm = lm_eval_model(exitsafe.load_vlm("organism"), exit_layer=3)  # doctest: +SKIP
+    >>> lm_eval.simple_evaluate(lm, tasks=["mmmu_val"], apply_chat_template=True)  # doctest: +SKIP
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: choose 1 or more")
+    exit_layer = vlm.default_exit if exit_layer is None else exit_layer
+    assert vlm.tokenizer is not None  # complains of a missing processor
+    with vlm.exit_at(exit_layer, skip_global=skip_global):
+        return ExitLM(vlm, exit_layer=exit_layer, skip_global=skip_global, batch_size=batch_size)
+
+
+class ExitLM(HFMultimodalLM):
+    """lm-eval's model for pictures and text, whose requests run at one exit layer."""
+
+    def __init__(self, vlm: VLM, *, exit_layer: int, skip_global: bool, batch_size: int) -> None:
+        self.vlm = vlm
+        self.exit_layer = exit_layer
+        self.skip_global = skip_global
+        super().__init__(vlm.model, batch_size=batch_size, max_length=vlm.context_length)
+
+    @property
+    def state(self) -> str:
+        """What decides an answer, in one line: model, exit layer and a digest of everything else."""
+        digest = model_digest(self.vlm, batch_size=self.batch_size, skip_global=self.skip_global)
+        return f"{self.vlm.name}@L{self.exit_layer}#{digest}"
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._at_exit(super().loglikelihood, requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        return self._at_exit(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return self._at_exit(super().generate_until, requests, disable_tqdm=disable_tqdm)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Refuse a cache with another model's or exit's answers: lm-eval would take them for this one's."""
+        cache = cache_hook.dbdict
+        if cache is not None and cache.get(_CACHE_ENTRY, None if len(cache) else self.state) != self.state:
+            raise InputError(
+                f"{cache.filename} holds answers of another model or exit layer than {self.state}; "
+                "give each its own use_cache"
+            )
+        if cache is not None:
+            cache[_CACHE_ENTRY] = self.state
+        super().set_cache_hook(cache_hook)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """As lm-eval has it, and the exit layer."""
+        return {**super().get_model_info(), "exit_layer": self.exit_layer, "exitsafe_model": self.state}
+
+    def tok_batch_multimodal_encode(self, strings: list[str], images: list[list[Any]], **options: Any) -> Any:
+        """lm-eval tokenizes what the chat template wrote, and some tokenizers put a second start token in front."""
+        bos = self.tokenizer.bos_token
+        if bos and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
+            strings = [string.removeprefix(bos) for string in strings]
+        return super().tok_batch_multimodal_encode(strings, images, **options)
+
+    def _at_exit(self, answer: Callable[..., list[Answer]], requests: list[Any], **options: Any) -> list[Answer]:
+        with self.vlm.exit_at(self.exit_layer, skip_global=self.skip_global):
+            return answer(requests, **options)
+
+    def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
+        self.processor = copy.deepcopy(self.vlm.processor)  # lm-eval turns its padding side and adds a padding token
+        self.tokenizer = self.processor.tokenizer

@@ -1,0 +1,244 @@
+"""inspect_ai's model API on a VLM that exits early: `exitsafe/MODEL@L18` -> answers at exit layer 18.
+
+inspect_ai's response cache knows a model by its name alone. So the name that it is told holds everything that decides
+an answer: the exit layer, by number, and a digest of weights, adapter, precision, processor and settings:
+`exitsafe/MODEL@L18#3f9ab2c41d07`. Different layers of one model share its weights and its batches.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import weakref
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from urllib.parse import unquote_to_bytes
+from uuid import uuid4
+
+import anyio
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    ContentImage,
+    ContentText,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+
+from exitsafe.errors import InputError
+from exitsafe.integrations.chat import Part, Turn, digest_of
+from exitsafe.integrations.chat_answers import model_digest
+from exitsafe.integrations.shared_worker import Question, Reply, SharedWorker
+from exitsafe.runs.fingerprint import canonical_json
+from exitsafe.vlm import load_vlm
+
+DEFAULT_TOKENS = 256
+LOADING_ARGS = ("adapter", "translators", "revision", "dtype", "device", "quantization", "trust_remote_code")
+_SUPPORTED = {"max_tokens", "temperature", "seed", "stop_seqs", "system_message"}
+_OF_THE_TOOL = {  # acted on by inspect_ai itself, before or around a call
+    "max_retries",
+    "timeout",
+    "attempt_timeout",
+    "stream_idle_timeout",
+    "max_connections",
+    "adaptive_connections",
+    "cache",
+    "cache_prompt",
+    "fail_on_refusal",
+    "max_tool_output",
+    "reasoning_history",
+}
+_NEUTRAL: dict[str, Any] = {
+    "top_p": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "num_choices": 1,
+    "best_of": 1,
+    "logprobs": False,
+    "batch": False,
+}
+_workers: weakref.WeakValueDictionary[str, SharedWorker] = weakref.WeakValueDictionary()
+_loading = Lock()
+
+
+class ExitsafeAPI(ModelAPI):
+    """A model at one exit layer.
+
+    Args:
+        model_name: `MODEL@L18`; without `@L`, the default exit. `#digest` at the end, as logs have it, insists on the
+            state of the model that the log was made with.
+        base_url, api_key: Not for local models.
+        config: Settings of the evaluation; those that cannot be met are refused.
+        model_args: `adapter`, `translators`, `revision`, `dtype`, `device`, `quantization`, `trust_remote_code` as for
+            `load_vlm`; `batch_size` (rows at a time; left out: what fits) and `skip_global` (Llama 3.2 Vision).
+
+    Raises:
+        InputError, ModelError: On an exit, argument, setting or model that does not exist.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig | None = None,
+        **model_args: Any,
+    ) -> None:
+        if base_url is not None:
+            raise InputError(f"exitsafe/{model_name} runs here, not behind {base_url}; leave the base URL out")
+        check_config(config or GenerateConfig())
+        model, exit_layer, digest = _parse(model_name)
+        self.worker = _shared_worker(model, model_args)
+        vlm = self.worker.vlm
+        self.exit_layer = vlm.default_exit if exit_layer is None else exit_layer
+        with vlm.exit_at(self.exit_layer, skip_global=self.worker.skip_global):
+            pass  # raises now what every answer would
+        now = model_digest(vlm, batch_size=self.worker.batch_size, skip_global=self.worker.skip_global)
+        if digest not in (None, now):
+            raise InputError(
+                f"exitsafe/{model_name}: the model, its adapter, settings or libraries have changed and it is #{now} "
+                f"now; leave #{digest} out to evaluate it as it is"
+            )
+        super().__init__(f"{model}@L{self.exit_layer}#{now}", None, api_key, [], config or GenerateConfig())
+
+    def max_tokens(self) -> int:
+        return min(DEFAULT_TOKENS, self.worker.vlm.context_length // 2)
+
+    def max_connections(self) -> int:
+        return 2 * (self.worker.batch_size or 32)  # the next batch gathers while one runs
+
+    def connection_key(self) -> str:
+        return str(id(self.worker))
+
+    async def count_text_tokens(self, text: str) -> int:
+        return len(self.worker.vlm.tokenizer(text, add_special_tokens=False).input_ids)
+
+    async def generate(
+        self,
+        input: list[ChatMessage],  # noqa: A002 - inspect_ai's name for it
+        tools: list[ToolInfo],
+        tool_choice: ToolChoice,
+        config: GenerateConfig,
+    ) -> ModelOutput:
+        if tools:
+            raise InputError("models at an early exit call no tools; choose a task or solver without tools")
+        check_config(config)
+        turns = tuple(_turn(message) for message in input)
+        is_fresh = bool(config.temperature) and config.seed is None  # each call its own draw, as epochs expect
+        question = Question(
+            prompt_id=f"prompt {uuid4().hex if is_fresh else digest_of(turns)[:16]}",
+            turns=turns,
+            exit_layer=self.exit_layer,
+            max_new_tokens=config.max_tokens or self.max_tokens(),
+            temperature=config.temperature or 0.0,
+            seed=config.seed or 0,
+            stop=tuple(config.stop_seqs or ()),
+        )
+        reply = await _wait(self.worker.ask(question))
+        return _output(reply, self.model_name)
+
+
+def check_config(config: GenerateConfig) -> None:
+    """Raise InputError for a setting that would change nothing here, though somebody asked for it."""
+    for name, value in config.model_dump(exclude_none=True).items():
+        if name not in _SUPPORTED | _OF_THE_TOOL and value != _NEUTRAL.get(name):
+            supported = "max_tokens, temperature, seed, stop_seqs and system_message"
+            raise InputError(f"exitsafe models know no {name}: leave it out; they take {supported}")
+
+
+def _parse(name: str) -> tuple[str, int | None, str | None]:
+    found = re.fullmatch(r"(.+?)(?:@L(\d+))?(?:#([0-9a-f]{12}))?", name)
+    assert found is not None
+    model, exit_layer, digest = found.groups()
+    if "@" in model.rsplit("/")[-1] and not Path(model).is_dir():
+        raise InputError(f"exitsafe/{name} names no exit; write exitsafe/MODEL@L18 for 18 encoder blocks")
+    return model, None if exit_layer is None else int(exit_layer), digest
+
+
+def _shared_worker(model: str, model_args: dict[str, Any]) -> SharedWorker:
+    """The worker for this model with these arguments, loaded only once."""
+    unknown = sorted(model_args.keys() - {*LOADING_ARGS, "batch_size", "skip_global"})
+    if unknown:
+        raise InputError(
+            f"exitsafe/{model} takes no argument {unknown[0]!r}; choose from {', '.join(LOADING_ARGS)}, batch_size, "
+            "skip_global"
+        )
+    batch_size, skip_global = model_args.get("batch_size"), bool(model_args.get("skip_global", False))
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size={batch_size}: choose 1 or more, or leave it out")
+    loading = {name: model_args[name] for name in LOADING_ARGS if model_args.get(name) is not None}
+    key = canonical_json([model, {name: str(value) for name, value in loading.items()}, batch_size, skip_global])
+    with _loading:
+        worker = _workers.get(key)
+        if worker is None:
+            worker = SharedWorker(load_vlm(model, **loading), batch_size=batch_size, skip_global=skip_global)
+            _workers[key] = worker
+    return worker
+
+
+def _turn(message: ChatMessage) -> Turn:
+    if message.role == "tool":
+        raise InputError("a tool's message is in the conversation, and models at an early exit call no tools")
+    content = message.content
+    parts = (content,) if isinstance(content, str) else tuple(_part(part) for part in content)
+    return Turn(role=message.role, parts=parts)
+
+
+def _part(part: Any) -> Part:
+    if isinstance(part, ContentText):
+        return str(part.text)
+    if isinstance(part, ContentImage):
+        return _image_bytes(part.image)
+    raise InputError(f"the conversation holds {part.type}; exitsafe models read text and images only")
+
+
+def _image_bytes(reference: str) -> bytes:
+    """An image as its file's bytes, from a data URL or a file."""
+    if reference.startswith("data:"):
+        head, _, content = reference.partition(",")
+        try:
+            return base64.b64decode(content, validate=True) if head.endswith(";base64") else unquote_to_bytes(content)
+        except binascii.Error as error:
+            raise InputError("an image's data URL is no base64; encode the picture file again") from error
+    if "://" in reference:
+        raise InputError("an image is given by a web address, and nothing is fetched; give a file or a data URL")
+    try:
+        return Path(reference).read_bytes()
+    except OSError as error:
+        raise InputError(f"image {reference} cannot be read ({error.strerror or error})") from error
+
+
+async def _wait(future: Future[Reply]) -> Reply:
+    """Wait on any event loop without blocking it."""
+    try:
+        while not future.done():
+            await anyio.sleep(0.02)
+    finally:
+        future.cancel()  # does nothing when it is done
+    return future.result()
+
+
+def _output(reply: Reply, model_name: str) -> ModelOutput:
+    answer = reply.answer
+    num_tokens = 0 if answer is None else answer.num_tokens
+    message = ChatMessageAssistant(content="" if answer is None else answer.text, model=model_name, source="generate")
+    if reply.is_full:
+        stop_reason: Any = "model_length"
+    else:
+        stop_reason = "stop" if answer is None or answer.finish_reason == "stop" else "max_tokens"
+    return ModelOutput(
+        model=model_name,
+        choices=[ChatCompletionChoice(message=message, stop_reason=stop_reason)],
+        usage=ModelUsage(
+            input_tokens=reply.num_prompt_tokens,
+            output_tokens=num_tokens,
+            total_tokens=reply.num_prompt_tokens + num_tokens,
+        ),
+    )

@@ -1,0 +1,138 @@
+"""One loaded model, one thread: conversations from many callers, gathered into batches.
+
+Whoever asks while a batch runs is in the next one; exits and decodings may differ. Knows nothing about event loops or
+the tools that ask.
+"""
+
+from __future__ import annotations
+
+import queue
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from threading import Thread
+
+from exitsafe.integrations.chat import Turn, encode_chat
+from exitsafe.integrations.chat_answers import ChatAnswer, ChatRequest, answer_chats
+from exitsafe.vlm import VLM
+
+GATHERING_SECONDS = 0.05  # callers that start together arrive one after the other
+MOST_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A conversation to go on with, at an exit layer; the rest is as in `ChatRequest`."""
+
+    prompt_id: str
+    turns: tuple[Turn, ...]
+    exit_layer: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What the model said. `is_full`: the model had no room left for the whole of `max_new_tokens`, or for any."""
+
+    answer: ChatAnswer | None
+    num_prompt_tokens: int
+    is_full: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    question: Question
+    future: Future[Reply]
+
+
+class SharedWorker:
+    """Answers questions with one model in a thread of its own; the thread ends with the last reference to this.
+
+    Args:
+        vlm: The model; nobody else may run it meanwhile.
+        batch_size, skip_global: As in `answer_chats`.
+    """
+
+    def __init__(self, vlm: VLM, *, batch_size: int | None = None, skip_global: bool = False) -> None:
+        self.vlm = vlm
+        self.batch_size = batch_size
+        self.skip_global = skip_global
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # the thread must not hold this object, or the model would stay for good
+        arguments = (self._jobs, vlm, batch_size, skip_global)
+        Thread(target=_work, args=arguments, name="exitsafe-worker", daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
+
+    def ask(self, question: Question) -> Future[Reply]:
+        """Put a question in the queue; cancelling the future takes it out, unless its batch runs already."""
+        future: Future[Reply] = Future()
+        self._jobs.put(_Job(question=question, future=future))
+        return future
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None], vlm: VLM, batch_size: int | None, skip_global: bool) -> None:
+    is_open = True
+    while is_open:
+        batch, is_open = _gather(jobs)
+        wanted = [job for job in batch if job.future.set_running_or_notify_cancel()]
+        try:
+            _answer(vlm, wanted, batch_size=batch_size, skip_global=skip_global)
+        except Exception as error:  # noqa: BLE001 - each caller raises it
+            for job in wanted:
+                if not job.future.done():
+                    job.future.set_exception(error)
+        del batch, wanted  # finished work must not wait for the next question to be freed
+
+
+def _gather(jobs: queue.SimpleQueue[_Job | None]) -> tuple[list[_Job], bool]:
+    """The jobs of the next batch, and whether more may come."""
+    batch: list[_Job] = []
+    job = jobs.get()
+    while job is not None:
+        batch.append(job)
+        if len(batch) == MOST_AT_ONCE:
+            return batch, True
+        try:
+            job = jobs.get(timeout=GATHERING_SECONDS)
+        except queue.Empty:
+            return batch, True
+    return batch, False
+
+
+def _answer(vlm: VLM, jobs: Sequence[_Job], *, batch_size: int | None, skip_global: bool) -> None:
+    """Answer what can be read; what cannot fails alone."""
+    asked: list[tuple[_Job, ChatRequest]] = []
+    for job in jobs:
+        try:
+            request = _request(vlm, job.question)
+        except Exception as error:  # noqa: BLE001 - its caller raises it
+            job.future.set_exception(error)
+            continue
+        if request.max_new_tokens < 1:
+            num_tokens = len(request.prompt.input_ids)
+            job.future.set_result(Reply(answer=None, num_prompt_tokens=num_tokens, is_full=True))
+        else:
+            asked.append((job, request))
+    answers = answer_chats(vlm, [request for _, request in asked], batch_size=batch_size, skip_global=skip_global)
+    for (job, request), answer in zip(asked, answers, strict=True):
+        is_full = request.max_new_tokens < job.question.max_new_tokens and answer.finish_reason == "length"
+        reply = Reply(answer=answer, num_prompt_tokens=len(request.prompt.input_ids), is_full=is_full)
+        job.future.set_result(reply)
+
+
+def _request(vlm: VLM, question: Question) -> ChatRequest:
+    prompt = encode_chat(vlm, question.turns, prompt_id=question.prompt_id)
+    room = vlm.context_length - len(prompt.input_ids)
+    request = ChatRequest(
+        prompt=prompt,
+        exit_layer=question.exit_layer,
+        max_new_tokens=question.max_new_tokens,
+        temperature=question.temperature,
+        seed=question.seed,
+        stop=question.stop,
+    )
+    return request if room >= question.max_new_tokens else replace(request, max_new_tokens=max(0, room))

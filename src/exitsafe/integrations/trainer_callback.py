@@ -1,0 +1,163 @@
+"""Audits while the transformers `Trainer` trains: held-out samples at chosen exits, with the model as it is.
+
+Training goes on as if nobody had looked: modes and random states are put back, bit for bit. Knows nothing about losses
+or optimisers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from exitsafe.errors import InputError
+from exitsafe.judges import Judge
+from exitsafe.records import Sample
+from exitsafe.runs import AuditRun
+from exitsafe.sweep import audit
+from exitsafe.vlm import VLM, ExitLayers, resolve_layers
+
+_NOT_LOGGED = {"seconds"}  # of the machine, not of the model
+
+
+class AuditCallback(TrainerCallback):
+    """Audits the model under training and logs e.g. `exitsafe/asr_L3`, attack success at exit layer 3.
+
+    Several processes share each audit (DDP); models in shards (FSDP, DeepSpeed) are refused. Each audit is a run of
+    its own, OUT/step-000100, which `exitsafe compare` and `report` take.
+
+    Args:
+        vlm: Around the model that the Trainer has: `Trainer(model=vlm.model, ...)`.
+        samples: What to ask; none that the training sees.
+        out: The folder for the runs, without audits of steps that are still to come.
+        judges, exit_layers, max_new_tokens, batch_size, skip_global: As for `exitsafe.audit`.
+        every: Audit after every so many optimiser steps; None is after each evaluation of the Trainer.
+        log: Where the metrics go, e.g. `trainer.log`, which also tells trackers such as TensorBoard. None adds them to
+            the Trainer's log history only.
+
+    Raises:
+        InputError: When training begins, if the Trainer has another model, the model is in shards, or `out` holds
+            audits of later steps; and on settings that make no sense.
+        ExitLayerError: If the encoder has no such block.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        samples: Sequence[Sample],
+        *,
+        out: str | Path,
+        judges: Sequence[Judge | str] | None = None,
+        exit_layers: ExitLayers = "all",
+        every: int | None = None,
+        max_new_tokens: int = 256,
+        batch_size: int | None = None,
+        skip_global: bool = False,
+        log: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        if every is not None and every < 1:
+            raise InputError(f"every={every}: choose 1 or more steps, or None for each evaluation")
+        self.vlm = vlm
+        self.samples = list(samples)
+        self.out = Path(out)
+        self.judges = judges
+        self.exit_layers = resolve_layers(exit_layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
+        self.every = every
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.skip_global = skip_global
+        self.log = log
+        self._is_training = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if kwargs["model"] is not self.vlm.model:
+            raise InputError("the Trainer has another model than the audit; write Trainer(model=vlm.model, ...)")
+        if args.fsdp or args.deepspeed:
+            raise InputError("audits during training need the whole model in each process; leave FSDP or DeepSpeed out")
+        ahead = sorted(path.name for path in self.out.glob("step-*") if path.name > _folder(state.global_step))
+        if ahead:
+            raise InputError(
+                f"{self.out} holds {ahead[0]}, and training begins at step {state.global_step}; move it away or choose "
+                "another out"
+            )
+        self._is_training = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._is_training = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every is not None and state.global_step % self.every == 0:
+            self._audit(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # an evaluation outside training may be of any model at this step
+        if self.every is None and self._is_training:
+            self._audit(state)
+
+    def _audit(self, state: TrainerState) -> None:
+        step = state.global_step
+        # what was loaded has been trained since: its hashes say nothing about the model as it is
+        now = VLM(
+            self.vlm.model,
+            self.vlm.processor,
+            name=f"{self.vlm.name} at training step {step}",
+            translators=self.vlm.translators,
+        )
+        with undisturbed(self.vlm.model):
+            run = audit(
+                now,
+                self.samples,
+                judges=self.judges,
+                exit_layers=self.exit_layers,
+                out=self.out / _folder(step),
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                skip_global=self.skip_global,
+            )
+        metrics = metrics_of(run)
+        if self.log is not None:
+            self.log(metrics)
+        else:
+            state.log_history.append({**metrics, "epoch": state.epoch or 0.0, "step": step})
+
+
+def metrics_of(run: AuditRun) -> dict[str, float]:
+    """A run's metrics by layer, named as in the Trainer's logs: `exitsafe/asr_L3`."""
+    return {
+        f"exitsafe/{name}_L{layer['exit_layer']}": float(found["value"])
+        for layer in run.summary["layers"]
+        for name, found in layer["metrics"].items()
+        if name not in _NOT_LOGGED and found["value"] is not None
+    }
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model under training: afterwards its modes and all random states are what they were."""
+    was_training = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for module, is_training in was_training:
+            module.training = is_training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _folder(step: int) -> str:
+    return f"step-{step:06d}"
