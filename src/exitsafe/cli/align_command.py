@@ -42,6 +42,14 @@ def align_command(
             show_default="all",
         ),
     ] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="shared|per-layer",
+            help="One adapter for all exits; or one for each exit in --layers and no other, each in a run of --steps.",
+            show_default="shared",
+        ),
+    ] = None,
     reward: Annotated[
         list[str] | None,
         typer.Option(
@@ -145,6 +153,7 @@ def align_command(
     with console.results(as_json=json) as show:
         chosen = {
             "exit_layers": exit_layers,
+            "adapters": adapters,
             "num_steps": num_steps,
             "train": train,
             "learning_rate": learning_rate,

@@ -36,7 +36,11 @@ class LPPOConfig:
     """Exits that samples are drawn at, uniformly: "all", "default", layers, or text such as "1-8,16". The guarantee of
     L-PPO ends with this list."""
     include_default: bool = True
-    """Adds the default exit to the list: repairing the others must not cost the one that everybody uses."""
+    """Adds the default exit to the list: repairing the others must not cost the one that everybody uses. Unused where
+    each exit has its own adapter."""
+    adapters: Literal["shared", "per-layer"] = "shared"
+    """`shared` trains one adapter at all exits (the paper). `per-layer` trains one for each exit named, in a run of its
+    own with all these settings: no exit can cost another, and none helps another, for as many times the steps."""
     layer_sampler: Literal["uniform", "weighted", "worst-first"] = "uniform"
     """How exits are drawn. `uniform` (the paper); `weighted` by `layer_weights`; `worst-first` in proportion to each
     exit's running attack success in the rollouts or, if no judge says that, to how far its score is below the best."""
@@ -219,6 +223,11 @@ class LPPOConfig:
             )
         if (self.layer_sampler == "weighted") != bool(self.layer_weights):
             raise InputError("layer_weights and layer_sampler='weighted' belong together: give both or neither")
+        if self.adapters not in ("shared", "per-layer"):
+            raise InputError(f"adapters={self.adapters!r} is unknown; choose shared or per-layer")
+        for name, usual in (("layer_sampler", "uniform"), ("default_share", 0)):
+            if self.adapters == "per-layer" and getattr(self, name) != usual:
+                raise InputError(f"{name} means nothing with adapters='per-layer', one exit at a time: leave it out")
         for layer, weight in (self.layer_weights or {}).items():
             if not _is_whole(layer) or not _is_number(weight) or not 0 <= weight < math.inf:
                 raise InputError(f"layer_weights has {layer!r}: {weight!r}; give exit layers weights of at least 0")

@@ -141,6 +141,8 @@ def run_settings(
     """What makes two runs the same run, whatever the method; and the sizes that may differ between restarts."""
     constants = asdict(config)
     sizes = {name: constants.pop(name) for name in SIZES}
+    if config.adapters == "shared":  # so runs made before there was a choice go on
+        del constants["adapters"]
     settings = {
         "method": method,
         "model": model_fingerprint(vlm),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from exitsafe.lppo.kl import adapted_kl_coef
 from exitsafe.lppo.layer_sampler import LayerSampler
 from exitsafe.lppo.metrics import num_equal_groups, step_metrics
 from exitsafe.lppo.parallel import ALONE, Team, this_team
+from exitsafe.lppo.per_layer import train_each
 from exitsafe.lppo.policy import Policy, attached_policy, check_precision, check_trainable
 from exitsafe.lppo.reward import Reward, Score, final_scores
 from exitsafe.lppo.rollout import Trajectory, rollout
@@ -78,7 +80,7 @@ def align(
         progress: Called before the first step and after each.
 
     Returns:
-        The PEFT adapter's folder, `out/adapter`.
+        The PEFT adapter's folder, `out/adapter`; with an adapter per exit, one that holds their folders.
 
     Raises:
         InputError: If samples, settings or the reward's scores cannot be used, the watch's judge is the reward, or the
@@ -105,6 +107,9 @@ def align(
             watch, vlm, trained_on=samples, scorer=scorer, exit_layers=exit_layers, config=config, team=team
         )
         settings["watch"] = watcher.settings
+    if config.adapters == "per-layer":
+        train = partial(align, vlm, samples, reward=reward, watch=watch, track=track)
+        return train_each(train, exit_layers, config, settings, sizes, team=team, out=Path(out), progress=progress)
     with team.first_goes_first():
         folder = TrainingFolder.open(Path(out), settings, sizes, is_writer=team.is_first)
     if folder.is_finished:
