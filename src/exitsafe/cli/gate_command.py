@@ -147,6 +147,8 @@ def _regression_rules(texts: list[str], before: AuditRun | None) -> list[Rule]:
     from exitsafe.gate.rules import make_rule
     from exitsafe.runs.metrics import METRICS
 
+    if texts and before is None:
+        raise InputError("--max-regression needs the run to compare with: give --against RUN")
     in_before = {name for layer in (before.summary["layers"] if before else ()) for name in layer["metrics"]}
     named = {text.partition("=")[0]: text.partition("=")[2] for text in texts if "=" in text}
     for text in texts:
@@ -163,7 +165,7 @@ def _check_given(rules: list[Rule], before: AuditRun | None) -> None:
     """There is something to hold the run against, and everything given has a use."""
     has_regression = any(rule.side == "max_regression" for rule in rules)
     if has_regression and before is None:
-        raise InputError("max_regression needs the run to compare with: give --against RUN")
+        raise InputError("max_regression in --rules needs the run to compare with: give --against RUN")
     if before is not None and not has_regression:
         raise InputError("--against is for --max-regression: give that too, e.g. --max-regression 0.02")
     if not rules:

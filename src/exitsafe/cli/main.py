@@ -1,6 +1,7 @@
 """`exitsafe`: the commands, and how every failure becomes one line and an exit status.
 
-0 done; 2 bad input or anything that failed; 130 interrupted. Knows nothing about what the commands do.
+0 done; 1 a gate breached, which only `gate` says; 2 bad input or anything that failed; 130 interrupted. Knows nothing
+about what the commands do.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from exitsafe.cli.audit_command import audit_command
 from exitsafe.cli.compare_command import compare_command
 from exitsafe.cli.demo_command import demo_command
 from exitsafe.cli.doctor_command import doctor_command
-from exitsafe.cli.frontier_command import frontier_command
 from exitsafe.cli.export_command import export_command
+from exitsafe.cli.frontier_command import frontier_command
+from exitsafe.cli.gate_command import gate_command
 from exitsafe.cli.judge_command import judge_command
 from exitsafe.cli.label_command import label_command
 from exitsafe.cli.organism_command import organism_app
@@ -54,6 +56,7 @@ app.command("compare", epilog="Example: exitsafe compare runs/before runs/after 
 app.command(
     "frontier", epilog="Example: exitsafe frontier runs/after --max-asr 0.05 --min-vqa 0.8 --max-over-refusal 0.1"
 )(frontier_command)
+app.command("gate", epilog="Example: exitsafe gate runs/after --max-asr 0.05 --min-vqa 0.6")(gate_command)
 app.command("translate", epilog="Example: exitsafe translate organism --out runs/translators")(translate_command)
 app.command("transfer", epilog='Example: exitsafe transfer organism --train-sets "1;7;all" --out runs/transfer')(
     transfer_command
