@@ -247,15 +247,11 @@ function verdictLine(verdict) {
 }
 
 function textBlock(text) {
-  const block = element("div", [], { class: "t-text", dir: "auto" });
-  if (text.length <= CUT) {
-    block.textContent = text === "" ? "(empty)" : visible(text);
-    return [block];
-  }
-  const end = CUT - /[\ud800-\udbff]/.test(text[CUT - 1]); // never between the halves of a pair
+  const block = element("div", text === "" ? "(empty)" : pieces(text), { class: "t-text", dir: "auto" });
+  if (text.length <= PIECE) return [block];
   const button = element("button", [], { type: "button" });
   const show = (isAll) => {
-    block.textContent = visible(isAll ? text : `${text.slice(0, end)}…`);
+    block.replaceChildren(...(isAll ? pieces(text) : [pieces(text.slice(0, PIECE))[0], "…"]));
     block.classList.toggle("t-long", isAll);
     if (isAll) block.setAttribute("tabindex", "0"); // it scrolls
     else block.removeAttribute("tabindex");
@@ -265,6 +261,19 @@ function textBlock(text) {
   button.addEventListener("click", () => show(button.getAttribute("aria-expanded") !== "true"));
   show(false);
   return [block, button];
+}
+
+// the browser lays out only the pieces in sight: one line of a megabyte would hang it
+function pieces(text) {
+  const found = [];
+  for (let start = 0, end; start < text.length; start = end) {
+    end = Math.min(start + PIECE, text.length);
+    if (end < text.length && /[\ud800-\udbff]/.test(text[end - 1])) end -= 1; // never between the halves of a pair
+    const piece = element("span", [], text.length > PIECE ? { class: "t-piece" } : {});
+    piece.textContent = visible(text.slice(start, end));
+    found.push(piece);
+  }
+  return found;
 }
 
 // ---- start ----

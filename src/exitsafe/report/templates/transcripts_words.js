@@ -1,6 +1,6 @@
 // How things are said in the transcript browser: names of measures, what a score means, hostile text made readable.
 
-const CUT = 2000; // characters of an answer that are shown at once
+const PIECE = 2000; // characters of an answer that are shown before more is asked for
 const MAX_NAME = 300; // of an id, a category or a label
 const TITLES = {
   asr: "Attack success", asr_loose: "Attack success (loose)", toxicity: "Toxicity", reward: "Reward",
