@@ -18,7 +18,7 @@ _WORDS = {
     "max_asr": ("attack success", "at most"),
     "max_over_refusal": ("over-refusal", "at most"),
     "min_vqa": ("VQA accuracy", "at least"),
-    "max_ms": ("an answer in", "at most"),
+    "max_ms": ("an answer's time", "at most"),
 }
 """By limit, what it is on and which way its bound points."""
 _METRICS = {"asr": "max_asr", "over_refusal": "max_over_refusal", "vqa_accuracy": "min_vqa"}
@@ -88,6 +88,8 @@ def _notes(frontier: Frontier) -> Iterator[str]:
         f"Bounds are made for choosing: with {confidence} confidence all {frontier.num_bounds} hold at once. Attack "
         f"success is by {frontier.judge}."
     )
+    if frontier.judge == "refusal-prefix":
+        yield "refusal-prefix is a proxy and reads no meaning: decide by an audit that names a real judge first."
     unscored = sum(found.unscored for point in frontier.points for found in point.metrics.values())
     if unscored:
         yield f"Answers without a score ({unscored} in all) count against their exit in the bounds."
@@ -164,11 +166,12 @@ def _kept(point: Point, limit: str, allowed: float) -> str:
 
 def _missed(point: Point, miss: Miss) -> str:
     """What the bound is, what was seen, and whether more samples may help."""
-    name, way = _WORDS[miss.limit]
+    name, _ = _WORDS[miss.limit]
+    way = "as low as" if miss.limit == "min_vqa" else "as high as"
     if miss.bound is None:
         why = "too few times were measured, give more --samples" if miss.limit == "max_ms" else "not measured there"
         return f"{name}: {why}"
-    words = f"{name} is {way} {_value(miss.limit, miss.bound)} where {_value(miss.limit, miss.allowed)} is the limit"
+    words = f"{name} may be {way} {_value(miss.limit, miss.bound)}, the limit is {_value(miss.limit, miss.allowed)}"
     if miss.limit == "max_ms":
         return words
     seen = _metric(point, miss.limit)

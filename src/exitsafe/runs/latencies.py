@@ -60,7 +60,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(passes: tuple[Pass, ...]) -> dict[str, list[float]]:
-    return {name: [round(getattr(one, name), 6) for one in passes] for name in _FIELDS}
+    return {name: [getattr(one, name) for one in passes] for name in _FIELDS}
 
 
 def _from_json(entry: dict[str, Any], path: Path) -> Latency:

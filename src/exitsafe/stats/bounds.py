@@ -26,7 +26,7 @@ def upper_bound(total: float, n: int, *, error: float, is_graded: bool = False) 
         is_graded: Whether some scores lie between 0 and 1.
 
     >>> round(upper_bound(0, 128, error=0.05), 4), round(upper_bound(2.5, 100, error=0.05, is_graded=True), 4)
-    (0.0231, 0.0802)
+    (0.0231, 0.0832)
     """
     assert 0 < error < 1, f"error={error} is no probability"
     assert -1e-9 <= total <= n + 1e-9, f"{total} of {n}"

@@ -1,0 +1,86 @@
+"""What exits save: operations against the doctor's own count, bytes against models that lack the blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from exitsafe.doctor import count_compute, load_blueprint, typical_prompt
+from exitsafe.doctor.savings import count_savings
+from exitsafe.vlm import load_vlm
+from tests.tiny_models import save_tiny
+
+LAYERS = (1, 3, 5, 6)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    path = tmp_path_factory.mktemp("models")
+    return {family: save_tiny(family, path / family) for family in ("llava", "llava_next", "mllama")}
+
+
+def bytes_of(model: nn.Module) -> int:
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def without_blocks(model: Any, exit_layer: int, *, skip_global: bool) -> Any:
+    """A new model of the same class that was never given the blocks."""
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    config.vision_config.num_hidden_layers = exit_layer
+    if config.model_type == "mllama":
+        config.vision_config.intermediate_layers_indices = [
+            min(index, exit_layer - 1) for index in model.config.vision_config.intermediate_layers_indices
+        ]
+        if skip_global:
+            config.vision_config.num_global_layers = 0
+    else:
+        config.vision_feature_layer = -1
+    return model.__class__(config).to(model.dtype)
+
+
+@pytest.mark.parametrize(
+    ("family", "skip_global"), [("llava", False), ("llava_next", False), ("mllama", False), ("mllama", True)]
+)
+def test_bytes_are_the_true_difference(folders: dict[str, Path], family: str, skip_global: bool) -> None:
+    blueprint = load_blueprint(folders[family])
+    savings = count_savings(blueprint, typical_prompt(blueprint), LAYERS, skip_global=skip_global)
+    model = load_vlm(folders[family], device="cpu").model
+    assert savings.model_bytes == bytes_of(model)
+    for layer in LAYERS:
+        smaller = bytes_of(without_blocks(model, layer, skip_global=skip_global))
+        assert savings.dropped_bytes[layer] == bytes_of(model) - smaller
+    assert (savings.dropped_bytes[6] > 0) == skip_global
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "mllama"])
+def test_operations_are_those_of_the_doctor(folders: dict[str, Path], family: str) -> None:
+    blueprint = load_blueprint(folders[family])
+    typical = typical_prompt(blueprint)
+    compute, savings = count_compute(blueprint, typical), count_savings(blueprint, typical, LAYERS)
+    assert savings.encoder_share == compute.encoder_share
+    assert savings.saved_share(1) == compute.saved_at_most
+    assert savings.saved(blueprint.default_exit) == 0
+    per_block = (compute.encoder - compute.encoder_at_first_exit) // (compute.default_exit - 1)
+    assert savings.saved(3) == (compute.default_exit - 3) * per_block
+    assert savings.saved(6) == (compute.default_exit - 6) * per_block <= 0
+
+
+def test_global_blocks_are_operations_too(folders: dict[str, Path]) -> None:
+    blueprint = load_blueprint(folders["mllama"])
+    typical = typical_prompt(blueprint)
+    kept, skipped = (count_savings(blueprint, typical, LAYERS, skip_global=skip) for skip in (False, True))
+    assert kept.saved(6) == 0 < skipped.saved(6)
+    assert {skipped.saved(layer) - kept.saved(layer) for layer in LAYERS} == {skipped.saved(6)}
+    assert skipped.encoder_share == kept.encoder_share  # the default exit stays the untouched model
+
+
+def test_a_longer_answer_dilutes_what_is_saved(folders: dict[str, Path]) -> None:
+    blueprint = load_blueprint(folders["llava"])
+    typical = typical_prompt(blueprint)
+    short, long = (count_savings(blueprint, typical, (1,), num_answer_tokens=n) for n in (1, 256))
+    assert short.saved(1) == long.saved(1)
+    assert short.saved_share(1) > 2 * long.saved_share(1)

@@ -1,0 +1,61 @@
+"""Bounds far out in the tail: exact coverage at every rate, worked numbers, graded scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binom, binomtest
+
+from exitsafe.stats.bounds import lower_bound, upper_bound
+
+ERRORS = (0.05, 0.05 / 24, 0.05 / 96)
+
+
+@pytest.mark.parametrize("is_graded", [False, True])
+def test_none_of_n_by_hand(is_graded: bool) -> None:
+    """(1 - m)^n = error solved for m, by either method."""
+    found = upper_bound(0, 128, error=0.05 / 24, is_graded=is_graded)
+    assert found == pytest.approx(1 - (0.05 / 24) ** (1 / 128))
+    assert upper_bound(128, 128, error=0.05, is_graded=is_graded) == 1.0
+    assert lower_bound(128, 128, error=0.05 / 24, is_graded=is_graded) == pytest.approx(1 - found)
+
+
+def test_nothing_scored_says_nothing() -> None:
+    assert (lower_bound(0, 0, error=0.05), upper_bound(0, 0, error=0.05)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("n", [16, 50, 128])
+@pytest.mark.parametrize("error", ERRORS)
+def test_the_error_is_kept_at_every_rate(n: int, error: float) -> None:
+    uppers = np.array([upper_bound(total, n, error=error) for total in range(n + 1)])
+    lowers = np.array([lower_bound(total, n, error=error) for total in range(n + 1)])
+    for rate in np.linspace(0.005, 0.995, 199):
+        chances = binom.pmf(np.arange(n + 1), n, rate)
+        assert chances[uppers < rate].sum() <= error * (1 + 1e-9)
+        assert chances[lowers > rate].sum() <= error * (1 + 1e-9)
+
+
+def test_why_not_wilson() -> None:
+    """Made for a choice among 24 exits and four bounds, its lower bound of a small rate errs six times as often."""
+    error, n, rate = 0.05 / 96, 50, 0.05
+    lowers = np.array(
+        [
+            binomtest(total, n, alternative="greater").proportion_ci(1 - error, method="wilson").low
+            for total in range(n + 1)
+        ]
+    )
+    assert binom.pmf(np.arange(n + 1), n, rate)[lowers > rate].sum() > 5 * error
+
+
+def test_graded_scores_are_bounded_more_widely_than_yes_and_no() -> None:
+    for total in (1, 7, 20, 39):
+        assert upper_bound(total, 40, error=0.001, is_graded=True) > upper_bound(total, 40, error=0.001)
+        assert lower_bound(total, 40, error=0.001, is_graded=True) < lower_bound(total, 40, error=0.001)
+
+
+def test_graded_scores_keep_the_error() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.choice([0.0, 0.3, 0.6, 0.9, 1.0], p=[0.6, 0.1, 0.1, 0.1, 0.1], size=(4000, 30))
+    truth = 0.1 * (0.3 + 0.6 + 0.9 + 1.0)
+    wrong = [upper_bound(total, 30, error=0.05, is_graded=True) < truth for total in scores.sum(axis=1)]
+    assert 0 < np.mean(wrong) < 0.05
