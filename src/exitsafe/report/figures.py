@@ -5,6 +5,7 @@ Names are data here, never fields or expressions of Vega: a category cannot beco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,8 @@ def scatter_chart(
     """One marker per run and exit layer on two rates, with both intervals; markers of the default exit are filled."""
     import altair as alt
 
-    x = alt.X("x:Q").axis(title=x_title, format="%", grid=True, tickCount=5).scale(domain=[0, 1], nice=False)
+    domain = _around([end for _, spots in groups for spot in spots for end in (spot.x.low, spot.x.high)])
+    x = alt.X("x:Q").axis(title=x_title, format="%", grid=True, tickCount=5).scale(domain=domain, nice=False)
     layers: list[Any] = []
     for look, spots in groups:
         rows = [
@@ -112,7 +114,8 @@ def scatter_chart(
             chosen = [row for row, s in zip(rows, spots, strict=True) if (s.exit_layer == default_exit) == is_default]
             markers = _markers(alt.Chart(_data(chosen)), look, is_hollow=not is_default, size=90 if is_default else 60)
             layers.append(markers.encode(x=x, y=_rate_axis(y_title)))
-    layers += [_spot_labels(spots, x=x, y_title=y_title, place=place) for place, (_, spots) in enumerate(groups)]
+    for place, (_, spots) in enumerate(groups):
+        layers.append(_spot_labels(spots, x=x, y_title=y_title, place=place, default_exit=default_exit))
     return _dressed(alt.layer(*layers).properties(width=460, height=320))
 
 
@@ -169,12 +172,14 @@ def _markers(base: Any, look: Look, *, is_hollow: bool | None = None, size: int 
     )
 
 
-def _spot_labels(spots: Sequence[Spot], *, x: Any, y_title: str, place: int) -> Any:
+def _spot_labels(spots: Sequence[Spot], *, x: Any, y_title: str, place: int, default_exit: int) -> Any:
     """The exit layers at a spot; spots that lie on one another share a label. Runs in turn write on another side."""
     import altair as alt
 
+    # of many only the ends and the default are named: others would lie on one another
+    named = {spots[0].exit_layer, spots[-1].exit_layer, default_exit} if len(spots) > _MAX_TICKS else None
     together: dict[tuple[int, int], list[Spot]] = {}
-    for spot in spots:
+    for spot in (spot for spot in spots if named is None or spot.exit_layer in named):
         together.setdefault((round(spot.x.value * 25), round(spot.y.value * 25)), []).append(spot)
     rows = [
         {"x": group[0].x.value, "value": group[0].y.value, "text": number_list(sorted(s.exit_layer for s in group))}
@@ -208,6 +213,17 @@ def _layer_axis(exit_layers: Sequence[int], default_exit: int) -> Any:
     label = f"datum.value == {int(default_exit)} ? [datum.label, 'default'] : datum.label"
     axis = alt.Axis(title=_X_TITLE, values=shown, format="d", grid=False, labelExpr=label, labelOverlap=False)
     return alt.X("exit_layer:Q").axis(axis).scale(domain=domain, nice=False)
+
+
+def _around(values: Sequence[float]) -> list[float]:
+    """The tenths around some rates, at least a fifth of the scale.
+
+    >>> _around([0.93, 0.99]), _around([0.0, 0.02])
+    ([0.8, 1.0], [0.0, 0.2])
+    """
+    low, high = math.floor(10 * min(values)), math.ceil(10 * max(values))
+    low = max(0, min(low, high - 2, 8))
+    return [low / 10, max(high, low + 2) / 10]
 
 
 def _rate_axis(title: str | None, field: str = "value") -> Any:

@@ -20,16 +20,16 @@ TITLES = {
 }
 EXPLAINED = {
     "asr": "harmful requests that got a harmful answer; lower is better",
-    "asr_loose": "the same, with answers counted that the judge calls controversial; lower is better",
+    "asr_loose": "as above, with what the judge calls controversial; lower is better",
     "toxicity": "the scorer's mean over answers to harmful requests; lower is better",
-    "reward": "the reward model's mean over answers to harmful requests, on its own scale; higher is better",
+    "reward": "the reward model's mean over harmful requests; higher is better",
     "refusal": "requests of every kind that were refused; good for harmful ones only",
     "over_refusal": "requests that look harmful, should be answered and were refused; lower is better",
     "benign_refusal": "harmless requests that were refused; lower is better",
     "vqa_accuracy": "picture questions answered right; higher is better",
     "coherence": "answers that are not empty, repeated or degenerate; higher is better",
     "tokens": "mean length of an answer",
-    "seconds": "an answer's mean share of the time of the batches it ran in: a rough guide, not a benchmark",
+    "seconds": "an answer's mean share of its batches' time; a rough guide only",
 }
 _SCORES = ("toxicity", "reward", "tokens", "seconds")
 
@@ -76,16 +76,16 @@ def count(n: int, unscored: int) -> str:
     """How many answers stand behind a number.
 
     >>> count(128, 0), count(10200, 3)
-    ('n = 128', 'n = 10,200, 3 more unscored')
+    ('n=128', 'n=10,200, 3 more unscored')
     """
-    return f"n = {n:,}" + (f", {unscored:,} more unscored" if unscored else "")
+    return f"n={n:,}" + (f", {unscored:,} more unscored" if unscored else "")
 
 
 def estimate(metric: str, found: Mapping[str, Any]) -> str:
     """A value of a summary with what it rests on.
 
     >>> estimate("asr", {"value": 0.5, "low": 0.4, "high": 0.6, "n": 96, "unscored": 0})
-    '50.0% (95% interval 40.0 to 60.0%, n = 96)'
+    '50.0% (95% interval 40.0 to 60.0%, n=96)'
     """
     if found["value"] is None:
         return f"unknown (none of {found['unscored']:,} answers could be scored)"

@@ -11,11 +11,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exitsafe import __version__
 from exitsafe.comparison import Comparison, compare
@@ -24,11 +24,9 @@ from exitsafe.report.chart import LabelledRun
 from exitsafe.report.looks import LOOKS, MARKER_PATHS, STEP_COLORS, STEPS
 from exitsafe.report.names import shown
 from exitsafe.report.words import Compared, Told, model_name, summary_in_words
+from exitsafe.runs import AuditRun
 from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole, writing
-
-if TYPE_CHECKING:
-    from exitsafe.runs import AuditRun
-    from exitsafe.runs.scores import ScoreTable
+from exitsafe.runs.scores import ScoreTable
 
 _NEEDED = ("altair", "jinja2", "vl_convert")
 
@@ -58,6 +56,7 @@ def render_report(
 
     from exitsafe.report.transcripts import build_transcripts
 
+    runs = [(label, _ReadOnce(**vars(run))) for label, run in runs]
     tables = [run.score_table() for _, run in runs]
     told = [_told(label, run, table) for (label, run), table in zip(runs, tables, strict=True)]
     compared = _compared(runs, tables)
@@ -82,6 +81,17 @@ def render_report(
     )
     write_whole(out, page.encode(), mode=PRIVATE if include_unsafe_text else PUBLIC)
     return out
+
+
+class _ReadOnce(AuditRun):
+    """A run whose scores are read once: half a million answers take seconds, and comparing wants them too."""
+
+    def score_table(self) -> ScoreTable:
+        return self._scores
+
+    @cached_property
+    def _scores(self) -> ScoreTable:
+        return super().score_table()
 
 
 def check_can_render() -> None:

@@ -294,7 +294,7 @@ def _places(comparison: Comparison) -> list[tuple[int | str, str]]:
     num_exits = len(comparison.exit_layers)
     over = f"all {num_exits} exits" if num_exits == comparison.num_layers else f"the {_exits(num_exits)} compared"
     return [
-        ("average", f"averaged over {over}"),
+        ("average", f"averaged over {over}, each third of the encoder counting alike,"),
         (comparison.default_exit, f"at the default exit, {comparison.default_exit},"),
     ]
 
