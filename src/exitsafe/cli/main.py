@@ -19,6 +19,7 @@ from exitsafe import __version__
 from exitsafe.cli import console
 from exitsafe.cli.align_command import align_command
 from exitsafe.cli.audit_command import audit_command
+from exitsafe.cli.chat_command import chat_command
 from exitsafe.cli.compare_command import compare_command
 from exitsafe.cli.demo_command import demo_command
 from exitsafe.cli.doctor_command import doctor_command
@@ -71,6 +72,9 @@ app.command("verify", epilog="Example: exitsafe verify slim --against runs/befor
 app.command("report", epilog="Example: exitsafe report runs/before runs/after --out report.html")(report_command)
 app.command("suites", epilog="Example: exitsafe suites xstest")(suites_command)
 app.command("doctor", epilog="Example: exitsafe doctor llava-hf/llava-1.5-7b-hf")(doctor_command)
+app.command("chat", epilog="Example: exitsafe chat llava-hf/llava-1.5-7b-hf --image f.png --layers 9,18,23")(
+    chat_command
+)
 app.command("demo", epilog="Example: exitsafe demo --out runs/demo")(demo_command)
 app.add_typer(organism_app, name="organism")
 

@@ -1,0 +1,270 @@
+"""`exitsafe chat`: a picture and prompts -> the same prompt answered at several exits, side by side. Saves nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exitsafe.cli import console, defaults, options
+from exitsafe.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from exitsafe.records import Response
+    from exitsafe.vlm import VLM
+    from exitsafe.vlm.answering import Answering
+
+_NARROWEST = 30  # columns that an answer beside others needs
+_WORDS_TO_LEAVE = ("exit", "quit")
+_JOINERS = "\u200c\u200d"  # invisible, and part of how many languages and emojis are written
+
+
+def chat_command(
+    model: options.Model,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The picture that all prompts are about.", show_default=False, dir_okay=False
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Ask this and leave.", show_default="prompts are read line by line"),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="LAYERS",
+            help="Exits to answer at, e.g. 9,18,23 or all; the default exit always does.",
+            show_default="the last early and the last middle one",
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A PEFT adapter, e.g. of align.", show_default=False)
+    ] = None,
+    translators: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Linear maps of the exits' features, of translate.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Longest answer.", show_default="256; an organism 24")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The key of every draw.")] = 0,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantization: options.Quantization = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+) -> None:
+    """Answer a prompt about a picture at several exits and show the answers side by side.
+
+    Answers are not filtered, and nothing is saved.
+    """
+    with console.results(as_json=json) as show:
+        if image is None:
+            raise InputError("exits differ in what they see of a picture: give --image FILE")
+        if json and prompt is None:
+            raise InputError("--json is for one prompt: give --prompt TEXT")
+        picture = _open(image)
+        from exitsafe.cli.models import load_model
+        from exitsafe.vlm.answering import Answering
+
+        vlm = load_model(
+            model,
+            adapter=adapter,
+            translators=translators,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            trust_remote_code=trust_remote_code,
+        )
+        is_organism = defaults.organism_of(model) is not None
+        longest = max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else defaults.MODEL_TOKENS)
+        chat = Chat(
+            vlm=vlm,
+            answering=Answering(vlm, max_new_tokens=longest, temperature=temperature, seed=seed),
+            exit_layers=_layers(vlm, layers),
+            picture=picture,
+        )
+        console.note("Answers are unfiltered: whatever the model says is shown. Nothing is saved.")
+        if prompt is not None:
+            answers = chat.ask(prompt)
+            document = {"model": model, "adapter": adapter, "image": str(image), "prompt": prompt}
+            show(document | chat.document(answers), lambda: [chat.side_by_side(answers)])
+            return
+        for line in _lines():
+            try:
+                answers = chat.ask(line)
+            except InputError as error:  # this prompt cannot be asked; the next may
+                console.complain(str(error))
+                continue
+            show({}, lambda found=answers: [chat.side_by_side(found)])  # type: ignore[misc]  # bound now
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chat:
+    """One picture, one model, several exits; no prompt knows of another.
+
+    Args:
+        vlm: The model.
+        answering: With its decoding.
+        exit_layers: Where to answer, the default exit among them.
+        picture: What all prompts are about.
+    """
+
+    vlm: VLM
+    answering: Answering
+    exit_layers: tuple[int, ...]
+    picture: Image
+
+    def ask(self, prompt: str) -> list[Response]:
+        """An answer per exit, from one pass of the encoder.
+
+        Raises:
+            InputError: If the prompt cannot be asked: too long, or with the model's image placeholder in it.
+        """
+        from exitsafe.records import Sample
+        from exitsafe.vlm.answering import Task
+
+        sample = Sample(id="chat", prompt=prompt, images=(self.picture,), kind="benign")
+        self.answering.check([sample], exit_layer=self.exit_layers[0])
+        with _working(f"answering at {len(self.exit_layers)} exits"):
+            answers = list(self.answering.answer([Task(sample=sample, exit_layers=self.exit_layers)]))
+        return sorted(answers, key=lambda answer: answer.exit_layer)
+
+    def differs(self, answer: Response, answers: Sequence[Response]) -> bool | None:
+        """Whether an answer is not the default exit's; None where that says nothing: each exit draws for itself."""
+        if self.answering.decoding["temperature"] > 0:
+            return None
+        return answer.text != next(each.text for each in answers if each.exit_layer == self.vlm.default_exit)
+
+    def document(self, answers: Sequence[Response]) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "default_exit": self.vlm.default_exit,
+            "decoding": self.answering.decoding,
+            "answers": [
+                {
+                    "exit_layer": answer.exit_layer,
+                    "text": answer.text,
+                    "num_tokens": answer.num_tokens,
+                    "finish_reason": answer.finish_reason,
+                    "differs_from_default": self.differs(answer, answers),
+                }
+                for answer in answers
+            ],
+        }
+
+    def side_by_side(self, answers: Sequence[Response]) -> SideBySide:
+        """For people."""
+        titles = []
+        for answer in answers:
+            is_default = answer.exit_layer == self.vlm.default_exit
+            remark = (
+                "default" if is_default else {True: "differs", False: "same", None: ""}[self.differs(answer, answers)]
+            )
+            cut = ", cut off" if answer.finish_reason == "length" else ""
+            titles.append(f"exit {answer.exit_layer}{', ' if remark else ''}{remark}{cut}")
+        return SideBySide(titles=titles, texts=[printable(answer.text) for answer in answers])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide:
+    """Answers in columns where the terminal is wide enough for them, else one below the other."""
+
+    titles: Sequence[str]
+    texts: Sequence[str]
+
+    def __rich_console__(self, screen: Any, how: Any) -> Iterator[Any]:
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        headings = [Text(title, style="bold yellow" if ", differs" in title else "bold") for title in self.titles]
+        texts = [Text(text or "(no words)", style="" if text else "dim") for text in self.texts]
+        if how.max_width < _NARROWEST * len(texts):
+            yield from (
+                Panel(text, title=heading, title_align="left") for heading, text in zip(headings, texts, strict=True)
+            )
+            return
+        table = Table(expand=True)
+        for heading in headings:
+            table.add_column(heading, ratio=1, overflow="fold")
+        table.add_row(*texts)
+        yield table
+
+
+def printable(text: str) -> str:
+    """What a model says, safe for a terminal: nothing that moves a cursor, recolours, reorders or hides text.
+
+    >>> printable("a\\x1b[2Jb\\tc")
+    'a\\ufffd[2Jb    c'
+    """
+    shown = []
+    for character in text.expandtabs(4).replace("\r\n", "\n"):
+        if character == "\n" or character in _JOINERS or character.isprintable():
+            shown.append(character)
+        else:
+            shown.append(" " if character.isspace() and ord(character) > 0x7F else "\N{REPLACEMENT CHARACTER}")
+    return "".join(shown)
+
+
+def _open(image: Path) -> Image:
+    from exitsafe.vlm.prompts import open_image
+
+    try:
+        return open_image(image, "")
+    except InputError as error:
+        raise InputError(f"--image: {str(error).partition(': ')[2]}") from error
+
+
+def _layers(vlm: VLM, layers: str | None) -> tuple[int, ...]:
+    """The exits asked for and the default one."""
+    from exitsafe.stats import layers_by_bin
+    from exitsafe.vlm import resolve_layers
+
+    if layers is None:
+        bins = layers_by_bin(vlm.exit_layers, vlm.num_layers)
+        layers = ",".join(str(found[-1]) for found in list(bins.values())[:2])
+    found = resolve_layers(layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
+    return tuple(sorted({*found, vlm.default_exit}))
+
+
+def _lines() -> Iterator[str]:
+    """Prompts from the terminal or a pipe, up to its end or `exit`."""
+    if not sys.stdin.isatty():
+        yield from _until_left(sys.stdin)
+        return
+    with suppress(ImportError):  # not on Windows; arrow keys then do what they do there
+        import readline  # noqa: F401  # input() edits lines by it
+    console.note("One prompt a line; exit or Ctrl-D to leave.")
+    with suppress(EOFError):
+        yield from _until_left(iter(lambda: input("> "), None))
+
+
+def _until_left(lines: Iterable[str]) -> Iterator[str]:
+    for line in map(str.strip, lines):
+        if line in _WORDS_TO_LEAVE:
+            return
+        if line:
+            yield line
+
+
+def _working(what: str) -> AbstractContextManager[Any]:
+    """A sign of life on a terminal, gone when done."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
