@@ -106,7 +106,7 @@ def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
 def digest_of(turns: Sequence[Turn]) -> str:
     """What tells conversations apart, hashed; pictures by their bytes."""
     whole = hashlib.sha256()
-    for turn in turns:
+    for number, turn in enumerate(turns):
         for part in turn.parts:
             if isinstance(part, Image):
                 content = f"{part.mode} {part.size}".encode() + part.tobytes()
@@ -114,7 +114,7 @@ def digest_of(turns: Sequence[Turn]) -> str:
                 content = part.read_bytes()
             else:
                 content = part.encode() if isinstance(part, str) else part
-            whole.update(f"{turn.role} {type(part) is str} {len(content)} ".encode() + content)
+            whole.update(f"{number} {turn.role} {type(part) is str} {len(content)} ".encode() + content)
     return whole.hexdigest()
 
 
