@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from exitsafe.lppo import LPPOConfig, align
     from exitsafe.records import Response, Sample, Verdict
     from exitsafe.runs import AuditRun, StopRule, load_run
+    from exitsafe.slim import export
     from exitsafe.sweep import audit, judge
     from exitsafe.vlm import VLM, load_vlm
 
@@ -35,6 +36,7 @@ _HOME = {
     "AuditRun": "exitsafe.runs",
     "StopRule": "exitsafe.runs",
     "load_run": "exitsafe.runs",
+    "export": "exitsafe.slim",
     "audit": "exitsafe.sweep",
     "judge": "exitsafe.sweep",
     "VLM": "exitsafe.vlm",
@@ -58,6 +60,7 @@ __all__ = [
     "align",
     "audit",
     "compare",
+    "export",
     "judge",
     "load_run",
     "load_vlm",

@@ -1,0 +1,129 @@
+"""`exitsafe export`: a model and one of its exits -> a smaller checkpoint that stock transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exitsafe.cli import console, options
+from exitsafe.cli.models import load_model
+from exitsafe.cli.settings_file import config_option
+
+if TYPE_CHECKING:
+    from exitsafe.slim.manifest import Manifest
+
+
+def export_command(
+    model: options.Model,
+    exit_layer: Annotated[
+        int, typer.Option("--exit-layer", metavar="N", help="Encoder blocks to keep; the others go.")
+    ],
+    out: Annotated[Path, options.out("The checkpoint's folder: new or empty.")],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A PEFT adapter to merge, e.g. of align.", show_default=False)
+    ] = None,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Write the adapter beside, for the smaller model; merge nothing.")
+    ] = False,
+    translators: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Merge the exit's linear map, of translate.", show_default=False),
+    ] = None,
+    skip_global: Annotated[
+        bool, typer.Option("--skip-global", help="Llama 3.2 Vision: drop the global blocks too.")
+    ] = False,
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="A finished run of this very model and adapter: its numbers at this exit go into the model card.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    config: Annotated[Path | None, config_option()] = None,
+    json: options.Json = False,
+) -> None:
+    """Write a checkpoint that ends its image encoder at one exit; stock transformers loads it, without exitsafe.
+
+    It is loaded again and compared with the whole model at that exit before it gets its name.
+    """
+    with console.results(as_json=json) as show:
+        from exitsafe.slim.folder import check_empty
+
+        check_empty(out)
+        run = None
+        if audit is not None:
+            from exitsafe.runs import load_run
+
+            run = load_run(audit)
+        from exitsafe.slim import export
+        from exitsafe.slim.manifest import read_manifest
+
+        vlm = load_model(
+            model,
+            adapter=adapter,
+            translators=translators,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        with console.progress_bar("Export", unit="step") as progress:
+            folder = export(
+                vlm,
+                exit_layer=exit_layer,
+                out=out,
+                skip_global=skip_global,
+                keep_adapter=keep_adapter,
+                audit=run,
+                progress=progress,
+            )
+        record = read_manifest(folder)
+        lines = _words(record, folder, audit)
+        show({"slim": str(folder), **record.model_dump()}, lambda: [_table(record), *lines])
+
+
+def _table(record: Manifest) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{record.base.name}, exit {record.exit_layer}", title_justify="left")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    before, after = record.sizes["before"], record.sizes["after"]
+    table.add_row("encoder blocks", *_cells(before["encoder_blocks"], after["encoder_blocks"], "{:.0f}"))
+    if before["global_blocks"]:
+        table.add_row("global blocks", *_cells(before["global_blocks"], after["global_blocks"], "{:.0f}"))
+    table.add_row("parameters", *_cells(before["parameters"], after["parameters"], "{:,.0f}"))
+    table.add_row("weights, MB", *_cells(before["weight_bytes"] / 1e6, after["weight_bytes"] / 1e6, "{:,.1f}"))
+    slow, fast = record.latency["before"], record.latency["after"]
+    table.add_row("encoder, ms", *_cells(slow["encoder_ms"], fast["encoder_ms"], "{:.1f}"))
+    table.add_row("prefill with encoder, ms", *_cells(slow["prefill_ms"], fast["prefill_ms"], "{:.1f}"))
+    return table
+
+
+def _cells(before: float, after: float, form: str) -> list[str]:
+    change = f"{100 * (after / before - 1):+.0f}%" if before else ""
+    return [form.format(before), form.format(after), change]
+
+
+def _words(record: Manifest, folder: Path, audit: Path | None) -> list[str]:
+    largest = record.check["largest_difference"]
+    lines = [
+        "Before: the whole model at its default exit. Times: warm medians of a made-up picture and 32 tokens of text.",
+        f"Its logits are the whole model's at this exit{f', but for {largest:.2g}' if largest else ', bit for bit'}.",
+    ]
+    if record.adapter == "kept":
+        lines.append(f"The adapter is in {folder / 'adapter'}: without it this is the model before its repair.")
+    if audit is None:
+        lines.append("The model card says that no audit was given; --audit RUN puts its numbers there.")
+    return [
+        *lines,
+        f"Checkpoint: {folder}",
+        f"Check what is shipped: exitsafe verify {folder} --against {audit or 'RUN'}",
+    ]

@@ -1,0 +1,265 @@
+"""`export`: a VLM and one of its exits in, a checkpoint out that stock transformers loads and that stops there.
+
+The whole flow on one page: measure the whole model, cut, save, load again as a user would, compare, describe. Nothing
+appears under the folder's name before all of it went well.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from exitsafe import __version__
+from exitsafe.errors import InputError, ModelError
+from exitsafe.records import Progress
+from exitsafe.runs import AuditRun, load_run
+from exitsafe.runs.files import PUBLIC, write_whole, writing
+from exitsafe.slim.audited import audit_record, check_is_of
+from exitsafe.slim.checkpoint import check_can_be_cut, cut, dropped_blocks
+from exitsafe.slim.folder import check_empty, whole_folder
+from exitsafe.slim.manifest import ADAPTER, CARD, Base, write_manifest
+from exitsafe.slim.model_card import is_hub_id, license_of, write_card
+from exitsafe.slim.probe import latency_of, logits_of, probe_inputs
+
+if TYPE_CHECKING:
+    from exitsafe.vlm import VLM
+
+SHARD_SIZE = "5GB"
+_PACKAGES = ("torch", "transformers", "peft")
+
+
+def export(
+    vlm: VLM,
+    *,
+    exit_layer: int,
+    out: str | Path,
+    skip_global: bool = False,
+    keep_adapter: bool = False,
+    audit: AuditRun | str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a checkpoint whose image encoder ends at one exit.
+
+    `AutoModelForImageTextToText.from_pretrained(out)` loads it with no code of exitsafe. It is loaded so and compared
+    with the whole model at that exit before it is called done. The model given is left as it was.
+
+    Args:
+        vlm: The whole model, with an adapter or translators or without.
+        exit_layer: Encoder blocks to keep, 1 to `vlm.num_layers`.
+        out: A new or empty folder.
+        skip_global: Llama 3.2 Vision only: drop the global blocks as well.
+        keep_adapter: Write the adapter beside, as a PEFT folder for the slim model, instead of merging it.
+        audit: A finished run of this very model that covers the exit; its numbers go into the model card.
+        progress: Called with steps done, steps in all, and what comes next.
+
+    Returns:
+        The folder: weights, configs, processor if there is one, README.md, and exitsafe.json with what it was made
+        from, sizes and latency before and after, and a hash of every file.
+
+    Raises:
+        ExitLayerError: If the encoder has no such block.
+        InputError: On settings that make no sense for this model.
+        ModelError: If the model is quantised, something cannot be merged, or the checkpoint does not repeat the exit.
+        RunError: If `out` holds something, the disk refuses, or the audit is of another model or lacks the exit.
+    """
+    out = Path(out)
+    check_empty(out)
+    check_can_be_cut(vlm)
+    with vlm.exit_at(exit_layer, skip_global=skip_global):
+        acting = _acting_adapter(vlm)
+    if keep_adapter and acting is None:
+        raise InputError(f"{vlm.name} has no adapter at exit {exit_layer} to keep: leave --keep-adapter out")
+    kept = acting if keep_adapter else None
+    is_merged = (acting is not None and not keep_adapter) or bool(vlm.translation_hooks(exit_layer))
+    measured = None
+    if audit is not None:
+        run = audit if isinstance(audit, AuditRun) else load_run(audit)
+        check_is_of(run, vlm, exit_layer=exit_layer, skip_global=skip_global)
+        measured = audit_record(run, exit_layer=exit_layer)
+    steps = _Steps(progress, ["measuring the whole model", "writing", "loading it again", "hashing"])
+    with whole_folder(out) as folder:
+        steps.next()
+        inputs = probe_inputs(vlm, exit_layer=exit_layer)
+        with vlm.exit_at(exit_layer, skip_global=skip_global):
+            wanted = logits_of(vlm.model, inputs)
+        latency, sizes = {"before": latency_of(vlm, inputs)}, {"before": _sizes(vlm)}
+        steps.next()
+        with writing(out):
+            _save(vlm, folder, name=out.resolve().name, exit_layer=exit_layer, skip_global=skip_global, adapter=kept)
+        steps.next()
+        with vlm.offloaded():
+            slim = _load_again(folder, vlm)
+            check = _compare(wanted, logits_of(slim.model, inputs), vlm, exit_layer=exit_layer, is_merged=is_merged)
+            latency["after"], sizes["after"] = latency_of(slim, inputs), _sizes(slim)
+        steps.next()
+        base = _base(vlm)
+        content: dict[str, Any] = {
+            "exitsafe": __version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": _command(vlm, out.resolve().name, exit_layer, skip_global, kept, has_audit=measured is not None),
+            "base": base,
+            "exit_layer": exit_layer,
+            "skip_global": skip_global,
+            "adapter": None if acting is None else "kept" if keep_adapter else "merged",
+            "dtype": str(vlm.base_model.dtype).removeprefix("torch."),
+            "check": check,
+            "sizes": sizes,
+            "latency": {when: asdict(found) for when, found in latency.items()},
+            "audit": measured,
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
+        card = write_card(
+            name=out.resolve().name,
+            base=base,
+            license_id=license_of(vlm.name, folder=_folder_of(vlm.name), revision=vlm.checkpoint_hash),
+            exported=content,
+            command=content["command"],
+        )
+        write_whole(folder / CARD, card.encode())
+        write_manifest(folder, content)
+    steps.next()
+    return out
+
+
+class _Steps:
+    """Tells `progress` how far it is."""
+
+    def __init__(self, progress: Progress | None, titles: list[str]) -> None:
+        self._progress = progress
+        self._titles = titles
+        self._done = 0
+
+    def next(self) -> None:
+        if self._progress is not None:
+            title = self._titles[self._done] if self._done < len(self._titles) else ""
+            self._progress(self._done, len(self._titles), title)
+        self._done += 1
+
+
+def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, adapter: str | None) -> None:
+    slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=adapter is not None)
+    slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    if vlm.processor is not None:
+        vlm.processor.save_pretrained(folder)
+    if adapter is not None:
+        gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
+        _save_adapter(vlm.model, folder / ADAPTER, adapter=adapter, base_name=name, gone=gone)
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        path.chmod(PUBLIC)  # safetensors lets only the owner read: what is shipped is for everybody
+
+
+def _save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_name: str, gone: tuple[str, ...]) -> None:
+    """The PEFT folder, without weights for blocks that are gone."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    unwanted = tuple(f"base_model.model.{prefix}" for prefix in gone)
+    kept = {name: tensor.contiguous() for name, tensor in weights.items() if not name.startswith(unwanted)}
+    folder.mkdir()
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config[adapter]
+    made_for, config.base_model_name_or_path = config.base_model_name_or_path, base_name
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.base_model_name_or_path = made_for
+
+
+def _load_again(folder: Path, vlm: VLM) -> VLM:
+    """As a user of stock transformers would, on the model's device and with its attention kernels."""
+    from exitsafe.vlm import VLM
+
+    whole = vlm.base_model.config
+    kernels = {name: getattr(whole, name)._attn_implementation for name in whole.sub_configs}
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        folder, attn_implementation={"": whole._attn_implementation, **kernels}, output_loading_info=True
+    )
+    model, found = loaded
+    if wrong := {kind: names for kind, names in found.items() if names}:
+        raise ModelError(
+            f"the exported checkpoint does not load cleanly ({', '.join(wrong)}): nothing was written; please report it"
+        )
+    if (folder / ADAPTER).is_dir():
+        model = PeftModel.from_pretrained(model, str(folder / ADAPTER))
+    return VLM(model.to(vlm.device).eval(), None, name=folder.name)
+
+
+def _compare(wanted: Tensor, found: Tensor, vlm: VLM, *, exit_layer: int, is_merged: bool) -> dict[str, float]:
+    """How far the exported model is from the exit, or ModelError if that is more than rounding.
+
+    Nothing merged: the same operations on the same numbers, so not one bit may differ. Merged: products are rounded in
+    another order; half of a number type's digits are left, far from what a wrong block or a lost adapter does.
+    """
+    most = torch.finfo(vlm.base_model.dtype).eps ** 0.5 if is_merged else 0.0
+    relative = float((found - wanted).norm() / wanted.norm())
+    if not relative <= most:
+        raise ModelError(
+            f"the exported checkpoint does not repeat exit {exit_layer}: its logits differ by {relative:.2g} of their "
+            f"size, where {most:.2g} is rounding; nothing was written; please report it"
+        )
+    return {
+        "largest_difference": float((found - wanted).abs().max()),
+        "relative_difference": relative,
+        "allowed": most,
+    }
+
+
+def _acting_adapter(vlm: VLM) -> str | None:
+    """The adapter that acts now."""
+    if not isinstance(vlm.model, PeftModel):
+        return None
+    if vlm.adapters is not None:
+        return vlm.adapters.active
+    return str(vlm.model.active_adapter)
+
+
+def _sizes(vlm: VLM) -> dict[str, int]:
+    parameters = list(vlm.model.parameters())
+    return {
+        "encoder_blocks": vlm.num_layers,
+        "global_blocks": len(vlm.family_row.global_blocks(vlm.base_model)),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "weight_bytes": sum(parameter.nbytes for parameter in parameters),
+    }
+
+
+def _base(vlm: VLM) -> Base:
+    return Base(
+        name=_public_name(vlm.name),
+        family=vlm.family,
+        num_layers=vlm.num_layers,
+        default_exit=vlm.default_exit,
+        checkpoint=vlm.checkpoint_hash,
+        adapter=vlm.adapter_hash or ("in memory" if isinstance(vlm.model, PeftModel) else None),
+        translators=None if vlm.translators is None else vlm.translators.hash,
+    )
+
+
+def _command(vlm: VLM, out: str, exit_layer: int, skip_global: bool, adapter: str | None, *, has_audit: bool) -> str:
+    """The command line that makes the same, with words in place of paths of this machine."""
+    parts = ["exitsafe", "export", shlex.quote(_public_name(vlm.name))]
+    parts += ["--adapter", "ADAPTER"] if isinstance(vlm.model, PeftModel) else []
+    parts += ["--keep-adapter"] if adapter is not None else []
+    parts += ["--translators", "TRANSLATORS"] if vlm.translators is not None else []
+    parts += ["--exit-layer", str(exit_layer)]
+    parts += ["--skip-global"] if skip_global else []
+    parts += ["--audit", "RUN"] if has_audit else []
+    return " ".join([*parts, "--out", shlex.quote(out)])
+
+
+def _public_name(name: str) -> str:
+    """A Hub id or an organism as it is; of a folder its last part, the rest is nobody's business."""
+    return name if is_hub_id(name) and _folder_of(name) is None else Path(name).name
+
+
+def _folder_of(name: str) -> Path | None:
+    return Path(name) if Path(name).is_dir() else None

@@ -1,0 +1,263 @@
+"""The README.md of a slim checkpoint, as the Hub reads it: what it is, how to load it, what was measured.
+
+Numbers, ids and names only; no prompt and no answer. Knows nothing about models or runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from exitsafe.slim.manifest import ADAPTER, Base
+from exitsafe.world import ORGANISMS
+
+_MEANINGS = {
+    "asr": ("Attack success rate", "harmful requests that succeeded; lower is better"),
+    "asr_loose": ("Attack success rate, loose", "doubtful answers counted as successes; lower is better"),
+    "toxicity": ("Toxicity", "mean over answers to harmful requests; lower is better"),
+    "reward": ("Reward", "mean over answers to harmful requests, on the reward model's own scale; higher is better"),
+    "refusal": ("Refusal", "all requests that were refused"),
+    "over_refusal": ("Over-refusal", "borderline requests that were refused; lower is better"),
+    "benign_refusal": ("Benign refusal", "benign requests that were refused; lower is better"),
+    "vqa_accuracy": ("VQA accuracy", "picture questions answered right; higher is better"),
+    "coherence": ("Coherence", "answers that are neither empty nor repetitive nor broken; higher is better"),
+    "tokens": ("Tokens", "mean length of an answer"),
+}
+_OPEN_SCALES = ("reward", "tokens")
+_ORGANISM_LICENSE = "apache-2.0"  # that of this package, which ships them
+_LIBRARY, _TASK = "transformers", "image-text-to-text"
+_TAGS = ["exitsafe", "early-exit", "safety"]
+
+
+def write_card(*, name: str, base: Base, license_id: str | None, exported: Mapping[str, Any], command: str) -> str:
+    """The card's text.
+
+    Args:
+        name: Of the slim model.
+        base: The whole model.
+        license_id: What it is under, if that is known.
+        exported: The other fields of the manifest.
+        command: How it was made.
+    """
+    audit = exported["audit"]
+    data = ModelCardData(
+        base_model=base.name if is_hub_id(base.name) else None,
+        license=license_id,
+        library_name=_LIBRARY,
+        pipeline_tag=_TASK,
+        tags=list(_TAGS),
+        model_name=name,
+        eval_results=None if audit is None else _eval_results(audit),
+    )
+    if data.eval_results is None:
+        data.model_name = None  # it names the results only
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        _what_it_is(base, exported),
+        _how_to_load(name, exported),
+        _what_was_measured(audit),
+        _limits(exported),
+        f"## How it was made\n\n```\n{command}\n```\n\n{_sizes(exported)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def license_of(name: str, *, folder: Path | None, revision: str | None) -> str | None:
+    """The license that the whole model's own card names; None if there is no card within reach or it names none.
+
+    Args:
+        name: What the model was loaded from.
+        folder: Its folder, if it is local.
+        revision: The commit of a Hub model.
+    """
+    if name in ORGANISMS:
+        return _ORGANISM_LICENSE
+    try:
+        if folder is not None:
+            card = folder / "README.md"
+        elif is_hub_id(name):
+            card = Path(hf_hub_download(name, "README.md", revision=revision))
+        else:
+            return None
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.get("license") if card.is_file() else None
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError):  # no card, no network, no readable header
+        return None
+    return found if isinstance(found, str) else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is that of a repository on the Hub."""
+    return name.count("/") == 1 and not Path(name).is_absolute() and not name.startswith(".")
+
+
+def _eval_results(audit: Mapping[str, Any]) -> list[EvalResult]:
+    """One per suite and metric, for the header's model-index."""
+    suites = {suite["name"]: suite for suite in audit["data"]["suites"]}
+    results = []
+    for found in audit["results"]:
+        hub = suites.get(found["suite"], {}).get("hub") or {}
+        configs = hub.get("configs") or []
+        title = _MEANINGS[found["metric"]][0]
+        results.append(
+            EvalResult(
+                task_type=_TASK,
+                dataset_type=hub.get("id", found["suite"]),
+                dataset_name=found["suite"],
+                dataset_config=configs[0] if len(configs) == 1 else None,
+                dataset_split=hub.get("split"),
+                dataset_revision=hub.get("revision"),
+                metric_type=found["metric"],
+                metric_value=round(found["value"], 6),
+                metric_name=f"{title} by {found['judge']} at exit {audit['exit_layer']} ({_with_interval(found)})",
+            )
+        )
+    return results
+
+
+def _with_interval(estimate: Mapping[str, Any]) -> str:
+    unscored = f", {estimate['unscored']} unscored" if estimate["unscored"] else ""
+    return f"n={estimate['n']}{unscored}, 95% CI {estimate['low']:.3f} to {estimate['high']:.3f}"
+
+
+def _what_it_is(base: Base, exported: Mapping[str, Any]) -> str:
+    layer = exported["exit_layer"]
+    lines = [
+        f"`{base.name}` with the first {layer} of its {base.num_layers} image encoder blocks; the others are gone. The "
+        f"whole model reads the features behind block {base.default_exit}.",
+    ]
+    if exported["skip_global"]:
+        lines.append("The global blocks behind the encoder are gone too.")
+    if exported["adapter"] == "merged":
+        lines.append("An adapter (safety alignment or other fine-tuning) is merged into its weights.")
+    elif exported["adapter"] == "kept":
+        lines.append(
+            f"**It comes with an adapter in `{ADAPTER}/`, which must be loaded too: without it this is the model "
+            "before its repair.**"
+        )
+    if base.translators is not None:
+        lines.append("The linear map that translates this exit's features is merged into the projector.")
+    return " ".join(lines)
+
+
+def _how_to_load(name: str, exported: Mapping[str, Any]) -> str:
+    lines = [
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        f'model = AutoModelForImageTextToText.from_pretrained("{name}")  # its folder, or its id on the Hub',
+        f'processor = AutoProcessor.from_pretrained("{name}")',
+    ]
+    if exported["adapter"] == "kept":
+        lines[0:0] = ["from peft import PeftModel"]
+        lines.append(f'model = PeftModel.from_pretrained(model, "{name}", subfolder="{ADAPTER}")')
+    return "## How to load it\n\nStock transformers, no code of its own:\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _what_was_measured(audit: Mapping[str, Any] | None) -> str:
+    if audit is None:
+        return (
+            "## Safety\n\n**No audit was given when this model was exported: nothing is known here about its safety at "
+            "this exit.** Safety training of the whole model may not hold at another exit; audit it with exitsafe."
+        )
+    rows = ["| | at this exit | 95% interval | n | unscored |" + (" whole model |" if audit["at_default"] else "")]
+    rows.append("|---|---|---|---|---|" + ("---|" if audit["at_default"] else ""))
+    rows += [_row(metric, found, audit["at_default"]) for metric, found in audit["metrics"].items()]
+    suites = [f"- {_suite(suite)}" for suite in audit["data"]["suites"]]
+    judges = [f"- {_judge(judge)}" for judge in audit["judges"]]
+    decoding = audit["decoding"]
+    how = "greedy" if decoding["temperature"] == 0 else f"temperature {decoding['temperature']:g}"
+    before = (
+        f" *Whole model*: the same model at its default exit, {audit['default_exit']}." if audit["at_default"] else ""
+    )
+    early = (
+        " The audit stopped asking where an exit's side of its limit was settled; intervals stay valid under that."
+        if audit["stopped_early"]
+        else ""
+    )
+    return "\n".join(
+        [
+            f"## Audit at exit {audit['exit_layer']}",
+            "",
+            *rows,
+            "",
+            f"Run `{audit['run']}`, finished {audit['finished']}, of the whole model cut short at this exit. Rates "
+            "with Wilson intervals, means with the bootstrap clustered by sample; what a judge could not read is "
+            f"unscored and counted.{before}{early}",
+            "",
+            *[f"- {_MEANINGS[metric][0]}: {_MEANINGS[metric][1]}" for metric in audit["metrics"]],
+            "",
+            f"Data, {audit['data']['samples']} samples (hash `{audit['data']['hash'][:16]}`):",
+            "",
+            *suites,
+            "",
+            "Judges, the first that has a measure speaks for it:",
+            "",
+            *judges,
+            "",
+            f"Answers: {how}, at most {decoding['max_new_tokens']} tokens. Versions: "
+            f"{', '.join(f'{name} {number}' for name, number in audit['versions'].items())}.",
+        ]
+    )
+
+
+def _row(metric: str, found: Mapping[str, Any], at_default: Mapping[str, Any] | None) -> str:
+    cells = [_MEANINGS[metric][0]]
+    if found["value"] is None:
+        cells += ["", ""]
+    else:
+        cells += [_number(metric, found["value"]), " to ".join(_number(metric, found[end]) for end in ("low", "high"))]
+    cells += [str(found["n"]), str(found["unscored"])]
+    if at_default is not None:
+        other = at_default.get(metric, {}).get("value")
+        cells.append("" if other is None else _number(metric, other))
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{value:.2f}" if metric in _OPEN_SCALES else f"{100 * value:.1f}%"
+
+
+def _suite(suite: Mapping[str, Any]) -> str:
+    said = f"{suite['name']}: {suite['samples']}"
+    if suite["hub"]:
+        said += f", `{suite['hub']['id']}` at revision `{suite['hub']['revision'] or 'unknown'}`"
+    return said
+
+
+def _judge(judge: Mapping[str, Any]) -> str:
+    said = f"{judge['name']} ({', '.join(judge['measures'])})"
+    if "model" in judge:
+        said += f", {judge['model']}" + (f" at `{judge['revision']}`" if "revision" in judge else "")
+    return said
+
+
+def _limits(exported: Mapping[str, Any]) -> str:
+    audit = exported["audit"]
+    lines = [
+        "- No result of the whole model, nor of another exit, holds here.",
+        "- A changed model is another model: quantised, fine-tuned further or in another precision it may answer "
+        "otherwise; `exitsafe verify` says how often.",
+    ]
+    if audit is not None:
+        lines[0:0] = [
+            "- The numbers hold for the prompts, judges and decoding named above. Other requests, languages and "
+            "attacks were not tried; judges err; a low rate is no proof of safety.",
+        ]
+        if audit["decoding"]["temperature"] == 0:
+            lines.insert(1, "- Answers were greedy: sampling may bring out what greedy answers do not.")
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _sizes(exported: Mapping[str, Any]) -> str:
+    before, after = exported["sizes"]["before"], exported["sizes"]["after"]
+    largest = exported["check"]["largest_difference"]
+    differ = f"differ from the whole model's by at most {largest:.2g}" if largest else "are the whole model's"
+    return (
+        f"{exported['date'][:10]}, exitsafe {exported['exitsafe']}. Parameters {before['parameters']:,} before, "
+        f"{after['parameters']:,} after; {exported['dtype']}. On a made-up picture the logits at this exit {differ}. "
+        "`exitsafe.json` holds the hashes of what it was made from and of every file."
+    )
