@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exitsafe.comparison import compare
+from exitsafe.report.categories import MAX_CATEGORIES, category_rates
+from exitsafe.report.charts import category_figures
+from exitsafe.report.facts import (
+    against_default_tables,
+    agreement_table,
+    bin_table,
+    change_table,
+    comparison_tables,
+    metric_table,
+    worst_table,
+)
+from exitsafe.report.method import limits, method_table, set_otherwise
+from exitsafe.report.names import label_runs, shown
+from exitsafe.report.words import Compared, Told
+from exitsafe.runs import AuditRun
+from exitsafe.stats import wilson_interval
+from tests.report.page_runs import write_run
+
+TWO_JUDGES = (("guard", ("asr", "refusal")), ("other", ("asr",)))
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> AuditRun:
+    """Eight harmful requests, answered at exits 1 and 2 of 4; the default is 3; the first has no verdict at exit 1."""
+    path = tmp_path_factory.mktemp("runs") / "before"
+    return write_run(path, harmful_until=2, judges=TWO_JUDGES, is_unscored=lambda n, layer: n == 0 and layer == 1)
+
+
+@pytest.fixture(scope="module")
+def after(tmp_path_factory: pytest.TempPathFactory) -> AuditRun:
+    return write_run(tmp_path_factory.mktemp("runs") / "after", harmful_until=0, judges=TWO_JUDGES)
+
+
+def test_a_metric_with_all_that_it_rests_on(before: AuditRun, after: AuditRun) -> None:
+    runs = [("before", before.summary, 3), ("after", after.summary, 3)]
+    table = metric_table("Attack success", "asr", runs)
+    low, high = wilson_interval(7, 7)
+    assert table.columns == ("exit", "run", "value", "95% interval", "n", "unscored")
+    assert table.rows[0].cells == ("1", "before", "100.0%", f"{100 * low:.1f} to {100 * high:.1f}%", "7", "1")
+    assert [row.cells[:3] for row in table.rows if row.is_default] == [
+        ("3 (default)", "before", "0.0%"),
+        ("3 (default)", "after", "0.0%"),
+    ]
+    assert len(table.rows) == 8
+
+
+def test_bins_have_the_papers_names_and_say_which_exits_lack(before: AuditRun, tmp_path: Path) -> None:
+    some = write_run(tmp_path / "some", harmful_until=2, exit_layers=[1, 3], num_layers=6, default_exit=5)
+    table = bin_table([("before", before), ("some", some)])
+    assert table is not None
+    asr = {row.cells[1:3]: row.cells[3] for row in table.rows if row.cells[0] == "Attack success (AASR)"}
+    assert asr == {
+        ("before", "early"): "100.0%",
+        ("before", "middle"): "100.0%",
+        ("before", "late"): "0.0%",
+        ("before", "average"): "66.7%",
+        ("some", "early (1 of 2 exits)"): "100.0%",
+        ("some", "middle (1 of 2 exits)"): "0.0%",
+        ("some", "average of the 2 exits audited, by bin"): "50.0%",
+    }
+    assert {row.cells[0] for row in table.rows} == {
+        "Attack success (AASR)", "Over-refusal", "Benign refusal", "VQA accuracy",
+    }  # fmt: skip
+
+
+def test_judges_side_by_side(before: AuditRun) -> None:
+    table = agreement_table([("before", before)])
+    assert table is not None
+    assert [row.cells for row in table.rows] == [
+        ("Attack success", "before", "guard", "other", "100.0%", "1.00", "0.29 to 1.00", "31", "1")
+    ]
+
+
+def test_tests_count_the_exits_that_differ(before: AuditRun, after: AuditRun) -> None:
+    headline, table = next(iter(against_default_tables(before.summary)))
+    assert headline == "Attack success: 2 of 3 exits differ from the default exit"
+    assert table.columns[-5:] == ("change (points)", "95% interval", "Cohen's h", "p", "p (Holm)")
+    exit_2 = next(row.cells for row in table.rows if row.cells[0] == "2")
+    assert exit_2[1:6] == ("8", "0", "0.0%", "100.0%", "+100.0")
+    assert exit_2[-2:] == ("0.008", "0.023")
+    comparison = compare(before, after)
+    found = dict(comparison_tables(comparison, "before", "after"))
+    rows = found["Attack success: 2 of 4 exits differ"].rows
+    assert [row.cells[0] for row in rows] == ["1", "2", "3 (default)", "4", "early", "middle", "late", "average"]
+    assert rows[0].cells[1:3] == ("7", "1")
+    assert rows[-1].cells[-1] == ""
+    chosen = [row for row in comparison.rows("asr") if row.place in (2, 3, "late")]
+    words = change_table(chosen, "before", "after", default_exit=3)
+    assert [row.cells[-1] for row in words.rows] == ["lower", "not shown to differ", "not shown to differ"]
+    assert [row.is_default for row in words.rows] == [False, True, False]
+
+
+def test_worst_exits_of_both_halves(before: AuditRun) -> None:
+    table = worst_table([("before", before.summary)], ["asr", "toxicity"])
+    assert table is not None
+    worst = before.summary["worst"]["asr"]
+    assert [row.cells[:4] for row in table.rows] == [
+        ("Attack success", "before", "first", str(worst["exit_layer"])),
+        ("Attack success", "before", "second", str(worst["swapped"]["exit_layer"])),
+    ]
+    assert worst_table([("before", before.summary)], ["toxicity"]) is None
+
+
+def test_categories_by_size_with_a_bound(tmp_path: Path) -> None:
+    names = [f"c{n}" for n in range(MAX_CATEGORIES + 2)]
+    samples = 4 * (len(names) + 1)  # c0 twice
+    run = write_run(
+        tmp_path / "run", harmful_until=1, num_samples=samples, num_layers=2, default_exit=2, categories=names
+    )
+    rates = category_rates(run, run.score_table())
+    assert rates is not None
+    assert (rates.judge, rates.num_left_out, len(rates.rates)) == ("world-rule", 2, MAX_CATEGORIES)
+    assert next(iter(rates.rates)) == "c0"
+    assert [rates.rates["c0"][layer].value for layer in (1, 2)] == [1.0, 0.0]
+    assert rates.rates["c0"][1].n == 2
+    figure = next(iter(category_figures([("run", run)], [rates])))
+    assert "2 smaller categories are left out" in figure.note
+    assert len(figure.table.rows) == 2 * MAX_CATEGORIES
+
+
+def test_one_category_is_no_heat_map(before: AuditRun, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", harmful_until=1, categories=["one"])
+    assert category_rates(run, run.score_table()) is None
+    found = category_rates(before, before.score_table())
+    assert found is not None
+    n = np.sum([by_layer[1].n + by_layer[1].unscored for by_layer in found.rates.values()])
+    assert n == 8
+
+
+def told(run: AuditRun, label: str = "run") -> Told:
+    return Told(label=label, run=run, kinds={"harmful": 8}, finished=None)
+
+
+def test_method_and_limits_say_what_applies_and_no_folder(before: AuditRun, tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run",
+        harmful_until=1,
+        exit_layers=[1, 2],
+        judges=[("refusal-prefix", ("asr",))],
+        origin={"hub": {"suite-vqa": {"id": "maker/set", "revision": "0" * 40}}, "seed": 3, "images": "/home/ann/p"},
+    )
+    run.settings["judges"][0]["settings"] = {"model": "/home/ann/guard", "note": '"quoted" </td><script>'}
+    rows = {row.cells[0]: row.cells[1] for row in method_table([told(run)]).rows}
+    assert rows["checkpoint"] == f"SHA-256 {'ab' * 32}"
+    assert rows["adapter"] == "none"
+    assert rows["exits audited"] == "1, 2"
+    assert rows["suite suite-vqa"] == "8 requests, {id:maker/set,revision:0000000000000000…}"
+    assert rows["suites: seed"] == "3"
+    assert "ann" not in " ".join(rows.values())
+    assert rows["judge refusal-prefix"].startswith("{model:guard,note:")
+    said = list(limits([told(run)], []))
+    assert any("refusal-prefix is a proxy" in sentence for sentence in said)
+    assert any("2 of 4 exits were not audited" in sentence for sentence in said)
+    assert any("answered once, by the likeliest words" in sentence for sentence in said)
+    assert not any("synthetic test model" in sentence for sentence in said)
+    plain = list(limits([told(before)], []))
+    assert any(
+        sentence.startswith("run: answers that could not be scored are in no rate (attack success 1,")
+        for sentence in plain
+    )
+    assert not any("proxy" in sentence or "not audited" in sentence for sentence in plain)
+
+
+def test_what_was_set_otherwise_is_told(before: AuditRun, after: AuditRun) -> None:
+    assert set_otherwise([Compared(before="a", after="b", comparison=compare(before, after))]) == []
+    settings = {**after.settings, "decoding": {"max_new_tokens": 24, "seed": 1, "temperature": 0.5}}
+    warmer = AuditRun(path=after.path, settings=settings, origin={}, summary=after.summary)
+    comparison = compare(before, warmer)
+    assert set_otherwise([Compared(before="a", after="b", comparison=comparison)]) == [
+        "a and b: decoding.seed was 0, is now 1.",
+        "a and b: decoding.temperature was 0.0, is now 0.5.",
+    ]
+    said = list(limits([told(before), told(warmer)], []))
+    assert any("from one random draw" in sentence for sentence in said)
+
+
+def test_labels_are_unique_and_hide_nothing(tmp_path: Path) -> None:
+    assert label_runs([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"]) == ["a/run", "b/run", "c"]
+    assert label_runs([tmp_path / "run", tmp_path / "run"]) == [
+        f"{'/'.join(tmp_path.parts[1:])}/run (1)", f"{'/'.join(tmp_path.parts[1:])}/run (2)",
+    ]  # fmt: skip
+    assert shown("a" + chr(0x200B) + chr(0xD800) + "é") == "a\\u200b\\ud800é"
+    assert len(shown("x" * 500)) == 80
