@@ -42,6 +42,8 @@ REPAIRS = {
     "L-PPO, exits 1 3 5 7": Repair(changes={"exit_layers": EVERY_OTHER}),
     "L-PPO, no KL": Repair(changes={"kl_coef": 0.0, "kl_target": None}),
     "L-PPO, constrained": Repair(changes={"constraints": {"over_refusal": 0.02, "utility": 0.05}}),
+    # the same 80 steps for each of 8 exits, so 640 in all: 8 times the training of the other rows
+    "L-PPO, one adapter per exit": Repair(changes={"adapters": "per-layer"}),
     "L-PPO, worst exit first": Repair(changes={"layer_sampler": "worst-first"}),
     "L-GRPO, groups of 4": Repair(changes={"algorithm": "grpo", "group_size": 4}),
     "L-GRPO, groups of 8, warmer": Repair(changes={"algorithm": "grpo", "group_size": 8, "temperature": 1.5}),
@@ -90,8 +92,11 @@ def repair(plan: AuditPlan, name: str, *, seed: int, out: Path) -> tuple[float |
 
 
 def last_kl(out: Path) -> float | None:
-    """Mean over the last ten steps; fine-tuning does not measure it."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[-10:]]
+    """Mean over the last ten steps of each adapter; fine-tuning does not measure it."""
+    by_exit: dict[int | None, list[dict[str, Any]]] = {}  # None: one adapter for all exits
+    for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        by_exit.setdefault(line.get("exit_layer"), []).append(line)
+    lines = [line for steps in by_exit.values() for line in steps[-10:]]
     return sum(line["kl"] for line in lines) / len(lines) if "kl" in lines[0] else None
 
 

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 
 from exitsafe.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SWITCHES = ("_active_adapter", "_disable_adapters")
 _LAYER = re.compile(r"layer-(\d+)")
 LINEAR_LAYERS = r".*(?:language_model|text_model)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 _OF_LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
@@ -70,14 +73,22 @@ class ExitAdapters:
     """Which of a model's adapters acts.
 
     Args:
-        model: With an adapter for each exit in `by_exit`.
+        model: With an adapter for each exit in `by_exit`, and no others.
         by_exit: Names of the adapters; at other exits none acts.
     """
 
     def __init__(self, model: PeftModel, by_exit: Mapping[int, str]) -> None:
         self.by_exit = dict(by_exit)
         self._model: Any = model
-        self._active: str | None = model.active_adapter
+        self._layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        tuner: Any = model.base_model
+        tuner.disable_adapter_layers()
+        self._states: dict[str | None, list[dict[str, Any]]] = {None: self._read()}
+        tuner.enable_adapter_layers()
+        for name in self.by_exit.values():
+            self._model.set_adapter(name, inference_mode=True)  # else PEFT would ask for gradients
+            self._states[name] = self._read()
+            self._active: str | None = name
 
     @property
     def active(self) -> str | None:
@@ -88,13 +99,16 @@ class ExitAdapters:
     def active(self, name: str | None) -> None:
         if name == self._active:
             return
-        if name is None:
-            self._model.base_model.disable_adapter_layers()
-        else:
-            if self._active is None:
-                self._model.base_model.enable_adapter_layers()
-            self._model.set_adapter(name, inference_mode=True)  # else PEFT would ask for gradients
+        # PEFT's own way walks through every adapter of every layer: too slow for a switch at each answer
+        for layer, state in zip(self._layers, self._states[name], strict=True):
+            vars(layer).update(state)
+        if name is not None:
+            self._model.active_adapter = self._model.base_model.active_adapter = name
         self._active = name
+
+    def _read(self) -> list[dict[str, Any]]:
+        """As PEFT has left its layers: which adapter acts in each, and whether any does."""
+        return [{name: getattr(layer, name) for name in _SWITCHES} for layer in self._layers]
 
     @contextmanager
     def acting(self, name: str | None) -> Iterator[None]:
