@@ -55,7 +55,8 @@ Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="The key of e
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto (as saved), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto (the first GPU, else the CPU), cpu or cuda:N.")]
 Quantization = Annotated[
-    str | None, typer.Option(metavar="nf4|int8", help="Load the language model quantised.", show_default=False)
+    str | None,
+    typer.Option(metavar="nf4|int8|torchao-int8", help="Load the language model quantised.", show_default=False),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the checkpoint run.")]
 Revision = Annotated[

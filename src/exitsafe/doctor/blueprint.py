@@ -21,7 +21,7 @@ from exitsafe.vlm.families import find_family
 from exitsafe.world import ORGANISMS, model_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("nf4", "int8")
+QUANTIZATIONS = ("nf4", "int8", "torchao-int8")
 META = torch.device("meta")
 
 
@@ -115,7 +115,7 @@ def load_blueprint(
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
     if quantization not in (None, *QUANTIZATIONS):
-        raise InputError(f"quantization {quantization!r} is unknown; choose {' or '.join(QUANTIZATIONS)}")
+        raise InputError(f"quantization {quantization!r} is unknown; choose {', '.join(QUANTIZATIONS)}")
     source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -158,11 +158,14 @@ def weights_of(blueprint: Blueprint) -> Weights:
 
 
 def quantized_bytes(linear: nn.Linear, quantization: str) -> int:
-    """Bytes of a weight as bitsandbytes keeps it.
+    """Bytes of a weight as it is kept.
 
-    nf4: half a byte each, a float32 scale per 64, and a table of 16; int8: a byte each and a float32 scale per row.
+    bitsandbytes' nf4: half a byte each, a float32 scale per 64, and a table of 16; its int8: a byte each and a float32
+    scale per row; torchao's: the scale in the weight's own type.
     """
     count = linear.weight.numel()
+    if quantization == "torchao-int8":
+        return count + linear.weight.element_size() * linear.out_features
     if quantization == "nf4":
         return -(-count // 2) + 4 * -(-count // 64) + 16 * 4
     return count + 4 * linear.out_features

@@ -20,7 +20,7 @@ from exitsafe.vlm.processes import own_device
 from exitsafe.vlm.translators import load_translators
 from exitsafe.world import ORGANISMS, model_folder
 
-_QUANTIZATIONS = ("nf4", "int8")
+_QUANTIZATIONS = ("nf4", "int8", "torchao-int8")
 _DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # code runs with trust_remote_code
 # What the libraries raise for torn files, missing parts and devices that are not there.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError, SafetensorError)
@@ -47,7 +47,7 @@ def load_vlm(
         revision: Branch, tag or commit of a Hub model; None is its newest commit.
         dtype: "auto" (as saved), or e.g. "bfloat16".
         device: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
-        quantization: None, "nf4" or "int8", by bitsandbytes; the image encoder stays as it is.
+        quantization: None, "nf4" or "int8" by bitsandbytes, or "torchao-int8"; the image encoder stays as it is.
         trust_remote_code: Whether code from the checkpoint may run. Only safetensors are loaded either way.
 
     Returns:
@@ -165,11 +165,17 @@ def _quantization_config(quantization: str | None) -> Any:
     if quantization is None:
         return None
     if quantization not in _QUANTIZATIONS:
-        raise ModelError(f"quantization {quantization!r} is unknown; choose {' or '.join(_QUANTIZATIONS)}")
-    from transformers import BitsAndBytesConfig
+        raise ModelError(f"quantization {quantization!r} is unknown; choose {', '.join(_QUANTIZATIONS)}")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
     # Matched from the start of a module's full name. Features must stay those of the unquantised encoder.
     encoder = ["model.vision_tower", "model.vision_model", "model.multi_modal_projector", "lm_head"]
+    if quantization == "torchao-int8":
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig
+        except ImportError as error:
+            raise ModelError('torchao-int8 needs torchao: pip install "exitsafe[quantization]"') from error
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=encoder)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=encoder)
     return BitsAndBytesConfig(
