@@ -101,11 +101,15 @@ class Opened:
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.faults.append(message.text) if message.type != "log" else None)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.faults.append("dialog"), dialog.dismiss()))
+        self.page.on("dialog", self._refuse)
         self.page.on("popup", lambda popup: self.faults.append("popup"))
         context.on("request", lambda request: self.requests.append(request.url))
         self.url = path.as_uri()
         self.page.goto(self.url)
+
+    def _refuse(self, dialog: Any) -> None:
+        self.faults.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def check(self) -> None:
         assert self.faults == []
