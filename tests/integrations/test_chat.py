@@ -89,7 +89,7 @@ def test_a_template_that_takes_strings_gets_strings() -> None:
     ],
 )
 def test_what_a_template_cannot_say_is_refused(template: str | None, turns: list[Turn], complaint: str) -> None:
-    with pytest.raises(InputError, match="^s: ") as caught:
+    with pytest.raises(InputError, match=r"^s: ") as caught:
         render_chat(with_template(template), turns, prompt_id="s")
     assert complaint in str(caught.value)
     assert "brief" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The real inspect_ai on the organism: right answers at each exit, with its cache on; what it cannot have is refused."""
+"""The real inspect_ai on the organism: right answers at each exit with its cache on, and clear words otherwise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.integrations.worldly import (
 
 pytest.importorskip("inspect_ai", reason='inspect_ai is not installed: pip install "exitsafe[inspect]"')
 
-from inspect_ai import Task, eval
+import inspect_ai
+from inspect_ai import Task
 from inspect_ai.dataset import MemoryDataset
 from inspect_ai.dataset import Sample as InspectSample
 from inspect_ai.log import EvalLog
@@ -75,7 +76,9 @@ def task() -> Task:
 
 
 def run(models: Sequence[str], folder: Path, **options: Any) -> list[EvalLog]:
-    return eval(task(), model=list(models), display="none", log_dir=str(folder), max_tokens=NUM_TOKENS, **options)
+    return inspect_ai.eval(
+        task(), model=list(models), display="none", log_dir=str(folder), max_tokens=NUM_TOKENS, **options
+    )
 
 
 def answers(log: EvalLog) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The organism's world as other tools want it: a few samples, their pictures as data URLs, the organism's own answers."""
+"""The organism's world as other tools want it: a few samples, pictures as data URLs, the organism's own answers."""
 
 from __future__ import annotations
 
