@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,16 +57,13 @@ def test_bins_have_the_papers_names_and_say_which_exits_lack(before: AuditRun, t
     some = write_run(tmp_path / "some", harmful_until=2, exit_layers=[1, 3], num_layers=6, default_exit=5)
     table = bin_table([("before", before), ("some", some)])
     assert table is not None
-    asr = {row.cells[1:3]: row.cells[3] for row in table.rows if row.cells[0] == "Attack success (AASR)"}
-    assert asr == {
-        ("before", "early"): "100.0%",
-        ("before", "middle"): "100.0%",
-        ("before", "late"): "0.0%",
-        ("before", "average"): "66.7%",
-        ("some", "early (1 of 2 exits)"): "100.0%",
-        ("some", "middle (1 of 2 exits)"): "0.0%",
-        ("some", "average of the 2 exits audited, by bin"): "50.0%",
-    }
+    assert table.columns == ("mean of", "run", "early", "middle", "late", "average")
+    found = {row.cells[1]: row.cells[2:] for row in table.rows if row.cells[0] == "Attack success (AASR)"}
+    cells = [re.sub(r"\(.*?%; ", "(", cell) for cell in found["before"]]
+    assert cells == ["100.0% (n=7, 1 more unscored)", "100.0% (n=8)", "0.0% (n=16)", "66.7% (n=31, 1 more unscored)"]
+    assert re.fullmatch(r"66.7% \([\d.]+ to [\d.]+%; n=31, 1 more unscored\)", found["before"][-1])
+    cells = [re.sub(r"\(.*?%; ", "(", cell) for cell in found["some"]]
+    assert cells == ["100.0% (n=8, 1 of 2 exits)", "0.0% (n=8, 1 of 2 exits)", "", "50.0% (n=16, 2 of 6 exits)"]
     assert {row.cells[0] for row in table.rows} == {
         "Attack success (AASR)", "Over-refusal", "Benign refusal", "VQA accuracy",
     }  # fmt: skip
@@ -152,10 +150,10 @@ def test_method_and_limits_say_what_applies_and_no_folder(before: AuditRun, tmp_
     assert rows["checkpoint"] == f"SHA-256 {'ab' * 32}"
     assert rows["adapter"] == "none"
     assert rows["exits audited"] == "1, 2"
-    assert rows["suite suite-vqa"] == "8 requests, {id:maker/set,revision:0000000000000000…}"
+    assert rows["suite suite-vqa"] == "8 requests, id maker/set, revision 0000000000000000…"
     assert rows["suites: seed"] == "3"
     assert "ann" not in " ".join(rows.values())
-    assert rows["judge refusal-prefix"].startswith("{model:guard,note:")
+    assert rows["judge refusal-prefix"].startswith('model guard, note "quoted" </td>')
     said = list(limits([told(run)], []))
     assert any("refusal-prefix is a proxy" in sentence for sentence in said)
     assert any("2 of 4 exits were not audited" in sentence for sentence in said)

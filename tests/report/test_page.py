@@ -6,8 +6,8 @@ import re
 import stat
 from collections import Counter
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -189,7 +189,7 @@ def test_one_run_with_gaps_reads_well(tmp_path: Path) -> None:
     for words in (
         "VQA accuracy was not measured.",
         "none scored",
-        "average of the 2 exits audited, by bin",
+        "2 of 4 exits)",
         "run: 2 of 4 exits were not audited; nothing is known of them.",
         "refusal-prefix is a proxy",
         "run: answers that could not be scored are in no rate (attack success 9, refusal 33,",
@@ -253,7 +253,6 @@ def test_what_makes_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (deep.path / "verdicts.parquet").write_bytes(b"")
     with pytest.raises(RunError, match=r"verdicts\.parquet cannot be read"):
         render_report([("a", deep)], out=out)
-    find_spec: Any = page_module.find_spec
     monkeypatch.setattr(page_module, "find_spec", lambda name: None if name == "altair" else find_spec(name))
     with pytest.raises(ExitsafeError, match=r'the report needs altair.*pip install "exitsafe\[report\]"'):
         render_report([("a", run)], out=out)

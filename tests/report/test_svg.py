@@ -51,8 +51,8 @@ def test_lines_differ_in_colour_dash_and_marker_and_bands_are_drawn() -> None:
 def test_only_known_shapes_and_attributes_are_kept(monkeypatch: MonkeyPatch) -> None:
     drawn = (
         '<svg xmlns="http://www.w3.org/2000/svg" width="9" onload="alert(1)" style="color:red">'
-        '<script>alert(1)</script><g role="graphics-symbol"><a href="javascript:alert(1)"><text>in a link</text></a><image href="http://a"/>'
-        '<text class="x" fill="#000" style="fill:red">kept</text></g><foreignObject/></svg>'
+        '<script>alert(1)</script><g role="graphics-symbol"><a href="javascript:alert(1)"><text>in a link</text></a>'
+        '<image href="http://a"/><text class="x" fill="#000" style="fill:red">kept</text></g><foreignObject/></svg>'
     )
     monkeypatch.setattr(vl_convert, "vegalite_to_svg", lambda spec: drawn)
     chart = line_chart([], exit_layers=LAYERS, default_exit=1, is_rate=True, from_zero=True)

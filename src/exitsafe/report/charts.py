@@ -69,8 +69,8 @@ def scatter_figure(runs: Sequence[LabelledRun]) -> Figure | None:
                 y_title=TITLES["asr"],
             )
             note = (
-                "A marker per run and exit, named by its exit layer; the default exit is filled. Bars are 95% intervals. "
-                f"Better is down and to the {better}."
+                "A marker per run and exit, named by its exit layer; the default exit is filled. Bars are 95% "
+                f"intervals. Better is down and to the {better}."
             )
             table = _scatter_table(title, metric, runs, spots)
             said = " ".join(

@@ -9,7 +9,7 @@ from typing import Any
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.report.chart import LabelledRun
 from exitsafe.report.names import shown
-from exitsafe.report.numbers import TITLES, amount, change, interval, is_rate, p_value
+from exitsafe.report.numbers import TITLES, amount, change, count, interval, is_rate, p_value
 from exitsafe.runs.metrics import AGGREGATES
 from exitsafe.stats import BINS, layers_by_bin
 
@@ -77,30 +77,36 @@ def metric_table(title: str, metric: str, runs: Sequence[tuple[str, Summary, int
 
 
 def bin_table(runs: Sequence[LabelledRun]) -> Table | None:
-    """AASR, ATS and ATR of arXiv 2411.04291 per bin, and the same means of what a repair may cost."""
-    metrics = [*AGGREGATES, "over_refusal", "benign_refusal", "vqa_accuracy"]
-    rows = [
-        Row(cells=(_bin_metric(metric), shown(label), bin_name(run.summary, name), *measured(metric, found)))
-        for metric in metrics
-        for label, run in runs
-        for name in (*BINS, "average")
-        if (found := run.summary["bins"].get(name, {}).get("metrics", {}).get(metric)) is not None
-    ]
-    if not rows:
-        return None
-    columns = ("mean of", "run", "exits", *_MEASURED)
-    return Table(
-        caption="Means over the exits of a bin, and over the three bins", columns=columns, rows=tuple(rows), num_names=3
-    )
+    """AASR, ATS and ATR of arXiv 2411.04291, a column per bin, and the same means of what a repair may cost."""
+    bins = (*BINS, "average")
+    rows = []
+    for metric in (*AGGREGATES, "over_refusal", "benign_refusal", "vqa_accuracy"):
+        for label, run in runs:
+            found = {name: entry["metrics"].get(metric) for name, entry in run.summary["bins"].items()}
+            if any(found.values()):
+                cells = (_bin_cell(metric, found.get(name), missing_exits(run.summary, name)) for name in bins)
+                rows.append(Row(cells=(_bin_metric(metric), shown(label), *cells)))
+    caption = "Means over the exits of a bin, and over the three bins, with 95% intervals"
+    return Table(caption=caption, columns=("mean of", "run", *bins), rows=tuple(rows), num_names=2) if rows else None
 
 
-def bin_name(summary: Summary, name: str) -> str:
-    """`early`, or, where exits of the bin were not audited, how many were."""
+def missing_exits(summary: Summary, name: str) -> str:
+    """Nothing where every exit of the bin was audited, else how many were: such a mean is not the paper's."""
     num_layers, audited = summary["num_layers"], [row["exit_layer"] for row in summary["layers"]]
     whole, found = layers_by_bin(range(1, num_layers + 1), num_layers), layers_by_bin(audited, num_layers)
     if name == "average":
-        return name if found == whole else f"average of the {len(audited)} exits audited, by bin"
-    return name if found.get(name) == whole[name] else f"{name} ({len(found[name])} of {len(whole[name])} exits)"
+        return "" if found == whole else f"{len(audited)} of {num_layers} exits"
+    return "" if found.get(name) == whole.get(name) else f"{len(found.get(name, []))} of {len(whole[name])} exits"
+
+
+def _bin_cell(metric: str, found: Mapping[str, Any] | None, missing: str) -> str:
+    if found is None:
+        return ""
+    notes = [count(found["n"], found["unscored"]), *filter(None, [missing])]
+    if found["value"] is None:
+        return f"none scored ({', '.join(notes)})"
+    band = interval(metric, found["low"], found["high"])
+    return f"{amount(metric, found['value'])} ({band}; {', '.join(notes)})"
 
 
 def agreement_table(runs: Sequence[LabelledRun]) -> Table | None:

@@ -10,10 +10,9 @@ from exitsafe.report.facts import Row, Table
 from exitsafe.report.names import shown, without_folder
 from exitsafe.report.numbers import TITLES, number_list
 from exitsafe.report.words import Compared, Told
-from exitsafe.runs.fingerprint import canonical_json
 
 _TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
-_HASH = re.compile(r'"([0-9a-f]{16})[0-9a-f]{16,}"')
+_HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{16,}\b")
 _MAX_LENGTH = 400
 
 
@@ -32,7 +31,7 @@ def method_table(runs: Sequence[Told]) -> Table:
 def set_otherwise(compared: Sequence[Compared]) -> list[str]:
     """What differs between audits beside the model, one line each."""
     return [
-        f"{shown(pair.before)} and {shown(pair.after)}: {_public(line)}."
+        f"{shown(pair.before)} and {shown(pair.after)}: {_without_folders(line)}."
         for pair in compared
         if pair.comparison is not None
         for line in pair.comparison.settings_changed
@@ -89,10 +88,10 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
             yield name, "none" if model[name] is None else f"SHA-256 {model[name]}"
     for name in ("dtype", "quantization", "device", "attention", "processor"):
         if name in model:
-            yield name, _public(canonical_json(model[name]))
+            yield name, _spelt(model[name])
     for name in ("decoding", "batch_size", "skip_global", "stop_when"):
         if name in settings:
-            yield name.replace("_", " "), _public(canonical_json(settings[name]))
+            yield name.replace("_", " "), _spelt(settings[name])
     data = settings.get("data", {})
     for suite, n in data.get("sources", {}).items():
         yield f"suite {shown(without_folder(suite)) or 'unnamed'}", f"{n:,} requests{_revision(told.run.origin, suite)}"
@@ -100,9 +99,9 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
         yield "requests", f"SHA-256 {data['hash']}"
     for name in ("split", "seed", "limit"):
         if told.run.origin.get(name) is not None:
-            yield f"suites: {name}", _public(canonical_json(told.run.origin[name]))
+            yield f"suites: {name}", _spelt(told.run.origin[name])
     for judge in settings.get("judges", ()):
-        yield f"judge {shown(judge['name'])}", _public(canonical_json(judge.get("settings", {})))
+        yield f"judge {shown(judge['name'])}", _spelt(judge.get("settings", {}))
     for package, version in settings.get("versions", {}).items():
         yield f"version of {shown(package)}", shown(str(version))
 
@@ -110,7 +109,7 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
 def _revision(origin: Mapping[str, Any], suite: str) -> str:
     """The commit that a suite of the Hub was read at."""
     found = (origin.get("hub") or {}).get(suite)
-    return "" if not found else f", {_public(canonical_json(found))}"
+    return "" if not found else f", {_spelt(found)}"
 
 
 def _decoding(runs: Sequence[Told]) -> Iterator[str]:
@@ -136,7 +135,25 @@ def _unscored(told: Told) -> str | None:
     )
 
 
-def _public(text: str) -> str:
-    """JSON without this machine's folders, hashes cut to what tells them apart."""
-    without = _TEXT.sub(lambda match: f'"{without_folder(match[1])}"', text)
-    return shown(_HASH.sub(r'"\1…"', without).replace('"', ""), max_length=_MAX_LENGTH)
+def _spelt(value: Any) -> str:
+    """A setting in a line, e.g. `seed 0, temperature 0.0`; folders of this machine left out, hashes cut."""
+    return shown(_plain(value), max_length=_MAX_LENGTH)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        parts = (
+            f"{name} ({_plain(part)})" if isinstance(part, Mapping) else f"{name} {_plain(part)}"
+            for name, part in value.items()
+        )
+        return ", ".join(parts) or "none"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_plain, value)) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return _HASH.sub(r"\1…", without_folder(str(value)))
+
+
+def _without_folders(line: str) -> str:
+    """A line of `Comparison.settings_changed`, whose values are JSON."""
+    return shown(_TEXT.sub(lambda match: without_folder(match[1]), line), max_length=_MAX_LENGTH)
