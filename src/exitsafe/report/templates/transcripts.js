@@ -115,7 +115,7 @@ async function showList() {
   const [ids, kinds, categories] = await columns(["ids", "kinds", "categories"]);
   const start = state.page * PAGE;
   const rows = state.matches.slice(start, start + PAGE).map((s, i) => {
-    const said = [...groupsOf(kinds[s], categories[s]), `: ${many(state.counts[start + i], "matching answer")}`];
+    const said = [...groupsOf(kinds[s], categories[s]), `: ${many(state.counts[start + i], "match", "matches")}`];
     const row = element("button", [element("bdi", ids[s]), element("span", said, { class: "t-small" })], {
       type: "button", "data-sample": s,
     });

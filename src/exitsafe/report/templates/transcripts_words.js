@@ -16,7 +16,7 @@ const WORDS = { // of score 0, between, 1
 const LINES = { toxicity: 0.5, reward: 0 }; // where the filter cuts a scorer's scale
 const UNSCORED = "not scored";
 
-const many = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
+const many = (n, word, words = `${word}s`) => `${n.toLocaleString("en")} ${n === 1 ? word : words}`;
 const letterOf = (n) => (n < 26 ? "" : letterOf(Math.floor(n / 26) - 1)) + String.fromCharCode(65 + (n % 26));
 
 function outcomesOf(measure) {
