@@ -312,7 +312,10 @@ def test_where_one_process_fails_the_other_does_not_hang(vlm: VLM, tmp_path: Pat
     together(2, work)
 
 
-def test_fsdp2_gives_the_adapter_of_one_process(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reshard", ["true", "false"])
+def test_fsdp2_gives_the_adapter_of_one_process(
+    vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reshard: str
+) -> None:
     def train(out: str) -> None:
         align(vlm, make_samples(), reward=picky, config=tiny_config(num_steps=4), out=tmp_path / out)
 
@@ -320,11 +323,14 @@ def test_fsdp2_gives_the_adapter_of_one_process(vlm: VLM, tmp_path: Path, monkey
         train("cut-up")
         weights = dict(vlm.model.named_parameters())
         cut_up = [name for name, weight in weights.items() if isinstance(weight, DTensor)]
+        if reshard == "false":  # put together by the last pass, and left so
+            assert not any(isinstance(weight, DTensor) for weight in weights.values())
+            return
         assert len(cut_up) == sum("language_model.layers" in name for name in weights)
         assert weights[cut_up[0]].to_local().numel() * 2 == weights[cut_up[0]].numel()
 
     train("one")
-    for name, value in FSDP.items():
+    for name, value in {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": reshard}.items():
         monkeypatch.setenv(name, value)
     together(2, work)
     assert_alike(tmp_path / "one", tmp_path / "cut-up")
@@ -351,11 +357,10 @@ def test_fsdp2_with_other_families(
 @pytest.mark.parametrize(
     ("environment", "changes", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported.*accelerate launch --multi_gpu"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "set fsdp_version to 2"),
         (FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading to false"),
         (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "set fsdp_offload_params to false"),
-        (FSDP, {"train": "full"}, "FSDP is for train='lora'"),
+        (FSDP, {"train": "full"}, "FSDP and ZeRO-3 are for train='lora'"),
     ],
 )
 def test_ways_to_start_that_are_not_supported(
@@ -380,7 +385,7 @@ def test_fsdp2_is_supported_as_the_example_starts_it(vlm: VLM, monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml", "fsdp2_keep.yaml"])
 def test_the_command_under_accelerate_launch(tmp_path: Path, config: str) -> None:
     """By the very files of examples/, on two processes of this machine."""
     model, suite = save_tiny("llava", tmp_path / "model"), write_suite(tmp_path / "suite", num_samples=16)

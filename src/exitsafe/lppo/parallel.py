@@ -21,6 +21,7 @@ from exitsafe.errors import RunError
 from exitsafe.vlm.processes import this_process, wait_for_all
 
 T = TypeVar("T")
+_CUTTING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 class Team:
@@ -44,7 +45,7 @@ class Team:
         self.size = 1 if process is None else process.num_processes
         self.number = 0 if process is None else process.process_index
         self.device = torch.device("cpu") if process is None else process.device
-        self.is_sharded = self.size > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+        self.is_sharded = self.size > 1 and any(map(parse_flag_from_env, _CUTTING))
 
     @property
     def is_first(self) -> bool:

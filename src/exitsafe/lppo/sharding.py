@@ -1,4 +1,5 @@
-"""FSDP2: the frozen weights of the language model's blocks, cut up among the processes and put together when needed.
+"""FSDP2 and ZeRO-3: the frozen weights of the language model's blocks, cut up among the processes and put together
+when needed.
 
 What is trained stays whole in every process, so gradients, optimiser, checkpoints and adapter are those of plain
 processes. A block's weights are gathered by all processes at once: all must run as many forward and backward passes.
@@ -21,16 +22,16 @@ from exitsafe.errors import InputError
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.parallel import Team
 from exitsafe.lppo.quantized import is_quantized
+from exitsafe.lppo.zero import check_zero, cut_up
 from exitsafe.vlm import VLM
 
 
 def check_launch(vlm: VLM, config: LPPOConfig) -> None:
     """Raise InputError if the processes were started to spread the model in a way that is not supported."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise InputError(
-            "training under DeepSpeed is not supported: ZeRO-2 has nothing to cut up where LoRA alone is trained, and "
-            "FSDP2 does what ZeRO-3 would; start with accelerate launch --multi_gpu, or with FSDP2"
-        )
+        check_zero()
+        _check_cuttable(vlm, config)
+        return
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     plugin = FullyShardedDataParallelPlugin()
@@ -42,9 +43,13 @@ def check_launch(vlm: VLM, config: LPPOConfig) -> None:
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise InputError("training under FSDP cannot offload weights: set fsdp_offload_params to false")
+    _check_cuttable(vlm, config)
+
+
+def _check_cuttable(vlm: VLM, config: LPPOConfig) -> None:
     if config.train != "lora" or is_quantized(vlm.model):
         raise InputError(
-            "FSDP is for train='lora' on weights that are not quantised; all else fits without: "
+            "FSDP and ZeRO-3 are for train='lora' on weights that are not quantised; all else fits without: "
             "start with accelerate launch --multi_gpu"
         )
 
@@ -55,6 +60,11 @@ def shard(vlm: VLM, team: Team) -> None:
     There is no way back: the model is of no use to one process alone any more, nor outside `in_step`.
     """
     language_model = vlm.base_model.model.language_model
+    # blocks that read images are passed over by texts without one
+    passed_over = vlm.family_row.image_cache_layers(vlm.text_config)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        cut_up(language_model, [block for number, block in enumerate(language_model.layers) if number in passed_over])
+        return
     own_type = team.device.type
     mesh = init_device_mesh(own_type, (team.size,))
     settings: dict[str, Any] = {
@@ -62,8 +72,6 @@ def shard(vlm: VLM, team: Team) -> None:
         "reshard_after_forward": FullyShardedDataParallelPlugin().reshard_after_forward,
         "ignored_params": {parameter for parameter in vlm.model.parameters() if parameter.requires_grad},
     }
-    # blocks that read images are passed over by texts without one
-    passed_over = vlm.family_row.image_cache_layers(vlm.text_config)
     blocks = [block for number, block in enumerate(language_model.layers) if number not in passed_over]
     for block in blocks:
         fully_shard(block, **settings)
