@@ -20,7 +20,7 @@ LANGUAGE_MODEL = r".*(?:language_model|text_model)\..*\.(?:q_proj|v_proj|down_pr
 def save_adapter(folder: Path, out: Path, *, seed: int = 0, **settings: Any) -> Path:
     """A LoRA adapter with random weights for the model in `folder`."""
     torch.manual_seed(seed)
-    given = {"r": 4, "target_modules": LANGUAGE_MODEL, "init_lora_weights": False} | settings
+    given: dict[str, Any] = {"r": 4, "target_modules": LANGUAGE_MODEL, "init_lora_weights": False} | settings
     adapted = get_peft_model(load_vlm(folder).model, LoraConfig(**given))
     adapted.save_pretrained(str(out), save_embedding_layers=False)
     return out

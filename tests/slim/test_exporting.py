@@ -14,6 +14,7 @@ import exitsafe
 from exitsafe.baselines import fit_translators
 from exitsafe.errors import ExitLayerError, InputError, ModelError, RunError
 from exitsafe.records import Sample
+from exitsafe.slim.checkpoint import cut
 from exitsafe.slim.manifest import read_manifest
 from exitsafe.vlm import VLM, load_vlm
 from tests.slim.slim_models import SAMPLES, adapted_vlm, difference, load_stock, logits, real_inputs, save_adapter
@@ -168,7 +169,7 @@ def test_translators_are_merged(family: str, tmp_path: Path) -> None:
     assert difference(load_vlm(model), default, exit_layer=5, family=family) == 0.0
     with pytest.raises(InputError, match="no translator for exit layer 4"):
         exitsafe.export(vlm, exit_layer=4, out=tmp_path / "none")
-    vlm.projector.get_submodule("linear_1").bias = None
+    vlm.projector.get_submodule("linear_1").register_parameter("bias", None)
     with pytest.raises(ModelError, match="this projector has no bias to hold its shift"):
         exitsafe.export(vlm, exit_layer=2, out=tmp_path / "no-bias")
 
@@ -283,26 +284,22 @@ def test_a_checkpoint_that_does_not_repeat_the_exit_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm = VLM(tiny_llava(), None, name="llava")
-    import exitsafe.slim.exporting as flow
-
-    cut = flow.cut
     wrong = {
         "a block too few": lambda *args, **settings: cut(*args, **settings | {"exit_layer": 2}),
         "a changed weight": lambda *args, **settings: _nudge(cut(*args, **settings)),
     }
     for name, change in wrong.items():
-        monkeypatch.setattr(flow, "cut", change)
+        monkeypatch.setattr("exitsafe.slim.exporting.cut", change)
         with pytest.raises(ModelError, match="does not repeat exit 3"):
             exitsafe.export(vlm, exit_layer=3, out=tmp_path / "slim")
         assert list(tmp_path.iterdir()) == [], name
 
 
 def test_an_adapter_that_was_lost_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import exitsafe.slim.exporting as flow
-
     vlm = adapted_vlm("llava", tmp_path)
-    cut = flow.cut
-    monkeypatch.setattr(flow, "cut", lambda *args, **settings: cut(*args, **settings | {"keep_adapter": True}))
+    monkeypatch.setattr(
+        "exitsafe.slim.exporting.cut", lambda *args, **settings: cut(*args, **settings | {"keep_adapter": True})
+    )
     with pytest.raises(ModelError, match="does not repeat exit 3"):
         exitsafe.export(vlm, exit_layer=3, out=tmp_path / "slim")
 

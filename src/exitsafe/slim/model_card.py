@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from yaml import YAMLError
 
 from exitsafe.slim.manifest import ADAPTER, Base
 from exitsafe.world import ORGANISMS
@@ -85,7 +86,13 @@ def license_of(name: str, *, folder: Path | None, revision: str | None) -> str |
         else:
             return None
         found = ModelCard.load(card, ignore_metadata_errors=True).data.get("license") if card.is_file() else None
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError):  # no card, no network, no readable header
+    except (
+        OSError,
+        ValueError,
+        HfHubHTTPError,
+        HFValidationError,
+        YAMLError,
+    ):  # no card, no network, no readable header
         return None
     return found if isinstance(found, str) else None
 

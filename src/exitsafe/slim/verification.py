@@ -123,7 +123,7 @@ def verify(
         exit_layer=exit_layer,
         answers=len(asked),
         answers_same=len(asked) - len(changed),
-        verdicts=Counter(_name(verdict) for verdict in verdicts.values()),
+        verdicts=dict(Counter(_name(verdict) for verdict in verdicts.values())),
         verdicts_changed=_changes(verdicts, changed, now, judges() if changed else ()),
         otherwise=tuple(_otherwise(vlm, run)),
     )
