@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo check test test-slow bench clean
+.PHONY: install demo check test test-slow bench docs clean
 
 install: $(STAMP)
 
@@ -36,5 +36,12 @@ test-slow: install
 bench: install
 	$(BIN)/python -m benchmarks
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf site $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

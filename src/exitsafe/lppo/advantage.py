@@ -23,9 +23,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     Returns:
         Advantages, and returns = advantages + values, both `(B, T)` and not whitened.
 
-    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
-    >>> gae(rewards, values, torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=1.0)
-    (tensor([[0.5000, 0.7500]]), tensor([[1., 1.]]))
+    Examples:
+        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
+        >>> gae(rewards, values, torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=1.0)
+        (tensor([[0.5000, 0.7500]]), tensor([[1., 1.]]))
     """
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])  # the value after the last token is 0: the answer ended there
@@ -55,11 +56,12 @@ def group_advantages(scores: Tensor, groups: Tensor, mask: Tensor, *, scale_by_d
     Returns:
         `(B, T)`; exactly zero where all scores of a group are equal, and where an answer stands alone.
 
-    >>> mask = torch.ones(3, 1, dtype=torch.bool)
-    >>> group_advantages(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([0, 0, 1]), mask)
-    tensor([[ 0.5000],
-            [-0.5000],
-            [ 0.0000]])
+    Examples:
+        >>> mask = torch.ones(3, 1, dtype=torch.bool)
+        >>> group_advantages(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([0, 0, 1]), mask)
+        tensor([[ 0.5000],
+                [-0.5000],
+                [ 0.0000]])
     """
     is_member = groups[:, None] == groups[None, :]  # (B, B)
     share = is_member.to(scores.dtype) / is_member.sum(dim=1, keepdim=True)

@@ -42,10 +42,11 @@ def shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask:
     Returns:
         `(B, T)`, zero outside the mask.
 
-    >>> mask = torch.tensor([[True, True, False]])
-    >>> logprobs, ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-2.0, -2.0, 0.0]])
-    >>> shaped_rewards(torch.tensor([3.0]), logprobs, ref, mask, kl_coef=0.5)
-    tensor([[-0.5000,  3.0000,  0.0000]])
+    Examples:
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> logprobs, ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-2.0, -2.0, 0.0]])
+        >>> shaped_rewards(torch.tensor([3.0]), logprobs, ref, mask, kl_coef=0.5)
+        tensor([[-0.5000,  3.0000,  0.0000]])
     """
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
     positions = torch.arange(mask.shape[1], device=mask.device)

@@ -62,9 +62,11 @@ class WeightedSum:
     Raises:
         InputError: Without parts, or if two are the same reward for the same kinds.
 
-    >>> reward = WeightedSum(parts=(Part(weight=0.5), Part(reward=lambda samples, responses: [1.0], kinds=("vqa",))))
-    >>> [part.label for part in reward.parts]
-    ['built-in', '<lambda>@vqa']
+    Examples:
+        >>> always_right = Part(reward=lambda samples, responses: [1.0], kinds=("vqa",))
+        >>> reward = WeightedSum(parts=(Part(weight=0.5), always_right))
+        >>> [part.label for part in reward.parts]
+        ['built-in', '<lambda>@vqa']
     """
 
     parts: tuple[Part, ...]

@@ -1,0 +1,59 @@
+"""Every command line in the pages and in the commands' own help is one that the command line takes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from exitsafe.cli.main import app
+from tests.docs.pages import PAGES, blocks, commands, files
+
+GROUP: Any = typer.main.get_command(app)
+SHOWN = [
+    pytest.param(page, command, id=f"{page.name}: {' '.join(command)}"[:80])
+    for page in PAGES
+    for block in blocks(page)
+    for command in commands(block)
+    if "..." not in command
+]
+
+
+def parse(arguments: list[str]) -> None:
+    """Read a command line as `exitsafe` does, and run nothing."""
+    command, name, context = GROUP, "exitsafe", None
+    while hasattr(command, "resolve_command"):
+        context = command.context_class(command, info_name=name, parent=context)
+        name, command, arguments = command.resolve_command(context, arguments)
+    command.make_context(name, list(arguments), parent=context)
+
+
+@pytest.mark.parametrize(("page", "command"), SHOWN)
+def test_commands_of_the_pages(page: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in files(page).items():
+        (tmp_path / name).write_text(text)
+    parse(command)
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(SHOWN) > 30
+    assert {command.values[1][0] for command in SHOWN} >= set(GROUP.commands) - {"demo"}  # type: ignore[index]
+
+
+def test_a_wrong_command_is_seen() -> None:
+    with pytest.raises(typer.BadParameter.__mro__[2]):
+        parse(["audit", "organism", "--no-such-flag"])
+
+
+@pytest.mark.parametrize("name", sorted(GROUP.commands))
+def test_every_help_has_an_example_that_parses(name: str) -> None:
+    command = GROUP.commands[name]
+    for shown in getattr(command, "commands", {"": command}).values():
+        assert shown.epilog, f"{name} has no example"
+        example = shown.epilog.partition("Example: exitsafe ")[2]
+        for line in example.replace(", then exitsafe ", "\n").splitlines():
+            parse(shlex.split(line))

@@ -1,0 +1,60 @@
+"""The Python of the pages runs, page by page, each page's blocks in order and in one namespace."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exitsafe
+from exitsafe.lppo import LPPOConfig
+from exitsafe.world import organism_suites
+from tests.docs.pages import PAGES, Block, blocks
+
+WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+FOR_ORGANISM = LPPOConfig.for_organism
+
+
+def brief(**settings: Any) -> LPPOConfig:
+    """The organism's settings with two steps: what a page shows must run, not repair."""
+    return FOR_ORGANISM(**{**settings, "num_steps": 2, "value_warmup_steps": 1, "batch_size": 16, "minibatch_size": 16})
+
+
+@pytest.fixture
+def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What a page may take for granted: a model, samples, a file of samples, and a folder to write into."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LPPOConfig, "for_organism", staticmethod(brief))
+    samples = organism_suites(split="train")
+    few = [sample for kind in ("harmful", "vqa") for sample in samples if sample.kind == kind][:4]
+    with Path("my.jsonl").open("w") as file:
+        for sample in few:
+            Path(f"{sample.id}.png").write_bytes(b"")
+            sample.images[0].save(f"{sample.id}.png")
+            row = {"id": sample.id, "prompt": sample.prompt, "kind": sample.kind, "images": [f"{sample.id}.png"]}
+            file.write(json.dumps(row | {"answers": list(sample.answers)}) + "\n")
+    yield {"exitsafe": exitsafe, "vlm": exitsafe.load_vlm("organism"), "samples": few}
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_snippets(page: Path, namespace: dict[str, Any]) -> None:
+    for block in blocks(page):
+        if block.language == "python":
+            run(block, namespace)
+
+
+def run(block: Block, namespace: dict[str, Any]) -> None:
+    """Run a block, or compile the one that the page says cannot run here."""
+    code = compile("\n" * block.line + block.text, block.where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if block.reason is None:
+        exec(code, namespace)  # our own pages
+
+
+def test_the_worked_examples_are_short() -> None:
+    lengths = [len(block.text.splitlines()) for block in blocks(PAGES[0].parent / "docs" / "extend.md")]
+    assert len(lengths) == 4
+    assert max(lengths) < 40
