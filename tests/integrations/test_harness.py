@@ -99,9 +99,7 @@ def test_a_cache_of_another_exit_is_refused_and_its_own_is_used(
 
 
 def test_a_cache_that_somebody_else_began_is_refused(tmp_path: Path) -> None:
-    from sqlitedict import SqliteDict
-
-    with SqliteDict(str(tmp_path / "cache_rank0.db"), autocommit=True) as theirs:
+    with pytest.importorskip("sqlitedict").SqliteDict(str(tmp_path / "cache_rank0.db"), autocommit=True) as theirs:
         theirs["a hash"] = "an answer"
     with pytest.raises(InputError, match="another model"):
         evaluate(lm_eval_model(organism(), exit_layer=1), use_cache=str(tmp_path / "cache"))

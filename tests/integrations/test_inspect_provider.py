@@ -76,9 +76,10 @@ def task() -> Task:
 
 
 def run(models: Sequence[str], folder: Path, **options: Any) -> list[EvalLog]:
-    return inspect_ai.eval(
+    logs: list[EvalLog] = inspect_ai.eval(
         task(), model=list(models), display="none", log_dir=str(folder), max_tokens=NUM_TOKENS, **options
     )
+    return logs
 
 
 def answers(log: EvalLog) -> tuple[str, ...]:
@@ -136,7 +137,7 @@ def test_an_adapter_changes_name_and_answers(tmp_path: Path) -> None:
 
     base = load_vlm("organism")
     config = LoraConfig(target_modules=base.language_model_pattern, r=4, init_lora_weights=False)
-    get_peft_model(base.model, config).save_pretrained(tmp_path / "adapter")
+    get_peft_model(base.model, config).save_pretrained(str(tmp_path / "adapter"))
     plain = get_model("exitsafe/organism@L1")
     adapted = get_model("exitsafe/organism@L1", adapter=str(tmp_path / "adapter"))
     assert str(plain) != str(adapted)

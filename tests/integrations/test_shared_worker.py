@@ -14,6 +14,7 @@ import exitsafe
 from exitsafe.errors import InputError
 from exitsafe.integrations import shared_worker
 from exitsafe.integrations.chat import Turn
+from exitsafe.integrations.chat_answers import answer_chats
 from exitsafe.integrations.shared_worker import Question, Reply, SharedWorker
 from exitsafe.records import Sample
 from tests.integrations.worldly import NUM_TOKENS, organism, own_answers, samples
@@ -33,7 +34,6 @@ def text(future: Future[Reply]) -> str:
 
 def test_many_callers_share_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    answer_chats = shared_worker.answer_chats
 
     def counted(vlm: Any, requests: Any, **options: Any) -> Any:
         sizes.append(len(requests))
@@ -76,8 +76,7 @@ def test_when_the_model_fails_every_caller_hears_of_it_and_the_next_is_answered(
 
 def test_what_is_cancelled_in_the_queue_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     going, go = threading.Event(), threading.Event()
-    computed = []
-    answer_chats = shared_worker.answer_chats
+    computed: list[str] = []
 
     def slow(vlm: Any, requests: Any, **options: Any) -> Any:
         computed.extend(request.prompt.sample_id for request in requests)

@@ -44,10 +44,6 @@ def lm_eval_model(
         ExitLayerError: If the encoder has no such block.
         InputError: If lm-eval is not installed, or `batch_size` is not a number of 1 or more.
         ModelError: If there is no processor.
-
-    >>> import lm_eval, exitsafe  # doctest: +SKIP
-    >>> lm = lm_eval_model(exitsafe.load_vlm("organism"), exit_layer=3)  # doctest: +SKIP
-    >>> lm_eval.simple_evaluate(lm, tasks=["mmmu_val"], apply_chat_template=True)  # doctest: +SKIP
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size={batch_size}: choose 1 or more")
