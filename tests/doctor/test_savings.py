@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from exitsafe.doctor import count_compute, load_blueprint, typical_prompt
+from exitsafe.doctor import Blueprint, count_compute, load_blueprint, typical_prompt
 from exitsafe.doctor.savings import count_savings
 from exitsafe.vlm import load_vlm
 from tests.tiny_models import save_tiny
@@ -20,6 +21,11 @@ LAYERS = (1, 3, 5, 6)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     path = tmp_path_factory.mktemp("models")
     return {family: save_tiny(family, path / family) for family in ("llava", "llava_next", "mllama")}
+
+
+@pytest.fixture(scope="module")
+def blueprints(folders: dict[str, Path]) -> dict[str, Blueprint]:
+    return {family: load_blueprint(folder) for family, folder in folders.items()}
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -45,8 +51,10 @@ def without_blocks(model: Any, exit_layer: int, *, skip_global: bool) -> Any:
 @pytest.mark.parametrize(
     ("family", "skip_global"), [("llava", False), ("llava_next", False), ("mllama", False), ("mllama", True)]
 )
-def test_bytes_are_the_true_difference(folders: dict[str, Path], family: str, skip_global: bool) -> None:
-    blueprint = load_blueprint(folders[family])
+def test_bytes_are_the_true_difference(
+    folders: dict[str, Path], blueprints: dict[str, Blueprint], family: str, skip_global: bool
+) -> None:
+    blueprint = blueprints[family]
     savings = count_savings(blueprint, typical_prompt(blueprint), LAYERS, skip_global=skip_global)
     model = load_vlm(folders[family], device="cpu").model
     assert savings.model_bytes == bytes_of(model)
@@ -57,8 +65,8 @@ def test_bytes_are_the_true_difference(folders: dict[str, Path], family: str, sk
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "mllama"])
-def test_operations_are_those_of_the_doctor(folders: dict[str, Path], family: str) -> None:
-    blueprint = load_blueprint(folders[family])
+def test_operations_are_those_of_the_doctor(blueprints: dict[str, Blueprint], family: str) -> None:
+    blueprint = blueprints[family]
     typical = typical_prompt(blueprint)
     compute, savings = count_compute(blueprint, typical), count_savings(blueprint, typical, LAYERS)
     assert savings.encoder_share == compute.encoder_share
@@ -69,8 +77,21 @@ def test_operations_are_those_of_the_doctor(folders: dict[str, Path], family: st
     assert savings.saved(6) == (compute.default_exit - 6) * per_block <= 0
 
 
-def test_global_blocks_are_operations_too(folders: dict[str, Path]) -> None:
-    blueprint = load_blueprint(folders["mllama"])
+@pytest.mark.parametrize(("family", "skip_global"), [("llava_next", False), ("mllama", True)])
+def test_every_exit_is_as_if_counted_by_itself(
+    blueprints: dict[str, Blueprint], family: str, skip_global: bool
+) -> None:
+    blueprint = blueprints[family]
+    typical = typical_prompt(blueprint)
+    savings = count_savings(blueprint, typical, LAYERS, skip_global=skip_global)
+    for layer in LAYERS:
+        with FlopCounterMode(display=False) as counter, blueprint.exit_at(layer, skip_global=skip_global):
+            blueprint.family_row.features(blueprint.base_model, typical.image_inputs)
+        assert savings.encoder[layer] == counter.get_total_flops()
+
+
+def test_global_blocks_are_operations_too(blueprints: dict[str, Blueprint]) -> None:
+    blueprint = blueprints["mllama"]
     typical = typical_prompt(blueprint)
     kept, skipped = (count_savings(blueprint, typical, LAYERS, skip_global=skip) for skip in (False, True))
     assert kept.saved(6) == 0 < skipped.saved(6)
@@ -78,8 +99,8 @@ def test_global_blocks_are_operations_too(folders: dict[str, Path]) -> None:
     assert skipped.encoder_share == kept.encoder_share  # the default exit stays the untouched model
 
 
-def test_a_longer_answer_dilutes_what_is_saved(folders: dict[str, Path]) -> None:
-    blueprint = load_blueprint(folders["llava"])
+def test_a_longer_answer_dilutes_what_is_saved(blueprints: dict[str, Blueprint]) -> None:
+    blueprint = blueprints["llava"]
     typical = typical_prompt(blueprint)
     short, long = (count_savings(blueprint, typical, (1,), num_answer_tokens=n) for n in (1, 256))
     assert short.saved(1) == long.saved(1)

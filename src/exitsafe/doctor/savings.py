@@ -74,7 +74,7 @@ def count_savings(
     longer = _language_model(blueprint, typical.num_prompt_tokens + num_answer_tokens)
     return Savings(
         default_encoder=_encoder(blueprint, typical, blueprint.default_exit, skip_global=False),
-        encoder={layer: _encoder(blueprint, typical, layer, skip_global=skip_global) for layer in exit_layers},
+        encoder=_by_exit(blueprint, typical, exit_layers, skip_global=skip_global),
         prefill=prefill,
         answer=longer - prefill,
         num_answer_tokens=num_answer_tokens,
@@ -82,6 +82,16 @@ def count_savings(
         model_bytes=weights_of(blueprint).total,
         is_measured=typical.is_measured,
     )
+
+
+def _by_exit(
+    blueprint: Blueprint, typical: Typical, exit_layers: Sequence[int], *, skip_global: bool
+) -> dict[int, int]:
+    """All blocks are alike: the first and the last exit tell what each costs."""
+    first, last = (_encoder(blueprint, typical, layer, skip_global=skip_global) for layer in (1, blueprint.num_layers))
+    per_block, rest = divmod(last - first, max(1, blueprint.num_layers - 1))
+    assert rest == 0, "the encoder's blocks differ"
+    return {layer: first + (layer - 1) * per_block for layer in exit_layers}
 
 
 def _encoder(blueprint: Blueprint, typical: Typical, exit_layer: int, *, skip_global: bool) -> int:
