@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from exitsafe.errors import InputError, RunError
@@ -111,6 +112,21 @@ def test_processes_and_accumulation_change_no_curve(
     assert sum(line["num_unscored"] for line in curve(tmp_path / "whole")) > 0
     for out in ("accumulated", "shared"):
         assert_alike(tmp_path / "whole", tmp_path / out)
+
+
+def test_each_calibration_answer_is_scored_by_one_process(vlm: VLM, tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        asked: list[int] = []
+
+        def reward(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+            asked.append(len(responses))
+            return [float(len(response.text)) for response in responses]
+
+        config = tiny_config(calibration_samples=9, num_steps=2)
+        align(vlm, make_samples(), reward=reward, config=config, out=tmp_path / "run")
+        assert asked == [5 - number, 4, 4]
+
+    together(2, work)
 
 
 def test_a_watch_of_two_processes_sees_what_one_sees(vlm: VLM, tmp_path: Path) -> None:
@@ -320,12 +336,17 @@ def test_fsdp2_gives_the_adapter_of_one_process(
         align(vlm, make_samples(), reward=picky, config=tiny_config(num_steps=4), out=tmp_path / out)
 
     def work(number: int) -> None:
+        told: list[bool] = []
+
+        def shard_block(block: torch.nn.Module, **settings: Any) -> Any:
+            told.append(settings["reshard_after_forward"])
+            return fully_shard(block, **settings)
+
+        monkeypatch.setattr("exitsafe.lppo.sharding.fully_shard", shard_block)
         train("cut-up")
+        assert set(told) == {reshard == "true"}
         weights = dict(vlm.model.named_parameters())
         cut_up = [name for name, weight in weights.items() if isinstance(weight, DTensor)]
-        if reshard == "false":  # put together by the last pass, and left so
-            assert not any(isinstance(weight, DTensor) for weight in weights.values())
-            return
         assert len(cut_up) == sum("language_model.layers" in name for name in weights)
         assert weights[cut_up[0]].to_local().numel() * 2 == weights[cut_up[0]].numel()
 

@@ -92,14 +92,15 @@ def test_each_part_is_normalised_by_itself() -> None:
     reward = WeightedSum(parts=(Part(reward=RewardModel(), weight=2.0), Part(reward=num_words, kinds=("benign",))))
     scorer = as_scorer(reward, ASKED)
     asked = [sample("benign"), sample("benign"), sample("harmful"), sample("harmful")]
-    scorer.calibrate(asked, [response("a b c d e"), response("abcde"), response("123456789"), response("12345")])
+    answers = [response("a b c d e"), response("abcde"), response("123456789"), response("12345")]
+    scorer.calibrate(scorer.raw_scores(asked, answers))
     # lengths 9, 5, 9, 5: mean 107, deviation 2; words of the benign ones 5, 1: mean 3, deviation 2
     assert scorer.calibration == [(107.0, 2.0), (3.0, 2.0)]
     (score,) = scorer([sample("benign")], [response("a b c de")])
     assert score.value == 2.0 * (108.0 - 107.0) / 2.0 + (4.0 - 3.0) / 2.0
     assert score.parts == {"reward:long": 108.0, "num_words@benign": 4.0}
     with pytest.raises(InputError, match="reward num_words@benign gave all 1 calibration answers the same score"):
-        scorer.calibrate([sample("benign"), sample("vqa")], [response("a"), response("bc")])
+        scorer.calibrate(scorer.raw_scores([sample("benign"), sample("vqa")], [response("a"), response("bc")]))
 
 
 def test_mean_and_deviation() -> None:

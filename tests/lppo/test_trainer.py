@@ -315,6 +315,20 @@ def test_scores_are_calibrated_on_the_untrained_model(vlm: VLM, samples: list[Sa
         assert abs(line["reward"]) < 2
 
 
+def test_scores_are_calibrated_at_the_exits_that_will_be_drawn(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
+    config = tiny_config(
+        exit_layers=(2, 4), layer_sampler="weighted", layer_weights={2: 0.0, 5: 0.0}, calibration_samples=16
+    )
+    seen: list[int] = []
+
+    def note(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        seen.extend(response.exit_layer for response in responses)
+        return [float(len(response.text)) for response in responses]
+
+    align(vlm, samples, reward=note, config=config, out=tmp_path / "run")
+    assert set(seen[:16]) == {4}
+
+
 def test_bad_input_leaves_no_folder_behind(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exit_layer=9, but this encoder has 6 blocks: choose 1 to 6"):
         align(vlm, samples, config=tiny_config(exit_layers=(9,)), out=tmp_path / "run")

@@ -136,15 +136,23 @@ class Scorer:
         by_part = self._by_part(samples, responses)
         return [self._sum([scores.get(place) for scores in by_part]) for place in range(len(samples))]
 
-    def calibrate(self, samples: Sequence[Sample], responses: Sequence[Response]) -> None:
-        """Bring the scores of these answers to mean 0, deviation 1, each part by itself.
+    def raw_scores(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[list[float | None]]:
+        """Of each answer the score that each part gave it; None where it gave none, or is not for it."""
+        found = self._by_part(samples, responses)
+        return [[scores[place].value if place in scores else None for scores in found] for place in range(len(samples))]
+
+    def calibrate(self, raw_scores: Sequence[Sequence[float | None]]) -> None:
+        """Bring scores such as these to mean 0, deviation 1, each part by itself.
+
+        Args:
+            raw_scores: Of each answer, by part.
 
         Raises:
             InputError: If a part gives them all the same score, so that nothing could be learnt from it.
         """
         self.calibration = [
-            mean_and_deviation([score.value for score in scores.values() if score.value is not None], part.label)
-            for part, scores in zip(self.parts, self._by_part(samples, responses), strict=True)
+            mean_and_deviation([score for score in scores if score is not None], part.label)
+            for part, scores in zip(self.parts, zip(*raw_scores, strict=True), strict=True)
         ]
 
     def _by_part(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[dict[int, Score]]:

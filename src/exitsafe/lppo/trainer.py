@@ -369,17 +369,17 @@ class _Run:
         return self.team.merge(dict(zip(own, scores, strict=True)))
 
     def _calibrate(self) -> None:
-        """Bring the scores of the untrained model to one scale, on the schedule's first samples."""
+        """Bring the scores of the untrained model to one scale, on the first samples at the exits drawn for them."""
         num = self.config.calibration_samples
-        indices, exit_layers = (
-            np.resize(drawn, num).tolist() for drawn in (self.schedule.sample_indices, self.schedule.exit_layers)
-        )
+        drawn = [self.layers.draw(step, uniform) for step, uniform in enumerate(self.schedule.exit_layers)]
+        indices = np.resize(self.schedule.sample_indices, num).tolist()
+        exit_layers = np.resize(np.stack(drawn), num).tolist()
         places = self.team.places(num, group_size=self.config.group_size)
         rows = self.features.rows(indices, exit_layers, places=places)
         samples = [self.samples[i] for i in indices]
         answers = rollout(self.vlm, samples, rows, config=self.config, draw=-1, team=self.team)
-        self.scorer.calibrate(samples, [answer.response for answer in answers])
-        self.scorer.calibration = self.team.gather(self.scorer.calibration)[0]  # a reward may draw
+        scores = self.scorer.raw_scores([samples[i] for i in places], [answers[i].response for i in places])
+        self.scorer.calibrate(self.team.merge(dict(zip(places, scores, strict=True))))
 
     def _measure_reference(self) -> None:
         """How often the untrained model answers picture questions wrongly at each exit: all exits in turn."""
