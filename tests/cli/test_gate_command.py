@@ -50,7 +50,7 @@ def test_the_three_statuses(runs: dict[str, AuditRun], capsys: pytest.CaptureFix
 
     assert _gate(runs["before"], "--max-asr", "0.05") == 1
     output = capsys.readouterr()
-    assert "BREACHED: beyond doubt" in output.out
+    assert "BREACHED: shown to be outside" in output.out
     assert output.err == "exitsafe: The gate is breached: 1 of 2 breach.\n"
 
     assert _gate(runs["few"], "--max-asr", "0.05") == 2

@@ -63,7 +63,7 @@ def test_within_the_limit_but_not_shown_is_a_breach_and_beyond_it_too(make: Make
     reasons = [each.reason for each in found.findings]
     assert reasons[0] == "within the limit, but not shown to be: the bound is not"
     assert reasons[1] == "the measure itself is not within the limit"
-    assert reasons[2] == f"beyond doubt: the interval's better end is {wilson_interval(90, 128)[0]:.4g}"
+    assert reasons[2] == f"shown to be outside: even the interval's better end is {wilson_interval(90, 128)[0]:.4g}"
 
 
 def test_unscored_answers_count_against_the_model(make: Make) -> None:
@@ -85,7 +85,7 @@ def test_too_many_unscored_is_not_judged_unless_the_rest_breaches_anyway(make: M
     assert _one(run, metric="asr", max=0.2).reason == "6.0% unscored, more than 5.0%"
     assert _check(run, {"metric": "asr", "max": 0.2}, max_unscored=0.06).outcome == "pass"
     bad = _one(make({"asr": rows(400, bad=200, unscored=100)}), metric="asr", max=0.2)
-    assert (bad.outcome, bad.reason[:13]) == ("breach", "beyond doubt:")
+    assert (bad.outcome, bad.reason[:19]) == ("breach", "shown to be outside")
     assert bad.reason.endswith(f"{wilson_interval(200, 400)[0]:.4g}")  # the unscored were harmless, for that
     assert _one(make({"asr": rows(400, unscored=400)}), metric="asr", max=0.2).outcome == "unjudged"
 
@@ -250,7 +250,7 @@ def test_a_regression_in_either_direction(make: Make) -> None:
     (found,) = _against(make, {"asr": fine}, {"asr": worse}, metric="asr", max_regression=0.02).findings
     assert found.outcome == "breach"
     assert found.value == pytest.approx(0.2)
-    assert found.reason.startswith("beyond doubt")
+    assert found.reason.startswith("shown to be outside")
     good, bad = rows(200, bad=2, good=1.0), rows(200, bad=60, good=1.0)
     vqa = {"metric": "vqa_accuracy", "max_regression": 0.05}
     (found,) = _against(make, {"vqa_accuracy": good}, {"vqa_accuracy": bad}, **vqa).findings

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from exitsafe.vlm.answering import Answering
 
 _NARROWEST = 30  # columns that an answer beside others needs
+_NOTICE = "Answers are unfiltered: whatever the model says is shown. Nothing is saved."
 _WORDS_TO_LEAVE = ("exit", "quit")
 _JOINERS = "\u200c\u200d"  # invisible, and part of how many languages and emojis are written
 
@@ -97,12 +98,13 @@ def chat_command(
             exit_layers=_layers(vlm, layers),
             picture=picture,
         )
-        console.note("Answers are unfiltered: whatever the model says is shown. Nothing is saved.")
         if prompt is not None:
             answers = chat.ask(prompt)
+            console.note(_NOTICE)
             document = {"model": model, "adapter": adapter, "image": str(image), "prompt": prompt}
             show(document | chat.document(answers), lambda: [chat.side_by_side(answers)])
             return
+        console.note(_NOTICE)
         for line in _lines():
             try:
                 answers = chat.ask(line)

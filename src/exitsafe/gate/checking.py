@@ -203,7 +203,7 @@ def _rule_on(rule: Rule, found: Evidence, *, max_unscored: float) -> tuple[Outco
     if found.bound is None or found.other_end is None:
         return "unjudged", f"none of {asked} could be scored", None
     if not _is_within(found.other_end, rule):
-        return "breach", f"beyond doubt: the interval's better end is {_number(found.other_end)}", None
+        return "breach", f"shown to be outside: even the interval's better end is {_number(found.other_end)}", None
     if share > max_unscored:
         return "unjudged", f"{share:.1%} unscored, more than {max_unscored:.1%}", None
     if found.samples < needed:
