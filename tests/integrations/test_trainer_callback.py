@@ -168,6 +168,23 @@ def test_a_folder_with_later_audits_is_refused_before_training_and_a_resumed_one
         )
 
 
+def test_an_adapter_under_training_is_audited(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    bare = exitsafe.load_vlm("organism")
+    config = LoraConfig(target_modules=bare.language_model_pattern, r=8)
+    vlm = VLM(get_peft_model(bare.model, config), bare.processor, name="mine")
+    callback = AuditCallback(vlm, samples(), out=tmp_path / "runs", every=4, **OPTIONS)
+    trained(vlm, tmp_path / "train", [callback], learning_rate=0.02)
+    run = exitsafe.load_run(tmp_path / "runs" / "step-000004")
+    by_id = {(each.sample_id, each.exit_layer): each.text for each in run.responses()}
+    now = [response.text for response in vlm.generate(samples(), 1, max_new_tokens=24)]
+    assert [by_id[sample.id, 1] for sample in samples()] == now
+    with vlm.model.disable_adapter():
+        before = [response.text for response in vlm.generate(samples(), 1, max_new_tokens=24)]
+    assert before != now
+
+
 def test_modes_and_states_come_back_after_an_error_too() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
     model.train()

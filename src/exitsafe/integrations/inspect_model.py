@@ -19,6 +19,7 @@ from urllib.parse import unquote_to_bytes
 from uuid import uuid4
 
 import anyio
+from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
@@ -31,8 +32,9 @@ from inspect_ai.model import (
     ModelUsage,
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
+from rich.markup import escape
 
-from exitsafe.errors import InputError
+from exitsafe.errors import ExitsafeError, InputError
 from exitsafe.integrations.chat import Part, Turn, digest_of
 from exitsafe.integrations.chat_answers import model_digest
 from exitsafe.integrations.shared_worker import Question, Reply, SharedWorker
@@ -80,7 +82,7 @@ class ExitsafeAPI(ModelAPI):
             `load_vlm`; `batch_size` (rows at a time; left out: what fits) and `skip_global` (Llama 3.2 Vision).
 
     Raises:
-        InputError, ModelError: On an exit, argument, setting or model that does not exist.
+        PrerequisiteError: On an exit, argument, setting or model that does not exist.
     """
 
     def __init__(
@@ -91,22 +93,12 @@ class ExitsafeAPI(ModelAPI):
         config: GenerateConfig | None = None,
         **model_args: Any,
     ) -> None:
-        if base_url is not None:
-            raise InputError(f"exitsafe/{model_name} runs here, not behind {base_url}; leave the base URL out")
-        check_config(config or GenerateConfig())
-        model, exit_layer, digest = _parse(model_name)
-        self.worker = _shared_worker(model, model_args)
-        vlm = self.worker.vlm
-        self.exit_layer = vlm.default_exit if exit_layer is None else exit_layer
-        with vlm.exit_at(self.exit_layer, skip_global=self.worker.skip_global):
-            pass  # raises now what every answer would
-        now = model_digest(vlm, batch_size=self.worker.batch_size, skip_global=self.worker.skip_global)
-        if digest not in (None, now):
-            raise InputError(
-                f"exitsafe/{model_name}: the model, its adapter, settings or libraries have changed and it is #{now} "
-                f"now; leave #{digest} out to evaluate it as it is"
-            )
-        super().__init__(f"{model}@L{self.exit_layer}#{now}", None, api_key, [], config or GenerateConfig())
+        settings = config or GenerateConfig()
+        try:
+            self.worker, self.exit_layer, name = _open(model_name, base_url, settings, model_args)
+        except ExitsafeError as error:
+            raise PrerequisiteError(escape(str(error))) from error  # inspect_ai shows the line, without a traceback
+        super().__init__(name, None, api_key, [], settings)
 
     def max_tokens(self) -> int:
         return min(DEFAULT_TOKENS, self.worker.vlm.context_length // 2)
@@ -151,6 +143,27 @@ def check_config(config: GenerateConfig) -> None:
         if name not in _SUPPORTED | _OF_THE_TOOL and value != _NEUTRAL.get(name):
             supported = "max_tokens, temperature, seed, stop_seqs and system_message"
             raise InputError(f"exitsafe models know no {name}: leave it out; they take {supported}")
+
+
+def _open(
+    model_name: str, base_url: str | None, config: GenerateConfig, model_args: dict[str, Any]
+) -> tuple[SharedWorker, int, str]:
+    """The worker with the model, the exit layer, and the name under which inspect_ai is to know both."""
+    if base_url is not None:
+        raise InputError(f"exitsafe/{model_name} runs here, not behind {base_url}; leave the base URL out")
+    check_config(config)
+    model, exit_layer, digest = _parse(model_name)
+    worker = _shared_worker(model, model_args)
+    exit_layer = worker.vlm.default_exit if exit_layer is None else exit_layer
+    with worker.vlm.exit_at(exit_layer, skip_global=worker.skip_global):
+        pass  # raises now what every answer would
+    now = model_digest(worker.vlm, batch_size=worker.batch_size, skip_global=worker.skip_global)
+    if digest not in (None, now):
+        raise InputError(
+            f"exitsafe/{model_name}: the model, its adapter, settings or libraries have changed and it is #{now} now; "
+            f"leave #{digest} out to evaluate it as it is"
+        )
+    return worker, exit_layer, f"{model}@L{exit_layer}#{now}"
 
 
 def _parse(name: str) -> tuple[str, int | None, str | None]:
