@@ -8,8 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exitsafe.vlm import memory
-from exitsafe.vlm.memory import MOST_ROWS, cache_bytes, free_memory, is_out_of_memory, rows_that_fit
+from exitsafe.records import Sample
+from exitsafe.vlm import VLM, memory
+from exitsafe.vlm.memory import (
+    MOST_ROWS,
+    ImageStates,
+    cache_bytes,
+    free_memory,
+    is_out_of_memory,
+    row_bytes,
+    rows_that_fit,
+)
+from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
 CPU = torch.device("cpu")
 # LLaVA-1.5's language model: 2 * 32 layers * 32 heads * 128 * 2 bytes = 0.5 MiB per token
@@ -22,6 +32,35 @@ def test_cache_bytes_by_hand() -> None:
     assert cache_bytes(VICUNA, num_tokens=1000, dtype=torch.bfloat16) == 1000 * 2**19
     grouped = SimpleNamespace(**{**vars(VICUNA), "num_key_value_heads": 8, "head_dim": 64})
     assert cache_bytes(grouped, num_tokens=10, dtype=torch.float32) == 2 * 32 * 8 * 64 * 10 * 4
+
+
+def test_image_states_stand_in_the_cache_instead_of_text() -> None:
+    """Two of the layers hold 300 states each: 30 * 1000 + 2 * 300 of the 32 * 1000 places."""
+    images = ImageStates(num_layers=2, per_row=300)
+    found = cache_bytes(VICUNA, num_tokens=1000, dtype=torch.bfloat16, images=images)
+    assert found == 2**14 * (30 * 1000 + 2 * 300)
+    more = row_bytes(VICUNA, num_tokens=1000, dtype=torch.bfloat16, images=ImageStates(num_layers=2, per_row=5000))
+    assert more - row_bytes(VICUNA, num_tokens=1000, dtype=torch.bfloat16) == 2 * 2**14 * 2 * 4000
+
+
+def test_a_model_counts_the_states_that_its_encoder_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = VLM(tiny_model("mllama"), tiny_processor("mllama"), name="mllama")
+    samples = [Sample(id=f"s{n}", prompt="what", images=(noise_image(n),) * n, kind="benign") for n in range(3)]
+    prompts = [vlm.encode_prompt(sample) for sample in samples]
+    found: list[ImageStates] = []
+
+    def note(*_: object, images: ImageStates, **__: object) -> int:
+        found.append(images)
+        return 1
+
+    monkeypatch.setattr("exitsafe.vlm.model.rows_that_fit", note)
+    for prompt in prompts:
+        vlm.rows_that_fit([prompt], max_new_tokens=4)
+    vlm.rows_that_fit(prompts, max_new_tokens=4)
+    states = [features[1] for features in vlm.prompt_features(prompts, (1,), batch_size=4)]
+    wanted = [0 if each is None else sum(tensor.flatten(0, 1).shape[0] for tensor in each) for each in states]
+    assert [each.per_row for each in found] == [*wanted, max(wanted)]
+    assert found[0].num_layers == len(vlm.text_config.cross_attention_layers)
 
 
 @pytest.mark.parametrize(("free", "rows"), [(0, 1), (2**30, 1), (10 * 2**30, 6), (2**50, MOST_ROWS)])

@@ -22,7 +22,7 @@ from exitsafe.lppo.policy import Policy, attached_policy, pack_size
 from exitsafe.lppo.update import Learner
 from exitsafe.vlm import Row
 from exitsafe.vlm.answering import BATCHES_AT_ONCE, FEATURE_BYTES
-from exitsafe.vlm.memory import MOST_ROWS, SHARE, cache_bytes, row_bytes
+from exitsafe.vlm.memory import MOST_ROWS, SHARE, ImageStates, cache_bytes, row_bytes
 from exitsafe.vlm.prompts import Prompt
 
 COMFORTABLE = 0.9
@@ -331,21 +331,22 @@ def _waiting(typical: Typical, rows: int, free: int | None) -> int:
 
 
 def _cache(blueprint: Blueprint, typical: Typical, num_tokens: int) -> int:
-    """Bytes of a row's cache; layers that read the image keep its states instead of the text's."""
-    config, dtype = blueprint.text_config, blueprint.base_model.dtype
-    num_layers = int(config.num_hidden_layers)
-    per_layer = cache_bytes(config, num_tokens=num_tokens, dtype=dtype) // num_layers
-    num_across = len(blueprint.family_row.image_cache_layers(config))
-    num_states = 0 if typical.image_states is None else typical.image_states.shape[1]
-    return per_layer * (num_layers - num_across) + per_layer // num_tokens * num_states * num_across
+    """Bytes of a row's cache."""
+    dtype, images = blueprint.base_model.dtype, _images(blueprint, typical)
+    return cache_bytes(blueprint.text_config, num_tokens=num_tokens, dtype=dtype, images=images)
 
 
 def _row(blueprint: Blueprint, typical: Typical, num_tokens: int) -> int:
-    """Bytes of a row under generation, image states in the cache included."""
-    config, dtype = blueprint.text_config, blueprint.base_model.dtype
-    text_alone = cache_bytes(config, num_tokens=num_tokens, dtype=dtype)
-    more = max(0, _cache(blueprint, typical, num_tokens) - text_alone)
-    return row_bytes(config, num_tokens=num_tokens, dtype=dtype) + 2 * more
+    """Bytes of a row under generation."""
+    dtype, images = blueprint.base_model.dtype, _images(blueprint, typical)
+    return row_bytes(blueprint.text_config, num_tokens=num_tokens, dtype=dtype, images=images)
+
+
+def _images(blueprint: Blueprint, typical: Typical) -> ImageStates:
+    return ImageStates(
+        num_layers=len(blueprint.family_row.image_cache_layers(blueprint.text_config)),
+        per_row=0 if typical.image_states is None else typical.image_states.shape[1],
+    )
 
 
 def _rows_that_fit(free: int | None, taken: int, per_row: int) -> int | None:

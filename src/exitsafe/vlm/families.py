@@ -81,6 +81,10 @@ class Family:
         """Layers of the language model's cache that hold image states, of one width, instead of the text's."""
         return frozenset()
 
+    def num_image_states(self, config: Any, inputs: Mapping[str, Tensor]) -> int:
+        """States of one prompt's images in each of these layers."""
+        return 0
+
     def collate_images(self, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Join the image inputs of several prompts."""
         return {name: torch.cat(_pad_tiles([item[name] for item in inputs])) for name in self.image_inputs}
@@ -121,6 +125,13 @@ class Mllama(Family):
 
     def image_cache_layers(self, text_config: Any) -> frozenset[int]:
         return frozenset(text_config.cross_attention_layers)
+
+    def num_image_states(self, config: Any, inputs: Mapping[str, Tensor]) -> int:
+        if not inputs:
+            return 0
+        _, num_images, num_tiles, _, height, width = inputs["pixel_values"].shape
+        patch = config.vision_config.patch_size
+        return int(num_images * num_tiles * ((height // patch) * (width // patch) + 1))  # and a class token each
 
     def batch_key(self, inputs: Mapping[str, Tensor]) -> object:
         # Text before the first image attends evenly to all image slots, so an empty slot beside a row with more

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,28 @@ def _left_in_container() -> int:
     return max(0, limit - used)
 
 
-def cache_bytes(text_config: Any, *, num_tokens: int, dtype: torch.dtype) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ImageStates:
+    """What layers that read pictures by cross-attention keep in the cache, instead of the text's keys and values."""
+
+    num_layers: int = 0
+    per_row: int = 0
+
+
+NO_STATES = ImageStates()
+
+
+def cache_bytes(text_config: Any, *, num_tokens: int, dtype: torch.dtype, images: ImageStates = NO_STATES) -> int:
     """Bytes of one row's key-value cache at its full length."""
     num_heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return int(2 * text_config.num_hidden_layers * num_heads * head_dim * num_tokens * dtype.itemsize)
+    num_kept = (text_config.num_hidden_layers - images.num_layers) * num_tokens + images.num_layers * images.per_row
+    return int(2 * num_heads * head_dim * num_kept * dtype.itemsize)
 
 
-def rows_that_fit(text_config: Any, *, num_tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+def rows_that_fit(
+    text_config: Any, *, num_tokens: int, dtype: torch.dtype, device: torch.device, images: ImageStates = NO_STATES
+) -> int:
     """How many rows of up to `num_tokens` tokens to generate at a time: 1 to `MOST_ROWS`.
 
     An estimate from the cache, twice (joining batches copies it), and from one layer's activations while the prompt
@@ -58,15 +73,16 @@ def rows_that_fit(text_config: Any, *, num_tokens: int, dtype: torch.dtype, devi
         num_tokens: Prompt, images and answer together.
         dtype: Of the model.
         device: Of the model.
+        images: What the cache holds of a row's pictures, where that is not among the tokens.
     """
-    per_row = row_bytes(text_config, num_tokens=num_tokens, dtype=dtype)
+    per_row = row_bytes(text_config, num_tokens=num_tokens, dtype=dtype, images=images)
     return int(max(1, min(MOST_ROWS, SHARE * free_memory(device) // per_row)))
 
 
-def row_bytes(text_config: Any, *, num_tokens: int, dtype: torch.dtype) -> int:
+def row_bytes(text_config: Any, *, num_tokens: int, dtype: torch.dtype, images: ImageStates = NO_STATES) -> int:
     """Bytes that a row under generation takes at most: its cache, twice, and one layer's activations."""
     width = text_config.hidden_size * 4 + text_config.intermediate_size * 2
-    cache = cache_bytes(text_config, num_tokens=num_tokens, dtype=dtype)
+    cache = cache_bytes(text_config, num_tokens=num_tokens, dtype=dtype, images=images)
     return int(2 * cache + num_tokens * width * dtype.itemsize)
 
 

@@ -22,7 +22,7 @@ from exitsafe.vlm.exits import ExitStack, Hook, check_exit_layer, skip_patch
 from exitsafe.vlm.families import find_family
 from exitsafe.vlm.features import Features, compute_features, features_by_prompt
 from exitsafe.vlm.generation import Completion, Row, Sampling, answer_samples, complete_rows, end_tokens
-from exitsafe.vlm.memory import offloaded, rows_that_fit
+from exitsafe.vlm.memory import ImageStates, offloaded, rows_that_fit
 from exitsafe.vlm.packing import packed_states
 from exitsafe.vlm.prompts import Prompt, check_room, collate, encode
 from exitsafe.vlm.translators import Translators, find_projector
@@ -289,11 +289,14 @@ class VLM:
 
     def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
         """How many of these prompts to answer at a time with the memory that is free now, at least 1."""
+        across = len(self.family_row.image_cache_layers(self.text_config))
+        states = max(self.family_row.num_image_states(self.base_model.config, each.image_inputs) for each in prompts)
         return rows_that_fit(
             self.text_config,
             num_tokens=max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens,
             dtype=self.base_model.dtype,
             device=self.device,
+            images=ImageStates(num_layers=across, per_row=states),
         )
 
     def offloaded(self) -> AbstractContextManager[None]:
