@@ -182,6 +182,11 @@ def test_an_unsure_clock_leaves_the_word_to_the_count(runs: Path) -> None:
     assert [point.bytes_saved for point in found.points] == [80, 40, 0]
 
 
+def test_the_default_exit_alone_says_nothing_of_early_exit(runs: Path) -> None:
+    run = make_weighed(runs, asr=[rate(0, N)], default_exit=1)
+    assert find_frontier(run, make_latency({1: 2.0}, default=1), make_savings()).hardly_saves is None
+
+
 def test_what_cannot_be_limited(runs: Path) -> None:
     run = make_weighed(runs, asr=[rate(0, 10)])
     with pytest.raises(InputError, match=r"min_vqa: .* has no vqa_accuracy; audit vqa samples"):

@@ -154,7 +154,9 @@ class Frontier:
     @property
     def hardly_saves(self) -> bool | None:
         """Whether early exit is no way to speed here: by the clock where it is sure, else by what was counted; None if
-        nothing is known."""
+        nothing is known or nothing cheaper than the untouched model was audited."""
+        if self.points[0].exit_layer >= self.default_exit and not self.skip_global:
+            return None
         times = self.points[0].times
         if times is not None:
             saved = times.saved_share
