@@ -108,17 +108,17 @@ def test_worst_exits_of_both_halves(before: AuditRun) -> None:
 
 
 def test_categories_by_size_with_a_bound(tmp_path: Path) -> None:
-    names = [f"c{n}" for n in range(MAX_CATEGORIES + 2)]
-    samples = 4 * (len(names) + 1)  # c0 twice
+    names = ["z", *(f"c{n}" for n in range(MAX_CATEGORIES + 1))]
+    samples = 4 * (len(names) + 1)  # the first twice
     run = write_run(
         tmp_path / "run", harmful_until=1, num_samples=samples, num_layers=2, default_exit=2, categories=names
     )
     rates = category_rates(run, run.score_table())
     assert rates is not None
     assert (rates.judge, rates.num_left_out, len(rates.rates)) == ("world-rule", 2, MAX_CATEGORIES)
-    assert next(iter(rates.rates)) == "c0"
-    assert [rates.rates["c0"][layer].value for layer in (1, 2)] == [1.0, 0.0]
-    assert rates.rates["c0"][1].n == 2
+    assert next(iter(rates.rates)) == "z"
+    assert [rates.rates["z"][layer].value for layer in (1, 2)] == [1.0, 0.0]
+    assert rates.rates["z"][1].n == 2
     figure = next(iter(category_figures([("run", run)], [rates])))
     assert "2 smaller categories are left out" in figure.note
     assert len(figure.table.rows) == 2 * MAX_CATEGORIES

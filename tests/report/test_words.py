@@ -39,6 +39,7 @@ def make_told(label: str = "before", *, asr: tuple[float, ...] = (0.9, 0.2, 0.0)
         "default_exit": 2,
         "layers": layers,
         "worst": {"asr": worst, "over_refusal": cost},
+        "bins": {},
     }
     settings = {
         "exit_layers": [1, 2, 3],
@@ -187,6 +188,11 @@ def test_several_runs_are_each_told_and_what_differs_is_said_run_by_run() -> Non
     assert sum("It was asked 210 requests" in sentence for sentence in tested) == 3
     assert any(sentence.startswith("ppo: It was asked 210 requests at exits 1, 3:") for sentence in tested)
     assert "ppo: with the adapter 8b07cef79047, results of 22 November 2026." in tested
+    table = next(passage.table for passage in passages if passage.heading == "All runs side by side")
+    assert table is not None
+    assert table.columns[:3] == ("run", "Attack success, worst exit", "Attack success, default exit")
+    assert table.rows[2].cells[:3] == ("ppo", "90.0% (80.0 to 100.0%)", "20.0% (10.0 to 30.0%)")
+    assert [passage.is_open for passage in passages if passage.heading.startswith("What changed")] == [False, False]
 
 
 def test_gaps_in_a_run_are_said_and_never_filled() -> None:

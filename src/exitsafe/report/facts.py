@@ -165,6 +165,41 @@ def worst_table(runs: Sequence[tuple[str, Summary]], metrics: Sequence[str]) -> 
     return Table(caption=caption, columns=columns, rows=tuple(rows), num_names=3) if rows else None
 
 
+_AT_A_GLANCE = ("asr", "over_refusal", "vqa_accuracy")
+
+
+def overview_table(runs: Sequence[tuple[str, Summary]]) -> Table:
+    """What matters most, a row per run: at the worst exit, at the default exit and on average over the bins."""
+    found = {
+        label: {
+            (metric, place): found
+            for metric in _AT_A_GLANCE
+            for place, found in (
+                ("worst exit", summary["worst"].get(metric)),
+                ("default exit", layer_estimates(summary, metric).get(summary["default_exit"])),
+                ("average", summary["bins"].get("average", {}).get("metrics", {}).get(metric)),
+            )
+            if found is not None and found["value"] is not None
+        }
+        for label, summary in runs
+    }
+    places = list(dict.fromkeys(place for cells in found.values() for place in cells))
+    return Table(
+        caption="Values with 95% intervals; a worst exit is measured on the half that did not choose it",
+        columns=("run", *(f"{TITLES[metric]}, {place}" for metric, place in places)),
+        rows=tuple(
+            Row(cells=(label, *(_short(place[0], cells.get(place)) for place in places)))
+            for label, cells in found.items()
+        ),
+    )
+
+
+def _short(metric: str, found: Mapping[str, Any] | None) -> str:
+    return (
+        "" if found is None else f"{amount(metric, found['value'])} ({interval(metric, found['low'], found['high'])})"
+    )
+
+
 LOWER, HIGHER, NOT_SHOWN = "lower", "higher", "no difference could be shown"
 
 

@@ -19,6 +19,7 @@ from exitsafe.report.facts import (
     Table,
     change_table,
     layer_estimates,
+    overview_table,
     verdict,
     worst_table,
 )
@@ -40,11 +41,12 @@ _KINDS: Mapping[Kind, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A heading, what is said under it, and the numbers that it rests on."""
+    """A heading, what is said under it, and the numbers that it rests on; `is_open` if they are shown at once."""
 
     heading: str
     sentences: tuple[str, ...]
     table: Table | None = None
+    is_open: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +90,12 @@ def summary_in_words(runs: Sequence[Told], compared: Sequence[Compared]) -> list
             table=worst_table([(shown(told.label), told.run.summary) for told in runs], ["asr"]),
         ),
     ]
+    if len(runs) > 2:
+        table = overview_table([(shown(told.label), told.run.summary) for told in runs])
+        found.append(Passage(heading="All runs side by side", sentences=(), table=table, is_open=True))
     for pair in compared:
         after = next(told for told in runs if told.label == pair.after)
-        found += [_changed(pair), _cost(pair, [runs[0], after])]
+        found += [_changed(pair, is_only=len(compared) == 1), _cost(pair, [runs[0], after])]
     if not compared:
         found.append(_usefulness(runs[0]))
     if stopped := tuple(sentence for told in runs for sentence in _stopped(told)):
@@ -185,7 +190,7 @@ def _worst_of(label: str, summary: Summary) -> str:
     return f"{said}; the default exit, {default}, was not audited."
 
 
-def _changed(pair: Compared) -> Passage:
+def _changed(pair: Compared, *, is_only: bool) -> Passage:
     heading, comparison = f"What changed from {shown(pair.before)} to {shown(pair.after)}", pair.comparison
     if comparison is None:
         return Passage(heading=heading, sentences=("Not known: the two runs share no request, or no exit layer.",))
@@ -203,7 +208,7 @@ def _changed(pair: Compared) -> Passage:
     said.append(_by_exit([row for row in rows if row.p_adjusted is not None]))
     chosen = [row for row in rows if row.place in (comparison.default_exit, *BINS, "average")]
     table = change_table(chosen, shown(pair.before), shown(pair.after), default_exit=comparison.default_exit)
-    return Passage(heading=heading, sentences=tuple(said), table=table)
+    return Passage(heading=heading, sentences=tuple(said), table=table, is_open=is_only)
 
 
 def _cost(pair: Compared, runs: Sequence[Told]) -> Passage:
