@@ -12,7 +12,16 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.mark.parametrize(
     ("name", "processes", "machines", "kind"),
-    [("one_gpu", 1, 1, "NO"), ("eight_gpus", 8, 1, "MULTI_GPU"), ("two_nodes", 16, 2, "MULTI_GPU")],
+    [
+        ("one_gpu", 1, 1, "NO"),
+        ("eight_gpus", 8, 1, "MULTI_GPU"),
+        ("two_nodes", 16, 2, "MULTI_GPU"),
+        ("align/ddp", 4, 1, "MULTI_GPU"),
+        ("align/two_machines", 8, 2, "MULTI_GPU"),
+        ("align/fsdp2", 4, 1, "FSDP"),
+        ("align/fsdp2_keep", 4, 1, "FSDP"),
+        ("align/deepspeed_zero3", 4, 1, "DEEPSPEED"),
+    ],
 )
 def test_launch_configs(name: str, processes: int, machines: int, kind: str) -> None:
     config = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))
@@ -23,4 +32,6 @@ def test_launch_configs(name: str, processes: int, machines: int, kind: str) -> 
 
 def test_the_readme_names_every_config() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert all(f"({path.name})" in text for path in EXAMPLES.glob("*.yaml"))
+    assert all(
+        f"({path.relative_to(EXAMPLES)})" in text for path in (*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("align/*.yaml"))
+    )
