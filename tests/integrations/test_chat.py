@@ -75,6 +75,9 @@ def test_a_template_that_takes_strings_gets_strings() -> None:
     turns = [Turn(role="system", parts=("be brief",)), user("what ", "now")]
     assert render_chat(with_template(ONLY_STRINGS), turns, prompt_id="s") == "[system]be brief[user]what now"
 
+    code = "what is {'type': 'text'}"
+    assert render_chat(with_template(ONLY_STRINGS), [user(code)], prompt_id="s") == f"[user]{code}"
+
 
 @pytest.mark.parametrize(
     ("template", "turns", "complaint"),

@@ -22,6 +22,7 @@ from exitsafe.vlm.prompts import Prompt, open_image
 Picture: TypeAlias = Image | Path | bytes
 Part: TypeAlias = str | Picture
 """Words or a picture."""
+_AS_CODE = "{'type': '"  # what a template that expects a string writes of a list of parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,8 @@ def _message(turn: Turn, *, has_plain_texts: bool) -> dict[str, Any]:
 
 def _is_whole(text: str, turns: Sequence[Turn], image_token: str) -> bool:
     """Every word and picture is in the text, in order of the turns, and no list of parts was written out as code."""
-    if text.count(image_token) != sum(len(turn.pictures) for turn in turns) or "{'type': '" in text:
+    as_code = sum(said.count(_AS_CODE) for turn in turns for said in turn.texts)
+    if text.count(_AS_CODE) > as_code or text.count(image_token) != sum(len(turn.pictures) for turn in turns):
         return False
     place = 0
     for turn in turns:
