@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitsafe.cli import console
 from exitsafe.cli.doctor_tables import readable
-from exitsafe.errors import ExitsafeError
+from exitsafe.errors import ExitsafeError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -122,16 +123,17 @@ def check_audit(
     plan: AuditPlan, samples: Sequence[Sample], judges: Sequence[Judge] | None, *, loading: Mapping[str, Any]
 ) -> MemoryCheck:
     """Plan an audit."""
-    from exitsafe.doctor import audit_plan, bytes_by_name, judge_bytes, typical_prompt
-    from exitsafe.judges.qwen3guard import DEFAULT_MODEL
+    from exitsafe.doctor import audit_plan, judge_bytes, typical_prompt
+    from exitsafe.judges import load_judges
     from exitsafe.vlm import resolve_layers
 
     def make(blueprint: Blueprint, device: torch.device, free: int) -> Plan:
         beside = 0
         if plan.settings["judge_pass"] == "beside":
             is_world = all(sample.source.startswith("organism-") for sample in samples)
-            beside = judge_bytes(judges or [], on=device)
-            beside += bytes_by_name(DEFAULT_MODEL) if judges is None and not is_world else 0
+            usual = [] if is_world else load_judges(["qwen3guard"])
+            with suppress(ModelError):  # the audit then takes a proxy without a model, and says so
+                beside = judge_bytes(usual if judges is None else judges, on=device)
         return audit_plan(
             blueprint,
             typical_prompt(blueprint, samples),
@@ -187,8 +189,6 @@ _DECIDING = ("revision", "dtype", "quantization", "trust_remote_code")
 
 def _device(name: str, own_device: Any) -> torch.device:
     import torch
-
-    from exitsafe.errors import ModelError
 
     if name == "auto":
         found: torch.device = own_device()
