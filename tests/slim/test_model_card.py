@@ -124,14 +124,14 @@ def test_another_models_run_is_refused(model: Path, run: AuditRun, tmp_path: Pat
 
 
 def test_a_kept_adapter_is_said_loudly() -> None:
-    text = write_card(name="slim", base=BASE, license_id=None, exported=EXPORTED | {"adapter": "kept"}, command="c")
+    text = write_card(name="slim", base=BASE, license_id=None, exported=EXPORTED | {"adapter": "kept"})
     assert "must be loaded too: without it this is the model before its repair" in text
     assert 'PeftModel.from_pretrained(model, "slim", subfolder="adapter")' in text
 
 
 def test_base_model_and_license_where_they_are_known(tmp_path: Path) -> None:
     base = BASE.model_copy(update={"name": "llava-hf/llava-1.5-7b-hf"})
-    text = write_card(name="slim", base=base, license_id="mit", exported=EXPORTED, command="c")
+    text = write_card(name="slim", base=base, license_id="mit", exported=EXPORTED)
     assert _header(text).base_model == "llava-hf/llava-1.5-7b-hf"
     assert _header(text).license == "mit"
     assert license_of("organism", folder=None, revision=None) == "apache-2.0"
@@ -161,6 +161,7 @@ BASE = Base(name="model", family="llava", num_layers=6, default_exit=5, checkpoi
 _SIZES = {"encoder_blocks": 6, "global_blocks": 0, "parameters": 10, "weight_bytes": 40}
 EXPORTED: dict[str, Any] = {
     "exitsafe": "0",
+    "command": "exitsafe export model --exit-layer 2 --out slim",
     "date": "2000-01-01T00:00:00+00:00",
     "exit_layer": 2,
     "skip_global": False,

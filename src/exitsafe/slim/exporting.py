@@ -7,6 +7,7 @@ appears under the folder's name before all of it went well.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,8 +30,9 @@ from exitsafe.slim.audited import audit_record, check_is_of
 from exitsafe.slim.checkpoint import check_can_be_cut, cut, dropped_blocks
 from exitsafe.slim.folder import check_empty, whole_folder
 from exitsafe.slim.manifest import ADAPTER, CARD, Base, write_manifest
+from exitsafe.slim.merging import base_weights
 from exitsafe.slim.model_card import is_hub_id, license_of, write_card
-from exitsafe.slim.probe import latency_of, logits_of, probe_inputs
+from exitsafe.slim.probe import latencies_of, logits_of, probe_inputs
 
 if TYPE_CHECKING:
     from exitsafe.vlm import VLM
@@ -93,7 +95,8 @@ def export(
         inputs = probe_inputs(vlm, exit_layer=exit_layer)
         with vlm.exit_at(exit_layer, skip_global=skip_global):
             wanted = logits_of(vlm.model, inputs)
-        latency, sizes = {"before": latency_of(vlm, inputs)}, {"before": _sizes(vlm)}
+        # a GPU may not hold both models; on a CPU they are timed in turns, which a busy machine disturbs less
+        alone = latencies_of([vlm], inputs) if vlm.device.type != "cpu" else []
         steps.next()
         with writing(out):
             _save(vlm, folder, name=out.resolve().name, exit_layer=exit_layer, skip_global=skip_global, adapter=kept)
@@ -101,35 +104,38 @@ def export(
         with vlm.offloaded():
             slim = _load_again(folder, vlm)
             check = _compare(wanted, logits_of(slim.model, inputs), vlm, exit_layer=exit_layer, is_merged=is_merged)
-            latency["after"], sizes["after"] = latency_of(slim, inputs), _sizes(slim)
+            before, after = [*alone, *latencies_of([slim] if alone else [vlm, slim], inputs)]
         steps.next()
-        base = _base(vlm)
-        content: dict[str, Any] = {
-            "exitsafe": __version__,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": _command(vlm, out.resolve().name, exit_layer, skip_global, kept, has_audit=measured is not None),
-            "base": base,
+        facts = {
             "exit_layer": exit_layer,
             "skip_global": skip_global,
             "adapter": None if acting is None else "kept" if keep_adapter else "merged",
-            "dtype": str(vlm.base_model.dtype).removeprefix("torch."),
             "check": check,
-            "sizes": sizes,
-            "latency": {when: asdict(found) for when, found in latency.items()},
+            "sizes": {"before": _sizes(vlm), "after": _sizes(slim)},
+            "latency": {"before": asdict(before), "after": asdict(after)},
             "audit": measured,
-            "versions": {name: version(name) for name in _PACKAGES},
         }
-        card = write_card(
-            name=out.resolve().name,
-            base=base,
-            license_id=license_of(vlm.name, folder=_folder_of(vlm.name), revision=vlm.checkpoint_hash),
-            exported=content,
-            command=content["command"],
-        )
-        write_whole(folder / CARD, card.encode())
-        write_manifest(folder, content)
+        _describe(folder, vlm, facts, name=out.resolve().name)
     steps.next()
     return out
+
+
+def _describe(folder: Path, vlm: VLM, facts: Mapping[str, Any], *, name: str) -> None:
+    """Write the card and, over all files, the record."""
+    base = _base(vlm)
+    content = {
+        "exitsafe": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(vlm, facts, out=name),
+        "base": base,
+        "dtype": str(vlm.base_model.dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in _PACKAGES},
+        **facts,
+    }
+    license_id = license_of(vlm.name, folder=_folder_of(vlm.name), revision=vlm.checkpoint_hash)
+    card = write_card(name=name, base=base, license_id=license_id, exported=content)
+    write_whole(folder / CARD, card.encode())
+    write_manifest(folder, content)
 
 
 class _Steps:
@@ -223,12 +229,13 @@ def _acting_adapter(vlm: VLM) -> str | None:
 
 
 def _sizes(vlm: VLM) -> dict[str, int]:
-    parameters = list(vlm.model.parameters())
+    """Of the model without its adapter; weights that are shared count once."""
+    weights = {tensor.data_ptr(): tensor for tensor in base_weights(vlm.model).values()}.values()
     return {
         "encoder_blocks": vlm.num_layers,
         "global_blocks": len(vlm.family_row.global_blocks(vlm.base_model)),
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "weight_bytes": sum(parameter.nbytes for parameter in parameters),
+        "parameters": sum(tensor.numel() for tensor in weights),
+        "weight_bytes": sum(tensor.nbytes for tensor in weights),
     }
 
 
@@ -244,15 +251,15 @@ def _base(vlm: VLM) -> Base:
     )
 
 
-def _command(vlm: VLM, out: str, exit_layer: int, skip_global: bool, adapter: str | None, *, has_audit: bool) -> str:
+def _command(vlm: VLM, facts: Mapping[str, Any], *, out: str) -> str:
     """The command line that makes the same, with words in place of paths of this machine."""
     parts = ["exitsafe", "export", shlex.quote(_public_name(vlm.name))]
     parts += ["--adapter", "ADAPTER"] if isinstance(vlm.model, PeftModel) else []
-    parts += ["--keep-adapter"] if adapter is not None else []
+    parts += ["--keep-adapter"] if facts["adapter"] == "kept" else []
     parts += ["--translators", "TRANSLATORS"] if vlm.translators is not None else []
-    parts += ["--exit-layer", str(exit_layer)]
-    parts += ["--skip-global"] if skip_global else []
-    parts += ["--audit", "RUN"] if has_audit else []
+    parts += ["--exit-layer", str(facts["exit_layer"])]
+    parts += ["--skip-global"] if facts["skip_global"] else []
+    parts += ["--audit", "RUN"] if facts["audit"] is not None else []
     return " ".join([*parts, "--out", shlex.quote(out)])
 
 

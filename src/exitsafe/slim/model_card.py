@@ -34,7 +34,7 @@ _LIBRARY, _TASK = "transformers", "image-text-to-text"
 _TAGS = ["exitsafe", "early-exit", "safety"]
 
 
-def write_card(*, name: str, base: Base, license_id: str | None, exported: Mapping[str, Any], command: str) -> str:
+def write_card(*, name: str, base: Base, license_id: str | None, exported: Mapping[str, Any]) -> str:
     """The card's text.
 
     Args:
@@ -42,7 +42,6 @@ def write_card(*, name: str, base: Base, license_id: str | None, exported: Mappi
         base: The whole model.
         license_id: What it is under, if that is known.
         exported: The other fields of the manifest.
-        command: How it was made.
     """
     audit = exported["audit"]
     data = ModelCardData(
@@ -63,7 +62,7 @@ def write_card(*, name: str, base: Base, license_id: str | None, exported: Mappi
         _how_to_load(name, exported),
         _what_was_measured(audit),
         _limits(exported),
-        f"## How it was made\n\n```\n{command}\n```\n\n{_sizes(exported)}",
+        f"## How it was made\n\n```\n{exported['command']}\n```\n\n{_sizes(exported)}",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from exitsafe.vlm import VLM
 
 _TEXT_TOKENS = 32
-_WARM_UPS, _TIMES = 2, 7
+_WARM_UPS, _TIMES = 2, 15
 _MOST_SECONDS = 15.0  # of repeats: a large model on a CPU is slow enough to be timed once
 
 
@@ -65,27 +66,34 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def latency_of(vlm: VLM, inputs: Mapping[str, Tensor]) -> Latency:
-    """How long a model takes that nothing is skipped in."""
-    images = {name: inputs[name] for name in vlm.family_row.image_inputs}
-    encode = _median_ms(lambda: vlm.family_row.features(vlm.base_model, images), vlm.device)
-    prefill = _median_ms(lambda: vlm.model(**inputs, use_cache=True, logits_to_keep=1), vlm.device)
-    return Latency(encoder_ms=encode, prefill_ms=prefill)
+def latencies_of(vlms: Sequence[VLM], inputs: Mapping[str, Tensor]) -> list[Latency]:
+    """How long models on one device take that nothing is skipped in; in turns, so that a busy moment hits all."""
+    images = {name: inputs[name] for name in vlms[0].family_row.image_inputs}
+    encode = _medians_ms([partial(vlm.family_row.features, vlm.base_model, images) for vlm in vlms], vlms[0].device)
+    prefill = _medians_ms(
+        [partial(vlm.model, **inputs, use_cache=True, logits_to_keep=1) for vlm in vlms], vlms[0].device
+    )
+    return [Latency(encoder_ms=first, prefill_ms=second) for first, second in zip(encode, prefill, strict=True)]
 
 
-def _median_ms(call: Callable[[], object], device: torch.device) -> float:
-    times: list[float] = []
+def _medians_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    times: list[list[float]] = []
     begun = time.perf_counter()
     for number in range(_WARM_UPS + _TIMES):
         if times and time.perf_counter() - begun > _MOST_SECONDS:
             break
-        _wait(device)
-        started = time.perf_counter()
-        call()
-        _wait(device)
+        found = [_time_ms(call, device) for call in calls]
         if number >= _WARM_UPS:
-            times.append(1000 * (time.perf_counter() - started))
-    return round(statistics.median(times), 3)
+            times.append(found)
+    return [round(statistics.median(of_one), 3) for of_one in zip(*times, strict=True)]
+
+
+def _time_ms(call: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return 1000 * (time.perf_counter() - started)
 
 
 def _wait(device: torch.device) -> None:
