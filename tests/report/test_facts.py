@@ -20,7 +20,7 @@ from exitsafe.report.facts import (
 )
 from exitsafe.report.method import limits, method_table, set_otherwise
 from exitsafe.report.names import label_runs, shown
-from exitsafe.report.words import Compared, Told
+from exitsafe.report.told import Compared, Told
 from exitsafe.runs import AuditRun
 from exitsafe.stats import wilson_interval
 from tests.report.page_runs import write_run

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from exitsafe.comparison import Comparison, Difference
-from exitsafe.report.words import Compared, Passage, Told, summary_in_words
+from exitsafe.report.told import Compared, Passage, Told
+from exitsafe.report.words import summary_in_words
 from exitsafe.runs import AuditRun
 
 JUDGES = [{"name": "guard", "measures": ["asr", "refusal"]}, {"name": "vqa", "measures": ["vqa_accuracy"]}]
+SILENT = {"name": "silent", "measures": ["reward"]}
 KINDS: Any = {"harmful": 100, "borderline": 50, "vqa": 60}
 
 
@@ -40,10 +42,11 @@ def make_told(label: str = "before", *, asr: tuple[float, ...] = (0.9, 0.2, 0.0)
         "layers": layers,
         "worst": {"asr": worst, "over_refusal": cost},
         "bins": {},
+        "judges": {"guard": {"layers": layers}, "vqa": {"layers": layers}, "silent": {"layers": [{"metrics": {}}]}},
     }
     settings = {
         "exit_layers": [1, 2, 3],
-        "judges": JUDGES,
+        "judges": [*JUDGES, SILENT],
         "model": {"adapter": None},
         "data": {"sources": {"redteam2k": 100, "/home/ann/mine.jsonl": 110}},
     }
@@ -217,20 +220,21 @@ def test_gaps_in_a_run_are_said_and_never_filled() -> None:
 def test_stopped_exits_are_told_with_what_they_rest_on() -> None:
     stopping = {
         "max_asr": 0.05,
-        "error": 0.05,
+        "error": 0.01,
         "judge": "guard",
         "layers": [
-            {"exit_layer": 1, "decision": "above", "n": 12, "unscored": 0},
-            {"exit_layer": 2, "decision": "below", "n": 90, "unscored": 0},
-            {"exit_layer": 3, "decision": None, "n": 100, "unscored": 0},
+            {"exit_layer": layer, "decision": decision, "n": 12, "unscored": 0}
+            for layer, decision in enumerate(("above", "above", "below", None), 1)
         ],
     }
-    assert said(summary_in_words([make_told(stopping=stopping)], []), "Stopped early") == (
+    passages = summary_in_words([make_told(stopping=stopping)], [])
+    assert said(passages, "Stopped early") == (
         "before: an exit was asked no further once it was settled whether its attack success is at most 5.0% (error "
-        "level 5%, by guard): exits 2 at most 5.0%; exits 1 above 5.0%; exits 3 still open at the end.",
-        "Exits that stopped rest on fewer answers and have the interval that holds at every look; means over exits and "
-        "tests that include them are a guide only.",
+        "level 1%, by guard): exit 3 at most 5.0%; exits 1, 2 above 5.0%; exit 4 still open at the end.",
+        "Exits that stopped rest on fewer answers; their attack success has the 99% interval that holds at every look. "
+        "Means over exits and tests that include them are a guide only.",
     )
+    assert said(passages, "What was tested")[1].startswith("It was asked up to 210 requests at")
 
 
 def test_nothing_is_called_safe() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from exitsafe.report.facts import Row, Table
 from exitsafe.report.names import shown, without_folder
 from exitsafe.report.numbers import TITLES, number_list
-from exitsafe.report.words import Compared, Told
+from exitsafe.report.told import Compared, Told
 
 _TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{16,}\b")

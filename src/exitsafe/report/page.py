@@ -23,7 +23,8 @@ from exitsafe.errors import ExitsafeError, InputError
 from exitsafe.report.chart import LabelledRun
 from exitsafe.report.looks import LOOKS, MARKER_PATHS, STEP_COLORS, STEPS
 from exitsafe.report.names import shown
-from exitsafe.report.words import Compared, Told, model_name, summary_in_words
+from exitsafe.report.told import Compared, Told, model_name
+from exitsafe.report.words import summary_in_words
 from exitsafe.runs import AuditRun
 from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole, writing
 from exitsafe.runs.scores import ScoreTable

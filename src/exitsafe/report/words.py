@@ -7,72 +7,21 @@ or that none could be shown. Nothing here calls a model safe.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
-from exitsafe.comparison import Comparison, Difference
 from exitsafe.records import Kind
-from exitsafe.report.facts import (
-    HIGHER,
-    LOWER,
-    NOT_SHOWN,
-    Summary,
-    Table,
-    change_table,
-    layer_estimates,
-    overview_table,
-    verdict,
-    worst_table,
-)
+from exitsafe.report.changes import COSTS, what_changed, what_it_cost
+from exitsafe.report.facts import Summary, layer_estimates, overview_table, worst_table
 from exitsafe.report.names import shown, without_folder
-from exitsafe.report.numbers import TITLES, amount, change, count, estimate, is_rate, listed, number_list
-from exitsafe.runs import AuditRun
+from exitsafe.report.numbers import TITLES, estimate, listed, number_list
+from exitsafe.report.told import Compared, Passage, Told, model_name
 from exitsafe.runs.metrics import METRICS, judge_of
-from exitsafe.stats import BINS
 
-COSTS = ("over_refusal", "benign_refusal", "vqa_accuracy")
-"""What a safer model may lose: answers to what is harmless, and right answers."""
 _KINDS: Mapping[Kind, str] = {
     "harmful": "{} harmful (should be refused)",
     "borderline": "{} borderline (look harmful, should be answered)",
     "benign": "{} benign (should be answered)",
     "vqa": "{} picture questions with known answers",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Passage:
-    """A heading, what is said under it, and the numbers that it rests on; `is_open` if they are shown at once."""
-
-    heading: str
-    sentences: tuple[str, ...]
-    table: Table | None = None
-    is_open: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """A run as the words need it.
-
-    Args:
-        label: Its name on the page.
-        run: The run; only settings and summary are read.
-        kinds: How many samples of each kind it asked.
-        finished: The day its summary was written, e.g. `22 November 2026`; None if unknown.
-    """
-
-    label: str
-    run: AuditRun
-    kinds: Mapping[Kind, int]
-    finished: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """The first run against another; no comparison where they share no sample or no exit layer."""
-
-    before: str
-    after: str
-    comparison: Comparison | None
 
 
 def summary_in_words(runs: Sequence[Told], compared: Sequence[Compared]) -> list[Passage]:
@@ -95,7 +44,7 @@ def summary_in_words(runs: Sequence[Told], compared: Sequence[Compared]) -> list
         found.append(Passage(heading="All runs side by side", sentences=(), table=table, is_open=True))
     for pair in compared:
         after = next(told for told in runs if told.label == pair.after)
-        found += [_changed(pair, is_only=len(compared) == 1), _cost(pair, [runs[0], after])]
+        found += [what_changed(pair, is_only=len(compared) == 1), what_it_cost(pair, [runs[0], after])]
     if not compared:
         found.append(_usefulness(runs[0]))
     if stopped := tuple(sentence for told in runs for sentence in _stopped(told)):
@@ -137,7 +86,9 @@ def _asked(told: Told) -> str:
     sources = told.run.settings.get("data", {}).get("sources", {})
     suites = [f"{shown(without_folder(name)) or 'unnamed'} ({n:,})" for name, n in sources.items()]
     total = sum(told.kinds.values())
-    said = f"It was asked {total:,} requests at {where}: {listed(kinds)}."
+    # where exits stop early, no exit need have met all of them
+    most = "up to " if "stopping" in told.run.summary else ""
+    said = f"It was asked {most}{total:,} requests at {where}: {listed(kinds)}."
     return said + (f" Suites: {listed(suites)}." if suites else "")
 
 
@@ -150,7 +101,9 @@ def _judges(told: Told) -> str:
     if not by_judge:
         return "No judge scored its answers."
     said = "; ".join(f"{listed(metrics)} by {shown(judge)}" for judge, metrics in by_judge.items())
-    others = [shown(name) for name, _ in told.run.judges if name not in by_judge]
+    results = told.run.summary["judges"]
+    spoke = [name for name, _ in told.run.judges if any(row["metrics"] for row in results[name]["layers"])]
+    others = [shown(name) for name in spoke if name not in by_judge]
     return f"Judged were {said}." + (f" A second opinion came from {listed(others)}." if others else "")
 
 
@@ -190,51 +143,6 @@ def _worst_of(label: str, summary: Summary) -> str:
     return f"{said}; the default exit, {default}, was not audited."
 
 
-def _changed(pair: Compared, *, is_only: bool) -> Passage:
-    heading, comparison = f"What changed from {shown(pair.before)} to {shown(pair.after)}", pair.comparison
-    if comparison is None:
-        return Passage(heading=heading, sentences=("Not known: the two runs share no request, or no exit layer.",))
-    requests = f"the same {comparison.num_samples:,} request{'s' * (comparison.num_samples != 1)}"
-    said = [f"Compared on {requests} at {_exits(len(comparison.exit_layers))}.{_left_out(comparison)}"]
-    if comparison.settings_changed:
-        said.append("The audits differ in more than the model (see Method): part of a change may come from that.")
-    rows = comparison.rows("asr")
-    if not rows:
-        said.append("No judge scored attack success in both, so its change is not known.")
-        return Passage(heading=heading, sentences=tuple(said))
-    for place, where in _places(comparison):
-        if (row := _at(rows, place)) is not None:
-            said.append(f"Attack success {where} went {_difference(row)}.")
-    said.append(_by_exit([row for row in rows if row.p_adjusted is not None]))
-    chosen = [row for row in rows if row.place in (comparison.default_exit, *BINS, "average")]
-    table = change_table(chosen, shown(pair.before), shown(pair.after), default_exit=comparison.default_exit)
-    return Passage(heading=heading, sentences=tuple(said), table=table, is_open=is_only)
-
-
-def _cost(pair: Compared, runs: Sequence[Told]) -> Passage:
-    heading, comparison = f"What it cost from {shown(pair.before)} to {shown(pair.after)}", pair.comparison
-    said = []
-    for metric in COSTS:
-        rows = () if comparison is None else comparison.rows(metric)
-        changes = (
-            []
-            if comparison is None
-            else [
-                f"{where} {_difference(row)}"
-                for place, where in _places(comparison)
-                if (row := _at(rows, place)) is not None
-            ]
-        )
-        if changes:
-            said.append(f"{TITLES[metric]} went, {'; '.join(changes)}.")
-        elif metric != "benign_refusal":  # a second look at over-refusal: its lack is no gap
-            said.append(
-                f"{TITLES[metric]} was not measured in both on the same requests: what it cost there is not known."
-            )
-    table = worst_table([(shown(told.label), told.run.summary) for told in runs], COSTS)
-    return Passage(heading=heading, sentences=tuple(said), table=table)
-
-
 def _usefulness(told: Told) -> Passage:
     summary, said = told.run.summary, []
     for metric in COSTS:
@@ -256,67 +164,16 @@ def _stopped(told: Told) -> Iterator[str]:
         by_decision.setdefault(row["decision"], []).append(row["exit_layer"])
     limit = f"{stopping['max_asr']:.1%}"
     words = {"below": f"at most {limit}", "above": f"above {limit}", None: "still open at the end"}
-    parts = [f"exits {number_list(by_decision[key])} {text}" for key, text in words.items() if key in by_decision]
+    parts = [f"{_named(by_decision[key])} {text}" for key, text in words.items() if key in by_decision]
     yield (
         f"{shown(told.label)}: an exit was asked no further once it was settled whether its attack success is at most "
         f"{limit} (error level {stopping['error']:.0%}, by {shown(stopping['judge'])}): {'; '.join(parts)}."
     )
     yield (
-        "Exits that stopped rest on fewer answers and have the interval that holds at every look; means over exits and "
-        "tests that include them are a guide only."
+        f"Exits that stopped rest on fewer answers; their attack success has the {1 - stopping['error']:.0%} interval "
+        "that holds at every look. Means over exits and tests that include them are a guide only."
     )
 
 
-def model_name(run: AuditRun) -> str:
-    """As it may be shown."""
-    return shown(without_folder(str(run.summary["model"])))
-
-
-def _difference(row: Difference) -> str:
-    """A paired change, e.g. `from 90.0% to 2.0%: lower (change -88.0 points, ...)`."""
-    unit = " points" if is_rate(row.metric) else ""
-    band = f"{change(row.metric, row.low)} to {change(row.metric, row.high)}"
-    return (
-        f"from {amount(row.metric, row.before)} to {amount(row.metric, row.after)}: {verdict(row)} (change "
-        f"{change(row.metric, row.difference)}{unit}, 95% interval {band}, {count(row.n, row.unscored)})"
-    )
-
-
-def _by_exit(rows: Sequence[Difference]) -> str:
-    lower, higher, unclear = (
-        [int(row.place) for row in rows if verdict(row) == said] for said in (LOWER, HIGHER, NOT_SHOWN)
-    )
-    parts = [
-        f"{what} at {_exits(len(exits))} ({number_list(exits)})"
-        for what, exits in (("lower", lower), ("higher", higher), ("not shown to differ", unclear))
-        if exits
-    ]
-    return f"Exit by exit, with tests corrected for their number, it is {listed(parts)}."
-
-
-def _places(comparison: Comparison) -> list[tuple[int | str, str]]:
-    """Where a change is told: on average, and at the default exit."""
-    num_exits = len(comparison.exit_layers)
-    over = f"all {num_exits} exits" if num_exits == comparison.num_layers else f"the {_exits(num_exits)} compared"
-    return [
-        ("average", f"averaged over {over}, each third of the encoder counting alike,"),
-        (comparison.default_exit, f"at the default exit, {comparison.default_exit},"),
-    ]
-
-
-def _at(rows: Sequence[Difference], place: int | str) -> Difference | None:
-    return next((row for row in rows if row.place == place), None)
-
-
-def _exits(n: int) -> str:
-    return f"{n} exit{'' if n == 1 else 's'}"
-
-
-def _left_out(comparison: Comparison) -> str:
-    left = {
-        "in the first only": comparison.only_before,
-        "in the second only": comparison.only_after,
-        "asked otherwise": comparison.changed,
-    }
-    said = [f"{n:,} {why}" for why, n in left.items() if n]
-    return f" Left out: {listed(said)}." if said else ""
+def _named(exit_layers: list[int]) -> str:
+    return f"exit{'' if len(exit_layers) == 1 else 's'} {number_list(exit_layers)}"
