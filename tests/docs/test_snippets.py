@@ -12,6 +12,7 @@ import pytest
 
 import exitsafe
 from exitsafe.lppo import LPPOConfig
+from exitsafe.records import KINDS
 from exitsafe.world import organism_suites
 from tests.docs.pages import PAGES, Block, blocks
 
@@ -29,8 +30,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     """What a page may take for granted: a model, samples, a file of samples, and a folder to write into."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LPPOConfig, "for_organism", staticmethod(brief))
-    samples = organism_suites(split="train")
-    few = [sample for kind in ("harmful", "vqa") for sample in samples if sample.kind == kind][:4]
+    few = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 4))
     with Path("my.jsonl").open("w") as file:
         for sample in few:
             Path(f"{sample.id}.png").write_bytes(b"")
