@@ -54,6 +54,12 @@ def test_times_are_measured_once_and_kept(copied: Path, ask: Ask, monkeypatch: p
         frontier_command._latency(load_run(copied), [], num_samples=3, device=None)
 
 
+def test_a_run_that_was_loaded_without_flags_is_timed(copied: Path, ask: Ask) -> None:
+    _change(copied, lambda head: head["origin"].update(loading={}))  # as the demo's are
+    found, _ = ask(copied, "--samples", "1")
+    assert found["num_passes"] == 3 and found["points"][0]["bytes_saved"] > 0
+
+
 def test_what_is_kept_is_numbers(copied: Path, ask: Ask, tmp_path: Path) -> None:
     out = tmp_path / "new" / "frontier.json"
     found, _ = ask(copied, "--samples", "1", "--out", out)

@@ -130,7 +130,7 @@ def _latency(run: AuditRun, samples: list[Sample], *, num_samples: int, device: 
         "num_samples": num_samples,
         "repeats": NUM_REPEATS,
         "new_tokens": NEW_TOKENS,
-        "machine": describe_machine(_torch_device(loading["device"])),
+        "machine": describe_machine(_torch_device(loading.get("device", "auto"))),
     }
     kept = kept_latency(run.path, settings)
     if kept is not None:
