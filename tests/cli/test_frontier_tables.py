@@ -89,9 +89,15 @@ def test_notes(weighed: Any) -> None:
     assert "with 95% confidence all 6 hold at once. Attack success is by rule." in text
     assert "Answers without a score (3 in all) count against their exit" in text
     assert "2 of 3 exits were audited" in text
-    assert "No VQA was audited" not in text
+    assert "No VQA was audited" not in text and "Times scatter" not in text
     assert "median of 24 requests" in text and "of 1.0 GiB in all" in text
     assert "No VQA was audited: an exit that answers nonsense may look safe." in "\n".join(weighed(vqa=None))
+
+
+def test_a_clock_that_shows_no_saving_says_so(tmp_path: Path) -> None:
+    run = make_weighed(tmp_path, asr=[rate(0, 20)] * 2, default_exit=2)
+    lines = shown(find_frontier(run, make_latency({1: 1.0, 2: 9.0}, default=2, num_passes=3)))
+    assert any(line.startswith("Times scatter by more than exits differ") for line in lines)
 
 
 def test_a_run_that_stopped_says_so(tmp_path: Path) -> None:

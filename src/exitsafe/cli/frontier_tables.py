@@ -106,6 +106,9 @@ def _notes(frontier: Frontier) -> Iterator[str]:
             f"Times: median of {frontier.num_passes} requests, one at a time, on this machine; an answer has {tokens} "
             "tokens. Preparing pictures is not timed."
         )
+    saved = None if frontier.points[0].times is None else frontier.points[0].times.saved_share
+    if saved is not None and (saved.low is None or saved.high is None or saved.low < 0 < saved.high):
+        yield "Times scatter by more than exits differ: a quiet machine or more --samples would show what exits save."
     if frontier.is_prompt_measured is not None:
         prompt = "the run's largest prompt" if frontier.is_prompt_measured else "one picture and 64 tokens of text"
         blocks = "blocks behind the exit" + (" and the global blocks" if frontier.skip_global else "")
