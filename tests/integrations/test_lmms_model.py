@@ -9,6 +9,7 @@ import pytest
 
 from exitsafe.errors import ExitLayerError, InputError
 from tests.integrations.worldly import LAYERS, NUM_TOKENS, exact_matches, organism, own_answers, png, rows, samples
+from tests.lppo.forks import together
 
 pytest.importorskip(
     "lmms_eval.evaluator",
@@ -235,3 +236,18 @@ def test_log_likelihoods(model: ExitsafeLMM) -> None:
 def test_arguments_that_make_no_sense(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises((InputError, ExitLayerError), match=complaint):
         ExitsafeLMM("organism", **arguments)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_documents(tasks: Any, tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        arguments = "pretrained=organism,exit_layer=1"
+        results = simple_evaluate(
+            "exitsafe", model_args=arguments, tasks=["world_vqa"], task_manager=tasks, log_samples=True
+        )
+        assert (results is None) == bool(number)
+        if results is not None:
+            documents = sorted(results["samples"]["world_vqa"], key=lambda each: each["doc_id"])
+            assert tuple(each["filtered_resps"][0] for each in documents) == own_answers(1)
+
+    together(2, work)

@@ -225,7 +225,7 @@ def _image_bytes(reference: str) -> bytes:
     try:
         return Path(reference).read_bytes()
     except OSError as error:
-        raise InputError(f"image {reference} cannot be read ({error.strerror or error})") from error
+        raise InputError(f"image {reference[:200]} cannot be read ({error.strerror})") from error
 
 
 async def _wait(future: Future[Reply]) -> Reply:

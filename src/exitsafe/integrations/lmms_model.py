@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from PIL.Image import Image
@@ -94,10 +94,12 @@ class ExitsafeLMM(lmms):
         self.seed = seed
         with self.vlm.exit_at(self.exit_layer, skip_global=skip_global):
             pass  # raises now what every answer would
-        process = this_process()
+        process = this_process()  # lmms-eval deals the documents out by these
         self._rank, self._world_size = process.process_index, process.num_processes
-        if process.num_processes > 1:
-            self.accelerator = Accelerator()
+
+    @property
+    def device(self) -> torch.device:
+        return self.vlm.device
 
     def __repr__(self) -> str:
         """Goes into the cache's key where lmms-eval is given the model itself instead of its arguments."""
