@@ -77,13 +77,13 @@ def test_changed_answers_are_judged_again_and_counted(tmp_path: Path) -> None:
     assert (found.answers, found.verdicts["short asr"], calls[-1]) == (4, 4, (4, 4))
     with torch.no_grad():
         slim.base_model.lm_head.weight.mul_(-1)
-    found = _verify(slim, run)
-    then = {r.sample_id: r.text for r in run.responses() if r.exit_layer == 3}
+    found = _verify(slim, run, limit=9)  # an odd number: changed and unchanged verdicts cannot be equally many
+    then = {r.sample_id: r.text for r in run.responses() if r.exit_layer == 3 and r.sample_id != "s9"}
     now = {r.sample_id: r.text for r in slim.generate(SAMPLES, 3, max_new_tokens=8)}
     assert found.answers - found.answers_same == sum(then[name] != now[name] for name in then) > 0
     flipped = sum((len(then[name]) < 20) != (len(now[name]) < 20) for name in then)
     assert found.verdicts_changed.get("short asr", 0) == flipped > 0
-    assert found.share_changed == 1 - found.answers_same / 10
+    assert found.share_changed == 1 - found.answers_same / 9
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
