@@ -169,7 +169,12 @@ def test_turns_files_and_stop_texts(tmp_path: Path) -> None:
     output = anyio.run(lambda: api.generate([in_file], [], "none", config))
     assert not isinstance(output, tuple)
     assert output.completion == own_answers(1)[0]
-    chat = [ChatMessageSystem(content="not allowed :"), ask(), ChatMessageAssistant(content="yes ."), ask()]
+    chat: list[ChatMessage] = [
+        ChatMessageSystem(content="not allowed :"),
+        ask(),
+        ChatMessageAssistant(content="yes ."),
+        ask(),
+    ]
     assert say(model, *chat).completion != own_answers(1)[0]
     cut = say(model, ask(), stop_seqs=["with"])
     assert cut.completion == own_answers(1)[0].split(" with")[0]
