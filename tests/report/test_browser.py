@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -218,10 +219,12 @@ def listening() -> Iterator[tuple[str, list[str]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/away", heard
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/away", heard
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.mark.parametrize(("name", "scheme", "width"), [("report", "light", 1200), ("hostile_report", "dark", 375)])
@@ -461,9 +464,11 @@ def test_the_sidecar_is_opened_by_hand(
 ) -> None:
     monkeypatch.setattr(module, "PAGE_LIMIT", 5000 if has_texts else 1000)
     path = write_browser(runs, tmp_path / "report.html", include_unsafe_text=has_texts)
-    sidecar, other = path.with_name("report.transcripts.jsonl"), tmp_path / "other.jsonl"
-    content = sidecar.read_text()
-    other.write_text(content.replace('"report": "', '"report": "0', 1))
+    sidecar = path.with_name("report.transcripts.jsonl")
+    other, short = tmp_path / "other.jsonl", tmp_path / "short.jsonl"
+    own = json.loads(sidecar.read_text().splitlines()[0])["report"]
+    other.write_text(sidecar.read_text().replace(own, own[::-1], 1))  # as long as the right one
+    short.write_text(sidecar.read_text()[:-100])
     with opened(browser, path) as page:
         expect(page.locator("#t-sidecar")).to_contain_text(sidecar.name)
         if has_texts:
@@ -472,7 +477,9 @@ def test_the_sidecar_is_opened_by_hand(
             expect(page.locator("#t-scroll caption")).to_contain_text(f"open {sidecar.name} above")
         else:
             expect(page.locator("#t-browser")).to_be_hidden()
-        for wrong in (other, path):
+        for wrong in (other, short, path):
+            page.set_input_files("#t-file", [])
+            expect(page.locator("#t-fault")).to_be_empty()
             page.set_input_files("#t-file", wrong)
             expect(page.locator("#t-fault")).to_contain_text("does not belong to this page")
         page.set_input_files("#t-file", sidecar)
