@@ -52,7 +52,9 @@ class FeatureStore:
         self._vlm = vlm
         self._samples = samples
         self._index_of = {sample.id: index for index, sample in enumerate(samples)}
-        self._kept: list[dict[int, Row]] | None = self._all_rows(exit_layers, max_bytes)
+        self._kept: list[dict[int, Row]] | None = None
+        if max_bytes > 0:  # else no picture is encoded at all exits for nothing
+            self._kept = self._all_rows(exit_layers, max_bytes)
         if self._kept is None and folder is not None and max_disk_bytes > 0:
             self._kept = self._all_rows(exit_layers, max_disk_bytes, TensorFile(folder))
 
