@@ -144,6 +144,17 @@ def test_features(pair: tuple[Blueprint, VLM], samples: list[Sample]) -> None:
     assert part(plan, "feature cache") == features + inputs
 
 
+def test_with_an_adapter_each_one_exit_at_a_time_is_held(folders: dict[str, Path], samples: list[Sample]) -> None:
+    blueprint = load_blueprint(folders["llava"])
+    typical = typical_prompt(blueprint, samples)
+
+    def plan(exit_layers: Sequence[int], **changes: Any) -> Plan:
+        return align_plan(blueprint, typical, exit_layers=exit_layers, num_samples=6, config=settings(**changes))
+
+    assert plan((2, 5), adapters="per-layer") == plan((5,))
+    assert part(plan((2, 5)), "feature cache") > part(plan((5,)), "feature cache")
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_and_logits(

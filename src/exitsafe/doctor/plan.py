@@ -145,7 +145,7 @@ def align_plan(
     Args:
         blueprint: The model.
         typical: Its largest prompt.
-        exit_layers: Exits that are trained.
+        exit_layers: Exits that are trained; with an adapter each, one run and its features after another.
         num_samples: To train on; their features are kept if they fit.
         config: The run's.
         reward_bytes: Weights of the reward's models, which stay loaded.
@@ -156,6 +156,8 @@ def align_plan(
     Raises:
         InputError: If the model cannot be trained so.
     """
+    if config.adapters == "per-layer":
+        exit_layers = (max(exit_layers),)  # whose encoder pass is the longest
     weights = list(_weights(blueprint))
     num_tokens = typical.num_prompt_tokens + config.max_new_tokens
     per_row = _row(blueprint, typical, num_tokens)
