@@ -22,7 +22,7 @@ from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.experience import Batch, deal
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder, run_settings
-from exitsafe.lppo.policy import attached_policy, check_trainable
+from exitsafe.lppo.policy import attached_policy, check_precision, check_trainable
 from exitsafe.lppo.sampler import draw_schedule, trained_exits
 from exitsafe.lppo.update import Learner
 from exitsafe.records import Progress, Sample
@@ -64,12 +64,15 @@ def sft(
         The PEFT adapter's folder, `out/adapter`.
 
     Raises:
-        InputError: If there is nothing to train on, or an answer cannot be written in the model's vocabulary.
+        InputError: If there is nothing to train on, an answer cannot be written in the model's vocabulary, the weights
+            are float16, or the config wants an adapter per exit.
         RunError: If `out` holds another run.
     """
     kept = tuple(sample for sample in samples if with_benign or sample.kind == "harmful")
     if not kept:
         raise InputError("no harmful samples to learn refusals from: add some, or train with benign data")
+    if config.adapters == "per-layer":
+        raise InputError("sft trains one adapter for all exits: leave adapters='per-layer' out")
     config = replace(config, temperature=1.0)  # cross-entropy is of the distribution itself
     if not with_benign:
         config = replace(config, mix=None)
@@ -77,6 +80,7 @@ def sft(
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(kept, exit_layers, config)
     check_trainable(vlm, config)
+    check_precision(vlm)
     settings, sizes = run_settings("sft", vlm, kept, exit_layers, config)
     folder = TrainingFolder.open(Path(out), settings | {"refusal": refusal}, sizes)
     if folder.is_finished:
