@@ -68,6 +68,27 @@ def test_on_a_gpu_tensors_are_what_was_used(tmp_path: Path, capsys: pytest.Captu
     assert json.loads((tmp_path / "memory.json").read_text())["used_bytes"] == 12 * MIB
 
 
+def test_a_gpu_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    flags = ["--suite", str(suite), "--layers", "1", "--out", str(tmp_path / "run")]
+    for device in ("cuda", "cuda:9"):
+        assert run(["audit", str(tiny_llava), *flags, "--device", device]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [f"exitsafe: device {device!r}: torch sees 0 GPUs here; choose auto or cpu"]
+
+
+def test_a_training_that_took_no_readings_has_nothing_to_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It did its last step before there were readings, and was killed before it saved its adapter."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    MemoryCheck(plan_of(10 * MIB, free=100 * MIB), CPU).keep(tmp_path, peaks=largest_peaks(tmp_path))
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "memory.json").exists()
+
+
 def test_a_plan_that_cannot_be_made_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

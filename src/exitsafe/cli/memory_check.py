@@ -64,12 +64,13 @@ class MemoryCheck:
 
         Args:
             out: The run's folder.
-            peaks: The largest readings by name; None reads them now.
+            peaks: The largest readings by name; None reads them now. Without any, nothing is said: a training may have
+                done all its steps when they were not taken yet.
         """
         from exitsafe.runs.files import write_whole
 
         peaks = dict(self.gauge.read() if peaks is None else peaks)
-        if console.process_number() > 0:
+        if console.process_number() > 0 or not peaks:
             return
         if self.plan is None:  # said now: a model that cannot be loaded has one line, which says the same
             console.note(f"memory was not planned: {self.problem}")
@@ -194,9 +195,12 @@ def _device(name: str, own_device: Any) -> torch.device:
         found: torch.device = own_device()
         return found
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"device {name!r} is unknown; choose auto, cpu or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r}: torch sees {torch.cuda.device_count()} GPUs here; choose auto or cpu")
+    return device
 
 
 def _saved_bytes(adapter: Any) -> int:
