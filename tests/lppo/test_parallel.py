@@ -19,10 +19,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import RunError
 from exitsafe.lppo import Watch, align, keep_apart
 from exitsafe.lppo.experience import Batch, Measured, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.metrics import NEVER_TWICE
@@ -30,17 +28,15 @@ from exitsafe.lppo.minibatches import share_out, split
 from exitsafe.lppo.parallel import Team, this_team
 from exitsafe.lppo.policy import Evaluation
 from exitsafe.lppo.reward import Reward
-from exitsafe.lppo.sharding import check_launch
 from exitsafe.records import Response, Sample
 from exitsafe.vlm import VLM
 from tests.cli.conftest import write_suite
-from tests.lppo.conftest import count_red, make_samples, make_vlm, tiny_config
+from tests.lppo.conftest import count_red, make_samples, tiny_config
 from tests.lppo.forks import start, together, wait
 from tests.lppo.test_training_killed import Fickle
 from tests.tiny_models import save_tiny
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def picky(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
@@ -326,83 +322,6 @@ def test_where_one_process_fails_the_other_does_not_hang(vlm: VLM, tmp_path: Pat
         os._exit(0)
 
     together(2, work)
-
-
-@pytest.mark.parametrize("reshard", ["true", "false"])
-def test_fsdp2_gives_the_adapter_of_one_process(
-    vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reshard: str
-) -> None:
-    def train(out: str) -> None:
-        align(vlm, make_samples(), reward=picky, config=tiny_config(num_steps=4), out=tmp_path / out)
-
-    def work(number: int) -> None:
-        told: list[bool] = []
-
-        def shard_block(block: torch.nn.Module, **settings: Any) -> Any:
-            told.append(settings["reshard_after_forward"])
-            return fully_shard(block, **settings)
-
-        monkeypatch.setattr("exitsafe.lppo.sharding.fully_shard", shard_block)
-        train("cut-up")
-        assert set(told) == {reshard == "true"}
-        weights = dict(vlm.model.named_parameters())
-        cut_up = [name for name, weight in weights.items() if isinstance(weight, DTensor)]
-        assert len(cut_up) == sum("language_model.layers" in name for name in weights)
-        assert weights[cut_up[0]].to_local().numel() * 2 == weights[cut_up[0]].numel()
-
-    train("one")
-    for name, value in {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": reshard}.items():
-        monkeypatch.setenv(name, value)
-    together(2, work)
-    assert_alike(tmp_path / "one", tmp_path / "cut-up")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava_next", "mllama"])
-@pytest.mark.parametrize("changes", [{"feature_cache_gb": 0.0}, {"gradient_checkpointing": True, "group_size": 2}])
-def test_fsdp2_with_other_families(
-    family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vlm = make_vlm(family)
-
-    def train(out: str) -> None:
-        align(vlm, make_samples(), reward=count_red, config=tiny_config(num_steps=4, **changes), out=tmp_path / out)
-
-    train("one")
-    for name, value in FSDP.items():
-        monkeypatch.setenv(name, value)
-    together(3, lambda number: train("cut-up"))
-    assert_alike(tmp_path / "one", tmp_path / "cut-up")
-
-
-@pytest.mark.parametrize(
-    ("environment", "changes", "message"),
-    [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "set fsdp_version to 2"),
-        (FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading to false"),
-        (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "set fsdp_offload_params to false"),
-        (FSDP, {"train": "full"}, "FSDP and ZeRO-3 are for train='lora'"),
-    ],
-)
-def test_ways_to_start_that_are_not_supported(
-    vlm: VLM,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    changes: dict[str, Any],
-    message: str,
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message):
-        align(vlm, make_samples(), config=tiny_config(**changes), out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_fsdp2_is_supported_as_the_example_starts_it(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in FSDP.items():
-        monkeypatch.setenv(name, value)
-    check_launch(vlm, tiny_config())
 
 
 @pytest.mark.slow
