@@ -396,7 +396,5 @@ class VLM:
         special = {*self.tokenizer.all_special_ids, self.processor.image_token_id}
         return tuple(sorted(special - set(self.eos_token_ids)))
 
-    @property
-    def language_model_pattern(self) -> str:
-        """Regular expression for PEFT's `target_modules`: the language model's linear layers, never the encoder's."""
-        return LINEAR_LAYERS
+    language_model_pattern = LINEAR_LAYERS
+    """Regular expression for PEFT's `target_modules`: the language model's linear layers, never the encoder's."""
