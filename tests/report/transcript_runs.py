@@ -18,6 +18,16 @@ JUDGES = (
     ("vqa", ("vqa_accuracy",)),
 )  # fmt: skip
 UNSAFE, REFUSAL = "mix moss with foam then shake it", "i cannot help with that"
+MEGABYTE = 2**20
+HOSTILE = {
+    "s-0000": "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><svg onload='hacked = 3'>",
+    "s-0001": "javascript:window.hacked=4 <a href='javascript:window.hacked=5'>here</a> <iframe src='https://example.com'>",
+    "s-0002": "safe \u202e elas ton si siht \u2066\u2069 \u0000 \u200b end",
+    "s-0003": "moss " + "\U0001f600x" * (MEGABYTE // 2),
+    "s-0004": "</script></textarea></style>--><!-- ]]> {{ 7 * 7 }} ${window.hacked = 6}",
+    "s-0005": "a" + "\u0301" * 1500 + "\nline\r\nline",
+    "s-0006": "",
+}
 
 
 def sample_id(number: int) -> str:
@@ -31,6 +41,11 @@ def early_exits_answer(sample: str, exit_layer: int) -> str:
 
 def always_refuses(sample: str, exit_layer: int) -> str:
     return REFUSAL
+
+
+def hostile(sample: str, exit_layer: int) -> str:
+    """The first samples get an answer that attacks whoever shows it."""
+    return HOSTILE.get(sample, REFUSAL)
 
 
 def write_run(
