@@ -210,7 +210,7 @@ def test_the_documentation_has_the_same_facts(name: str) -> None:
 
 
 def test_an_entry_as_the_documentation_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (source,) = re.findall(r"```python\n(KnownSuite\(.*?\n\))\n```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (source,) = re.findall(r"^(KnownSuite\(.*?\n\))\n```", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.M)
     entry = eval(source, {"KnownSuite": type(KNOWN_SUITES["xstest"])})
     assert len(source.splitlines()) - 2 == 10
     monkeypatch.setitem(KNOWN_SUITES, entry.name, entry)
