@@ -278,8 +278,10 @@ def describe(adapter: Path) -> dict[str, Any]:
 
 
 def _words(result: dict[str, Any] | None) -> list[str]:
-    """What a watch has chosen; without one there is nothing to say."""
+    """What a watch has chosen, of each exit where each has its adapter; without one there is nothing to say."""
+    exits = (result or {}).get("exits", {})
+    by_exit = [f"Exit {exit_layer}: {line}" for exit_layer, found in exits.items() for line in _words(found)]
     if result is None or "objective" not in result:
-        return []
+        return by_exit
     early = ", ended early" if result["stopped_early"] else ""
     return [f"It is of step {result['adapter_step']} of {result['steps']}{early}: {result['why']}."]
