@@ -102,6 +102,24 @@ def test_a_plan_that_cannot_be_made_stops_nothing(
     assert "3.0 MiB used at most" in output
 
 
+def test_an_operation_without_shapes_stops_nothing(
+    tiny_llava: Path,
+    suite: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def cannot(*arguments: object) -> None:
+        raise NotImplementedError("no meta kernel for what colour is the shape")
+
+    monkeypatch.setattr("exitsafe.doctor.typical_prompt", cannot)
+    flags = ["--suite", str(suite), "--layers", "1", "--max-new-tokens", "2", "--out", str(tmp_path / "run")]
+    assert run(["audit", str(tiny_llava), *flags]) == 0
+    output = capsys.readouterr().err
+    assert "memory was not planned: NotImplementedError while shapes were counted" in output
+    assert "colour" not in output
+
+
 def test_models_of_reward_and_watch_are_planned_for(
     tiny_llava: Path,
     reward_model: tuple[Path, int],  # noqa: F811

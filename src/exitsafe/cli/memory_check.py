@@ -182,6 +182,8 @@ def _check(model: str, loading: Mapping[str, Any], make: Any) -> MemoryCheck:
         plan = make(load_blueprint(model, **wanted), device, free_memory(device))
     except ExitsafeError as error:
         return MemoryCheck(None, device, problem=str(error))
+    except RuntimeError as error:  # torch has no shapes for an operation of this model; the message may quote inputs
+        return MemoryCheck(None, device, problem=f"{type(error).__name__} while shapes were counted")
     return MemoryCheck(plan, device)
 
 
