@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e ".[all]"
+	# It declares torchvision, of which there is no CPU build; what exitsafe's plugin needs does without.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps lmms-eval
 	touch $(STAMP)
 
 demo: install

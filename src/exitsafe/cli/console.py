@@ -153,3 +153,6 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # PEFT imports bitsandbytes, which misses kernels that only quantised models would use
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # and torchao, which misses kernels of GPUs that are not there, and registers what torch now knows by itself
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
