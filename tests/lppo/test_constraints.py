@@ -119,6 +119,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
         check(mix={"harmful": 1.0, "benign": 1.0, "vqa": 0.0})
     with pytest.raises(InputError, match="constraint_samples=2 is fewer than the 3 trained exits"):
         check(constraint_samples=2)
+    check(constraint_samples=2, adapters="per-layer")
     check_constraints(tiny_config(), SAMPLES, (1, 2), reward="count_red", gives_costs=False)
 
 

@@ -121,7 +121,8 @@ def check_constraints(
     """Raise InputError if a cost cannot be had: from this reward, with these samples, in so few answers."""
     if not config.constraints:
         return
-    if config.constraint_samples < len(exit_layers):
+    is_alone = config.adapters == "per-layer"  # each run has one exit
+    if config.constraint_samples < len(exit_layers) and not is_alone:
         raise InputError(
             f"constraint_samples={config.constraint_samples} is fewer than the {len(exit_layers)} trained exits: "
             "give at least one to each"
