@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("imports", "encoder", "audit_speed", "packing_flops", "lppo_step")
+NAMES = ("imports", "encoder", "audit_speed", "packing_flops", "lppo_step", "report_page")
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from exitsafe.errors import RunError
 
 COMMANDS = (
     *(["audit"], ["align"], ["compare"], ["demo"], ["doctor"], ["judge"], ["label"], ["rerun"], ["suites"]),
-    *(["translate"], ["transfer"]),
+    *(["translate"], ["transfer"], ["report"], ["frontier"], ["gate"], ["export"], ["verify"], ["chat"]),
     *(["organism"], ["organism", "train"]),
 )
-HEAVY = ("torch", "transformers", "pyarrow", "scipy", "matplotlib", "peft", "numpy", "PIL")
+HEAVY = ("torch", "transformers", "pyarrow", "scipy", "matplotlib", "altair", "jinja2", "peft", "numpy", "PIL")
 
 
 def test_help_of_every_command_is_light() -> None:
