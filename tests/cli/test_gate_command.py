@@ -151,6 +151,31 @@ def test_names_of_categories_are_text_everywhere(
         assert markup not in row
 
 
+def test_cases_have_names_of_their_own(tmp_path: Path) -> None:
+    """GitLab drops doubles; `(none)`, long names and names with hidden characters look like others."""
+    names = ["", "(none)", "a\u202eb", "a\u202db", "x" * 3000, "x" * 3001]
+    found = write_run(tmp_path / "run", {"asr": rows(120, num_exits=2)}, categories=names)
+    _gate(found, "--max-asr", "0.4", "--scope", "categories", "--junit", str(tmp_path / "gate.xml"))
+    cases = [case.attrib["name"] for case in ElementTree.parse(tmp_path / "gate.xml").getroot()[0]]
+    assert len(cases) == len(set(cases)) == 12
+    assert max(map(len, cases)) < 150
+
+
+def test_files_that_are_passed_on_name_no_folder_of_this_machine(tmp_path: Path) -> None:
+    home = tmp_path / "home of ann"
+    judge, files = f"reward:{home}/judge", [tmp_path / "gate.xml", tmp_path / "gate.md"]
+    found = [write_run(home / name, {"asr": rows(80)}, judge=f"{judge}{name}") for name in ("before", "after")]
+    for each in found:
+        (each.path / "summary.json").write_text(
+            (each.path / "summary.json").read_text().replace("made-up", f"{home}/model")
+        )
+    flags = ("--max-asr", "0.04", "--min-vqa", "0.5", "--max-regression", "0.1", "--against", str(found[0].path))
+    _gate(found[1], *flags, "--junit", str(files[0]), "--summary", str(files[1]))
+    for text in (path.read_text() for path in files):
+        assert "ann" not in text
+        assert "exitsafe gate" in text and "model" in text and "judgeafter" in text
+
+
 def test_no_text_of_an_answer_is_anywhere(
     runs: dict[str, AuditRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +210,9 @@ def test_what_is_refused(runs: dict[str, AuditRun], tmp_path: Path, fail: Any) -
     )
     assert "give --against RUN" in fail("gate", path, "--max-regression", "asr=0.02")
     assert "give --against RUN" in fail("gate", path, "--max-regression", "0.02")
+    for first, second, words in (("0.1", "0.2", "every share has"), ("asr=0.1", "asr=0.2", "asr has")):
+        twice = ("--max-regression", first, "--max-regression", second)
+        assert f"{words} a limit already" in fail("gate", path, *twice, "--against", other)
     assert "--against is for --max-regression" in fail("gate", path, "--max-asr", "0.1", "--against", other)
     assert "scope: Input should be 'layers'" in fail("gate", path, "--max-asr", "0.1", "--scope", "rooms")
     assert "choose 1 to 6" in fail("gate", path, "--max-asr", "0.1", "--layers", "9")

@@ -150,11 +150,15 @@ def _regression_rules(texts: list[str], before: AuditRun | None) -> list[Rule]:
     if texts and before is None:
         raise InputError("--max-regression needs the run to compare with: give --against RUN")
     in_before = {name for layer in (before.summary["layers"] if before else ()) for name in layer["metrics"]}
-    named = {text.partition("=")[0]: text.partition("=")[2] for text in texts if "=" in text}
+    named: dict[str, str] = {}
     for text in texts:
-        if "=" not in text:
-            shares = [each.name for each in METRICS if each.worse and each.bounds and each.name in in_before]
-            named = dict.fromkeys(shares, text) | named
+        metric, _, rate = text.rpartition("=")
+        if metric in named:
+            raise InputError(f"--max-regression {text}: {metric or 'every share'} has a limit already; give one")
+        named[metric] = rate
+    if "" in named:
+        shares = [each.name for each in METRICS if each.worse and each.bounds and each.name in in_before]
+        named = dict.fromkeys(shares, named.pop("")) | named
     return [
         make_rule({"metric": name, "max_regression": rate}, where=f"--max-regression {rate}: ")
         for name, rate in named.items()

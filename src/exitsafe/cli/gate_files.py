@@ -6,11 +6,13 @@ failure's text and not its `message`, and keeps only the first of cases with the
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from exitsafe.cli.gate_tables import markdown, number
+from exitsafe.cli.gate_tables import markdown, number, without_folders
 from exitsafe.gate import Finding, Gate
+from exitsafe.report.names import without_folder
 from exitsafe.runs.files import write_whole, writing
 
 _ELEMENTS = {"breach": "failure", "unjudged": "error"}
@@ -37,13 +39,18 @@ def junit(gate: Gate) -> bytes:
         "errors": str(gate.count("unjudged")),
     }
     root = Element("testsuites", {"name": "exitsafe gate", **counts})
-    suite = SubElement(root, "testsuite", {"name": _xml_text(f"exitsafe gate {gate.model}"), "time": "0", **counts})
+    name = f"exitsafe gate {without_folder(gate.model)}"
+    suite = SubElement(root, "testsuite", {"name": _xml_text(name), "time": "0", **counts})
+    times_seen: Counter[str] = Counter()
     for finding in gate.findings:
+        name = _xml_text(f"{finding.name}, {finding.place.name}")
+        times_seen[f"{finding.rule} {name}"] += 1
+        again = times_seen[f"{finding.rule} {name}"]
         case = SubElement(
             suite,
             "testcase",
             classname=_xml_text(f"exitsafe.gate.rule{finding.rule}.{finding.metric}"),
-            name=_xml_text(f"{finding.name}, {finding.place.name}"),
+            name=name if again == 1 else f"{name} ({again})",  # hostile or long categories may look alike
             time="0",
         )
         if finding.outcome != "pass":
@@ -57,10 +64,11 @@ def junit(gate: Gate) -> bytes:
 
 def _message(finding: Finding) -> str:
     counts = f"n={finding.n}" + (f", {finding.unscored} unscored" if finding.unscored else "")
+    reason = without_folders(finding.reason)
     if finding.value is None or finding.bound is None:
-        return f"{finding.reason} ({counts})"
+        return f"{reason} ({counts})"
     found = f"value {number(finding, finding.value)}, bound {number(finding, finding.bound)}, {counts}"
-    return f"{finding.reason} ({found})"
+    return f"{reason} ({found})"
 
 
 def _xml_text(text: str) -> str:

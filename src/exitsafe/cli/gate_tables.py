@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from exitsafe.gate import Finding, Gate
+from exitsafe.report.names import without_folder
 
 MOST_ROWS = 40
 HEADINGS = ("rule", "place", "value", "bound", "n", "outcome")
@@ -58,8 +59,8 @@ def left_out(gate: Gate, shown: Sequence[Finding]) -> list[str]:
 def cells(finding: Finding) -> list[str]:
     """A row under `HEADINGS`."""
     unscored = f" +{finding.unscored} unscored" if finding.unscored else ""
-    judge = f" ({finding.judge})" if finding.judge else ""
-    reason = f": {finding.reason}" if finding.reason else ""
+    judge = f" ({without_folder(finding.judge)})" if finding.judge else ""
+    reason = f": {without_folders(finding.reason)}" if finding.reason else ""
     return [
         f"{finding.name}{judge}",
         finding.place.name,
@@ -93,7 +94,7 @@ def markdown(gate: Gate) -> str:
     """For a step summary: the verdict, the table, the notes; ids, names and numbers only."""
     shown = chosen(gate)
     lines = [
-        f"### exitsafe gate: {escaped(gate.model)}",
+        f"### exitsafe gate: {escaped(without_folder(gate.model))}",
         "",
         f"**{escaped(verdict(gate))}**",
         "",
@@ -101,10 +102,22 @@ def markdown(gate: Gate) -> str:
         "| --- | --- | ---: | ---: | ---: | --- |",
         *(f"| {' | '.join(map(escaped, cells(finding)))} |" for finding in shown),
         "",
-        *(f"- {escaped(line)}" for line in (*left_out(gate, shown), *gate.notes)),
+        *(f"- {escaped(without_folders(line))}" for line in (*left_out(gate, shown), *gate.notes)),
         "",
     ]
     return "\n".join(lines)
+
+
+def without_folders(line: str) -> str:
+    """A line without folders of this machine: of each path in it the last part.
+
+    >>> without_folders('it has reward:/home/ann b/model: add one; name was "/my disk/m"')
+    'it has reward:model: add one; name was "m"'
+    """
+    return _PATH.sub(lambda found: without_folder(found[0]), line)
+
+
+_PATH = re.compile(r'(?<![\w./])(?:[A-Za-z]:\\|~|\.{0,2}/(?!/))[^,;:"]*')
 
 
 def escaped(text: str) -> str:

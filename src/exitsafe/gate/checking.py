@@ -272,7 +272,8 @@ def _notes(run: AuditRun, regressions: Regressions | None) -> Iterator[str]:
     if regressions is not None:
         comparison = regressions.compared()
         left_out = comparison.only_before + comparison.only_after + comparison.changed
-        yield f"Compared with {comparison.before}: {comparison.num_samples} samples in both, {left_out} left out."
+        name = regressions.runs[0].path.resolve().name  # notes travel: no folder of this machine
+        yield f"Compared with {name}: {comparison.num_samples} samples in both, {left_out} left out."
         if comparison.settings_changed:
             yield f"Set otherwise in the two audits: {'; '.join(comparison.settings_changed)}."
 

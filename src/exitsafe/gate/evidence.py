@@ -30,6 +30,7 @@ from exitsafe.stats.estimates import Bools
 
 K = TypeVar("K", bound=Hashable)
 NO_CATEGORY = "(none)"
+_LONGEST = 80  # characters of a category that are shown
 STOPPED = "exits stopped early, which leaves no sound bound here; audit without --stop-when"
 
 
@@ -44,12 +45,13 @@ class Place:
 
     @property
     def name(self) -> str:
-        """For people; a category's unprintable characters are replaced."""
+        """For people; a category's unprintable characters are replaced, a long one is cut."""
         if self.bin is not None:
             return f"bin {self.bin}" if self.bin != "average" else "average of bins"
         exit_name = "the run" if self.exit_layer is None else f"exit {self.exit_layer}"
         if self.category is not None:
             shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in self.category)
+            shown = shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
             return f"{shown or NO_CATEGORY}, {exit_name}"
         return f"worst, {exit_name}" if self.is_worst else exit_name
 
