@@ -200,7 +200,8 @@ def test_what_cannot_be_limited(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "limit", [{"max_asr": 1.5}, {"min_vqa": -0.1}, {"max_over_refusal": float("nan")}, {"max_ms": 0}]
+    "limit",
+    [{"max_asr": 1.5}, {"min_vqa": -0.1}, {"max_over_refusal": float("nan")}, {"max_ms": 0}, {"max_ms": float("inf")}],
 )
 def test_limits_out_of_range(limit: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(limit))):

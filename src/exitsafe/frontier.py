@@ -8,6 +8,7 @@ docs/frontier.md explains every number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -51,8 +52,8 @@ class Limits:
             value = getattr(self, field.name)
             if value is not None and field.name != "max_ms" and not 0.0 <= value <= 1.0:
                 raise InputError(f"{field.name}={value}: choose a number from 0 to 1")
-        if self.max_ms is not None and not self.max_ms > 0.0:
-            raise InputError(f"max_ms={self.max_ms}: choose more than 0")
+        if self.max_ms is not None and not 0.0 < self.max_ms < math.inf:
+            raise InputError(f"max_ms={self.max_ms}: choose a number above 0")
 
     @property
     def given(self) -> dict[str, float]:
