@@ -83,7 +83,15 @@ def test_changed_answers_are_judged_again_and_counted(tmp_path: Path) -> None:
     assert found.answers - found.answers_same == sum(then[name] != now[name] for name in then) > 0
     flipped = sum((len(then[name]) < 20) != (len(now[name]) < 20) for name in then)
     assert found.verdicts_changed.get("short asr", 0) == flipped > 0
-    assert found.share_changed == 1 - found.answers_same / 9
+    assert found.share_changed == (9 - found.answers_same) / 9
+    unknown = verify(slim, run, SAMPLES, exit_layer=3, judges=lambda: [], limit=9)
+    assert (unknown.not_judged_again, unknown.verdicts, unknown.verdicts_changed) == (("coherence", "short"), {}, {})
+
+
+def test_a_share_of_answers_is_what_it_is_called() -> None:
+    """1 - 49 / 50 is more than 0.02."""
+    some: dict[str, Any] = {"verdicts": {}, "verdicts_changed": {}, "not_judged_again": (), "otherwise": ()}
+    assert Verification(exit_layer=3, answers=50, answers_same=49, **some).share_changed <= 0.02
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:

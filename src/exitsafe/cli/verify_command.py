@@ -100,6 +100,8 @@ def _words(found: Verification, slim: Path) -> list[str]:
     changed = [f"{name} {number}" for name, number in found.verdicts_changed.items()]
     total = sum(found.verdicts.values())
     lines.append(f"Verdicts that changed: {', '.join(changed) if changed else 'none'} (of {total}).")
+    if found.not_judged_again:
+        lines.append(f"Not judged again, made in Python: {', '.join(found.not_judged_again)}.")
     return lines + ([f"Otherwise than then: {'; '.join(found.otherwise)}."] if found.otherwise else [])
 
 

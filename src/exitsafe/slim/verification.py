@@ -37,6 +37,7 @@ class Verification:
         exit_layer: The exit.
         answers, answers_same: Asked, and equal to those of the run, letter by letter.
         verdicts, verdicts_changed: Over those answers, by judge and measure; an equal answer has an equal verdict.
+        not_judged_again: Judges of the run that were not at hand for the answers that differ: nothing is known of theirs.
         otherwise: What about model and machine is not as it was in the run.
     """
 
@@ -45,11 +46,12 @@ class Verification:
     answers_same: int
     verdicts: Mapping[str, int]
     verdicts_changed: Mapping[str, int]
+    not_judged_again: tuple[str, ...]
     otherwise: tuple[str, ...]
 
     @property
     def share_changed(self) -> float:
-        return 1 - self.answers_same / self.answers
+        return (self.answers - self.answers_same) / self.answers  # 1 of 50 is 0.02, not a hair more
 
 
 def check_files(folder: Path, run: AuditRun) -> Manifest:
@@ -119,12 +121,15 @@ def verify(
     now = _answers(vlm, run, asked, exit_layer=exit_layer, progress=progress)
     changed = [sample for sample in asked if now[sample.id].text != then[sample.id].text]
     verdicts = _verdicts_of(run, {sample.id for sample in asked}, exit_layer=exit_layer)
+    at_hand = judges() if changed else ()
+    missing = {verdict.judge for verdict in verdicts.values()} - {judge.name for judge in at_hand} if changed else set()
     return Verification(
         exit_layer=exit_layer,
         answers=len(asked),
         answers_same=len(asked) - len(changed),
-        verdicts=dict(Counter(_name(verdict) for verdict in verdicts.values())),
-        verdicts_changed=_changes(verdicts, changed, now, judges() if changed else ()),
+        verdicts=dict(Counter(_name(verdict) for verdict in verdicts.values() if verdict.judge not in missing)),
+        verdicts_changed=_changes(verdicts, changed, now, at_hand),
+        not_judged_again=tuple(sorted(missing)),
         otherwise=tuple(_otherwise(vlm, run)),
     )
 
