@@ -49,7 +49,7 @@ def test_prompts_line_by_line_until_exit(
     picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _says(monkeypatch, "what is this ?", "", "a <image> b", "what is this ?", "exit", "what is this ?")
-    assert run(["chat", "organism", "--image", str(picture)]) == 0
+    assert run(["chat", "organism", "--image", str(picture)]) == 2  # one of them could not be asked
     output = capsys.readouterr()
     assert output.out.count("exit 2, same") == 2  # the last early and the last middle exit, and the default
     assert output.out.count("exit 5, same") == 2

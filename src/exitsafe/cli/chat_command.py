@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _NARROWEST = 30  # columns that an answer beside others needs
 _NOTICE = "Answers are unfiltered: whatever the model says is shown. Nothing is saved."
 _WORDS_TO_LEAVE = ("exit", "quit")
+_COULD_NOT = 2  # exit status
 _JOINERS = "\u200c\u200d"  # invisible, and part of how many languages and emojis are written
 
 
@@ -105,13 +106,17 @@ def chat_command(
             show(document | chat.document(answers), lambda: [chat.side_by_side(answers)])
             return
         console.note(_NOTICE)
+        has_failed = False
         for line in _lines():
             try:
                 answers = chat.ask(line)
             except InputError as error:  # this prompt cannot be asked; the next may
                 console.complain(str(error))
+                has_failed = True
                 continue
             show({}, lambda found=answers: [chat.side_by_side(found)])  # type: ignore[misc]  # bound now
+    if has_failed and not sys.stdin.isatty():  # a person has seen it; what feeds a pipe sees the status
+        raise typer.Exit(_COULD_NOT)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
