@@ -84,7 +84,7 @@ def test_changed_answers_are_judged_again_and_counted(tmp_path: Path) -> None:
     flipped = sum((len(then[name]) < 20) != (len(now[name]) < 20) for name in then)
     assert found.verdicts_changed.get("short asr", 0) == flipped > 0
     assert found.share_changed == (9 - found.answers_same) / 9
-    unknown = verify(slim, run, SAMPLES, exit_layer=3, judges=lambda: [], limit=9)
+    unknown = verify(slim, run, SAMPLES, exit_layer=3, judges=list, limit=9)
     assert (unknown.not_judged_again, unknown.verdicts, unknown.verdicts_changed) == (("coherence", "short"), {}, {})
 
 

@@ -59,7 +59,7 @@ def left_out(gate: Gate, shown: Sequence[Finding]) -> list[str]:
 def cells(finding: Finding) -> list[str]:
     """A row under `HEADINGS`."""
     unscored = f" +{finding.unscored} unscored" if finding.unscored else ""
-    judge = f" ({without_folder(finding.judge)})" if finding.judge else ""
+    judge = f" ({without_folders(finding.judge)})" if finding.judge else ""
     reason = f": {without_folders(finding.reason)}" if finding.reason else ""
     return [
         f"{finding.name}{judge}",
