@@ -168,11 +168,11 @@ def test_method_and_limits_say_what_applies_and_no_folder(before: AuditRun, tmp_
 
 
 def test_what_was_set_otherwise_is_told(before: AuditRun, after: AuditRun) -> None:
-    assert set_otherwise([Compared(before="a", after="b", comparison=compare(before, after))]) == []
+    assert set_otherwise([], [Compared(before="a", after="b", comparison=compare(before, after))]) == []
     settings = {**after.settings, "decoding": {"max_new_tokens": 24, "seed": 1, "temperature": 0.5}}
     warmer = AuditRun(path=after.path, settings=settings, origin={}, summary=after.summary)
     comparison = compare(before, warmer)
-    assert set_otherwise([Compared(before="a", after="b", comparison=comparison)]) == [
+    assert set_otherwise([], [Compared(before="a", after="b", comparison=comparison)]) == [
         "a and b: decoding.seed was 0, is now 1.",
         "a and b: decoding.temperature was 0.0, is now 0.5.",
     ]

@@ -227,11 +227,22 @@ def test_folders_of_this_machine_stay_out(tmp_path: Path) -> None:
         "images": "/home/ann/pictures",
         "loading": {"adapter": "/home/ann/lora"},
     }
-    run = write_run(tmp_path / "run", harmful_until=1, model="/home/ann/models/llava", origin=origin)
-    text = render_report([("run", run)], out=tmp_path / "report.html").read_text()
+    judges = [(f"reward:/home/{name}", ["reward", "asr"]) for name in ("ann/hh", "ann/other/hh", "ann/hh2")]
+    runs = [
+        write_run(tmp_path / name, harmful_until=1, model="/home/ann/models/llava", origin=origin, judges=judges)
+        for name in ("before", "after")
+    ]
+    for judge in runs[1].settings["judges"]:  # what differs between the audits is told by the judge's name
+        judge["settings"]["model"] = judge["name"]
+    text = render_report(list(zip(("before", "after"), runs, strict=True)), out=tmp_path / "report.html").read_text()
     assert "llava: safety by exit layer" in text
-    assert "ann" not in re.findall(r"\w+", text)
+    assert "ann" not in re.findall(r"[^\W_]+", text)
     assert str(tmp_path) not in text
+    page = Page(text)
+    for name in ("hh", "hh (2)", "hh2"):
+        assert f"Reward, by reward:{name}" in page.text
+    assert "judges.reward:hh (2).model was absent, is now reward:hh." in page.text
+    assert '{"judge":"reward:hh (2)","measure":"reward"}' in text
 
 
 def test_what_makes_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

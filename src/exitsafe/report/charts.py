@@ -11,7 +11,7 @@ from exitsafe.report.chart import LabelledRun
 from exitsafe.report.facts import Row, Table, exit_name, layer_estimates, measured, metric_table
 from exitsafe.report.figures import Cell, Line, Point, Spot, heat_chart, line_chart, scatter_chart
 from exitsafe.report.looks import LOOKS
-from exitsafe.report.names import shown
+from exitsafe.report.names import judge_names, numbered, shown
 from exitsafe.report.numbers import EXPLAINED, TITLES, amount, is_rate, listed
 from exitsafe.report.svg import to_svg
 from exitsafe.runs.metrics import METRICS, Metric
@@ -31,7 +31,7 @@ class Figure:
         name: Its id on the page.
         title, note: What it shows, and how to read it.
         svg: The drawing.
-        tables: Its numbers.
+        table: Its numbers.
     """
 
     name: str
@@ -43,11 +43,12 @@ class Figure:
 
 def metric_figures(runs: Sequence[LabelledRun]) -> Iterator[Figure]:
     """One chart per metric by exit layer; where several judges have it, one per judge."""
+    called = judge_names(name for _, run in runs for name, _ in run.judges)
     for metric in METRICS:
         judges = list(dict.fromkeys(name for _, run in runs for name in _judges_with(run.summary, metric)))
         for judge in judges if len(judges) > 1 else [None]:
             results = [(run.summary["judges"].get(judge) if judge else run.summary) for _, run in runs]
-            title = TITLES[metric.name] + (f", by {shown(judge)}" if judge else "")
+            title = TITLES[metric.name] + (f", by {called[judge]}" if judge else "")
             number = judges.index(judge) + 1 if judge else 0
             found = _metric_figure(
                 runs, results, metric, title=title, name=f"chart-{metric.name.replace('_', '-')}-{number}"
@@ -88,11 +89,12 @@ def scatter_figure(runs: Sequence[LabelledRun]) -> Figure | None:
 
 def category_figures(runs: Sequence[LabelledRun], rates: Sequence[CategoryRates | None]) -> Iterator[Figure]:
     """A heat map per run that has more than one category."""
+    called = judge_names(name for _, run in runs for name, _ in run.judges)
     for number, ((label, run), found) in enumerate(zip(runs, rates, strict=True), 1):
         if found is None:
             continue
         names = {category: category_name(category) for category in found.rates}
-        rows = _unique(list(names.values()))
+        rows = numbered(list(names.values()))
         cells = [
             Cell(exit_layer=layer, row=row, value=None if estimate is None else estimate.value)
             for row, by_layer in zip(rows, found.rates.values(), strict=True)
@@ -100,7 +102,7 @@ def category_figures(runs: Sequence[LabelledRun], rates: Sequence[CategoryRates 
             for estimate in [by_layer.get(layer)]
         ]
         title = f"{shown(label)}: attack success by category and exit layer"
-        note = f"Percent, by {shown(found.judge)}. A dash: nothing could be scored."
+        note = f"Percent, by {called[found.judge]}. A dash: nothing could be scored."
         if found.num_left_out:
             note += f" {found.num_left_out} smaller categories are left out."
         worst = max((c for c in cells if c.value is not None), key=lambda c: c.value or 0.0, default=None)
@@ -206,11 +208,6 @@ def _scatter_table(title: str, metric: str, runs: Sequence[LabelledRun], spots: 
         f"{TITLES[name]}{what}" for name in ("asr", metric) for what in ("", ": 95% interval", ": n", ": unscored")
     ]
     return Table(caption=title, columns=("exit", "run", *measures), rows=tuple(rows), num_names=2)
-
-
-def _unique(names: list[str]) -> list[str]:
-    """Cut names may have become the same."""
-    return [name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
 
 
 def _lower(metric: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.report.chart import LabelledRun
-from exitsafe.report.names import shown
+from exitsafe.report.names import judge_names, shown
 from exitsafe.report.numbers import TITLES, amount, change, count, interval, is_rate, p_value
 from exitsafe.runs.metrics import AGGREGATES
 from exitsafe.stats import BINS, layers_by_bin
@@ -111,7 +111,10 @@ def _bin_cell(metric: str, found: Mapping[str, Any] | None, missing: str) -> str
 
 def agreement_table(runs: Sequence[LabelledRun]) -> Table | None:
     """Cohen's kappa of every two judges; None where no two judged the same."""
-    rows = [Row(cells=_agreement_cells(label, pair)) for label, run in runs for pair in run.summary["agreement"]]
+    called = judge_names(name for _, run in runs for name, _ in run.judges)
+    rows = [
+        Row(cells=_agreement_cells(label, pair, called)) for label, run in runs for pair in run.summary["agreement"]
+    ]
     columns = ("measure", "run", "first judge", "second judge", "agree on", "kappa", "95% interval", "n", "unscored")
     return Table(caption="How far judges agree", columns=columns, rows=tuple(rows), num_names=4) if rows else None
 
@@ -248,13 +251,13 @@ def _bin_metric(metric: str) -> str:
     return f"{TITLES[metric]} ({AGGREGATES[metric]})" if metric in AGGREGATES else TITLES[metric]
 
 
-def _agreement_cells(label: str, pair: Mapping[str, Any]) -> tuple[str, ...]:
+def _agreement_cells(label: str, pair: Mapping[str, Any], called: Mapping[str, str]) -> tuple[str, ...]:
     kappa = f"none: {pair['undefined']}" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
     return (
         TITLES.get(pair["measure"], pair["measure"]),
         shown(label),
-        shown(pair["first"]),
-        shown(pair["second"]),
+        called[pair["first"]],
+        called[pair["second"]],
         "" if pair["observed"] is None else f"{pair['observed']:.1%}",
         kappa,
         "" if pair["kappa"] is None else f"{pair['low']:.2f} to {pair['high']:.2f}",

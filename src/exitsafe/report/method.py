@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from exitsafe.report.facts import Row, Table
-from exitsafe.report.names import shown, without_folder
+from exitsafe.report.names import judge_names, shown, without_folder
 from exitsafe.report.numbers import TITLES, number_list
 from exitsafe.report.told import Compared, Told
 
@@ -18,7 +18,8 @@ _MAX_LENGTH = 400
 
 def method_table(runs: Sequence[Told]) -> Table:
     """What decides a run's answers and verdicts, a column per run; one that several runs share is said once."""
-    facts = [dict(_facts(told)) for told in runs]
+    called = judge_names(name for told in runs for name, _ in told.run.judges)
+    facts = [dict(_facts(told, called)) for told in runs]
     names = dict.fromkeys(name for found in facts for name in found)
     return Table(
         caption="What the runs are of and how they were made",
@@ -28,10 +29,11 @@ def method_table(runs: Sequence[Told]) -> Table:
     )
 
 
-def set_otherwise(compared: Sequence[Compared]) -> list[str]:
+def set_otherwise(runs: Sequence[Told], compared: Sequence[Compared]) -> list[str]:
     """What differs between audits beside the model, one line each."""
+    called = judge_names(name for told in runs for name, _ in told.run.judges)
     return [
-        f"{shown(pair.before)} and {shown(pair.after)}: {_without_folders(line)}."
+        f"{shown(pair.before)} and {shown(pair.after)}: {_without_folders(line, called)}."
         for pair in compared
         if pair.comparison is not None
         for line in pair.comparison.settings_changed
@@ -77,7 +79,7 @@ def limits(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str]:
         )
 
 
-def _facts(told: Told) -> Iterator[tuple[str, str]]:
+def _facts(told: Told, called: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     settings, summary = told.run.settings, told.run.summary
     model: Mapping[str, Any] = settings.get("model", {})
     yield "model", shown(without_folder(str(summary["model"])))
@@ -101,7 +103,7 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
         if told.run.origin.get(name) is not None:
             yield f"suites: {name}", _spelt(told.run.origin[name])
     for judge in settings.get("judges", ()):
-        yield f"judge {shown(judge['name'])}", _spelt(judge.get("settings", {}))
+        yield f"judge {called[judge['name']]}", _spelt(judge.get("settings", {}))
     for package, version in settings.get("versions", {}).items():
         yield f"version of {shown(package)}", shown(str(version))
 
@@ -154,6 +156,10 @@ def _plain(value: Any) -> str:
     return _HASH.sub(r"\1…", without_folder(str(value)))
 
 
-def _without_folders(line: str) -> str:
-    """A line of `Comparison.settings_changed`, whose values are JSON."""
+def _without_folders(line: str, called: Mapping[str, str]) -> str:
+    """A line of `Comparison.settings_changed`, which begins with a judge's name or another's and has values in JSON."""
+    for judge in sorted(called, key=len, reverse=True):
+        if line.startswith(start := f"judges.{judge}."):
+            line = f"judges.{called[judge]}.{line[len(start) :]}"
+            break
     return shown(_TEXT.sub(lambda match: without_folder(match[1]), line), max_length=_MAX_LENGTH)

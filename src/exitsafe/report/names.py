@@ -6,11 +6,14 @@ long names are cut. Folders of this machine are not shown: a page is made to be 
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 
 _MAX_LENGTH = 80
+_PREFIX = re.compile(r"[a-z0-9-]{2,}:")  # of a judge; one letter is a drive
+_SUITES = (".jsonl", ".csv", ".parquet")
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -25,14 +28,41 @@ def shown(name: str, *, max_length: int = _MAX_LENGTH) -> str:
 
 
 def without_folder(name: str) -> str:
-    """A model or suite by its name, a file of this machine by its last part.
+    """A model, judge or suite by its name, a file of this machine by its last part.
 
     >>> without_folder("llava-hf/llava-1.5-7b-hf"), without_folder("/home/ann/suite.jsonl")
     ('llava-hf/llava-1.5-7b-hf', 'suite.jsonl')
+    >>> without_folder("reward:/home/ann/model"), without_folder("runs/ppo/model"), without_folder("https://a.b/c/d")
+    ('reward:model', 'model', 'https://a.b/c/d')
     """
-    if name.startswith(("/", "~", ".")):
-        return Path(name).name or name
-    return PureWindowsPath(name).name if PureWindowsPath(name).drive else name
+    if "://" in name:
+        return name
+    found = _PREFIX.match(name)
+    prefix, path = (found[0], name[found.end() :]) if found else ("", name)
+    # a name on the Hub has one slash at most
+    is_file = path.startswith(("/", "~", ".")) or path.count("/") > 1 or path.lower().endswith(_SUITES)
+    if is_file or "\\" in path or PureWindowsPath(path).drive:
+        path = PureWindowsPath(path).name or path
+    return prefix + path
+
+
+def judge_names(judges: Iterable[str]) -> dict[str, str]:
+    """What each judge is called on a page; numbers tell apart those whose folders did so.
+
+    >>> judge_names(["vqa", "reward:/a/model", "reward:/b/model"])
+    {'vqa': 'vqa', 'reward:/a/model': 'reward:model', 'reward:/b/model': 'reward:model (2)'}
+    """
+    different = list(dict.fromkeys(judges))
+    return dict(zip(different, numbered([shown(without_folder(judge)) for judge in different]), strict=True))
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names that have become the same, told apart.
+
+    >>> numbered(["a", "b", "a"])
+    ['a', 'b', 'a (2)']
+    """
+    return [name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
 
 
 def label_runs(paths: Sequence[Path]) -> list[str]:

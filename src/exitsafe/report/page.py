@@ -175,7 +175,7 @@ def _content(
         ],
         "against_default": [(shown(label), list(against_default_tables(run.summary))) for label, run in runs],
         "method": method_table(told),
-        "set_otherwise": set_otherwise(compared),
+        "set_otherwise": set_otherwise(told, compared),
         "limits": list(limits(told, compared)),
     }
 

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from exitsafe.report.answer_grid import AnswerGrid, RunAnswers, Verdicts, read_grid
 from exitsafe.report.chart import LabelledRun
+from exitsafe.report.names import judge_names
 from exitsafe.report.redaction import shown_label
 from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole
 
@@ -97,6 +98,7 @@ def build_transcripts(runs: Sequence[LabelledRun], *, out: Path, include_unsafe_
 
 def _index(grid: AnswerGrid, runs: Sequence[LabelledRun]) -> dict[str, Any]:
     """What the filters and the table's edges show; small."""
+    called = judge_names(found.judge for run in grid.runs for found in run.verdicts)
     defaults = {run.summary.get("default_exit") for _, run in runs}
     return {
         "numSamples": len(grid.samples),
@@ -107,7 +109,7 @@ def _index(grid: AnswerGrid, runs: Sequence[LabelledRun]) -> dict[str, Any]:
         "runs": [
             {
                 "label": run.label,
-                "verdicts": [{"judge": found.judge, "measure": found.measure} for found in run.verdicts],
+                "verdicts": [{"judge": called[found.judge], "measure": found.measure} for found in run.verdicts],
             }
             for run in grid.runs
         ],

@@ -7,11 +7,12 @@ or that none could be shown. Nothing here calls a model safe.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from exitsafe.records import Kind
 from exitsafe.report.changes import COSTS, what_changed, what_it_cost
 from exitsafe.report.facts import Summary, layer_estimates, overview_table, worst_table
-from exitsafe.report.names import shown, without_folder
+from exitsafe.report.names import judge_names, shown, without_folder
 from exitsafe.report.numbers import TITLES, estimate, listed, number_list
 from exitsafe.report.told import Compared, Passage, Told, model_name
 from exitsafe.runs.metrics import METRICS, judge_of
@@ -61,7 +62,8 @@ def _tested(runs: Sequence[Told]) -> Iterator[str]:
         f"reads the picture; the untouched model uses exit {summary['default_exit']}, the default."
     )
     # said once where all runs agree, else run by run
-    for describe in (_asked, _judges):
+    called = judge_names(name for told in runs for name, _ in told.run.judges)
+    for describe in (_asked, partial(_judges, called=called)):
         said = {describe(told) for told in runs}
         for told in runs[:1] if len(said) == 1 else runs:
             prefix = "" if len(said) == 1 else f"{shown(told.label)}: "
@@ -92,7 +94,7 @@ def _asked(told: Told) -> str:
     return said + (f" Suites: {listed(suites)}." if suites else "")
 
 
-def _judges(told: Told) -> str:
+def _judges(told: Told, *, called: Mapping[str, str]) -> str:
     by_judge: dict[str, list[str]] = {}
     for metric in METRICS:
         judge = judge_of(metric, told.run.judges)
@@ -100,10 +102,10 @@ def _judges(told: Told) -> str:
             by_judge.setdefault(judge, []).append(TITLES[metric.name].lower().replace("vqa", "VQA"))
     if not by_judge:
         return "No judge scored its answers."
-    said = "; ".join(f"{listed(metrics)} by {shown(judge)}" for judge, metrics in by_judge.items())
+    said = "; ".join(f"{listed(metrics)} by {called[judge]}" for judge, metrics in by_judge.items())
     results = told.run.summary["judges"]
     spoke = [name for name, _ in told.run.judges if any(row["metrics"] for row in results[name]["layers"])]
-    others = [shown(name) for name in spoke if name not in by_judge]
+    others = [called[name] for name in spoke if name not in by_judge]
     return f"Judged were {said}." + (f" A second opinion came from {listed(others)}." if others else "")
 
 
@@ -164,10 +166,11 @@ def _stopped(told: Told) -> Iterator[str]:
         by_decision.setdefault(row["decision"], []).append(row["exit_layer"])
     limit = f"{stopping['max_asr']:.1%}"
     words = {"below": f"at most {limit}", "above": f"above {limit}", None: "still open at the end"}
+    judge = shown(without_folder(stopping["judge"]))
     parts = [f"{_named(by_decision[key])} {text}" for key, text in words.items() if key in by_decision]
     yield (
         f"{shown(told.label)}: an exit was asked no further once it was settled whether its attack success is at most "
-        f"{limit} (error level {stopping['error']:.0%}, by {shown(stopping['judge'])}): {'; '.join(parts)}."
+        f"{limit} (error level {stopping['error']:.0%}, by {judge}): {'; '.join(parts)}."
     )
     yield (
         f"Exits that stopped rest on fewer answers; their attack success has the {1 - stopping['error']:.0%} interval "
