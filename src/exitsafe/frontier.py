@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from exitsafe.doctor.savings import Savings
+from exitsafe.doctor.savings import NUM_ANSWER_TOKENS, Savings
 from exitsafe.errors import InputError, RunError
 from exitsafe.runs import AuditRun
 from exitsafe.runs.bounds import Bounded, Bounds, bounds_of
@@ -24,7 +24,6 @@ from exitsafe.stats.medians import median_interval, median_upper_bound
 from exitsafe.vlm.latency import Latency, Pass
 
 CONFIDENCE = 0.95
-NUM_ANSWER_TOKENS = 64
 HARDLY = 0.1
 """Below this share of an answer early exit is no way to speed."""
 

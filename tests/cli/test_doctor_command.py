@@ -49,6 +49,11 @@ def test_the_document(tiny_llava: Path, suite: Path) -> None:
     assert found["audit"]["fits"] is True
     assert found["audit"]["peak"] < found["device"]["free_bytes"]
     assert sum(part["bytes"] for part in found["align"]["device"]) >= found["align"]["peak"]
+    work = found["compute"]
+    first_token = work["encoder"] + work["prefill"]
+    assert work["encoder_share"] == work["encoder"] / first_token
+    all_blocks = (work["encoder"] - work["encoder_at_first_exit"]) / first_token
+    assert work["saved_per_block"] == pytest.approx(all_blocks / 4) and all_blocks > work["saved_at_most"] > 0
 
 
 def test_without_a_suite_the_number_of_samples_is_assumed(tiny_llava: Path) -> None:

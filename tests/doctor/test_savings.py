@@ -1,4 +1,4 @@
-"""What exits save: operations against the doctor's own count, bytes against models that lack the blocks."""
+"""What exits save: operations against the formulas of matrix products, bytes against models that lack the blocks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from exitsafe.doctor import Blueprint, count_compute, load_blueprint, typical_prompt
-from exitsafe.doctor.savings import count_savings
+from exitsafe.doctor import Blueprint, count_savings, load_blueprint, typical_prompt
+from exitsafe.doctor.savings import NUM_ANSWER_TOKENS
 from exitsafe.vlm import load_vlm
 from tests.tiny_models import save_tiny
 
@@ -64,17 +64,29 @@ def test_bytes_are_the_true_difference(
     assert (savings.dropped_bytes[6] > 0) == skip_global
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "mllama"])
-def test_operations_are_those_of_the_doctor(blueprints: dict[str, Blueprint], family: str) -> None:
-    blueprint = blueprints[family]
+def test_operations_by_hand(tmp_path: Path) -> None:
+    """Two operations a weight and token, and attention over the square of the length."""
+    blueprint = load_blueprint(save_tiny("llava", tmp_path))  # widths 32 and 48, 2 layers, heads 4 of 8, 2 shared
     typical = typical_prompt(blueprint)
-    compute, savings = count_compute(blueprint, typical), count_savings(blueprint, typical, LAYERS)
-    assert savings.encoder_share == compute.encoder_share
-    assert savings.saved_share(1) == compute.saved_at_most
-    assert savings.saved(blueprint.default_exit) == 0
-    per_block = (compute.encoder - compute.encoder_at_first_exit) // (compute.default_exit - 1)
-    assert savings.saved(3) == (compute.default_exit - 3) * per_block
-    assert savings.saved(6) == (compute.default_exit - 6) * per_block <= 0
+    tokens = typical.num_prompt_tokens
+    assert tokens == 4 + 64
+    linear = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
+
+    def prefill(length: int) -> int:
+        return 2 * (length * linear + 2 * 2 * length * length * 32)
+
+    savings = count_savings(blueprint, typical, LAYERS)
+    assert savings.prefill == prefill(tokens)
+    assert savings.answer == prefill(tokens + NUM_ANSWER_TOKENS) - prefill(tokens)
+    patches = 5  # 4 and the class token
+    block = 2 * patches * (4 * 32 * 32 + 2 * 32 * 48) + 2 * 2 * patches * patches * 32
+    projector = 2 * 4 * (32 * 32 + 32 * 32)
+    embedding = 2 * 4 * (3 * 14 * 14) * 32
+    assert savings.default_encoder == 5 * block + projector + embedding
+    assert [savings.saved(layer) for layer in LAYERS] == [4 * block, 2 * block, 0, -block]
+    both = savings.default_encoder + savings.prefill
+    assert savings.encoder_share == pytest.approx(savings.default_encoder / both)
+    assert savings.saved_share(1) == pytest.approx(4 * block / (both + savings.answer))
 
 
 @pytest.mark.parametrize(("family", "skip_global"), [("llava_next", False), ("mllama", True)])

@@ -12,13 +12,14 @@ from exitsafe.cli import console, defaults, options
 from exitsafe.cli.align_command import make_config
 from exitsafe.cli.doctor_tables import facts_table, memory_table, readable
 from exitsafe.cli.memory_check import judges_of
+from exitsafe.cli.models import read_blueprint, torch_device
 from exitsafe.cli.rewards import read_rewards
 from exitsafe.cli.settings_file import FIELDS, config_option
 
 if TYPE_CHECKING:
     import torch
 
-    from exitsafe.doctor import Blueprint, Compute, Plan, Typical
+    from exitsafe.doctor import Blueprint, Plan, Savings, Typical
     from exitsafe.judges import Judge
     from exitsafe.lppo import LPPOConfig
     from exitsafe.records import Sample
@@ -82,13 +83,9 @@ def doctor_command(
     The memory plan of align is that of LPPOConfig's defaults, or of the fields in --config.
     """
     with console.results(as_json=json) as show:
-        from exitsafe.doctor import load_blueprint
-
         lppo = make_config(model, context.meta.get(FIELDS, {}))
-        blueprint = _quietly(
-            lambda: load_blueprint(
-                model, dtype=dtype, quantization=quantization, revision=revision, trust_remote_code=trust_remote_code
-            )
+        blueprint = read_blueprint(
+            model, dtype=dtype, quantization=quantization, revision=revision, trust_remote_code=trust_remote_code
         )
         samples = _samples(model, suite)
         document, plans = examine(
@@ -99,7 +96,7 @@ def doctor_command(
             num_samples=len(samples) or num_samples or ASSUMED_SAMPLES,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            device=_device(device),
+            device=torch_device(device),
             reward_judges=judges_of(read_rewards(reward)),
             watch_judge=watch_judge,
         )
@@ -120,14 +117,14 @@ def examine(
     watch_judge: str | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, Plan]]]:
     """All findings as one JSON object, and the plans by their titles."""
-    from exitsafe.doctor import align_plan, audit_plan, bytes_by_name, count_compute, judge_bytes, typical_prompt
+    from exitsafe.doctor import align_plan, audit_plan, bytes_by_name, count_savings, judge_bytes, typical_prompt
     from exitsafe.judges import load_judges
     from exitsafe.judges.qwen3guard import DEFAULT_MODEL
     from exitsafe.lppo.sampler import trained_exits
     from exitsafe.vlm.memory import free_memory
 
     typical = typical_prompt(blueprint, samples)
-    compute = count_compute(blueprint, typical)
+    compute = _shares(blueprint, count_savings(blueprint, typical, [1]))
     free = free_memory(device)
     is_organism = defaults.organism_of(model) is not None
     longest = max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else defaults.MODEL_TOKENS)
@@ -172,7 +169,7 @@ def examine(
         "samples": {"number": num_samples, "measured": bool(samples)},
         "judge": judge,
         "device": {"name": str(device), "free_bytes": free},
-        "compute": _shares(compute),
+        "compute": compute,
         "audit": _plan(auditing),
         "align": _plan(training),
     }
@@ -181,16 +178,16 @@ def examine(
 
 
 def _notes(
-    blueprint: Blueprint, typical: Typical, compute: Compute, plans: list[tuple[str, Plan]], lppo: LPPOConfig
+    blueprint: Blueprint, typical: Typical, compute: dict[str, float], plans: list[tuple[str, Plan]], lppo: LPPOConfig
 ) -> list[str]:
     """What the numbers mean, one line each."""
     import torch
 
-    share, most = compute.encoder_share, compute.saved_at_most
+    share, most = compute["encoder_share"], compute["saved_at_most"]
     verdict = "hardly makes it faster: audit its exits for safety" if most < _HARDLY else "makes it faster"
     notes = [
         f"Early exit {verdict}. The encoder is {share:.1%} of the work before the first token, each block "
-        f"{compute.saved_per_block:.2%}; exit 1 saves {most:.1%} of an answer of 64 tokens."
+        f"{compute['saved_per_block']:.2%}; exit 1 saves {most:.1%} of an answer of 64 tokens."
     ]
     for name, plan in plans:
         if plan.fits is False:
@@ -221,40 +218,17 @@ def _samples(model: str, suites: list[str] | None) -> list[Sample]:
     return defaults.read_samples(defaults.make_origin(model, suites=names, split="train", seed=0, limit=None))
 
 
-def _quietly(load: Any) -> Blueprint:
-    """Without transformers' remarks on a config, which stands in the table anyway."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        blueprint: Blueprint = load()
-    finally:
-        logging.set_verbosity(before)
-    return blueprint
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    from exitsafe.errors import InputError
-    from exitsafe.vlm.processes import own_device
-
-    if name == "auto":
-        return own_device()
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} is unknown; choose auto, cpu or cuda:N") from error
-
-
-def _shares(compute: Compute) -> dict[str, float]:
-    from dataclasses import asdict
-
-    return asdict(compute) | {
-        "encoder_share": compute.encoder_share,
-        "saved_per_block": compute.saved_per_block,
-        "saved_at_most": compute.saved_at_most,
+def _shares(blueprint: Blueprint, savings: Savings) -> dict[str, float]:
+    blocks = max(1, blueprint.default_exit - 1)
+    return {
+        "encoder": savings.default_encoder,
+        "encoder_at_first_exit": savings.encoder[1],
+        "prefill": savings.prefill,
+        "answer": savings.answer,
+        "default_exit": blueprint.default_exit,
+        "encoder_share": savings.encoder_share,
+        "saved_per_block": savings.saved(1) / blocks / (savings.default_encoder + savings.prefill),
+        "saved_at_most": savings.saved_share(1),
     }
 
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitsafe.cli import console, options
+from exitsafe.cli.models import read_blueprint, torch_device
 from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError, ModelError, RunError
 
 if TYPE_CHECKING:
-    import torch
-
     from exitsafe.doctor.savings import Savings
     from exitsafe.records import Sample
     from exitsafe.runs import AuditRun
@@ -130,7 +129,7 @@ def _latency(run: AuditRun, samples: list[Sample], *, num_samples: int, device: 
         "num_samples": num_samples,
         "repeats": NUM_REPEATS,
         "new_tokens": NEW_TOKENS,
-        "machine": describe_machine(_torch_device(loading.get("device", "auto"))),
+        "machine": describe_machine(torch_device(loading.get("device", "auto"))),
     }
     kept = kept_latency(run.path, settings)
     if kept is not None:
@@ -161,19 +160,11 @@ def _savings_without_model(run: AuditRun, answer_tokens: int) -> Savings | None:
 
 def _savings(run: AuditRun, samples: list[Sample], answer_tokens: int) -> Savings:
     """Counted on the model's config, which must be that of the run."""
-    from transformers.utils import logging
-
-    from exitsafe.doctor import load_blueprint, typical_prompt
-    from exitsafe.doctor.savings import count_savings
+    from exitsafe.doctor import count_savings, typical_prompt
 
     origin, loading = origin_of_model(run), loading_of(run)
     given = {name: value for name, value in loading.items() if name in _READ_WITH}
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # remarks on a config help nobody here
-    try:
-        blueprint = load_blueprint(origin["model"], **given)
-    finally:
-        logging.set_verbosity(before)
+    blueprint = read_blueprint(origin["model"], **given)
     model = run.settings["model"]
     was = (model["family"], model["num_layers"], model["default_exit"])
     if was != (blueprint.family, blueprint.num_layers, blueprint.default_exit):
@@ -185,16 +176,3 @@ def _savings(run: AuditRun, samples: list[Sample], answer_tokens: int) -> Saving
         skip_global=bool(run.settings["skip_global"]),
         num_answer_tokens=answer_tokens,
     )
-
-
-def _torch_device(name: str) -> torch.device:
-    import torch
-
-    from exitsafe.vlm.processes import own_device
-
-    if name == "auto":
-        return own_device()
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} is unknown; choose auto, cpu or cuda:N") from error

@@ -1,4 +1,4 @@
-"""What each exit saves of a model, counted on shapes: floating-point operations and bytes of weights. No clocks.
+"""What each exit saves of a model, counted on shapes: operations of matrix products and bytes of weights. No clocks.
 
 Against the untouched model at its default exit for operations, and against the whole checkpoint for bytes: an exit's
 export drops every block behind the exit, also those that the default exit never reads.
@@ -13,8 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitsafe.doctor.blueprint import Blueprint, weights_of
-from exitsafe.doctor.compute import NUM_ANSWER_TOKENS
 from exitsafe.doctor.prompts import Typical
+
+NUM_ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
