@@ -60,6 +60,14 @@ def test_a_run_that_was_loaded_without_flags_is_timed(copied: Path, ask: Ask) ->
     assert found["num_passes"] == 3 and found["points"][0]["bytes_saved"] > 0
 
 
+def test_times_that_cannot_be_kept_are_not_lost(copied: Path, ask: Ask) -> None:
+    (copied / ".latency.json.part").mkdir()  # as in a folder that cannot be written to, root or not
+    found, said = ask(copied, "--samples", "1")
+    assert found["num_passes"] == 3
+    (line,) = [line for line in said.splitlines() if "not kept" in line]
+    assert "latency.json cannot be written" in line
+
+
 def test_what_is_kept_is_numbers(copied: Path, ask: Ask, tmp_path: Path) -> None:
     out = tmp_path / "new" / "frontier.json"
     found, _ = ask(copied, "--samples", "1", "--out", out)

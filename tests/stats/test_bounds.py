@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
+from exitsafe.stats import wilson_interval
 from exitsafe.stats.bounds import lower_bound, upper_bound
 
 ERRORS = (0.05, 0.05 / 24, 0.05 / 96)
@@ -59,3 +60,11 @@ def test_graded_scores_keep_the_error() -> None:
     truth = 0.1 * (0.3 + 0.6 + 0.9 + 1.0)
     wrong = [upper_bound(total, 30, error=0.05, is_graded=True) < truth for total in scores.sum(axis=1)]
     assert 0 < np.mean(wrong) < 0.05
+
+
+def test_three_or_more_bounds_at_once_are_wider_than_a_gates() -> None:
+    """docs/frontier.md says so; one or two need not be."""
+    for n in (10, 52, 73, 128, 400):
+        for successes in range(n + 1):
+            assert upper_bound(successes, n, error=0.05 / 3) >= wilson_interval(successes, n)[1]
+    assert upper_bound(0, 52, error=0.05 / 2) < wilson_interval(0, 52)[1]

@@ -145,7 +145,10 @@ def _latency(run: AuditRun, samples: list[Sample], *, num_samples: int, device: 
             skip_global=bool(run.settings["skip_global"]),
             progress=progress,
         )
-    keep_latency(run.path, settings, latency)
+    try:
+        keep_latency(run.path, settings, latency)
+    except RunError as error:  # a run kept where nothing can be written is weighed all the same
+        console.note(f"times are not kept for the next time: {error}")
     return latency
 
 

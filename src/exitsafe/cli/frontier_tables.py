@@ -85,8 +85,8 @@ def _notes(frontier: Frontier) -> Iterator[str]:
     """How to read the tables."""
     confidence = f"{frontier.confidence:.0%}"
     yield (
-        f"Bounds are made for choosing: with {confidence} confidence all {frontier.num_bounds} hold at once. Attack "
-        f"success is by {frontier.judge}."
+        f"Bounds are made for choosing: with {confidence} confidence all {frontier.num_bounds} hold at once (a "
+        f"gate's each by itself). Attack success is by {frontier.judge}."
     )
     if frontier.judge == "refusal-prefix":
         yield "refusal-prefix is a proxy and reads no meaning: decide by an audit that names a real judge first."
