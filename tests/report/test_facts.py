@@ -90,10 +90,15 @@ def test_tests_count_the_exits_that_differ(before: AuditRun, after: AuditRun) ->
     assert [row.cells[0] for row in rows] == ["1", "2", "3 (default)", "4", "early", "middle", "late", "average"]
     assert rows[0].cells[1:3] == ("7", "1")
     assert rows[-1].cells[-1] == ""
-    chosen = [row for row in comparison.rows("asr") if row.place in (2, 3, "late")]
-    words = change_table(chosen, "before", "after", default_exit=3)
-    assert [row.cells[-1] for row in words.rows] == ["lower", "not shown to differ", "not shown to differ"]
-    assert [row.is_default for row in words.rows] == [False, True, False]
+    words = change_table(comparison, "asr", "before", "after")
+    assert [(row.cells[0], row.cells[-1]) for row in words.rows] == [
+        ("3 (default)", "not shown to differ"), ("early", "lower"), ("middle", "lower"),
+        ("late", "not shown to differ"), ("average", "lower"),
+    ]  # fmt: skip
+    assert [row.is_default for row in words.rows] == [True, False, False, False, False]
+    # of the bootstrap of 8 requests, or of 7 that were scored, where all differ; McNemar's p is exact
+    assert [row.cells[-3] for row in words.rows if row.cells[-1] == "lower"] == ["≤0.023", "≤0.018", "≤0.018"]
+    assert rows[1].cells[-2] == "0.008"
 
 
 def test_worst_exits_of_both_halves(before: AuditRun) -> None:

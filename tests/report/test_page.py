@@ -241,6 +241,7 @@ def test_folders_of_this_machine_stay_out(tmp_path: Path) -> None:
     page = Page(text)
     for name in ("hh", "hh (2)", "hh2"):
         assert f"Reward, by reward:{name}" in page.text
+    assert "In brackets: 95% intervals." in page.text
     assert "judges.reward:hh (2).model was absent, is now reward:hh." in page.text
     assert '{"judge":"reward:hh (2)","measure":"reward"}' in text
 

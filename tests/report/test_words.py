@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from exitsafe.comparison import Comparison, Difference
+from exitsafe.report.changes import in_short
 from exitsafe.report.told import Compared, Passage, Told
 from exitsafe.report.words import summary_in_words
 from exitsafe.runs import AuditRun
@@ -102,6 +103,33 @@ def test_what_was_tested() -> None:
     )
 
 
+def test_in_short_for_two_runs_one_and_none_that_is_known() -> None:
+    pair = Compared(before="before", after="after", comparison=make_comparison(REPAIR))
+    assert list(in_short([make_told(), make_told("after", asr=(0.05, 0.2, 0.3))], [pair])) == [
+        "Harmful requests that got a harmful answer, as an automatic judge sees it: at the worst exit, before 90.0% "
+        "(80.0 to 100.0%) and after 5.0% (0.0 to 15.0%); at the default exit, 2, before 20.0% (10.0 to 30.0%) and "
+        "after 20.0% (10.0 to 30.0%) (no difference could be shown).",
+        "What it cost, averaged over all 3 exits, each third of the encoder counting alike, over-refusal from 10.0% to "
+        "12.0% (no difference could be shown) and VQA accuracy unknown.",
+        "In brackets: 95% intervals.",
+    ]
+    assert list(in_short([make_told()], []))[:2] == [
+        "Harmful requests that got a harmful answer, as an automatic judge sees it: at the worst exit, 90.0% (80.0 to "
+        "100.0%); at the default exit, 2, 20.0% (10.0 to 30.0%).",
+        "What should be answered, at the default exit, 2: over-refusal 10.0% (0.0 to 20.0%) and VQA accuracy 70.0% "
+        "(60.0 to 80.0%).",
+    ]
+    apart = Compared(before="before", after="after", comparison=None)
+    assert "Runs that share no request or no exit are not compared." in in_short(
+        [make_told(), make_told("after")], [apart]
+    )
+    bare = make_told(layers=[{"exit_layer": 2, "metrics": {"asr": estimate(None, 0, unscored=7)}}], worst={})
+    assert list(in_short([bare], []))[:2] == [
+        "How many harmful requests got a harmful answer is not known.",
+        "What should be answered, at the default exit, 2: over-refusal unknown and VQA accuracy unknown.",
+    ]
+
+
 def test_the_worst_exit_of_one_run() -> None:
     passages = summary_in_words([make_told()], [])
     assert said(passages, "The worst exit") == (
@@ -195,7 +223,11 @@ def test_several_runs_are_each_told_and_what_differs_is_said_run_by_run() -> Non
     assert table is not None
     assert table.columns[:3] == ("run", "Attack success, worst exit", "Attack success, default exit")
     assert table.rows[2].cells[:3] == ("ppo", "90.0% (80.0 to 100.0%)", "20.0% (10.0 to 30.0%)")
-    assert [passage.is_open for passage in passages if passage.heading.startswith("What changed")] == [False, False]
+    short = list(in_short([make_told(), make_told("after"), other], pairs))
+    assert "before 90.0% (80.0 to 100.0%), after 90.0% (80.0 to 100.0%) and ppo 90.0% (80.0 to 100.0%)" in short[0]
+    assert short[1].startswith(
+        "What should be answered, at the default exit, 2: over-refusal before 10.0% (0.0 to 20.0%), after"
+    )
 
 
 def test_gaps_in_a_run_are_said_and_never_filled() -> None:
@@ -227,7 +259,12 @@ def test_stopped_exits_are_told_with_what_they_rest_on() -> None:
             for layer, decision in enumerate(("above", "above", "below", None), 1)
         ],
     }
-    passages = summary_in_words([make_told(stopping=stopping)], [])
+    told = make_told(stopping=stopping)
+    passages = summary_in_words([told], [])
+    assert said(passages, "The worst exit")[0].startswith(
+        "before: at the worst exit, 1, attack success is 90.0% (99% interval 80.0 to 100.0%, n=48);"
+    )
+    assert list(in_short([told], []))[-1] == "In brackets: 99% intervals."
     assert said(passages, "Stopped early") == (
         "before: an exit was asked no further once it was settled whether its attack success is at most 5.0% (error "
         "level 1%, by guard): exit 3 at most 5.0%; exits 1, 2 above 5.0%; exit 4 still open at the end.",

@@ -1,30 +1,64 @@
-"""What changed between two runs and what it cost, in words: a comparison in, sentences and a table out.
+"""What changed between runs and what it cost, in words: comparisons in, sentences and tables out.
 
 Says of no difference more than its test does: lower, higher, or that none could be shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from exitsafe.comparison import Comparison, Difference
-from exitsafe.report.facts import HIGHER, LOWER, NOT_SHOWN, change_table, verdict, worst_table
+from exitsafe.report.facts import HIGHER, LOWER, NOT_SHOWN, change_table, layer_estimates, verdict, worst_table
 from exitsafe.report.names import shown
-from exitsafe.report.numbers import TITLES, amount, change, count, is_rate, listed, number_list
-from exitsafe.report.told import Compared, Passage, Told
-from exitsafe.stats import BINS
+from exitsafe.report.numbers import TITLES, amount, change, count, interval, is_rate, listed, number_list
+from exitsafe.report.told import Compared, Passage, Told, interval_level
 
 COSTS = ("over_refusal", "benign_refusal", "vqa_accuracy")
 """What a safer model may lose: answers to what is harmless, and right answers."""
 
 
-def what_changed(pair: Compared, *, is_only: bool) -> Passage:
-    """Attack success on average, at the default exit and exit by exit.
+_IN_SHORT = {"over_refusal": "over-refusal", "vqa_accuracy": "VQA accuracy"}
+
+
+def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str]:
+    """What to pass on where one reads no further: attack success at its worst and by default, and what it cost.
 
     Args:
-        pair: Two runs.
-        is_only: Whether it is the page's only pair: then its numbers are shown at once.
+        runs: The run to start from first.
+        compared: It against each other run; none for one run.
     """
+    comparison = compared[0].comparison if len(compared) == 1 else None
+    default = runs[0].run.summary["default_exit"]
+    places = {
+        "at the worst exit": [told.run.summary["worst"].get("asr") for told in runs],
+        f"at the default exit, {default}": _at_default(runs, "asr"),
+    }
+    said = [f"{place}, {values}" for place, found in places.items() if (values := _values(runs, "asr", found))]
+    row = None if comparison is None else _at(comparison.rows("asr"), default)
+    tested = "" if row is None else f" ({verdict(row)})"
+    if said:
+        yield f"Harmful requests that got a harmful answer, as an automatic judge sees it: {'; '.join(said)}{tested}."
+    else:
+        yield "How many harmful requests got a harmful answer is not known."
+    if comparison is None:
+        found = {metric: _values(runs, metric, _at_default(runs, metric)) for metric in _IN_SHORT}
+        values = [f"{what} {found[metric] or 'unknown'}" for metric, what in _IN_SHORT.items()]
+        yield f"What should be answered, at the default exit, {default}: {listed(values)}."
+    else:
+        rows = {metric: _at(comparison.rows(metric), "average") for metric in _IN_SHORT}
+        values = [f"{what} {_went(rows[metric])}" for metric, what in _IN_SHORT.items()]
+        yield f"What it cost, {_places(comparison)[0][1]} {listed(values)}."
+        if comparison.settings_changed:
+            yield "The audits differ in more than the model."
+    if any(pair.comparison is None for pair in compared):
+        yield "Runs that share no request or no exit are not compared."
+    levels = {interval_level(told.run.summary, exit_layer) for told in runs for exit_layer in told.run.exit_layers}
+    yield f"In brackets: {' or '.join(sorted(levels))} intervals."
+
+
+def what_changed(pair: Compared) -> Passage:
+    """Attack success on average, at the default exit and exit by exit."""
     heading, comparison = f"What changed from {shown(pair.before)} to {shown(pair.after)}", pair.comparison
     if comparison is None:
         return Passage(heading=heading, sentences=("Not known: the two runs share no request, or no exit layer.",))
@@ -40,9 +74,8 @@ def what_changed(pair: Compared, *, is_only: bool) -> Passage:
         if (row := _at(rows, place)) is not None:
             said.append(f"Attack success {where} went {_difference(row)}.")
     said.append(_by_exit([row for row in rows if row.p_adjusted is not None]))
-    chosen = [row for row in rows if row.place in (comparison.default_exit, *BINS, "average")]
-    table = change_table(chosen, shown(pair.before), shown(pair.after), default_exit=comparison.default_exit)
-    return Passage(heading=heading, sentences=tuple(said), table=table, is_open=is_only)
+    table = change_table(comparison, "asr", shown(pair.before), shown(pair.after))
+    return Passage(heading=heading, sentences=tuple(said), table=table)
 
 
 def what_it_cost(pair: Compared, runs: Sequence[Told]) -> Passage:
@@ -73,6 +106,27 @@ def what_it_cost(pair: Compared, runs: Sequence[Told]) -> Passage:
             )
     table = worst_table([(shown(told.label), told.run.summary) for told in runs], COSTS)
     return Passage(heading=heading, sentences=tuple(said), table=table)
+
+
+def _went(row: Difference | None) -> str:
+    if row is None:
+        return "unknown"
+    return f"from {amount(row.metric, row.before)} to {amount(row.metric, row.after)} ({verdict(row)})"
+
+
+def _at_default(runs: Sequence[Told], metric: str) -> list[Mapping[str, Any] | None]:
+    return [layer_estimates(told.run.summary, metric).get(told.run.summary["default_exit"]) for told in runs]
+
+
+def _values(runs: Sequence[Told], metric: str, found: Sequence[Mapping[str, Any] | None]) -> str:
+    """Each run's value with its interval, e.g. `before 90.0% (80.0 to 100.0%), after unknown`; "" if none is known."""
+    said = []
+    for told, value in zip(runs, found, strict=True):
+        number = "unknown"
+        if value is not None and value["value"] is not None:
+            number = f"{amount(metric, value['value'])} ({interval(metric, value['low'], value['high'])})"
+        said.append(number if len(runs) == 1 else f"{shown(told.label)} {number}")
+    return "" if all(text.endswith("unknown") for text in said) else listed(said)
 
 
 def _difference(row: Difference) -> str:

@@ -6,15 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.report.chart import LabelledRun
 from exitsafe.report.names import judge_names, shown
 from exitsafe.report.numbers import TITLES, amount, change, count, interval, is_rate, p_value
 from exitsafe.runs.metrics import AGGREGATES
-from exitsafe.stats import BINS, layers_by_bin
+from exitsafe.stats import BINS, bootstrap_p_value, layers_by_bin
+from exitsafe.stats.bootstrap import RESAMPLES
 
 Summary = Mapping[str, Any]
 LEVEL = 0.05
+_NEARLY = 1.5  # a resample without the metric moves the least p a little; the next one is twice as large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,7 @@ def against_default_tables(summary: Summary) -> Iterator[tuple[str, Table]]:
                     str(layer), f"{test['n']:,}", f"{test['unscored']:,}",
                     amount(metric, test["at_default"]), amount(metric, test["at_layer"]),
                     change(metric, test["difference"]), _change_interval(metric, test["low"], test["high"]),
-                    _effect(test["effect_size"]), p_value(test["p_value"]), p_value(test["p_adjusted"]),
+                    _effect(test["effect_size"]), *_p_values(test, num_clusters=test["n"]),
                 )
             )
             for layer, test in found.items()
@@ -148,7 +152,7 @@ def comparison_tables(comparison: Comparison, before: str, after: str) -> Iterat
         tested = [row for row in found if row.p_adjusted is not None]
         num_apart = sum(row.p_adjusted < LEVEL for row in tested if row.p_adjusted is not None)
         columns = ("exit", "pairs", "unscored", before, after, *_tested(metric, found[0].effect_measure))
-        rows = tuple(_difference_row(metric, row, comparison.default_exit) for row in found)
+        rows = tuple(_difference_row(row, comparison.default_exit, num_clusters=_clusters(found)) for row in found)
         headline = f"{TITLES[metric]}: {num_apart} of {len(tested)} exits differ"
         yield headline, Table(caption=f"{TITLES[metric]}, {before} and {after}", columns=columns, rows=rows)
 
@@ -214,9 +218,11 @@ def verdict(row: Difference) -> str:
     return LOWER if row.difference < 0 else HIGHER
 
 
-def change_table(rows: Sequence[Difference], before: str, after: str, *, default_exit: int) -> Table:
-    """Some places of one metric, with the word for what its test says."""
-    metric = rows[0].metric
+def change_table(comparison: Comparison, metric: str, before: str, after: str) -> Table:
+    """A metric at the default exit and in bins, with the word for what its test says."""
+    default_exit, every = comparison.default_exit, comparison.rows(metric)
+    rows = [row for row in every if row.place in (default_exit, *BINS, "average")]
+    num_clusters = _clusters(every)
     columns = ("exits", "pairs", "unscored", before, after, *_tested(metric, rows[0].effect_measure), "after is")
     return Table(
         caption=f"{TITLES[metric]}, {before} and {after}",
@@ -224,7 +230,7 @@ def change_table(rows: Sequence[Difference], before: str, after: str, *, default
         rows=tuple(
             Row(
                 cells=(
-                    *(found := _difference_row(metric, row, default_exit)).cells,
+                    *(found := _difference_row(row, default_exit, num_clusters=num_clusters)).cells,
                     verdict(row).replace(NOT_SHOWN, "not shown to differ"),
                 ),
                 is_default=found.is_default,
@@ -266,12 +272,27 @@ def _agreement_cells(label: str, pair: Mapping[str, Any], called: Mapping[str, s
     )
 
 
-def _difference_row(metric: str, row: Difference, default_exit: int) -> Row:
+def _clusters(rows: Sequence[Difference]) -> int:
+    """The requests that a metric's tests draw from."""
+    return max((row.n for row in rows if isinstance(row.place, int)), default=1)
+
+
+def _p_values(test: Mapping[str, Any], *, num_clusters: int) -> tuple[str, str]:
+    """p and, where there is one, Holm's; marked where as many resamples cannot show less."""
+    p, adjusted = test["p_value"], test["p_adjusted"]
+    is_least = test["test"] == "bootstrap" and p < _NEARLY * bootstrap_p_value(
+        np.ones(RESAMPLES), num_clusters=num_clusters
+    )
+    return p_value(p, is_least=is_least), "" if adjusted is None else p_value(adjusted, is_least=is_least)
+
+
+def _difference_row(row: Difference, default_exit: int, *, num_clusters: int) -> Row:
+    metric = row.metric
     cells = (
         exit_name(row.place, default_exit), f"{row.n:,}", f"{row.unscored:,}",
         amount(metric, row.before), amount(metric, row.after),
         change(metric, row.difference), _change_interval(metric, row.low, row.high),
-        _effect(row.effect_size), p_value(row.p_value), "" if row.p_adjusted is None else p_value(row.p_adjusted),
+        _effect(row.effect_size), *_p_values(vars(row), num_clusters=num_clusters),
     )  # fmt: skip
     return Row(cells=cells, is_default=row.place == default_exit)
 

@@ -81,8 +81,8 @@ def count(n: int, unscored: int) -> str:
     return f"n={n:,}" + (f", {unscored:,} more unscored" if unscored else "")
 
 
-def estimate(metric: str, found: Mapping[str, Any]) -> str:
-    """A value of a summary with what it rests on.
+def estimate(metric: str, found: Mapping[str, Any], *, level: str = "95%") -> str:
+    """A value of a summary with what it rests on; `level` is its interval's.
 
     >>> estimate("asr", {"value": 0.5, "low": 0.4, "high": 0.6, "n": 96, "unscored": 0})
     '50.0% (95% interval 40.0 to 60.0%, n=96)'
@@ -90,16 +90,16 @@ def estimate(metric: str, found: Mapping[str, Any]) -> str:
     if found["value"] is None:
         return f"unknown (none of {found['unscored']:,} answers could be scored)"
     band = interval(metric, found["low"], found["high"])
-    return f"{amount(metric, found['value'])} (95% interval {band}, {count(found['n'], found['unscored'])})"
+    return f"{amount(metric, found['value'])} ({level} interval {band}, {count(found['n'], found['unscored'])})"
 
 
-def p_value(p: float) -> str:
-    """A p-value.
+def p_value(p: float, *, is_least: bool = False) -> str:
+    """A p-value; `is_least` if the test cannot show a smaller one.
 
-    >>> p_value(0.0001), p_value(0.25)
-    ('<0.001', '0.250')
+    >>> p_value(0.0001), p_value(0.25), p_value(0.00105, is_least=True)
+    ('<0.001', '0.250', '≤0.001')
     """
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return "<0.001" if p < 0.001 else f"{'≤' * is_least}{p:.3f}"
 
 
 def number_list(numbers: list[int]) -> str:

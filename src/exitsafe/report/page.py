@@ -148,12 +148,15 @@ def _content(
 ) -> dict[str, Any]:
     """Charts and tables for the template."""
     from exitsafe.report.categories import category_rates
+    from exitsafe.report.changes import in_short
     from exitsafe.report.charts import category_figures, metric_figures, scatter_figure
     from exitsafe.report.facts import against_default_tables, agreement_table, bin_table, comparison_tables
     from exitsafe.report.method import limits, method_table, set_otherwise
 
     rates = [category_rates(run, table) for (_, run), table in zip(runs, tables, strict=True)]
     return {
+        "in_short": list(in_short(told, compared)),
+        "has_stopped": any("stopping" in each.run.summary for each in told),
         "passages": summary_in_words(told, compared),
         "legend": [
             (shown(label), look, MARKER_PATHS[look.marker]) for (label, _), look in zip(runs, LOOKS, strict=False)

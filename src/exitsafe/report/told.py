@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 from exitsafe.comparison import Comparison
 from exitsafe.records import Kind
-from exitsafe.report.facts import Table
+from exitsafe.report.facts import Summary, Table
 from exitsafe.report.names import shown, without_folder
 from exitsafe.runs import AuditRun
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A heading, what is said under it, and the numbers that it rests on; `is_open` if they are shown at once."""
+    """A heading, what is said under it, and the numbers that it rests on."""
 
     heading: str
     sentences: tuple[str, ...]
     table: Table | None = None
-    is_open: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +45,13 @@ class Compared:
     before: str
     after: str
     comparison: Comparison | None
+
+
+def interval_level(summary: Summary, exit_layer: int) -> str:
+    """Of attack success at an exit: 95%, or the level that holds at every look where the exit stopped early."""
+    stopping = summary.get("stopping", {"layers": []})
+    has_stopped = any(row["exit_layer"] == exit_layer and row["decision"] is not None for row in stopping["layers"])
+    return f"{100 * (1 - stopping['error']):.3g}%" if has_stopped else "95%"
 
 
 def model_name(run: AuditRun) -> str:

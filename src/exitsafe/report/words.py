@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from exitsafe.records import Kind
 from exitsafe.report.changes import COSTS, what_changed, what_it_cost
 from exitsafe.report.facts import Summary, layer_estimates, overview_table, worst_table
 from exitsafe.report.names import judge_names, shown, without_folder
 from exitsafe.report.numbers import TITLES, estimate, listed, number_list
-from exitsafe.report.told import Compared, Passage, Told, model_name
+from exitsafe.report.told import Compared, Passage, Told, interval_level, model_name
 from exitsafe.runs.metrics import METRICS, judge_of
 
 _KINDS: Mapping[Kind, str] = {
@@ -42,10 +43,10 @@ def summary_in_words(runs: Sequence[Told], compared: Sequence[Compared]) -> list
     ]
     if len(runs) > 2:
         table = overview_table([(shown(told.label), told.run.summary) for told in runs])
-        found.append(Passage(heading="All runs side by side", sentences=(), table=table, is_open=True))
+        found.append(Passage(heading="All runs side by side", sentences=(), table=table))
     for pair in compared:
         after = next(told for told in runs if told.label == pair.after)
-        found += [what_changed(pair, is_only=len(compared) == 1), what_it_cost(pair, [runs[0], after])]
+        found += [what_changed(pair), what_it_cost(pair, [runs[0], after])]
     if not compared:
         found.append(_usefulness(runs[0]))
     if stopped := tuple(sentence for told in runs for sentence in _stopped(told)):
@@ -124,7 +125,7 @@ def _worst(runs: Sequence[Told]) -> Iterator[str]:
         if other is not None and other["exit_layer"] != worst["exit_layer"]:
             yield (
                 f"{shown(told.label)}: with the halves swapped, exit {other['exit_layer']} is chosen, with "
-                f"{estimate('asr', other)}. Which exit is worst is not certain."
+                f"{_asr(told.run.summary, other['exit_layer'], other)}. Which exit is worst is not certain."
             )
 
 
@@ -135,14 +136,21 @@ def _worst_of(label: str, summary: Summary) -> str:
         return f"{label}: attack success was not measured, so no exit can be called worst."
     if len(at_exits) == 1:
         exit_layer, found = next(iter(at_exits.items()))
-        return f"{label}: only exit {exit_layer} was audited; attack success there is {estimate('asr', found)}."
+        return (
+            f"{label}: only exit {exit_layer} was audited; attack success there is {_asr(summary, exit_layer, found)}."
+        )
     if worst is None:
         said = f"{label}: too few answers were scored to choose a worst exit on one half and measure it on the other"
     else:
-        said = f"{label}: at the worst exit, {worst['exit_layer']}, attack success is {estimate('asr', worst)}"
+        rate = _asr(summary, worst["exit_layer"], worst)
+        said = f"{label}: at the worst exit, {worst['exit_layer']}, attack success is {rate}"
     if default in at_exits:
-        return f"{said}; at the default exit, {default}, it is {estimate('asr', at_exits[default])}."
+        return f"{said}; at the default exit, {default}, it is {_asr(summary, default, at_exits[default])}."
     return f"{said}; the default exit, {default}, was not audited."
+
+
+def _asr(summary: Summary, exit_layer: int, found: Mapping[str, Any]) -> str:
+    return estimate("asr", found, level=interval_level(summary, exit_layer))
 
 
 def _usefulness(told: Told) -> Passage:
