@@ -308,6 +308,23 @@ def test_an_adapter_that_was_lost_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
         exitsafe.export(vlm, exit_layer=3, out=tmp_path / "slim")
 
 
+def test_an_adapter_that_does_less_than_rounding_may_is_not_lost_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 9% may be rounding; what a light adapter does is less."""
+    model = save_tiny("llava", tmp_path / "model")
+    adapter = save_adapter(model, tmp_path / "adapter", lora_alpha=0.2)
+    vlm = load_vlm(model, adapter=adapter, dtype="bfloat16")
+    merged = exitsafe.export(vlm, exit_layer=3, out=tmp_path / "merged")
+    assert read_manifest(merged).check["relative_difference"] > 0
+    monkeypatch.setattr(
+        "exitsafe.slim.exporting.cut", lambda *args, **settings: cut(*args, **settings | {"keep_adapter": True})
+    )
+    with pytest.raises(ModelError, match="rounding to bfloat16 loses the adapter when it is merged"):
+        exitsafe.export(vlm, exit_layer=3, out=tmp_path / "slim")
+    assert not (tmp_path / "slim").exists()
+
+
 def test_progress_and_what_an_interrupt_leaves(tmp_path: Path) -> None:
     vlm = VLM(tiny_llava(), None, name="llava")
     calls: list[tuple[int, int]] = []

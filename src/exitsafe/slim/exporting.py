@@ -95,6 +95,8 @@ def export(
         inputs = probe_inputs(vlm, exit_layer=exit_layer)
         with vlm.exit_at(exit_layer, skip_global=skip_global):
             wanted = logits_of(vlm.model, inputs)
+            # what the checkpoint would say if merging had lost the adapter
+            lost = _unadapted(vlm, inputs) if acting is not None and not keep_adapter else None
         # a GPU may not hold both models; on a CPU they are timed in turns, which a busy machine disturbs less
         alone = latencies_of([vlm], inputs) if vlm.device.type != "cpu" else []
         steps.next()
@@ -103,7 +105,8 @@ def export(
         steps.next()
         with vlm.offloaded():
             slim = _load_again(folder, vlm)
-            check = _compare(wanted, logits_of(slim.model, inputs), vlm, exit_layer=exit_layer, is_merged=is_merged)
+            found = logits_of(slim.model, inputs)
+            check = _compare(wanted, found, vlm, exit_layer=exit_layer, is_merged=is_merged, lost=lost)
             before, after = [*alone, *latencies_of([slim] if alone else [vlm, slim], inputs)]
         steps.next()
         facts = {
@@ -199,14 +202,31 @@ def _load_again(folder: Path, vlm: VLM) -> VLM:
     return VLM(model.to(vlm.device).eval(), None, name=folder.name)
 
 
-def _compare(wanted: Tensor, found: Tensor, vlm: VLM, *, exit_layer: int, is_merged: bool) -> dict[str, float]:
+def _unadapted(vlm: VLM, inputs: Mapping[str, Tensor]) -> Tensor:
+    model = vlm.model
+    assert isinstance(model, PeftModel)
+    with model.disable_adapter():
+        return logits_of(model, inputs)
+
+
+def _compare(
+    wanted: Tensor, found: Tensor, vlm: VLM, *, exit_layer: int, is_merged: bool, lost: Tensor | None
+) -> dict[str, float]:
     """How far the exported model is from the exit, or ModelError if that is more than rounding.
 
     Nothing merged: the same operations on the same numbers, so not one bit may differ. Merged: products are rounded in
-    another order; half of a number type's digits are left, far from what a wrong block or a lost adapter does.
+    another order; half of a number type's digits are left, far from what a wrong block does. What the adapter does may
+    be less than that in bfloat16: of it at least half must be left, by the logits without it (`lost`).
     """
     most = torch.finfo(vlm.base_model.dtype).eps ** 0.5 if is_merged else 0.0
     relative = float((found - wanted).norm() / wanted.norm())
+    effect = 0.0 if lost is None else float((lost - wanted).norm() / wanted.norm())
+    if lost is not None and effect / 2 < relative <= most:
+        raise ModelError(
+            f"rounding to {str(vlm.base_model.dtype).removeprefix('torch.')} loses the adapter when it is merged (off "
+            f"by {relative:.2g} of the logits, of which it changes {effect:.2g}); nothing was written: give --dtype "
+            "float32, or --keep-adapter"
+        )
     if not relative <= most:
         raise ModelError(
             f"the exported checkpoint does not repeat exit {exit_layer}: its logits differ by {relative:.2g} of their "

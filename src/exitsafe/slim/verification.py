@@ -37,7 +37,7 @@ class Verification:
         exit_layer: The exit.
         answers, answers_same: Asked, and equal to those of the run, letter by letter.
         verdicts, verdicts_changed: Over those answers, by judge and measure; an equal answer has an equal verdict.
-        not_judged_again: Judges of the run that were not at hand for the answers that differ; their verdicts are left out.
+        not_judged_again: Judges of the run that were not at hand for answers that differ; their verdicts are left out.
         otherwise: What about model and machine is not as it was in the run.
     """
 
