@@ -86,7 +86,7 @@ def test_where_early_exit_saves_next_to_nothing_it_says_so(weighed: Any) -> None
 def test_notes(weighed: Any) -> None:
     missing: list[float | None] = [None] * 3
     text = "\n".join(weighed(asr=[rate(0, 20) + missing, rate(0, 23)]))
-    assert "with 95% confidence all 6 hold at once. Attack success is by rule." in text
+    assert "with 95% confidence all 6 hold at once (a gate's each by itself). Attack success is by rule." in text
     assert "Answers without a score (3 in all) count against their exit" in text
     assert "2 of 3 exits were audited" in text
     assert "No VQA was audited" not in text and "Times scatter" not in text
