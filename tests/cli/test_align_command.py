@@ -70,7 +70,7 @@ def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) 
     align = ["align", tiny_llava, "--suite", suite, "--out", tmp_path / "run"]
     config = tmp_path / "bad.yaml"
     config.write_text("lppo:\n  colour: red\n")
-    assert "'lppo.colour' is unknown; choose algorithm," in fail(*align, "--config", config)
+    assert "'lppo.colour' is unknown; choose adapters, algorithm," in fail(*align, "--config", config)
     config.write_text("gamma: 2\n")
     assert "gamma=2 must be a number from 0 to 1" in fail(*align, "--config", config)
     assert "has no suites of its own: give --suite" in fail("align", tiny_llava, "--out", tmp_path / "run")
