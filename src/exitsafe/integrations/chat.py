@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from exitsafe.errors import InputError, ModelError
 from exitsafe.vlm import VLM
-from exitsafe.vlm.prompts import Prompt, open_image
+from exitsafe.vlm.prompts import Prompt, open_image, tokenise
 
 Picture: TypeAlias = Image | Path | bytes
 Part: TypeAlias = str | Picture
@@ -55,24 +55,8 @@ def encode_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> Prompt:
         ModelError: If there is no processor.
     """
     text = render_chat(vlm, turns, prompt_id=prompt_id)
-    return encode_text(vlm, text, [picture for turn in turns for picture in turn.pictures], prompt_id=prompt_id)
-
-
-def encode_text(vlm: VLM, text: str, pictures: Sequence[Picture], *, prompt_id: str) -> Prompt:
-    """Tokenise a text that a chat template has written, with one image placeholder per picture."""
-    processor = _processor(vlm)
-    images = [open_image(picture, prompt_id) for picture in pictures]
-    # The template already wrote what the tokenizer would add in front.
-    bos = processor.tokenizer.bos_token
-    has_bos = bos is not None and text.startswith(bos)
-    inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=not has_bos)
-    mask = inputs.get("cross_attention_mask")
-    return Prompt(
-        sample_id=prompt_id,
-        input_ids=inputs["input_ids"][0],
-        image_inputs={name: inputs[name] for name in vlm.family_row.image_inputs} if images else {},
-        cross_attention_mask=None if mask is None else mask[0],
-    )
+    images = [open_image(picture, prompt_id) for turn in turns for picture in turn.pictures]
+    return tokenise(text, images, vlm.processor, vlm.family_row, sample_id=prompt_id)
 
 
 def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:

@@ -46,13 +46,18 @@ def encode(sample: Sample, processor: Any, family: Family) -> Prompt:
     check_text(sample, processor)
     images = [open_image(image, sample.id) for image in sample.images]
     text = _render(sample.prompt, len(images), processor, family)
+    return tokenise(text, images, processor, family, sample_id=sample.id)
+
+
+def tokenise(text: str, images: Sequence[Image.Image], processor: Any, family: Family, *, sample_id: str) -> Prompt:
+    """Tokenise what a chat template has written, with one image placeholder per image."""
     # The template already wrote what the tokenizer would add in front.
     bos = processor.tokenizer.bos_token
     has_bos = bos is not None and text.startswith(bos)
-    inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=not has_bos)
+    inputs = processor(text=[text], images=list(images) or None, return_tensors="pt", add_special_tokens=not has_bos)
     mask = inputs.get("cross_attention_mask")
     return Prompt(
-        sample_id=sample.id,
+        sample_id=sample_id,
         input_ids=inputs["input_ids"][0],
         image_inputs={name: inputs[name] for name in family.image_inputs} if images else {},
         cross_attention_mask=None if mask is None else mask[0],
