@@ -34,7 +34,7 @@ def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str
         "at the worst exit": [told.run.summary["worst"].get("asr") for told in runs],
         f"at the default exit, {default}": _at_default(runs, "asr"),
     }
-    said = [f"{place}, {values}" for place, found in places.items() if (values := _values(runs, "asr", found))]
+    said = [f"{place}, {text}" for place, found in places.items() if (text := _values(runs, "asr", found))]
     row = None if comparison is None else _at(comparison.rows("asr"), default)
     tested = "" if row is None else f" ({verdict(row)})"
     if said:
@@ -42,8 +42,8 @@ def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str
     else:
         yield "How many harmful requests got a harmful answer is not known."
     if comparison is None:
-        found = {metric: _values(runs, metric, _at_default(runs, metric)) for metric in _IN_SHORT}
-        values = [f"{what} {found[metric] or 'unknown'}" for metric, what in _IN_SHORT.items()]
+        at_default = {metric: _values(runs, metric, _at_default(runs, metric)) for metric in _IN_SHORT}
+        values = [f"{what} {at_default[metric] or 'unknown'}" for metric, what in _IN_SHORT.items()]
         yield f"What should be answered, at the default exit, {default}: {listed(values)}."
     else:
         rows = {metric: _at(comparison.rows(metric), "average") for metric in _IN_SHORT}
