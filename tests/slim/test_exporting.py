@@ -16,6 +16,7 @@ from exitsafe.baselines import fit_translators
 from exitsafe.errors import ExitLayerError, InputError, ModelError, RunError
 from exitsafe.records import Sample
 from exitsafe.slim.checkpoint import cut
+from exitsafe.slim.exporting import _command
 from exitsafe.slim.manifest import read_manifest
 from exitsafe.vlm import VLM, load_vlm
 from tests.slim.slim_models import SAMPLES, adapted_vlm, difference, load_stock, logits, real_inputs, save_adapter
@@ -187,6 +188,16 @@ def test_the_dtype_is_kept_and_merging_in_it_is_near_enough(tmp_path: Path) -> N
     check = read_manifest(merged).check
     assert load_stock(merged).dtype == torch.bfloat16
     assert 0 < check["relative_difference"] < 0.03 < check["allowed"]
+    assert "--dtype bfloat16" in read_manifest(merged).command
+
+
+def test_the_command_on_the_card_names_the_very_commit() -> None:
+    vlm = VLM(tiny_llava(), None, name="org/model", checkpoint_hash="0123abcd")
+    facts = {"adapter": None, "exit_layer": 3, "skip_global": False, "audit": None}
+    assert (
+        _command(vlm, facts, out="slim")
+        == "exitsafe export org/model --revision 0123abcd --dtype float32 --exit-layer 3 --out slim"
+    )
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:

@@ -274,6 +274,9 @@ def _base(vlm: VLM) -> Base:
 def _command(vlm: VLM, facts: Mapping[str, Any], *, out: str) -> str:
     """The command line that makes the same, with words in place of paths of this machine."""
     parts = ["exitsafe", "export", shlex.quote(_public_name(vlm.name))]
+    if is_hub_id(vlm.name) and _folder_of(vlm.name) is None and vlm.checkpoint_hash is not None:
+        parts += ["--revision", vlm.checkpoint_hash]
+    parts += ["--dtype", str(vlm.base_model.dtype).removeprefix("torch.")]
     parts += ["--adapter", "ADAPTER"] if isinstance(vlm.model, PeftModel) else []
     parts += ["--keep-adapter"] if facts["adapter"] == "kept" else []
     parts += ["--translators", "TRANSLATORS"] if vlm.translators is not None else []
