@@ -74,6 +74,29 @@ def test_when_the_model_fails_every_caller_hears_of_it_and_the_next_is_answered(
     assert text(worker.ask(question(samples()[0], 7))) == own_answers(7)[0]
 
 
+def test_an_exit_is_checked_between_batches_not_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+    events: list[str] = []
+
+    def slow(vlm: Any, requests: Any, **options: Any) -> Any:
+        begun.set()
+        checking.join(timeout=0.3)
+        events.append("answered")
+        return answer_chats(vlm, requests, **options)
+
+    def check() -> None:
+        begun.wait(timeout=60)
+        worker.check(1)
+        events.append("checked")
+
+    monkeypatch.setattr(shared_worker, "answer_chats", slow)
+    worker, checking = SharedWorker(organism()), threading.Thread(target=check)
+    checking.start()
+    assert text(worker.ask(question(samples()[0], 7))) == own_answers(7)[0]
+    checking.join(timeout=60)
+    assert events == ["answered", "checked"]
+
+
 def test_what_is_cancelled_in_the_queue_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     going, go = threading.Event(), threading.Event()
     computed: list[str] = []

@@ -29,7 +29,8 @@ def lm_eval_model(
     """A model at one exit layer for lm-eval.
 
     With `use_cache`, give each exit a file of its own: lm-eval looks answers up by the request alone. A file that holds
-    another exit's or model's answers is refused.
+    another exit's or model's answers is refused; a model trained since it was loaded counts as the same, so give it a
+    new one.
 
     Args:
         vlm: The model. It may not be run by somebody else while lm-eval uses it.

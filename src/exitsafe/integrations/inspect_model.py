@@ -155,8 +155,7 @@ def _open(
     model, exit_layer, digest = _parse(model_name)
     worker = _shared_worker(model, model_args)
     exit_layer = worker.vlm.default_exit if exit_layer is None else exit_layer
-    with worker.vlm.exit_at(exit_layer, skip_global=worker.skip_global):
-        pass  # raises now what every answer would
+    worker.check(exit_layer)
     now = model_digest(worker.vlm, batch_size=worker.batch_size, skip_global=worker.skip_global)
     if digest not in (None, now):
         raise InputError(

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from threading import Thread
+from threading import Lock, Thread
 
 from exitsafe.integrations.chat import Turn, encode_chat
 from exitsafe.integrations.chat_answers import ChatAnswer, ChatRequest, answer_chats
@@ -62,10 +62,20 @@ class SharedWorker:
         self.batch_size = batch_size
         self.skip_global = skip_global
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._running = Lock()
         # the thread must not hold this object, or the model would stay for good
-        arguments = (self._jobs, vlm, batch_size, skip_global)
+        arguments = (self._jobs, vlm, batch_size, skip_global, self._running)
         Thread(target=_work, args=arguments, name="exitsafe-worker", daemon=True).start()
         weakref.finalize(self, self._jobs.put, None)
+
+    def check(self, exit_layer: int) -> None:
+        """Raise what every answer at this exit would; waits for the batch that runs.
+
+        Raises:
+            ExitLayerError, InputError: As `VLM.exit_at`.
+        """
+        with self._running, self.vlm.exit_at(exit_layer, skip_global=self.skip_global):  # not for two threads at once
+            pass
 
     def ask(self, question: Question) -> Future[Reply]:
         """Put a question in the queue; cancelling the future takes it out, unless its batch runs already."""
@@ -74,13 +84,16 @@ class SharedWorker:
         return future
 
 
-def _work(jobs: queue.SimpleQueue[_Job | None], vlm: VLM, batch_size: int | None, skip_global: bool) -> None:
+def _work(
+    jobs: queue.SimpleQueue[_Job | None], vlm: VLM, batch_size: int | None, skip_global: bool, running: Lock
+) -> None:
     is_open = True
     while is_open:
         batch, is_open = _gather(jobs)
         wanted = [job for job in batch if job.future.set_running_or_notify_cancel()]
         try:
-            _answer(vlm, wanted, batch_size=batch_size, skip_global=skip_global)
+            with running:
+                _answer(vlm, wanted, batch_size=batch_size, skip_global=skip_global)
         except Exception as error:  # noqa: BLE001 - each caller raises it
             for job in wanted:
                 if not job.future.done():
@@ -117,6 +130,8 @@ def _answer(vlm: VLM, jobs: Sequence[_Job], *, batch_size: int | None, skip_glob
             job.future.set_result(Reply(answer=None, num_prompt_tokens=num_tokens, is_full=True))
         else:
             asked.append((job, request))
+    if not asked:
+        return
     answers = answer_chats(vlm, [request for _, request in asked], batch_size=batch_size, skip_global=skip_global)
     for (job, request), answer in zip(asked, answers, strict=True):
         is_full = request.max_new_tokens < job.question.max_new_tokens and answer.finish_reason == "length"
