@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import exitsafe
 from exitsafe.errors import RunError
 from exitsafe.records import KINDS, Sample
 from exitsafe.runs import AuditRun
+from exitsafe.slim.audited import _by_suite, _judge
 from exitsafe.slim.manifest import Base, read_manifest
 from exitsafe.slim.model_card import is_hub_id, license_of, write_card
 from exitsafe.vlm import VLM, load_vlm
+from tests.gate.gate_runs import rows, write_run
 from tests.slim.slim_models import save_adapter
 from tests.tiny_models import noise_image, save_tiny, tiny_llava
 
@@ -171,3 +174,20 @@ EXPORTED: dict[str, Any] = {
     "sizes": {"before": _SIZES, "after": _SIZES},
     "audit": None,
 }
+
+
+@pytest.mark.parametrize("model", ("/home/ann/rm", "models/of/ann/rm", "../ann/rm", "~/rm"))
+def test_a_judges_folder_is_not_told(model: str) -> None:
+    told = _judge({"name": f"reward:{model}", "measures": ["reward"], "settings": {"model": model}})
+    assert told == {"name": "reward:rm", "measures": ["reward"], "model": "rm"}
+
+
+def test_a_judges_name_on_the_hub_is_told_whole() -> None:
+    for name in ("world-rule", "reward:org/rm"):
+        assert _judge({"name": name, "measures": ["reward"]})["name"] == name
+
+
+def test_nor_in_a_result(tmp_path: Path) -> None:
+    found = write_run(tmp_path / "run", {"asr": rows(20)}, judge="reward:/home/ann/rm")
+    found = replace(found, settings={**found.settings, "stop_when": None})
+    assert [each["judge"] for each in _by_suite(found, exit_layer=1)] == ["reward:rm"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from exitsafe.errors import RunError
 from exitsafe.runs import AuditRun
 from exitsafe.runs.fingerprint import differences, model_fingerprint
 from exitsafe.runs.metrics import METRICS, Metric, judge_of
+from exitsafe.slim.model_card import public_name
 from exitsafe.stats import layer_estimates
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ def _by_suite(run: AuditRun, *, exit_layer: int) -> list[dict[str, Any]]:
                 if len(suites) == 1:  # as in the run's own table
                     layers = {entry["exit_layer"]: entry["metrics"] for entry in run.summary["layers"]}
                     estimate = layers[exit_layer][metric.name]
-                found.append({"suite": suite or "unnamed", "metric": metric.name, "judge": judge, **estimate})
+                found.append(
+                    {"suite": suite or "unnamed", "metric": metric.name, "judge": _told(str(judge)), **estimate}
+                )
     return found
 
 
@@ -127,12 +129,13 @@ def _has_stopped(run: AuditRun, metric: Metric) -> bool:
 
 def _judge(judge: Mapping[str, Any]) -> dict[str, Any]:
     """Name, measures, and which model at which commit; paths of this machine stay here."""
-    kind, colon, model = str(judge["name"]).partition(":")
     settings = judge.get("settings", {})
-    kept = {
-        name: Path(str(settings[name])).name if Path(str(settings[name])).is_absolute() else settings[name]
-        for name in ("model", "revision")
-        if settings.get(name) is not None
-    }
-    name = f"{kind}:{Path(model).name}" if colon and Path(model).is_absolute() else judge["name"]
-    return {"name": name, "measures": list(judge["measures"]), **kept}
+    kept = {name: settings[name] for name in ("model", "revision") if settings.get(name) is not None}
+    if "model" in kept:
+        kept["model"] = public_name(str(kept["model"]))
+    return {"name": _told(str(judge["name"])), "measures": list(judge["measures"]), **kept}
+
+
+def _told(judge: str) -> str:
+    kind, colon, model = judge.partition(":")
+    return f"{kind}{colon}{public_name(model)}"

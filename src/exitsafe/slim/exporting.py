@@ -31,7 +31,7 @@ from exitsafe.slim.checkpoint import check_can_be_cut, cut, dropped_blocks
 from exitsafe.slim.folder import check_empty, whole_folder
 from exitsafe.slim.manifest import ADAPTER, CARD, Base, write_manifest
 from exitsafe.slim.merging import base_weights
-from exitsafe.slim.model_card import is_hub_id, license_of, write_card
+from exitsafe.slim.model_card import is_hub_id, license_of, public_name, write_card
 from exitsafe.slim.probe import latencies_of, logits_of, probe_inputs
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def _sizes(vlm: VLM) -> dict[str, int]:
 
 def _base(vlm: VLM) -> Base:
     return Base(
-        name=_public_name(vlm.name),
+        name=public_name(vlm.name),
         family=vlm.family,
         num_layers=vlm.num_layers,
         default_exit=vlm.default_exit,
@@ -273,7 +273,7 @@ def _base(vlm: VLM) -> Base:
 
 def _command(vlm: VLM, facts: Mapping[str, Any], *, out: str) -> str:
     """The command line that makes the same, with words in place of paths of this machine."""
-    parts = ["exitsafe", "export", shlex.quote(_public_name(vlm.name))]
+    parts = ["exitsafe", "export", shlex.quote(public_name(vlm.name))]
     if is_hub_id(vlm.name) and _folder_of(vlm.name) is None and vlm.checkpoint_hash is not None:
         parts += ["--revision", vlm.checkpoint_hash]
     parts += ["--dtype", str(vlm.base_model.dtype).removeprefix("torch.")]
@@ -284,11 +284,6 @@ def _command(vlm: VLM, facts: Mapping[str, Any], *, out: str) -> str:
     parts += ["--skip-global"] if facts["skip_global"] else []
     parts += ["--audit", "RUN"] if facts["audit"] is not None else []
     return " ".join([*parts, "--out", shlex.quote(out)])
-
-
-def _public_name(name: str) -> str:
-    """A Hub id or an organism as it is; of a folder its last part, the rest is nobody's business."""
-    return name if is_hub_id(name) and _folder_of(name) is None else Path(name).name
 
 
 def _folder_of(name: str) -> Path | None:

@@ -98,7 +98,12 @@ def license_of(name: str, *, folder: Path | None, revision: str | None) -> str |
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is that of a repository on the Hub."""
-    return name.count("/") == 1 and not Path(name).is_absolute() and not name.startswith(".")
+    return name.count("/") == 1 and not Path(name).is_absolute() and not name.startswith((".", "~"))
+
+
+def public_name(name: str) -> str:
+    """A Hub id or an organism as it is; of a folder its last part, the rest is nobody's business."""
+    return name if is_hub_id(name) and not Path(name).is_dir() else Path(name).name
 
 
 def _eval_results(audit: Mapping[str, Any]) -> list[EvalResult]:
