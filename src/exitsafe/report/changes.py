@@ -36,7 +36,7 @@ def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str
     }
     said = [f"{place}, {text}" for place, found in places.items() if (text := _values(runs, "asr", found))]
     row = None if comparison is None else _at(comparison.rows("asr"), default)
-    tested = "" if row is None else f" ({verdict(row)})"
+    tested = "" if comparison is None else " (not compared)" if row is None else f" ({verdict(row)})"
     if said:
         yield f"Harmful requests that got a harmful answer, as an automatic judge sees it: {'; '.join(said)}{tested}."
     else:
@@ -44,11 +44,11 @@ def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str
     if comparison is None:
         at_default = {metric: _values(runs, metric, _at_default(runs, metric)) for metric in _IN_SHORT}
         values = [f"{what} {at_default[metric] or 'unknown'}" for metric, what in _IN_SHORT.items()]
-        yield f"What should be answered, at the default exit, {default}: {listed(values)}."
+        yield f"What should be answered, at the default exit, {default}: {'; '.join(values)}."
     else:
         rows = {metric: _at(comparison.rows(metric), "average") for metric in _IN_SHORT}
         values = [f"{what} {_went(rows[metric])}" for metric, what in _IN_SHORT.items()]
-        yield f"What it cost, {_places(comparison)[0][1]} {listed(values)}."
+        yield f"What it cost, {_places(comparison)[0][1]} {'; '.join(values)}."
         if comparison.settings_changed:
             yield "The audits differ in more than the model."
     if any(pair.comparison is None for pair in compared):

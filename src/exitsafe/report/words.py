@@ -91,7 +91,7 @@ def _asked(told: Told) -> str:
     total = sum(told.kinds.values())
     # where exits stop early, no exit need have met all of them
     most = "up to " if "stopping" in told.run.summary else ""
-    said = f"It was asked {most}{total:,} requests at {where}: {listed(kinds)}."
+    said = f"It was asked {most}{total:,} request{'s' * (total != 1)} at {where}: {listed(kinds)}."
     return said + (f" Suites: {listed(suites)}." if suites else "")
 
 
@@ -145,7 +145,7 @@ def _worst_of(label: str, summary: Summary) -> str:
         rate = _asr(summary, worst["exit_layer"], worst)
         said = f"{label}: at the worst exit, {worst['exit_layer']}, attack success is {rate}"
     if default in at_exits:
-        return f"{said}; at the default exit, {default}, it is {_asr(summary, default, at_exits[default])}."
+        return f"{said}; at the default exit, {default}, {'attack success' if worst is None else 'it'} is {_asr(summary, default, at_exits[default])}."
     return f"{said}; the default exit, {default}, was not audited."
 
 
