@@ -145,7 +145,8 @@ def _worst_of(label: str, summary: Summary) -> str:
         rate = _asr(summary, worst["exit_layer"], worst)
         said = f"{label}: at the worst exit, {worst['exit_layer']}, attack success is {rate}"
     if default in at_exits:
-        return f"{said}; at the default exit, {default}, {'attack success' if worst is None else 'it'} is {_asr(summary, default, at_exits[default])}."
+        what = "attack success" if worst is None else "it"
+        return f"{said}; at the default exit, {default}, {what} is {_asr(summary, default, at_exits[default])}."
     return f"{said}; the default exit, {default}, was not audited."
 
 
