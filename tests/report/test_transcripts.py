@@ -230,7 +230,8 @@ def test_texts_beyond_the_limit_go_beside_the_page(
     runs: list[LabelledRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inline = data_of(build_transcripts(runs, out=tmp_path / "r.html", include_unsafe_text=True))
-    monkeypatch.setattr(module, "PAGE_LIMIT", sum(map(len, inline["columns"].values())))
+    # another salt's hashes may pack a few bytes worse
+    monkeypatch.setattr(module, "PAGE_LIMIT", sum(map(len, inline["columns"].values())) + 200)
     before = os.umask(0)
     try:
         built = build_transcripts(runs, out=tmp_path / "r.html", include_unsafe_text=True)
