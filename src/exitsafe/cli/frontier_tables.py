@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from exitsafe.cli.doctor_tables import readable
-from exitsafe.cli.tables import TITLES, percent
+from exitsafe.cli.tables import percent
 from exitsafe.frontier import Frontier, Miss, Point, Time
 from exitsafe.runs.bounds import Bounded
+from exitsafe.runs.metrics import TITLES
 
 _WORDS = {
     "max_asr": ("attack success", "at most"),

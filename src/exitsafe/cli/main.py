@@ -62,19 +62,17 @@ app.command("translate", epilog="Example: exitsafe translate organism --out runs
 app.command("transfer", epilog='Example: exitsafe transfer organism --train-sets "1;7;all" --out runs/transfer')(
     transfer_command
 )
-app.command("judge", epilog="Example: exitsafe judge runs/before --judge qwen3guard")(judge_command)
-app.command("label", epilog="Example: exitsafe label runs/before, then exitsafe label runs/before --read FILE")(
-    label_command
-)
+app.command("judge", epilog="Example: exitsafe judge runs/before --judge refusal-prefix")(judge_command)
+app.command(
+    "label", epilog="Example: exitsafe label runs/before, then exitsafe label runs/before --read runs/before/labels.csv"
+)(label_command)
 app.command("rerun", epilog="Example: exitsafe rerun runs/before")(rerun_command)
 app.command("export", epilog="Example: exitsafe export organism --exit-layer 4 --out slim")(export_command)
 app.command("verify", epilog="Example: exitsafe verify slim --against runs/before")(verify_command)
 app.command("report", epilog="Example: exitsafe report runs/before runs/after --out report.html")(report_command)
 app.command("suites", epilog="Example: exitsafe suites xstest")(suites_command)
-app.command("doctor", epilog="Example: exitsafe doctor llava-hf/llava-1.5-7b-hf")(doctor_command)
-app.command("chat", epilog="Example: exitsafe chat llava-hf/llava-1.5-7b-hf --image f.png --layers 9,18,23")(
-    chat_command
-)
+app.command("doctor", epilog="Example: exitsafe doctor organism")(doctor_command)
+app.command("chat", epilog="Example: exitsafe chat organism --image f.png --layers 1,4,7")(chat_command)
 app.command("demo", epilog="Example: exitsafe demo --out runs/demo")(demo_command)
 app.add_typer(organism_app, name="organism")
 

@@ -11,22 +11,9 @@ from rich.text import Text
 
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.runs import AuditRun
-from exitsafe.runs.metrics import AGGREGATES
+from exitsafe.runs.metrics import AGGREGATES, TITLES
 from exitsafe.stats import BINS, layers_by_bin
 
-TITLES = {
-    "asr": "Attack success",
-    "asr_loose": "Attack success, loose",
-    "toxicity": "Toxicity",
-    "reward": "Reward",
-    "refusal": "Refusal",
-    "over_refusal": "Over-refusal",
-    "benign_refusal": "Benign refusal",
-    "vqa_accuracy": "VQA accuracy",
-    "coherence": "Coherence",
-    "tokens": "Tokens",
-    "seconds": "Seconds",
-}
 _ON_A_SCALE_OF_THEIR_OWN = ("reward", "tokens", "seconds", "toxicity")
 _SHOWN = ("asr", "asr_loose", "toxicity", "reward", "over_refusal", "benign_refusal", "vqa_accuracy", "coherence")
 

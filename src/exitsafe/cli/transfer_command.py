@@ -152,7 +152,8 @@ def transfer_tables(found: Transfer) -> list[Any]:
     from rich.table import Table
 
     from exitsafe.baselines.transfer import METRICS
-    from exitsafe.cli.tables import TITLES, percent
+    from exitsafe.cli.tables import percent
+    from exitsafe.runs.metrics import TITLES
 
     tables: list[Any] = []
     for metric in METRICS:

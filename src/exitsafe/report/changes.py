@@ -11,8 +11,9 @@ from typing import Any
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.report.facts import HIGHER, LOWER, NOT_SHOWN, change_table, layer_estimates, verdict, worst_table
 from exitsafe.report.names import shown
-from exitsafe.report.numbers import TITLES, amount, change, count, interval, is_rate, listed, number_list
+from exitsafe.report.numbers import amount, change, count, interval, is_rate, listed, number_list
 from exitsafe.report.told import Compared, Passage, Told, interval_level
+from exitsafe.runs.metrics import TITLES
 
 COSTS = ("over_refusal", "benign_refusal", "vqa_accuracy")
 """What a safer model may lose: answers to what is harmless, and right answers."""

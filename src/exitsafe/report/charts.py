@@ -12,9 +12,9 @@ from exitsafe.report.facts import Row, Table, exit_name, layer_estimates, measur
 from exitsafe.report.figures import Cell, Line, Point, Spot, heat_chart, line_chart, scatter_chart
 from exitsafe.report.looks import LOOKS
 from exitsafe.report.names import judge_names, numbered, shown
-from exitsafe.report.numbers import EXPLAINED, TITLES, amount, is_rate, listed
+from exitsafe.report.numbers import EXPLAINED, amount, is_rate, listed
 from exitsafe.report.svg import to_svg
-from exitsafe.runs.metrics import METRICS, Metric
+from exitsafe.runs.metrics import METRICS, TITLES, Metric
 
 if TYPE_CHECKING:
     from markupsafe import Markup

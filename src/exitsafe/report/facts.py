@@ -11,8 +11,8 @@ import numpy as np
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.report.chart import LabelledRun
 from exitsafe.report.names import judge_names, shown
-from exitsafe.report.numbers import TITLES, amount, change, count, interval, is_rate, p_value
-from exitsafe.runs.metrics import AGGREGATES
+from exitsafe.report.numbers import amount, change, count, interval, is_rate, p_value
+from exitsafe.runs.metrics import AGGREGATES, TITLES
 from exitsafe.stats import BINS, bootstrap_p_value, layers_by_bin
 from exitsafe.stats.bootstrap import RESAMPLES
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from exitsafe.report.facts import Row, Table
 from exitsafe.report.names import judge_names, shown, without_folder
-from exitsafe.report.numbers import TITLES, number_list
+from exitsafe.report.numbers import number_list
 from exitsafe.report.told import Compared, Told
+from exitsafe.runs.metrics import TITLES
 
 _TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{16,}\b")

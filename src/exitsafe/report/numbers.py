@@ -5,19 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TITLES = {
-    "asr": "Attack success",
-    "asr_loose": "Attack success, loose",
-    "toxicity": "Toxicity",
-    "reward": "Reward",
-    "refusal": "Refusal",
-    "over_refusal": "Over-refusal",
-    "benign_refusal": "Benign refusal",
-    "vqa_accuracy": "VQA accuracy",
-    "coherence": "Coherence",
-    "tokens": "Tokens per answer",
-    "seconds": "Seconds per answer",
-}
 EXPLAINED = {
     "asr": "harmful requests that got a harmful answer; lower is better",
     "asr_loose": "as above, with what the judge calls controversial; lower is better",

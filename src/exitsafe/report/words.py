@@ -14,9 +14,9 @@ from exitsafe.records import Kind
 from exitsafe.report.changes import COSTS, what_changed, what_it_cost
 from exitsafe.report.facts import Summary, layer_estimates, overview_table, worst_table
 from exitsafe.report.names import judge_names, shown, without_folder
-from exitsafe.report.numbers import TITLES, estimate, listed, number_list
+from exitsafe.report.numbers import estimate, listed, number_list
 from exitsafe.report.told import Compared, Passage, Told, interval_level, model_name
-from exitsafe.runs.metrics import METRICS, judge_of
+from exitsafe.runs.metrics import METRICS, TITLES, judge_of
 
 _KINDS: Mapping[Kind, str] = {
     "harmful": "{} harmful (should be refused)",

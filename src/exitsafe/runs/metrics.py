@@ -55,6 +55,21 @@ METRICS: tuple[Metric, ...] = (
     _own("seconds"),
 )
 
+TITLES = {
+    "asr": "Attack success",
+    "asr_loose": "Attack success, loose",
+    "toxicity": "Toxicity",
+    "reward": "Reward",
+    "refusal": "Refusal",
+    "over_refusal": "Over-refusal",
+    "benign_refusal": "Benign refusal",
+    "vqa_accuracy": "VQA accuracy",
+    "coherence": "Coherence",
+    "tokens": "Tokens per answer",
+    "seconds": "Seconds per answer",
+}
+"""Each metric's name in tables and charts."""
+
 AGGREGATES = {"asr": "AASR", "toxicity": "ATS", "reward": "ATR"}
 """What arXiv 2411.04291 calls the mean of a metric over a bin's layers, and over the three bins."""
 
