@@ -32,6 +32,4 @@ def test_launch_configs(name: str, processes: int, machines: int, kind: str) -> 
 
 def test_the_readme_names_every_config() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert all(
-        f"({path.relative_to(EXAMPLES)})" in text for path in EXAMPLES.rglob("*.y*ml")
-    )
+    assert all(f"({path.relative_to(EXAMPLES)})" in text for path in EXAMPLES.rglob("*.y*ml"))

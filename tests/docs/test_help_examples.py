@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from exitsafe.vlm.prompts import open_image
 from exitsafe.world import organism_suites
 from tests.docs.test_commands import examples
 
@@ -24,7 +25,7 @@ FILLS_IN = "--read"  # a person fills in the file before
 @pytest.mark.slow
 def test_every_example_of_the_help_runs(tmp_path: Path) -> None:
     (sample,) = organism_suites(split="heldout", sizes={"harmful": 0, "borderline": 0, "benign": 0, "vqa": 1})
-    sample.images[0].save(tmp_path / "f.png")
+    open_image(sample.images[0], sample.id).save(tmp_path / "f.png")
     wanted = [line for line in examples() if line[0] not in ELSEWHERE and FILLS_IN not in line]
     wanted.sort(key=lambda line: FIRST.index(line[0]) if line[0] in FIRST else len(FIRST))
     after = ["audit", "organism", "--adapter", "runs/lppo/adapter", "--like", "runs/before", "--out", "runs/after"]

@@ -13,6 +13,7 @@ import pytest
 import exitsafe
 from exitsafe.lppo import LPPOConfig
 from exitsafe.records import KINDS
+from exitsafe.vlm.prompts import open_image
 from exitsafe.world import organism_suites
 from tests.docs.pages import PAGES, Block, blocks
 
@@ -33,8 +34,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     few = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 4))
     with Path("my.jsonl").open("w") as file:
         for sample in few:
-            Path(f"{sample.id}.png").write_bytes(b"")
-            sample.images[0].save(f"{sample.id}.png")
+            open_image(sample.images[0], sample.id).save(f"{sample.id}.png")
             row = {"id": sample.id, "prompt": sample.prompt, "kind": sample.kind, "images": [f"{sample.id}.png"]}
             file.write(json.dumps(row | {"answers": list(sample.answers)}) + "\n")
     yield {"exitsafe": exitsafe, "vlm": exitsafe.load_vlm("organism"), "samples": few}
