@@ -135,6 +135,17 @@ def test_a_value_only_step_leaves_the_policy_alone(vlm: VLM, samples: list[Sampl
         assert not torch.equal(weights_of(policy), before)
 
 
+def test_the_value_loss_weighs_as_much_as_its_coefficient(vlm: VLM, samples: list[Sample]) -> None:
+    gradients = []
+    for value_coef in (0.1, 1.0):
+        config = tiny_config(value_coef=value_coef, minibatch_size=8, max_grad_norm=1e9)
+        with prepared(vlm, samples, config) as (_, learner, batch, measured, advantages, returns):
+            learner._accumulate(batch, 0, measured, advantages, returns, False, 0.0)
+            gradients.append(torch.cat([weight.grad.flatten() for weight in learner.head_weights]))  # type: ignore[union-attr]
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0] * 10, gradients[1])
+
+
 def test_the_value_head_learns_the_returns(vlm: VLM, samples: list[Sample]) -> None:
     config = tiny_config(num_epochs=20, value_clip_range=100.0)
     with prepared(vlm, samples, config) as (_, learner, batch, measured, advantages, returns):
