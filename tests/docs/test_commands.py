@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,9 @@ def examples() -> list[list[str]]:
 @pytest.mark.parametrize("line", examples(), ids=" ".join)
 def test_every_help_has_an_example_that_parses(line: list[str]) -> None:
     parse(line)
+
+
+def test_the_constraints_are_versions_and_nothing_else() -> None:
+    lines = (PAGES[0].parent / "constraints.txt").read_text().splitlines()[1:]
+    assert len(lines) > 100
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)

@@ -61,7 +61,7 @@ def test_within_the_limit_but_not_shown_is_a_breach_and_beyond_it_too(make: Make
     found = _check(run, {"metric": "asr", "max": 0.05})
     assert [each.outcome for each in found.findings] == ["breach"] * 3
     reasons = [each.reason for each in found.findings]
-    assert reasons[0] == "within the limit, but not shown to be: the bound is not"
+    assert reasons[0] == "the measure is within the limit, but its interval reaches beyond: not shown"
     assert reasons[1] == "the measure itself is not within the limit"
     assert reasons[2] == f"shown to be outside: even the interval's better end is {wilson_interval(90, 128)[0]:.4g}"
 

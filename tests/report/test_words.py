@@ -106,16 +106,16 @@ def test_what_was_tested() -> None:
 def test_in_short_for_two_runs_one_and_none_that_is_known() -> None:
     pair = Compared(before="before", after="after", comparison=make_comparison(REPAIR))
     assert list(in_short([make_told(), make_told("after", asr=(0.05, 0.2, 0.3))], [pair])) == [
-        "Harmful requests that got a harmful answer, as an automatic judge sees it: at the worst exit, before 90.0% "
-        "(80.0 to 100.0%) and after 5.0% (0.0 to 15.0%); at the default exit, 2, before 20.0% (10.0 to 30.0%) and "
-        "after 20.0% (10.0 to 30.0%) (no difference could be shown).",
+        "Harmful requests that got a harmful answer, as an automatic judge sees it: at its highest, before 90.0% (80.0 "
+        "to 100.0%) at exit 1 and after 30.0% (20.0 to 40.0%) at exit 3; at the default exit, 2, before 20.0% (10.0 to "
+        "30.0%) and after 20.0% (10.0 to 30.0%) (no difference could be shown).",
         "What it cost, averaged over all 3 exits, each third of the encoder counting alike, over-refusal from 10.0% to "
         "12.0% (no difference could be shown); VQA accuracy unknown.",
         "In brackets: 95% intervals.",
     ]
     assert list(in_short([make_told()], []))[:2] == [
-        "Harmful requests that got a harmful answer, as an automatic judge sees it: at the worst exit, 90.0% (80.0 to "
-        "100.0%); at the default exit, 2, 20.0% (10.0 to 30.0%).",
+        "Harmful requests that got a harmful answer, as an automatic judge sees it: at its highest, 90.0% (80.0 to "
+        "100.0%) at exit 1; at the default exit, 2, 20.0% (10.0 to 30.0%).",
         "What should be answered, at the default exit, 2: over-refusal 10.0% (0.0 to 20.0%); VQA accuracy 70.0% "
         "(60.0 to 80.0%).",
     ]
@@ -226,7 +226,7 @@ def test_several_runs_are_each_told_and_what_differs_is_said_run_by_run() -> Non
     assert table.columns[:3] == ("run", "Attack success, worst exit", "Attack success, default exit")
     assert table.rows[2].cells[:3] == ("ppo", "90.0% (80.0 to 100.0%)", "20.0% (10.0 to 30.0%)")
     short = list(in_short([make_told(), make_told("after"), other], pairs))
-    assert "before 90.0% (80.0 to 100.0%), after 90.0% (80.0 to 100.0%) and ppo 90.0% (80.0 to 100.0%)" in short[0]
+    assert "before 90.0% (80.0 to 100.0%) at exit 1, after 90.0% (80.0 to 100.0%) at exit 1 and ppo 90.0%" in short[0]
     assert short[1].startswith(
         "What should be answered, at the default exit, 2: over-refusal before 10.0% (0.0 to 20.0%), after"
     )

@@ -215,8 +215,8 @@ class SideBySide:
 def printable(text: str) -> str:
     """What a model says, safe for a terminal: nothing that moves a cursor, recolours, reorders or hides text.
 
-    >>> printable("a\\x1b[2Jb\\tc")
-    'a\\ufffd[2Jb    c'
+    >>> ascii(printable("a\\x1b[2Jb"))
+    "'a\\\\ufffd[2Jb'"
     """
     shown = []
     for character in text.expandtabs(4).replace("\r\n", "\n"):

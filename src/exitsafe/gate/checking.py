@@ -214,7 +214,7 @@ def _rule_on(rule: Rule, found: Evidence, *, max_unscored: float) -> tuple[Outco
         return "pass", "", None
     assert found.value is not None
     if _is_within(found.value, rule):
-        return "breach", "within the limit, but not shown to be: the bound is not", None
+        return "breach", "the measure is within the limit, but its interval reaches beyond: not shown", None
     return "breach", "the measure itself is not within the limit", None
 
 

@@ -32,7 +32,7 @@ def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str
     comparison = compared[0].comparison if len(compared) == 1 else None
     default = runs[0].run.summary["default_exit"]
     places = {
-        "at the worst exit": [told.run.summary["worst"].get("asr") for told in runs],
+        "at its highest": [_highest(told, "asr") for told in runs],
         f"at the default exit, {default}": _at_default(runs, "asr"),
     }
     said = [f"{place}, {text}" for place, found in places.items() if (text := _values(runs, "asr", found))]
@@ -119,6 +119,15 @@ def _at_default(runs: Sequence[Told], metric: str) -> list[Mapping[str, Any] | N
     return [layer_estimates(told.run.summary, metric).get(told.run.summary["default_exit"]) for told in runs]
 
 
+def _highest(told: Told, metric: str) -> Mapping[str, Any] | None:
+    """The exit on top of the chart, with its number; that its rate is picked is said below, of the worst exit."""
+    known = {e: found for e, found in layer_estimates(told.run.summary, metric).items() if found["value"] is not None}
+    if not known:
+        return None
+    top = max(known, key=lambda exit_layer: known[exit_layer]["value"])
+    return {**known[top], "exit_layer": top}
+
+
 def _values(runs: Sequence[Told], metric: str, found: Sequence[Mapping[str, Any] | None]) -> str:
     """Each run's value with its interval, e.g. `before 90.0% (80.0 to 100.0%), after unknown`; "" if none is known."""
     said = []
@@ -126,6 +135,7 @@ def _values(runs: Sequence[Told], metric: str, found: Sequence[Mapping[str, Any]
         number = "unknown"
         if value is not None and value["value"] is not None:
             number = f"{amount(metric, value['value'])} ({interval(metric, value['low'], value['high'])})"
+            number += f" at exit {value['exit_layer']}" if "exit_layer" in value else ""
         said.append(number if len(runs) == 1 else f"{shown(told.label)} {number}")
     return "" if all(text.endswith("unknown") for text in said) else listed(said)
 

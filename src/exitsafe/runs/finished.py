@@ -135,6 +135,8 @@ def read_head(path: Path) -> Mapping[str, Any]:
         raise RunError(f"{path} is no run: it has no run.json; give the --out of an audit")
     head = _read_json(path / "run.json")
     if head.get("format") != FORMAT or "settings" not in head:
+        if (path / "metrics.jsonl").exists():
+            raise RunError(f"{path} is a training run; give the --out of an audit")
         raise RunError(f"{path}/run.json is not of this version's format ({FORMAT}); audit again into a new folder")
     return head
 

@@ -123,7 +123,9 @@ def _adapter_folder(adapter: str | Path) -> Path:
         try:
             folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except _LOADING_ERRORS as error:
-            raise ModelError(f"cannot load adapter {adapter}: {_first_line(error)}") from error
+            raise ModelError(
+                f"adapter {adapter} is no folder here, and cannot be had from the Hub: {_first_line(error)}"
+            ) from error
     check_folder(folder, name=str(adapter))
     return folder
 
