@@ -83,8 +83,8 @@ def _shares(samples: Sequence[Sample], config: LPPOConfig) -> list[float]:
     for kind, count in zip(KINDS, counts, strict=True):
         if config.mix.get(kind, 0) > 0 and count == 0:
             raise InputError(
-                f"mix asks for {kind} samples, but none was given: add some, or set its share to 0 (in --config FILE.yaml, "
-                "the field mix)"
+                f"mix asks for {kind} samples, but none was given: add some, or set its share to 0 "
+                "(the field mix, in --config FILE.yaml)"
             )
     total = sum(config.mix.values())
     return [config.mix.get(kind, 0) / total for kind in KINDS]
