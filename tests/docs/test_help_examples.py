@@ -23,6 +23,7 @@ FILLS_IN = "--read"  # a person fills in the file before
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_every_example_of_the_help_runs(tmp_path: Path) -> None:
     (sample,) = organism_suites(split="heldout", sizes={"harmful": 0, "borderline": 0, "benign": 0, "vqa": 1})
     open_image(sample.images[0], sample.id).save(tmp_path / "f.png")
