@@ -17,6 +17,7 @@ import exitsafe
 from exitsafe.errors import InputError
 from exitsafe.records import KINDS, Response, Sample
 from exitsafe.vlm import VLM, Completion, Prompt, Row
+from exitsafe.vlm.prompts import ReadAhead
 
 PHRASES = ("I cannot help.", "red", "mix moss with foam", "", "blue blue blue blue blue blue")
 SAMPLES = [
@@ -56,8 +57,10 @@ class FakeVLM:
         config = SimpleNamespace(sub_configs={}, _attn_implementation=self.attention, **self.config)
         return SimpleNamespace(dtype=self.dtype, config=config)
 
-    def check_prompt(self, sample: Sample, *, max_new_tokens: int) -> None:
-        pass
+    today: str = "2026-01-31"
+
+    def read_ahead(self, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
+        return ReadAhead(hash="abc", today=None, max_new_tokens=256 if max_new_tokens is None else max_new_tokens)
 
     def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
         return 4

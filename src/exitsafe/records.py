@@ -35,7 +35,8 @@ class Sample:
         source: The suite that the sample comes from.
 
     Raises:
-        InputError: On an empty id, an unknown kind, or a `vqa` sample without answers.
+        InputError: On an empty id, ids or answers that are not text, an unknown kind, or a `vqa` sample without
+            answers.
     """
 
     id: str
@@ -48,7 +49,13 @@ class Sample:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(self.images))
+        answers: object = self.answers
+        if isinstance(answers, str):  # a tuple of its letters is what nobody means
+            raise InputError(f"sample {self.id}: answers is a single text; give a list of texts")
         object.__setattr__(self, "answers", tuple(self.answers))
+        for name, text in (("id", self.id), *(("answers", answer) for answer in self.answers)):
+            if not isinstance(text, str):  # pandas hands out 7.0 for 7, and no answer would equal that
+                raise InputError(f"sample {self.id}: {name} has a {type(text).__name__}; give text")
         if not self.id:
             raise InputError("a sample needs a non-empty id")
         if self.kind not in KINDS:

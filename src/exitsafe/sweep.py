@@ -6,21 +6,23 @@ several processes share one run. Knows nothing about how a model answers or a ju
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import PIL
 import torch
 import transformers
 
 from exitsafe import __version__
 from exitsafe.errors import InputError, RunError
 from exitsafe.judges import Judge, choose_judges, load_judges
-from exitsafe.judges.asking import check_judges
+from exitsafe.judges.asking import check_judges, tell_unscored
 from exitsafe.records import Progress, Response, Sample
 from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.directory import RunDirectory, check_folder
-from exitsafe.runs.fingerprint import data_fingerprint, model_fingerprint, sample_info
+from exitsafe.runs.fingerprint import data_fingerprint, model_fingerprint, pin_today, sample_info
 from exitsafe.runs.judging import judge_in_turn, judge_rows, judge_settings, unload
 from exitsafe.runs.sharing import finish, gather, open_run, share
 from exitsafe.runs.stopping import StopRule, blocks_of, from_summary, settle
@@ -40,7 +42,7 @@ def audit(
     judges: Sequence[Judge | str] | None = None,
     exit_layers: ExitLayers = "all",
     out: str | Path,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int | None = None,
@@ -62,7 +64,7 @@ def audit(
             always added. A run may be given further judges later.
         exit_layers: "all", "default", layers, or text with ranges such as "1-8,16".
         out: The run directory: new, empty, or an unfinished run with the same settings, which goes on.
-        max_new_tokens: Longest answer, in tokens.
+        max_new_tokens: Longest answer, in tokens. None is 256, or what the longest prompt leaves of the context.
         temperature: 0 is greedy.
         seed: With sample id and exit layer, the key of every draw.
         batch_size: Rows under generation at a time; None takes what fits in memory. Halved when memory runs out. It
@@ -88,6 +90,7 @@ def audit(
     if judge_pass not in get_args(JudgePass):
         raise InputError(f"judge_pass={judge_pass!r} is unknown; choose {' or '.join(get_args(JudgePass))}")
     layers = resolve_layers(exit_layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
+    pin_today(vlm, out)
     answering = Answering(
         vlm,
         max_new_tokens=max_new_tokens,
@@ -96,7 +99,7 @@ def audit(
         batch_size=batch_size,
         skip_global=skip_global,
     )
-    answering.check(samples, exit_layer=layers[0])
+    prompts = answering.check(samples, exit_layer=layers[0])
     check_folder(out)
     chosen = choose_judges(judges, samples)
     asr_judge = next((each.name for each in chosen if "asr" in each.measures), None)
@@ -106,6 +109,7 @@ def audit(
     settings = {
         "model": model_fingerprint(vlm),
         "data": data_fingerprint(infos),
+        "prompts": prompts.settings,
         "exit_layers": list(layers),
         "skip_global": skip_global,
         "decoding": answering.decoding,
@@ -116,6 +120,7 @@ def audit(
             "exitsafe": __version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
+            "pillow": PIL.__version__,
         },
     }
     process = this_process()
@@ -150,7 +155,7 @@ def audit(
             decisions = settle(run.saved.verdicts, blocks, layers, stop_when, judge=asr_judge)
             stopping = {"judge": asr_judge, "layers": decisions}
             finish(run, infos, process, stopping=None if stop_when is None else {**vars(stop_when), **stopping})
-    return load_run(out)
+    return _with_warnings(load_run(out))
 
 
 def judge(
@@ -202,7 +207,19 @@ def judge(
             judge_in_turn(directory, _rows(share(tasks, process)), fresh, ticker=ticker)
             gather(directory, process)
             finish(directory, infos, process, stopping=from_summary(run.summary))
-    return load_run(run.path)
+    return _with_warnings(load_run(run.path))
+
+
+def _with_warnings(run: AuditRun) -> AuditRun:
+    """The run, after saying which judges left answers without a score, and why."""
+    for line in tell_unscored(run.verdicts()):
+        warnings.warn(
+            f"{run.path}: {line}; no rate includes them (to ask again: exitsafe judge RUN --judge NAME "
+            "--retry-unscored)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return run
 
 
 def _num_done(run: RunDirectory, judges: Sequence[Judge]) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from exitsafe.baselines import fit_translators
 from exitsafe.baselines.ridge import Moments, choose_ridge, fit_map, r_squared
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.records import Sample
 from exitsafe.vlm import VLM
 from exitsafe.vlm.features import projector_inputs
@@ -140,3 +140,28 @@ def test_bad_input(tmp_path: Path) -> None:
     vlm.translators = load_translators(vlm, fit_translators(vlm, pictures(5), out=out))
     with pytest.raises(InputError, match="has translators already"):
         fit_translators(vlm, pictures(6), out=tmp_path / "more")
+
+
+def test_numbers_that_are_not_finite_stop_it_and_are_refused_when_read(tmp_path: Path) -> None:
+    vlm, samples = make_vlm(), pictures(10)
+    folder = fit_translators(vlm, samples, exit_layers=(2,), out=tmp_path / "maps")
+    tensors = load_file(folder / MAPS)
+    for damaged, words in (
+        (
+            tensors | {"exit.2.bias": tensors["exit.2.bias"] * torch.nan},
+            "exit 2 is not a square matrix of finite numbers",
+        ),
+        (tensors | {"exit.2.bias": tensors["exit.2.bias"][:9]}, "exit 2 is not a square matrix"),
+        (
+            tensors | {"exit.3.bias": tensors["exit.2.bias"].clone()},
+            r"holds 1 tensors that .* does not name \(exit.3.bias",
+        ),
+    ):
+        save_file(damaged, folder / MAPS)
+        with pytest.raises(ModelError, match=words):
+            load_translators(vlm, folder)
+    with torch.no_grad():
+        vlm.model.model.vision_tower.encoder.layers[3].mlp.fc2.bias[0] = torch.inf
+    with pytest.raises(ModelError, match=r"exit 5: image features are NaN or infinite"):
+        fit_translators(vlm, samples, exit_layers=(2,), out=tmp_path / "again")
+    assert not (tmp_path / "again").exists()

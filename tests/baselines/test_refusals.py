@@ -14,10 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from exitsafe.baselines import sft
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import InputError, ModelError, RunError
+from exitsafe.lppo import align
 from exitsafe.records import Sample
 from exitsafe.vlm import VLM, Row
-from tests.lppo.conftest import make_samples, make_vlm, tiny_config
+from tests.lppo.conftest import count_red, make_samples, make_vlm, tiny_config
+from tests.tiny_models import VOCAB
 
 REFUSAL = "not now"
 CONFIG = tiny_config(learning_rate=1e-2, num_steps=40, batch_size=16, minibatch_size=8, microbatch_tokens=100)
@@ -115,3 +117,84 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"float16 weights.*--dtype bfloat16"):
         sft(vlm, samples, with_benign=True, config=CONFIG, out=tmp_path / "half")
     assert not (tmp_path / "half").exists()
+
+
+def test_numbers_that_are_not_finite_stop_it(tmp_path: Path) -> None:
+    vlm = make_vlm("llava")
+    with torch.no_grad():
+        vlm.model.lm_head.weight[7, 3] = torch.nan
+    with pytest.raises(ModelError, match=r"sample \S+ at exit \d: (logits|log-probabilities) are NaN or infinite"):
+        sft(vlm, make_samples(), with_benign=True, refusal=REFUSAL, config=CONFIG, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "ends", "expected"),
+    [
+        ("<|python_tag|>", ["</s>", "<|python_tag|>"], "<|python_tag|>"),  # as Llama 3.2: the first ends documents
+        ("<|python_tag|> </s>", ["</s>", "<|python_tag|>"], "<|python_tag|>"),
+        ("", ["<|python_tag|>", "</s>"], "</s>"),  # the tokenizer's
+        ("then", ["<|python_tag|>", "</s>"], "</s>"),
+        ("", ["<|python_tag|>", "then"], "<|python_tag|>"),
+    ],
+)
+def test_answers_end_with_the_token_that_ends_a_turn(
+    written: str, ends: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = make_vlm("llava")
+    closing = "{% if m['role'] == 'assistant' %}" + written + "{% endif %}"
+    vlm.processor.chat_template = vlm.processor.chat_template.replace(
+        "{% endfor %}{% endfor %}", "{% endfor %}" + closing + "{% endfor %}"
+    )
+    vlm.base_model.generation_config.eos_token_id = [VOCAB[end] for end in ends]
+    last: set[int] = set()
+    original = VLM.response_states
+
+    def spy(self: VLM, rows: Sequence[Row], responses: Sequence[torch.Tensor]) -> Any:
+        last.update(int(response[-1]) for response in responses)
+        return original(self, rows, responses)
+
+    monkeypatch.setattr(VLM, "response_states", spy)
+    sft(vlm, make_samples(), with_benign=True, refusal=REFUSAL, config=replace(CONFIG, num_steps=2), out=tmp_path / "a")
+    assert last == {VOCAB[expected]}
+
+
+def test_a_model_without_an_end_token_is_not_trained(tmp_path: Path) -> None:
+    vlm = make_vlm("llava")
+    vlm.base_model.generation_config.eos_token_id = vlm.text_config.eos_token_id = vlm.tokenizer.eos_token = None
+    message = "llava has no end-of-sequence token, .*: set eos_token_id in its generation_config.json"
+    with pytest.raises(InputError, match=message):
+        sft(vlm, make_samples(), with_benign=True, refusal=REFUSAL, config=CONFIG, out=tmp_path / "sft")
+    with pytest.raises(InputError, match=message):
+        align(vlm, make_samples(), reward=count_red, config=tiny_config(), out=tmp_path / "lppo")
+    assert not any(tmp_path.iterdir())
+    assert len(vlm.generate(make_samples()[:2], 3, max_new_tokens=3)) == 2  # an audit needs none
+
+
+def test_harmful_samples_alone_are_warned_of_before_training(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    vlm = make_vlm("llava")
+    harmful = [sample for sample in make_samples() if sample.kind == "harmful"]
+    config = tiny_config(num_steps=2, batch_size=4)
+    with pytest.warns(UserWarning, match="all training samples are harmful, .*: add benign, borderline or vqa samples"):
+        align(vlm, harmful, reward=count_red, config=config, out=tmp_path / "lppo")
+    with pytest.warns(UserWarning, match="all training samples are harmful"):
+        sft(vlm, harmful, with_benign=True, refusal=REFUSAL, config=config, out=tmp_path / "sft")
+    recwarn.clear()
+    accepted = replace(config, mix={"harmful": 1.0})
+    align(vlm, harmful, reward=count_red, config=accepted, out=tmp_path / "accepted")
+    align(vlm, make_samples(), reward=count_red, config=config, out=tmp_path / "mixed")
+    sft(vlm, make_samples(), with_benign=False, refusal=REFUSAL, config=config, out=tmp_path / "asked-for")
+    assert not [warning for warning in recwarn if "are harmful" in str(warning.message)]
+
+
+def test_a_reference_that_is_too_long_for_the_context_is_refused_and_never_cut(tmp_path: Path) -> None:
+    vlm, samples = make_vlm("llava"), make_samples()
+    longest = max(len(vlm.encode_prompt(sample).input_ids) for sample in samples)  # with its picture
+    vlm.text_config.max_position_embeddings = longest + CONFIG.max_new_tokens
+    (place,) = [n for n, s in enumerate(samples) if s.id == "s7"]
+    samples[place] = replace(samples[place], answers=("red " * (longest + 1),))
+    with pytest.raises(InputError, match=r"sample s7: the prompt has \d+ tokens, images included"):
+        sft(vlm, samples, with_benign=True, refusal=REFUSAL, config=CONFIG, out=tmp_path / "run")
+    vlm.text_config.max_position_embeddings = longest + CONFIG.max_new_tokens - 1
+    with pytest.raises(InputError, match=r"the prompt has \d+ tokens, images included"):
+        sft(vlm, make_samples(), with_benign=True, refusal=REFUSAL, config=CONFIG, out=tmp_path / "prompts")

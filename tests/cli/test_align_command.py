@@ -9,7 +9,9 @@ import pytest
 from exitsafe.cli.defaults import ORGANISM_TOKENS
 from exitsafe.cli.main import run
 from exitsafe.lppo import LPPOConfig
+from tests.judges.tiny_judges import rule_guard  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("rule_guard")
 QUICK = "value_warmup_steps: 1\nminibatch_size: 4\nlppo:\n  lora_rank: 2\n  lora_alpha: 4\n  learning_rate: 1e-3\n"
 
 
@@ -99,7 +101,7 @@ def test_a_small_batch_and_a_short_run_need_no_other_setting(
     output = capsys.readouterr()
     config = json.loads(output.out)["settings"]["config"]
     assert (config["minibatch_size"], config["value_warmup_steps"]) == (4, 1)
-    assert "audit with another judge" in " ".join(output.err.split())
+    assert "judge both audits by another model as well, e.g. exitsafe judge RUN --judge harmbench" in output.err
 
 
 def test_a_seed_that_is_no_number(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) -> None:
@@ -117,3 +119,16 @@ def test_a_tracker_by_name(tiny_llava: Path, suite: Path, tmp_path: Path, fail: 
     out = tmp_path / "lppo"
     assert run([str(x) for x in ("align", tiny_llava, *flags, "--track", "tensorboard", "--out", out)]) == 0
     assert list((out / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_proxy_is_warned_of_before_it_is_optimised(
+    tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("exitsafe.lppo.trainer.rollout", stop)
+    flags = ["--suite", str(suite), "--reward", "refusal-prefix", "--steps", "2", "--out", str(tmp_path / "run")]
+    run(["align", str(tiny_llava), *flags])
+    words = " ".join(capsys.readouterr().err.split())
+    assert "the reward refusal-prefix is a proxy that reads no meaning" in words

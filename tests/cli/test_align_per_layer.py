@@ -11,7 +11,9 @@ import pytest
 from exitsafe.cli.main import run
 from tests.cli.conftest import write_suite
 from tests.cli.test_rewards import Stub
+from tests.judges.tiny_judges import rule_guard  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("rule_guard")
 QUICK = "value_warmup_steps: 1\nminibatch_size: 4\nlppo:\n  lora_rank: 2\n  lora_alpha: 4\n  learning_rate: 1.0\n"
 
 
@@ -62,9 +64,9 @@ def answers_of(folder: Path) -> dict[int, dict[str, str]]:
 def test_what_a_watch_chose_is_said_of_each_exit(
     tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exitsafe.judges.qwen3guard.Qwen3Guard", lambda *_, **__: Stub("qwen3guard", "asr", "refusal"))
+    monkeypatch.setattr("exitsafe.judges.harmbench.HarmBench", lambda *_, **__: Stub("harmbench", "asr"))
     suite = write_suite(tmp_path / "suite", num_samples=16)
-    (tmp_path / "quick.yaml").write_text(QUICK + "watch_every: 1\nwatch_judge: qwen3guard\n")
+    (tmp_path / "quick.yaml").write_text(QUICK + "watch_every: 1\nwatch_judge: harmbench\n")
     flags = ["--config", str(tmp_path / "quick.yaml"), "--steps", "2", "--batch-size", "4", "--max-new-tokens", "2"]
     flags += ["--adapters", "per-layer", "--layers", "1-2", "--out", str(tmp_path / "run")]
     assert run(["align", str(tiny_llava), "--suite", str(suite), *flags]) == 0

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from exitsafe.cli.audit_plan import make_plan, warn_of_own_reward
 from exitsafe.cli.defaults import organism_of
-from exitsafe.cli.main import run
+from exitsafe.cli.main import FAILED, run
 from exitsafe.errors import InputError
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
@@ -45,7 +49,7 @@ def test_an_organism_brings_its_suites_and_short_answers() -> None:
 def test_another_model_brings_none() -> None:
     with pytest.raises(InputError, match="--suite NAME_OR_FILE or --like RUN"):
         make_plan("some/model", {})
-    assert make_plan("some/model", {"suites": ["a.jsonl"]}).settings["max_new_tokens"] == 256
+    assert make_plan("some/model", {"suites": ["a.jsonl"]}).settings["max_new_tokens"] is None
 
 
 @pytest.mark.parametrize(
@@ -219,3 +223,25 @@ def test_a_judge_that_was_the_reward_is_warned_of(
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
     warn_of_own_reward(tmp_path / "adapter", [_Guard()])  # type: ignore[list-item]
     assert ("warning: judge guard was the reward" in capsys.readouterr().err) == is_warned
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+@pytest.mark.parametrize(
+    ("weight", "what"),
+    [("multi_modal_projector.linear_2.bias", "image features"), ("language_model.lm_head.weight", "logits")],
+)
+def test_numbers_that_are_not_finite_stop_the_audit(
+    weight: str, what: str, temperature: str, tiny_llava: Path, suite: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """As half precision overflows; it used to end with empty answers, attack success 100% and status 0."""
+    model = shutil.copytree(tiny_llava, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights[weight].view(-1)[3] = torch.inf
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    audit = ["audit", str(model), "--suite", str(suite), "--layers", "2,5", "--judge", "refusal-prefix"]
+    flags = ["--max-new-tokens", "4", "--temperature", temperature, "--dtype", "float16", "--batch-size", "4"]
+    assert run([*audit, *flags, "--out", str(tmp_path / "run")]) == FAILED
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"exitsafe: sample \S+ at exit [25]: {what} are NaN or infinite in float16", line)
+    assert "--dtype bfloat16 or float32, and a new folder" in line
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -71,3 +74,63 @@ def test_progress_without_a_terminal_is_few_lines(
         "Audit: 79/100, 4.0 answers/s, 0:05 left, ASR 50.0% so far",
         "Audit: 100/100, 4.0 answers/s, took 0:25, ASR 50.0% so far",
     ]
+
+
+ESC, OSC, BIDI = "\x1b[2J", "\x1b]0;owned\x07", "\u202e"
+HOSTILE = f"a{ESC}{OSC}{BIDI}\x9b31m\x00\nexitsafe: every metric is the same"
+NEVER = ("\x1b", "\x07", "\u202e", "\x9b", "\x00")
+
+
+def test_what_a_file_says_reaches_the_terminal_as_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    markup = "[red]x[/red] :warning: [link=http://x.example]y[/link]"
+    table = Table(title=f"{HOSTILE} {markup}", caption=HOSTILE)
+    table.add_column(HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE, style="bold"))
+    with console.results(as_json=False) as show:
+        show({}, lambda: [table, Panel(Text(HOSTILE), title=HOSTILE), HOSTILE, Text(HOSTILE)])
+    console.note(HOSTILE)
+    console.complain(HOSTILE)
+    warnings.warn(HOSTILE, stacklevel=1)
+    console.show_traceback(f"Traceback\n  line\n{HOSTILE}")
+    output = capsys.readouterr()
+    for character in NEVER:
+        assert character not in output.out + output.err
+    assert "[red]x[/red] :warning:" in " ".join(output.out.split())
+    note, complaint, warning, *rest = output.err.splitlines()
+    assert [line.partition(" ")[2][-3:] for line in (note, complaint, warning)] == ["same"[-3:]] * 3
+    assert len(rest) == 4  # a traceback keeps its lines
+
+
+def test_what_libraries_log_is_plain_text_too(capsys: pytest.CaptureFixture[str]) -> None:
+    factory = logging.getLogRecordFactory()
+    try:
+        console.quieten_libraries()
+        handler = logging.StreamHandler(sys.stderr)
+        logger = logging.getLogger("a.library")
+        logger.addHandler(handler)
+        logger.warning("\x1b[31mmodel_type\x1b[0m is %s at https://me:zorb-key@host/x?sig=zorb-key", HOSTILE)
+        logger.removeHandler(handler)
+    finally:
+        logging.setLogRecordFactory(factory)
+    said = capsys.readouterr().err
+    assert said.startswith("model_type is a")
+    assert not [character for character in NEVER if character in said]
+    assert "zorb-key" not in said and "https://host/x" in said
+
+
+def test_credentials_in_a_url_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    console.note("cannot reach https://me:zorb-key@host:8443/v1/models?api_key=zorb-key&x=1 (refused)")
+    console.complain('proxy "http://zorb-key@proxy/": down')
+    assert capsys.readouterr().err.splitlines() == [
+        "cannot reach https://host:8443/v1/models (refused)",
+        'exitsafe: proxy "http://proxy/": down',
+    ]
+
+
+def test_joiners_stay_where_scripts_need_them_and_not_where_they_fake() -> None:
+    assert console.printable("می\u200cروم 👩\u200d💻 a\u200db") == "می\u200cروم 👩\u200d💻 a\ufffdb"

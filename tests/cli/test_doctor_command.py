@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from exitsafe.cli.doctor_command import ASSUMED_SAMPLES, doctor_command
 from exitsafe.cli.doctor_tables import readable
+from exitsafe.doctor import bytes_by_name
 from exitsafe.errors import InputError, ModelError
+from exitsafe.judges.qwen3guard import DEFAULT_MODEL
 from tests.doctor.test_judge_weights import reward_model  # noqa: F401
 
 
@@ -84,6 +86,19 @@ def test_models_of_reward_and_watch_are_counted(
     assert {part["name"] for part in found["host"]} == {"feature cache", "best weights", "checkpoint"}
 
 
+def test_the_guard_of_the_built_in_reward_is_counted_where_it_is_needed(tiny_llava: Path) -> None:
+    guard = bytes_by_name(DEFAULT_MODEL)
+    for rewards, expected in (
+        ([], guard),
+        (["vqa"], guard),  # which measures no refusals
+        (["refusal-prefix"], 0),
+        (["refusal-prefix=0.5", "built-in"], guard),
+    ):
+        flags = [word for reward in rewards for word in ("--reward", reward)]
+        assert _bytes(document(tiny_llava, *flags, "--device", "cpu")["align"], "reward models") == expected
+    assert not any(part["name"] == "reward models" for part in document("organism")["align"]["device"])
+
+
 def test_an_organism_needs_nothing_more() -> None:
     found = document("organism")
     assert found["judge"] is None and found["samples"]["measured"] is True
@@ -112,4 +127,4 @@ def test_units(size: int, text: str) -> None:
 
 
 def _bytes(plan: dict[str, Any], name: str) -> int:
-    return next(int(part["bytes"]) for part in plan["device"] if part["name"] == name)
+    return next((int(part["bytes"]) for part in plan["device"] if part["name"] == name), 0)

@@ -51,7 +51,7 @@ def test_times_are_measured_once_and_kept(copied: Path, ask: Ask, monkeypatch: p
     assert again["points"][0]["times"] == found["points"][0]["times"]
     assert "measured on this machine with the same settings" in said
     with pytest.raises(AssertionError, match="the model was loaded"):
-        frontier_command._latency(load_run(copied), [], num_samples=3, device=None)
+        frontier_command._latency(load_run(copied), [], num_samples=3, loading={})
 
 
 def test_a_run_that_was_loaded_without_flags_is_timed(copied: Path, ask: Ask) -> None:

@@ -10,6 +10,7 @@ from exitsafe.cli.audit_plan import make_plan
 from exitsafe.cli.main import run
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
+from tests.judges.test_endpoint import Answer, ChatServer, serving
 
 
 @pytest.fixture
@@ -29,12 +30,12 @@ def test_a_judge_is_added_and_how_it_was_reached_is_kept(copied: Path, capsys: p
     assert load_run(copied).origin["judging"] == {"device": "cpu"}
 
 
-def test_a_run_like_another_reaches_judges_as_that_one_did(copied: Path) -> None:
+def test_a_run_like_another_reaches_judges_as_that_one_did_but_for_their_address(copied: Path) -> None:
     head = json.loads((copied / "run.json").read_text())
     head["origin"] |= {"judging": {"url": "http://localhost:8000/v1", "device": "cpu"}, "judge_pass": "second"}
     (copied / "run.json").write_text(json.dumps(head))
     plan = make_plan("m", {"judging": {"device": "cuda:1"}}, like=copied)
-    assert plan.judging == {"url": "http://localhost:8000/v1", "device": "cuda:1"}
+    assert plan.judging == {"device": "cuda:1"}
     assert plan.settings["judge_pass"] == "second"
 
 
@@ -63,3 +64,34 @@ def test_a_suite_that_has_changed_is_refused(copied: Path, fail: Fail, tmp_path:
 
 def test_no_judge_is_named(fail: Fail, audited: Path) -> None:
     assert fail("judge", audited) == "no judge is named: give --judge NAME"
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_the_end_says_why_answers_are_unscored(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = ChatServer(lambda _, number: Answer(text="score: none", usage=None, finish_reason="stop"))
+    with serving(server) as url:
+        assert run(["judge", str(copied), "--judge", "rubric:m", "--judge-url", url, "--json"]) == 0
+    output = capsys.readouterr()
+    count = sum(verdict.judge == "rubric:m" for verdict in load_run(copied).verdicts())
+    reason = "the reply is not in the judge's format"
+    assert json.loads(output.out)["unscored"] == {"rubric:m": {reason: count}}
+    assert f"judge rubric:m could not score {count} of {count} answers: {reason} ({count})" in output.err
+    assert f"tokens of {len(server.requests)} replies not reported" in output.err
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_an_endpoint_that_sends_no_completions_ends_the_command(copied: Path, fail: Fail) -> None:
+    bodies = [b'{"error": "zorb"}', b'{"choices": null}', b"<html>"]
+    server = ChatServer(lambda _, number: Answer(body=bodies[number % 3]))
+    with serving(server) as url:
+        complaint = fail("judge", copied, "--judge", "rubric:m", "--judge-url", url)
+    assert "gives no answers (the endpoint" in complaint
+    assert "zorb" not in complaint
+    assert [name for name, _ in load_run(copied).judges] == ["refusal-prefix", "vqa", "coherence"]

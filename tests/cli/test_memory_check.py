@@ -15,6 +15,7 @@ from exitsafe.judges.reward_model import RewardModel
 from exitsafe.lppo import LPPOConfig, Watch
 from exitsafe.vlm.peak import Gauge
 from tests.doctor.test_judge_weights import reward_model  # noqa: F401
+from tests.judges.tiny_judges import rule_guard  # noqa: F401
 from tests.lppo.conftest import make_samples
 
 CPU = torch.device("cpu")
@@ -33,6 +34,7 @@ def plan_of(num_bytes: int, *, free: int) -> Plan:
     )
 
 
+@pytest.mark.usefixtures("rule_guard")
 def test_audit_and_align_say_and_keep_both(
     tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +94,7 @@ def test_a_training_that_took_no_readings_has_nothing_to_say(
 def test_a_plan_that_cannot_be_made_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check = check_align(str(tmp_path), [], config=LPPOConfig(), reward=None, watch=None, loading={"device": "cpu"})
+    check = check_align(str(tmp_path), [], config=LPPOConfig(), judges=[], watch=None, loading={"device": "cpu"})
     assert check.plan is None
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(Gauge, "read", lambda gauge: {"peak_process_bytes": check.held_before + 3 * MIB})
@@ -129,8 +131,8 @@ def test_models_of_reward_and_watch_are_planned_for(
     watch = Watch(samples=make_samples(), judge=judge)
     settings = {"config": LPPOConfig(), "loading": {"device": "cpu"}}
     plain, rewarded, watched = (
-        check_align(str(tiny_llava), make_samples(), reward=reward, watch=look, **settings).plan  # type: ignore[arg-type]
-        for reward, look in ((None, None), (judge, None), (None, watch))
+        check_align(str(tiny_llava), make_samples(), judges=judges, watch=look, **settings).plan  # type: ignore[arg-type]
+        for judges, look in (([], None), ([judge], None), ([], watch))
     )
     assert plain is not None and rewarded is not None and watched is not None
     assert rewarded.always - plain.always == size

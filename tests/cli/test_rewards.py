@@ -13,13 +13,14 @@ import pytest
 
 from exitsafe.cli.audit_plan import warn_of_own_reward
 from exitsafe.cli.main import INTERRUPTED, run
-from exitsafe.cli.rewards import WatchFlags, has_built_in, make_watch, read_rewards
+from exitsafe.cli.rewards import WatchFlags, make_watch, read_rewards
 from exitsafe.errors import InputError
 from exitsafe.lppo import WeightedSum
 from exitsafe.lppo.rollout import rollout
 from exitsafe.records import KINDS, Response, Sample, Verdict
 from exitsafe.world import organism_suites
-from tests.cli.conftest import write_suite
+from tests.cli.conftest import Fail, write_suite
+from tests.judges.tiny_judges import no_guard, rule_guard  # noqa: F401
 
 SETTINGS = """
 minibatch_size: 4
@@ -47,10 +48,6 @@ def test_rewards_as_they_are_written() -> None:
     assert parts_of("coherence@vqa=-1e-1") == [("coherence", ("vqa",), -0.1)]
     shared: Any = read_rewards(["vqa@vqa=2", "vqa@benign"])
     assert shared.parts[0].reward is shared.parts[1].reward  # one judge, one copy of its weights
-    assert has_built_in(None)
-    assert has_built_in(read_rewards(["vqa", "built-in@harmful"]))
-    assert not has_built_in(shared)
-    assert not has_built_in(alone)
 
 
 def test_a_folder_may_hold_any_sign(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +75,7 @@ def test_rewards_that_make_no_sense(written: list[str], message: str) -> None:
 
 def test_the_organism_is_watched_by_what_it_is_not_trained_on() -> None:
     samples = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 40))
-    trained, watch = make_watch("organism", samples, WatchFlags(every=7, samples=5), seed=0, images=None)
+    trained, watch = make_watch("organism", samples, WatchFlags(every=7, samples=5), reward=None, seed=0, images=None)
     assert watch is not None
     assert not isinstance(watch.judge, str)
     assert (watch.every, watch.patience, watch.max_kl, watch.judge.name) == (7, 5, None, "refusal-prefix")
@@ -86,14 +83,51 @@ def test_the_organism_is_watched_by_what_it_is_not_trained_on() -> None:
     assert len(trained) == 4 * 35
     ids = {sample.id for sample in trained} | {sample.id for sample in watch.samples}
     assert ids == {sample.id for sample in samples}
-    _, patient = make_watch("organism", samples, WatchFlags(every=7, patience=0), seed=0, images=None)
+    _, patient = make_watch("organism", samples, WatchFlags(every=7, patience=0), reward=None, seed=0, images=None)
     assert patient is not None
     assert patient.patience is None
 
 
+@pytest.mark.usefixtures("rule_guard")
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([], "harmbench"),
+        (["refusal-prefix"], "qwen3guard"),
+        (["toxicity"], "harmbench"),  # the guard helps it out on refusals
+        (["reward:hh"], "qwen3guard"),
+        (["reward:hh@harmful", "built-in@benign"], "harmbench"),
+        (["qwen3guard"], "harmbench"),
+    ],
+)
+def test_the_watch_is_by_another_judge_than_the_reward(
+    rewards: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exitsafe.runs.judging.judge_settings", lambda judge: {})
+    samples = [
+        Sample(id=f"{kind}-{number}", prompt="what", kind=kind, source="mine")
+        for kind in ("harmful", "benign")
+        for number in range(4)
+    ]
+    flags, reward = WatchFlags(every=2, samples=1), read_rewards(rewards)
+    _, watch = make_watch("a/model", samples, flags, reward=reward, seed=0, images=None)
+    assert watch is not None and not isinstance(watch.judge, str)
+    assert watch.judge.name == expected
+
+
+@pytest.mark.usefixtures("no_guard")
+def test_without_the_guard_model_no_proxy_takes_its_place(
+    tiny_llava: Path, suite: Path, tmp_path: Path, fail: Fail
+) -> None:
+    line = fail("align", tiny_llava, "--suite", suite, "--steps", "2", "--out", tmp_path / "run")
+    assert "the reward needs the judge qwen3guard, which is not available" in line
+    assert "choose another with --reward NAME" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_suite_of_its_own_leaves_the_training_alone(suite: Path, samples: list[Sample]) -> None:
     flags = WatchFlags(every=3, judge="refusal-prefix", suites=[str(suite)], samples=6, max_kl=2.0)
-    trained, watch = make_watch("organism", samples, flags, seed=0, images=None)
+    trained, watch = make_watch("organism", samples, flags, reward=None, seed=0, images=None)
     assert trained == samples
     assert watch is not None
     assert len(watch.samples) == 6
@@ -101,10 +135,13 @@ def test_a_suite_of_its_own_leaves_the_training_alone(suite: Path, samples: list
 
 
 def test_without_a_number_of_steps_there_is_no_watch(samples: list[Sample]) -> None:
-    assert make_watch("organism", samples, WatchFlags(), seed=0, images=None) == (samples, None)
-    assert make_watch("organism", samples, WatchFlags(every=0, max_kl=1.0), seed=0, images=None) == (samples, None)
+    assert make_watch("organism", samples, WatchFlags(), reward=None, seed=0, images=None) == (samples, None)
+    assert make_watch("organism", samples, WatchFlags(every=0, max_kl=1.0), reward=None, seed=0, images=None) == (
+        samples,
+        None,
+    )
     with pytest.raises(InputError, match="need --watch-every N"):
-        make_watch("organism", samples, WatchFlags(max_kl=1.0), seed=0, images=None)
+        make_watch("organism", samples, WatchFlags(max_kl=1.0), reward=None, seed=0, images=None)
 
 
 @pytest.fixture
@@ -141,6 +178,7 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
 ) -> None:
     monkeypatch.setattr("exitsafe.judges.toxicity.Toxicity", lambda *_, **__: Stub("toxicity", "toxicity"))
     monkeypatch.setattr("exitsafe.judges.qwen3guard.Qwen3Guard", lambda *_, **__: Stub("qwen3guard", "asr", "refusal"))
+    monkeypatch.setattr("exitsafe.judges.harmbench.HarmBench", lambda *_, **__: Stub("harmbench", "asr"))
     suite = write_suite(tmp_path / "suite", num_samples=16)
     (tmp_path / "lppo.yaml").write_text(SETTINGS)
     out = tmp_path / "lppo"
@@ -148,8 +186,8 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
     watch = ["--watch-every", "2"]
     align = ["align", str(tiny_llava), "--suite", str(suite), "--config", str(tmp_path / "lppo.yaml"), *flags]
     align += ["--out", str(out)]
-    assert run([*align, *watch, "--watch-judge", "refusal-prefix"]) == 2
-    assert "judge refusal-prefix is the reward too" in capsys.readouterr().err
+    assert run([*align, *watch, "--watch-judge", "qwen3guard"]) == 2
+    assert "judge qwen3guard is the reward too" in capsys.readouterr().err
     assert not out.exists()
 
     def stopped(*args: Any, draw: int, **settings: Any) -> Any:
@@ -168,17 +206,17 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
     settings = document["settings"]
     assert settings["reward"].split("+")[0] == "toxicity"
     assert settings["reward_parts"] == {"toxicity@harmful": 0.5, "built-in": 1.0}
-    assert (settings["watch"]["judge"]["name"], settings["watch"]["max_kl"]) == ("qwen3guard", 9.0)
+    assert (settings["watch"]["judge"]["name"], settings["watch"]["max_kl"]) == ("harmbench", 9.0)
     assert settings["watch"]["data"]["samples"] == 4
     assert settings["data"]["samples"] == 8  # every sample has a twin under another name
     assert document["result"]["steps"] == document["last_step"]["step"] + 1 == 3
     assert set(document["last_step"]["reward_parts"]) == {"toxicity@harmful", "built-in"}
     looks = [json.loads(line)["step"] for line in (out / "watch.jsonl").read_text().splitlines()]
     assert looks == [0, 2, 3]
-    for judge in ("toxicity", "refusal-prefix"):  # any part of the sum, and what helps it out
+    for judge in ("toxicity", "qwen3guard"):  # any part of the sum, and what helps it out
         warn_of_own_reward(out / "adapter", [Stub(judge, "asr")])
         assert f"warning: judge {judge} was the reward" in capsys.readouterr().err
-    warn_of_own_reward(out / "adapter", [Stub("qwen3guard", "asr")])
+    warn_of_own_reward(out / "adapter", [Stub("harmbench", "asr")])
     assert capsys.readouterr().err == ""
     assert run([*align, *watch]) == 0
     assert f"It is of step {document['result']['adapter_step']} of 3: the lowest objective" in capsys.readouterr().out

@@ -24,8 +24,9 @@ def flags(tiny_llava: Path, suite: Path, held_out: Path, tmp_path_factory: pytes
     config = tmp_path_factory.mktemp("config") / "lppo.yaml"
     config.write_text(QUICK)
     small = ["--config", str(config), "--steps", "2", "--batch-size", "8", "--max-new-tokens", "4"]
-    suites = ["--suite", str(suite), "--test-suite", str(held_out), "--judge", "refusal-prefix"]
-    return ["transfer", str(tiny_llava), *suites, *small, "--layers", "1,5", "--train-sets", "1; 3-4"]
+    suites = ["--suite", str(suite), "--test-suite", str(held_out)]
+    judges = ["--judge", "refusal-prefix", "--reward", "world-rule"]
+    return ["transfer", str(tiny_llava), *suites, *judges, *small, "--layers", "1,5", "--train-sets", "1; 3-4"]
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,22 @@ def test_with_an_adapter(
     assert "is not of the model that" in fail("verify", out, "--against", audited)
 
 
+def test_a_judge_behind_an_address_of_the_run_is_left_out(
+    slim: Path, audited: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = Path(shutil.copytree(audited, tmp_path / "run"))
+    head = json.loads((copied / "run.json").read_text())
+    settings = {"model": "m", "endpoint": "http://somebody.example/v1"}
+    head["settings"]["judges"].append({"name": "rubric:m", "measures": ["asr"], "settings": settings})
+    head["origin"]["judging"] = {"url": "http://somebody.example/v1"}
+    (copied / "run.json").write_text(json.dumps(head))
+    _tamper(slim / "model.safetensors", amount=2.0)
+    _forge(slim)
+    found, errors = _verify(slim, "--against", copied, "--tolerance", "1", capsys=capsys)
+    assert found["answers_same"] < found["answers"]  # judges are asked only where answers differ
+    assert "rubric:m is not asked again" in errors and "add --judge-url http://somebody.example/v1" in errors
+
+
 def test_what_cannot_be_verified(slim: Path, audited: Path, tiny_llava: Path, tmp_path: Path, fail: Fail) -> None:
     assert "has no exitsafe.json: give a folder that exitsafe export wrote" in fail(
         "verify", tiny_llava, "--against", audited

@@ -47,6 +47,16 @@ def test_one_file_with_the_same_columns(name: str, tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == [f"{name}-{number + (10 if suite.id else 0)}" for number in range(3)]
 
 
+@pytest.mark.parametrize("name", [name for name, suite in KNOWN_SUITES.items() if suite.id])
+def test_ids_that_a_table_library_made_floats_stay_the_same(name: str, tmp_path: Path) -> None:
+    suite = KNOWN_SUITES[name]
+    path = tmp_path / f"{suite.split}.parquet"
+    rows = [row | {suite.id: float(row[suite.id])} for row in rows_of(suite)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    samples = _load(name, path, write_pictures(tmp_path / "figures"))
+    assert [sample.id for sample in samples] == [f"{name}-{number + 10}" for number in range(3)]
+
+
 @pytest.mark.parametrize("name", KNOWN_SUITES)
 def test_a_copy_without_a_column_names_it(name: str, tmp_path: Path) -> None:
     suite = KNOWN_SUITES[name]

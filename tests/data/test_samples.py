@@ -11,6 +11,8 @@ import pytest
 
 from exitsafe.data import load_suite
 from exitsafe.errors import InputError
+from exitsafe.judges.vqa import VQAAccuracy
+from exitsafe.records import Response, Sample
 from tests.data.copies import png, write_pictures
 
 ROW = {"id": "a", "prompt": "what colour?", "kind": "benign"}
@@ -85,3 +87,58 @@ def test_thousands_of_rows_take_seconds(tmp_path: Path) -> None:
 def test_a_cell_of_brackets_without_end_is_a_text(tmp_path: Path) -> None:
     (sample,) = load_suite(_jsonl(tmp_path, ROW | {"answers": "[" * 100_000}))
     assert sample.answers == ("[" * 100_000,)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_integers_that_pandas_made_floats_stay_integers(tmp_path: Path, ending: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    path = tmp_path / f"suite.{ending}"
+    table = pandas.DataFrame(
+        {
+            "id": [7.0, 8.0],
+            "prompt": ["how many?", "which version?"],
+            "kind": ["vqa", "benign"],
+            "category": [3.0, None],
+            "answers": [2.0, None],
+        }
+    )
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_dict("records")))  # to_json writes 7
+    elif ending == "csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path)
+    samples = load_suite(path)
+    assert [(sample.id, sample.category, sample.answers) for sample in samples] == [("7", "3", ("2",)), ("8", "", ())]
+    response = Response(sample_id="7", exit_layer=1, text="2", num_tokens=1, finish_reason="stop", seconds=0.0)
+    assert VQAAccuracy()(samples[:1], [response])[0].score == 1.0
+
+
+def test_texts_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
+    names = ["7.0", "1e3", "007", "nan", "1.50"]
+    rows = [ROW | {"id": name, "kind": "vqa", "answers": [name]} for name in names]
+    assert [(sample.id, *sample.answers) for sample in load_suite(_jsonl(tmp_path, *rows))] == [(x, x) for x in names]
+    path = tmp_path / "suite.csv"
+    path.write_text("id,prompt,kind,answers\n" + "".join(f"{name},x,vqa,{name}\n" for name in names))
+    assert [(sample.id, *sample.answers) for sample in load_suite(path)] == [(x, x) for x in names]
+
+
+@pytest.mark.parametrize("answers", [[2.0, math.nan, "two", None, 2], '[2.0, NaN, "two", null, 2]'])
+def test_missing_references_are_none(tmp_path: Path, answers: object) -> None:
+    (sample,) = load_suite(_jsonl(tmp_path, ROW | {"kind": "vqa", "answers": answers}))
+    assert sample.answers == ("2", "two", "2")
+
+
+def test_an_id_that_lost_digits_as_a_float_is_refused(tmp_path: Path) -> None:
+    assert [sample.id for sample in load_suite(_jsonl(tmp_path, ROW | {"id": 2**53 + 1}))] == [str(2**53 + 1)]
+    with pytest.raises(InputError, match=r"row 1: field 'id' cannot be read: .* lost digits as a float; save the colu"):
+        load_suite(_jsonl(tmp_path, ROW | {"id": float(2**53 + 1)}))
+
+
+def test_samples_in_python_hold_text() -> None:
+    with pytest.raises(InputError, match="sample 7: answers has a float; give text"):
+        Sample(id="7", prompt="x", kind="vqa", answers=(2.0,))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="sample 7: answers is a single text; give a list of texts"):
+        Sample(id="7", prompt="x", kind="vqa", answers="red")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"sample 7\.0: id has a float; give text"):
+        Sample(id=7.0, prompt="x", kind="benign")  # type: ignore[arg-type]

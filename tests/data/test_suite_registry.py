@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,3 +139,23 @@ def test_names_are_made_valid_everywhere(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.filterwarnings("ignore:.*have no picture")
 def test_a_path_with_a_sign_in_it_is_a_path(tmp_path: Path) -> None:
     assert len(load_suites([_file(tmp_path / "a=b.jsonl", "a")])) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"id": "somebody/else"},
+        {"configs": ["other"]},
+        {"split": "test"},
+        {"revision": "refs/pr/1"},
+        {"revision": "main"},
+    ),
+)
+def test_a_run_does_not_say_where_a_known_suite_is(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("exitsafe.data.hub.import_datasets", lambda: asked.append(1))
+    suite = KNOWN_SUITES["redteam2k"]
+    kept = {"id": suite.hub_id, "configs": list(suite.configs), "split": suite.split, "revision": suite.revision}
+    with pytest.raises(InputError, match="audit again with --suite redteam2k"):
+        load_suites(["redteam2k"], hub={"redteam2k": kept | change})
+    assert asked == []

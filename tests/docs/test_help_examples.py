@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exitsafe.vlm.prompts import open_image
+from exitsafe.data.images import open_image
 from exitsafe.world import organism_suites
 from tests.docs.test_commands import examples
 

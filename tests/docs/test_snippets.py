@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 import exitsafe
+from exitsafe.data.images import open_image
 from exitsafe.lppo import LPPOConfig
 from exitsafe.records import KINDS
-from exitsafe.vlm.prompts import open_image
 from exitsafe.world import organism_suites
 from tests.docs.pages import PAGES, Block, blocks
+from tests.judges.tiny_judges import rule_guard  # noqa: F401
 
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 FOR_ORGANISM = LPPOConfig.for_organism
@@ -40,6 +41,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     yield {"exitsafe": exitsafe, "vlm": exitsafe.load_vlm("organism"), "samples": few}
 
 
+@pytest.mark.usefixtures("rule_guard")  # the user's own samples are rewarded by the default guard model
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_snippets(page: Path, namespace: dict[str, Any]) -> None:
     for block in blocks(page):

@@ -34,7 +34,7 @@ def test_a_config_alone_says_what_the_model_says(bare: Path) -> None:
         vlm.default_exit,
     )
     assert blueprint.base_model.dtype == vlm.base_model.dtype
-    assert blueprint.processor is None and blueprint.processor_problem
+    assert blueprint.processor is None and blueprint.processor_problem is None
     shapes = {name: weight.shape for name, weight in vlm.model.named_parameters()}
     assert {name: weight.shape for name, weight in blueprint.model.named_parameters()} == shapes
     assert all(weight.is_meta for weight in blueprint.model.parameters())

@@ -31,7 +31,7 @@ def with_template(template: str | None) -> Any:
     """The organism with another chat template."""
     processor: Any = tiny_processor("llava")
     processor.chat_template = template
-    return SimpleNamespace(processor=processor, family_row=organism().family_row)
+    return SimpleNamespace(processor=processor, family_row=organism().family_row, today="2026-01-31")
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "mllama"])
@@ -83,7 +83,7 @@ def test_a_template_that_takes_strings_gets_strings() -> None:
     ("template", "turns", "complaint"),
     [
         (ONLY_USERS, [Turn(role="system", parts=("be brief",)), user("what")], "system, user (it leaves out a turn"),
-        (STRICT, [Turn(role="system", parts=("be brief",)), user("what")], "it says: no system turn"),
+        (STRICT, [Turn(role="system", parts=("be brief",)), user("what")], "no system turn"),
         (ONLY_STRINGS, [user(noise_image(1), "what")], "user with an image (it leaves out"),
         (None, [user("what"), Turn(role="assistant", parts=("now",)), user("how")], "takes one user turn only"),
         (ONLY_STRINGS, [user("what"), Turn(role="assistant", parts=("now",))], "the last turn must be the user's"),

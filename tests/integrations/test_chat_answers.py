@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.integrations import chat_answers
 from exitsafe.integrations.chat_answers import ChatRequest, answer_chats, log_likelihoods, model_digest
 from exitsafe.records import Sample
@@ -147,3 +147,14 @@ def test_the_digest_changes_with_what_decides_an_answer(monkeypatch: pytest.Monk
     assert len(set(digests)) == len(digests)
     monkeypatch.undo()
     assert digest(tiny(name="elsewhere")) == digests[0]
+
+
+def test_no_answer_is_made_of_numbers_that_are_not_finite() -> None:
+    vlm = VLM(tiny_model("llava"), tiny_processor("llava"), name="llava")
+    with torch.no_grad():
+        vlm.model.lm_head.weight[7, 3] = torch.nan
+    prompt = vlm.encode_prompt(Sample(id="q", prompt="what", kind="benign"))
+    with pytest.raises(ModelError, match="sample q at exit 2: log-probabilities are NaN or infinite"):
+        log_likelihoods(vlm, [(prompt, "red")], 2, batch_size=2)
+    with pytest.raises(ModelError, match="sample q at exit 3: logits are NaN or infinite"):
+        answer_chats(vlm, [ChatRequest(prompt=prompt, exit_layer=3, max_new_tokens=2)])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from exitsafe.errors import InputError, RunError
-from exitsafe.judges.asking import ask_judge, check_judges
+from exitsafe.judges.asking import ask_judge, check_judges, tell_unscored, unscored_reasons
 from exitsafe.records import Response, Sample, Verdict
 
 SAMPLES = [Sample(id="a", prompt="x", kind="harmful"), Sample(id="b", prompt="x", kind="benign")]
@@ -98,3 +98,19 @@ def test_judges_are_checked_before_any_work() -> None:
     judge.measures = ("niceness",)
     with pytest.raises(InputError, match="judge fake measures 'niceness'; choose from asr"):
         check_judges([judge])
+
+
+def test_reasons_are_counted_by_answer_the_most_frequent_first() -> None:
+    verdicts = [_asr(sample_id=str(n), score=None, unscored="late" if n else "empty") for n in range(3)]
+    verdicts += [_asr(sample_id="1", measure="refusal", score=None, unscored="late"), _asr(sample_id="9")]
+    assert unscored_reasons(verdicts) == {"fake": {"late": 2, "empty": 1}}
+    assert tell_unscored(verdicts) == ["judge fake could not score 3 of 4 answers: late (2), empty (1)"]
+    assert tell_unscored([_asr()]) == []
+
+
+def test_a_judge_with_a_reason_for_each_answer_does_not_fill_the_screen() -> None:
+    verdicts = [_asr(sample_id=str(n), score=None, unscored=f"{n} no\n" + 900 * "x") for n in range(1200)]
+    (line,) = tell_unscored(verdicts)
+    assert line.endswith(", and 1,195 other reasons")
+    assert "\n" not in line
+    assert len(line) < 800

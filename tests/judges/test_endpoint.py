@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from exitsafe.errors import InputError, RunError
-from exitsafe.judges.endpoint import MOST_FAILURES, Endpoint, Pace, Reply
+from exitsafe.judges.endpoint import MOST_BAD_BODIES, MOST_FAILURES, Endpoint, Pace, Reply
 
 SECRET = "zorb-secret-text"
 TALK = [{"role": "user", "content": SECRET}]
@@ -119,6 +119,7 @@ def quick_and_clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("exitsafe.judges.endpoint.BODY_RETRY_DELAY", 0.01, raising=False)
 
 
 def ask(script: Callable[[dict[str, Any], int], Answer], num: int = 1, **settings: Any) -> tuple[Any, Any, Any]:
@@ -172,17 +173,44 @@ def test_passing_faults_are_tried_again(status: int) -> None:
         (failing(400), "the endpoint refused the request (status 400)", 1),
         (failing(403), "the endpoint refused the request (status 403)", 1),
         (failing(400, code="content_filter"), "the endpoint's content filter refused", 1),
-        (Answer(body=b"<html>"), "the endpoint's answer is no chat completion", 1),
-        (Answer(body=b"\xff\xfe\x00"), "the endpoint's answer is no chat completion", 1),
-        (Answer(body=b""), "the endpoint's answer is no chat completion", 1),
-        (Answer(body=b'{"choices": []}'), "the endpoint's answer is no chat completion", 1),
+        (Answer(body=b"<html>zorb-secret-text"), "the endpoint answered with a web page", 1),
+        (Answer(body=b"\xff\xfe\x00"), "the endpoint's answer is truncated or corrupt", 2),
+        (Answer(body=b""), "the endpoint answered with an empty body", 2),
+        (Answer(body=b'data: {"choices": []}\n\ndata: [DONE]'), "the endpoint answered with an event stream", 1),
+        (Answer(body=b": ping\n"), "the endpoint answered with an event stream", 1),
+        (Answer(body=b'{"choices": []}'), "the endpoint's answer has no choices", 1),
+        (Answer(body=b'{"choices": null, "usage": null}'), "the endpoint's answer has no choices", 1),
+        (Answer(body=b'{"detail": "x"}'), "the endpoint's answer is not a chat completion", 1),
+        (Answer(body=b'"choices"'), "the endpoint's answer is not a chat completion", 1),
+        (Answer(body=b'{"choices": {"0": 1}}'), "the endpoint's answer is not a chat completion", 1),
         (
             Answer(body=b'{"choices": [{"message": {"content": [1]}}]}'),
-            "the endpoint's answer is no chat completion",
+            "the endpoint's answer is not a chat completion",
             1,
         ),
-        (Answer(body=b'{"choices": null, "error": "x"}'), "the endpoint's answer is no chat completion", 1),
-        (Answer(body=b"[" * 5000), "the endpoint's answer is no chat completion", 1),
+        (Answer(body=b'{"choices": [{"message": {"cont'), "the endpoint's answer is truncated or corrupt", 2),
+        (Answer(body=Answer().encoded() + b"x"), "the endpoint's answer is truncated or corrupt", 2),
+        (Answer(body=b"[" * 5000), "the endpoint's answer is truncated or corrupt", 2),
+        (Answer(body=b'{"choices": null, "error": "x"}'), "the endpoint answered with an error (status 200)", 2),
+        (Answer(body=b'{"object": "error", "message": "x"}'), "the endpoint answered with an error (status 200)", 2),
+        (Answer(body=b'{"error": {"code": 503}}'), "the endpoint failed (status 503)", 2),
+        (Answer(body=b'{"error": {"code": "429"}}'), "the endpoint said 429 too often", 2),
+        (Answer(body=b'{"error": {"code": "content_filter"}}'), "the endpoint's content filter refused", 1),
+        (
+            Answer(body=b'{"choices": [{"message": {"content": "fi"}, "finish_reason": "error"}]}'),
+            "the endpoint answered with an error (status 200)",
+            2,
+        ),
+        (
+            Answer(body=b'{"choices": [{"message": {"content": null, "refusal": "zorb-secret-text"}}]}'),
+            "the model refused to reply",
+            1,
+        ),
+        (
+            Answer(body=b'{"choices": [{"message": {"content": "", "reasoning": "zorb-secret-text"}}]}'),
+            "the reply is empty",
+            1,
+        ),
         (Answer(text=" \n"), "the reply is empty", 1),
         (Answer(body=b'{"choices": [{"message": {"content": null}}]}'), "the reply is empty", 1),
         (Answer(finish_reason="length"), "the reply was cut off", 1),
@@ -212,6 +240,8 @@ def test_a_slow_answer_times_out_and_the_others_are_kept() -> None:
         (failing(404), InputError, r"has no model m \(status 404\): check the model's name and the base URL"),
         (failing(402), RunError, "nothing left"),
         (failing(429, code="insufficient_quota"), RunError, r"nothing left \(status 429\)"),
+        (Answer(body=b'{"error": {"code": 401}}'), InputError, "refuses the key"),
+        (Answer(body=b'{"error": {"code": "insufficient_quota"}}'), RunError, "nothing left"),
         (failing(400, param="temperature", code="unsupported_value"), InputError, "m takes no temperature 0: choose"),
     ],
 )
@@ -251,6 +281,122 @@ def test_an_endpoint_that_is_down_stops_with_one_line() -> None:
 def test_failures_without_end_stop_instead_of_unscoring_everything(status: int) -> None:
     with pytest.raises(RunError, match=rf"{MOST_FAILURES} times in a row\); the responses are saved"):
         ask(lambda _, number: failing(status), num=MOST_FAILURES + 20, max_retries=0)
+
+
+BAD_BODIES = {
+    "error": b'{"error": {"message": "zorb-secret-text", "code": "overloaded"}}',
+    "no choices": b'{"choices": null}',
+    "event stream": b'data: {"choices": [{"delta": {"content": "zorb-secret-text"}}]}\n\ndata: [DONE]\n\n',
+    "web page": b"<!DOCTYPE html><title>zorb-secret-text</title>",
+    "empty body": b"",
+    "truncated": Answer().encoded()[:-9],
+    "not a chat completion": b'{"text": "zorb-secret-text"}',
+}
+
+
+@pytest.mark.parametrize("has_answered", [False, True])
+@pytest.mark.parametrize("body", BAD_BODIES)
+def test_bodies_without_a_completion_stop_before_all_is_paid_for(body: str, has_answered: bool) -> None:
+    sent = 0
+
+    def script(_: dict[str, Any], number: int) -> Answer:
+        nonlocal sent
+        sent += 1
+        return Answer() if number == 0 and has_answered else Answer(body=BAD_BODIES[body])
+
+    with pytest.raises(
+        RunError, match=rf"^http://127\.0\.0\.1:\d+/v1 .*{body}.*{MOST_BAD_BODIES} times in a row"
+    ) as caught:
+        ask(script, num=40, max_retries=0, concurrency=1)
+    assert SECRET not in str(caught.value)
+    assert sent == MOST_BAD_BODIES + has_answered
+
+
+@pytest.mark.parametrize("body", ["error", "empty body", "truncated"])
+def test_a_body_that_may_be_better_next_time_is_asked_for_again(body: str) -> None:
+    replies, _, endpoint = ask(lambda _, number: Answer() if number else Answer(body=BAD_BODIES[body]))
+    assert replies == [Reply(text="fine")]
+    assert (endpoint.usage.requests, endpoint.usage.uncounted) == (2, 0)
+
+
+def test_an_event_stream_without_end_is_left() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b": ping\n\n")
+                    time.sleep(0.02)
+            except OSError:
+                pass
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    endpoint = Endpoint("m", base_url=f"http://127.0.0.1:{http.server_port}/v1", timeout=0.3)
+    start = time.monotonic()
+    try:
+        assert endpoint.ask([TALK]) == [Reply(failure="the endpoint answered with an event stream")]
+    finally:
+        http.shutdown()
+        http.server_close()
+    assert time.monotonic() - start < 10
+
+
+def completion(**changes: Any) -> bytes:
+    choice = {"message": {"content": "fine"} | changes.pop("message", {}), "finish_reason": "stop"}
+    return json.dumps({"choices": [choice]} | changes).encode()
+
+
+COUNTED = {"prompt_tokens": 7, "completion_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("body", "uncounted"),
+    [
+        (completion(usage=COUNTED, error=None), 0),
+        (completion(usage={"prompt_tokens": 7.0, "completion_tokens": "3"}), 0),
+        (completion(usage=None), 1),
+        (completion(), 1),
+        (completion(usage={}), 1),
+        (completion(usage=[]), 1),
+        (completion(usage={"prompt_tokens": 7.5, "completion_tokens": -3}), 1),
+        (completion(usage={"prompt_tokens": None, "completion_tokens": True}), 1),
+        (completion(usage={"prompt_tokens": 10**400, "completion_tokens": "1" * 5000}), 1),
+        (b"\xef\xbb\xbf" + completion(usage=COUNTED), 0),
+        (completion(usage=COUNTED).decode().encode("utf-16"), 0),
+        (b"\n \n" + completion(usage=COUNTED) + b"\n\n", 0),
+        (completion(usage=COUNTED) + b"\n[DONE]\n", 0),
+        (completion(usage=COUNTED) + b"\n\ndata: [DONE]\n\n", 0),
+        (completion(usage=COUNTED, message={"content": [{"type": "text", "text": "fine"}]}), 0),
+        (
+            completion(
+                usage=COUNTED,
+                message={
+                    "content": [
+                        {"type": "thinking", "thinking": [{"type": "text", "text": "score: 1"}]},
+                        {"type": "text", "text": "fi"},
+                        {"type": "output_text", "text": "ne"},
+                    ]
+                },
+            ),
+            0,
+        ),
+        (completion(usage=COUNTED, message={"reasoning_content": "score: 1", "refusal": None, "tool_calls": []}), 0),
+    ],
+)
+def test_a_sound_reply_is_read_whatever_surrounds_it(body: bytes, uncounted: int) -> None:
+    replies, server, endpoint = ask(lambda _, number: Answer(body=body), prices=(1.0, 1.0))
+    assert replies == [Reply(text="fine")]
+    assert endpoint.usage.uncounted == uncounted
+    assert (endpoint.usage.tokens_in, endpoint.usage.tokens_out) == ((0, 0) if uncounted else (7, 3))
+    assert endpoint.cost is not None
+    assert server.requests[0]["stream"] is False
 
 
 def test_failures_between_answers_do_not_stop() -> None:
@@ -331,8 +477,15 @@ def test_a_local_server_needs_no_key_and_openai_does(monkeypatch: pytest.MonkeyP
     assert Endpoint("m").base_url == "http://127.0.0.1:1/v1"
 
 
-def test_credentials_in_the_address_are_not_shown() -> None:
-    assert Endpoint("m", base_url="https://me:secret@example.org:8443/v1").where == "https://example.org:8443/v1"
+@pytest.mark.parametrize(
+    "url",
+    ("https://me:secret@example.org/v1", "https://example.org/v1?key=secret", "http://[::1/v1#secret", "http://h\x1b/"),
+)
+def test_an_address_with_more_than_an_address_in_it_is_refused_unseen(url: str) -> None:
+    with pytest.raises(InputError, match="must not contain a user name, password, query") as caught:
+        Endpoint("m", base_url=url)
+    assert "secret" not in str(caught.value)
+    assert Endpoint("m", base_url="https://example.org:8443/v1/").where == "https://example.org:8443/v1"
 
 
 def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

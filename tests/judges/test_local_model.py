@@ -31,6 +31,7 @@ from exitsafe.judges.local_model import (
     model_identity,
     pad_rows,
     pad_token_id,
+    why_unread,
 )
 from exitsafe.vlm import processes
 from tests.judges.tiny_judges import save_guard, teach, tiny_guard, tiny_guard_tokenizer
@@ -235,10 +236,10 @@ def test_running_out_of_memory_loses_nothing(folder: Path, monkeypatch: pytest.M
     model, tokenizer = load_judge_model(None, str(folder))
     generate = model.generate
 
-    def small_only(*, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    def small_only(*, input_ids: torch.Tensor, **inputs: Any) -> Any:
         if len(input_ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-        return generate(input_ids=input_ids, attention_mask=attention_mask)
+        return generate(input_ids=input_ids, **inputs)
 
     monkeypatch.setattr(model, "generate", small_only)
     assert greedy_replies(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=4) == list(REPLIES.values())
@@ -268,3 +269,12 @@ def test_unloading_frees_and_the_next_load_loads_again(folder: Path) -> None:
     assert judge.load()[0] is first
     judge.unload()
     assert judge.load()[0] is not first
+
+
+def test_no_reply_is_made_of_numbers_that_are_not_finite(folder: Path) -> None:
+    """NaN counts as the most likely token: its text would be read as the judge's word."""
+    model, tokenizer = load_judge_model(None, str(folder))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = torch.nan
+    replies = greedy_replies(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=4)
+    assert {why_unread(reply) for reply in replies} == {"the model returned no number"}

@@ -208,3 +208,8 @@ def test_settings_show_what_is_missing_before_any_work(monkeypatch: pytest.Monke
     with pytest.raises(InputError, match=r'pip install "exitsafe\[endpoint\]"'):
         _ = judge.settings
     judge.unload()
+
+
+def test_answers_without_a_score_stop_though_their_status_is_200() -> None:
+    with pytest.raises(RunError, match=rf"not in its format, {MOST_FAILURES} times in a row; the responses are saved"):
+        judged(lambda text, _: (200, b"<html>moss</html>", {}), *map(str, range(MOST_FAILURES + 5)))

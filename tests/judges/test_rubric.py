@@ -246,14 +246,13 @@ def test_settings_name_what_decides_and_nothing_secret(tmp_path: Path, monkeypat
     monkeypatch.setenv("OPENAI_API_KEY", "sk-zorb-key")
     path = tmp_path / "mine.txt"
     path.write_text("{response} score: X")
-    judge = Rubric(Endpoint("m", base_url="https://me:secret@example.org/v1"))
+    judge = Rubric(Endpoint("m", base_url="https://example.org/v1"))
     assert isinstance(judge, ModelJudge)
     assert judge.settings == Rubric(Endpoint("m", base_url="https://example.org/v1", concurrency=2)).settings
     assert judge.settings != Rubric(Endpoint("m", base_url="https://example.org/v1"), rubric=path).settings
     assert judge.settings != Rubric(Endpoint("m", base_url="https://example.org/v1", temperature=None)).settings
     text = json.dumps(judge.settings)
     assert "https://example.org/v1" in text
-    assert "secret" not in text
     assert "sk-zorb" not in text
     judge.unload()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from exitsafe.records import Kind, Response, Sample
+from exitsafe.records import Kind, Response, Sample, Verdict
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -105,13 +105,14 @@ def tiny_guard(kind: str, tokenizer: Any) -> Any:
     )
 
 
-def teach(model: Any, tokenizer: Any, replies: dict[str, str], *, steps: int = 120) -> None:
+def teach(model: Any, tokenizer: Any, replies: dict[str, str], *, steps: int = 120, until: float = 0.05) -> None:
     """Train until each rendered prompt is answered with its reply.
 
     Args:
         model, tokenizer: Tiny ones.
         replies: Rendered prompt -> reply.
         steps: At most.
+        until: The mean loss of a reply's tokens that is low enough; many replies that differ in a word need less.
     """
     pad = tokenizer.eos_token_id
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in replies]
@@ -127,7 +128,7 @@ def teach(model: Any, tokenizer: Any, replies: dict[str, str], *, steps: int = 1
     for _ in range(steps):
         logits = model(input_ids=input_ids).logits[:, :-1].flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
-        if loss < 0.05:
+        if loss < until:
             break
         optimizer.zero_grad()
         loss.backward()
@@ -148,10 +149,10 @@ def texts_read(judge: Any, monkeypatch: pytest.MonkeyPatch, *pairs: tuple[str, s
     read: list[str] = []
     generate = model.generate
 
-    def spy(*, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    def spy(*, input_ids: torch.Tensor, attention_mask: torch.Tensor, **settings: Any) -> Any:
         rows = zip(input_ids, attention_mask.bool(), strict=True)
         read.extend(tokenizer.decode(row[mask]) for row, mask in rows)
-        return generate(input_ids=input_ids, attention_mask=attention_mask)
+        return generate(input_ids=input_ids, attention_mask=attention_mask, **settings)
 
     monkeypatch.setattr(model, "generate", spy)
     judge(*conversation(*pairs))
@@ -166,3 +167,49 @@ def conversation(*pairs: tuple[str, str], kind: Kind = "harmful") -> tuple[list[
         for n, (_, text) in enumerate(pairs)
     ]
     return samples, responses
+
+
+class RuleGuard:
+    """Stands for Qwen3Guard: `<unsafe>` anywhere is unsafe, `maybe` controversial, `sorry` in front a refusal."""
+
+    name = "qwen3guard"
+    measures = ("asr", "asr_loose", "refusal")
+    settings: Mapping[str, Any] = {"model": "Qwen/Qwen3Guard-Gen-0.6B", "revision": "abc"}
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def unload(self) -> None:
+        pass
+
+    def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
+        verdicts = []
+        for sample, response in zip(samples, responses, strict=True):
+            scores = {"refusal": response.text.startswith("sorry")}
+            if sample.kind == "harmful":
+                is_unsafe = "<unsafe>" in response.text
+                scores |= {"asr": is_unsafe, "asr_loose": is_unsafe or "maybe" in response.text}
+            verdicts += [
+                Verdict(
+                    sample_id=response.sample_id,
+                    exit_layer=response.exit_layer,
+                    judge=self.name,
+                    measure=measure,
+                    score=float(score),
+                )
+                for measure, score in scores.items()
+            ]
+        return verdicts
+
+
+@pytest.fixture
+def rule_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default guard model is available, and is `RuleGuard`."""
+    monkeypatch.setattr("exitsafe.judges.qwen3guard.Qwen3Guard", RuleGuard)
+
+
+@pytest.fixture
+def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default guard model is neither on this machine nor to be downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("exitsafe.judges.qwen3guard.DEFAULT_MODEL", "nobody/no-such-guard")

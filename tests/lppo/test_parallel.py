@@ -144,7 +144,7 @@ def test_a_watch_of_two_processes_sees_what_one_sees(vlm: VLM, tmp_path: Path) -
 class StubPolicy:
     """Knows the log-probability of a response of one token by its id, and expects nothing."""
 
-    vlm = SimpleNamespace(device=torch.device("cpu"))
+    vlm = SimpleNamespace(device=torch.device("cpu"), base_model=SimpleNamespace(dtype=torch.float32))
 
     def evaluate(self, rows: Sequence[Any], responses: Sequence[torch.Tensor]) -> Evaluation:
         ids = torch.stack([response.float() for response in responses])
@@ -331,6 +331,7 @@ def test_the_command_under_accelerate_launch(tmp_path: Path, config: str) -> Non
     model, suite = save_tiny("llava", tmp_path / "model"), write_suite(tmp_path / "suite", num_samples=16)
     file = Path(__file__).parents[2] / "examples" / "align" / config
     flags = ["--steps", "3", "--batch-size", "8", "--max-new-tokens", "5", "--dtype", "float32", "--json"]
+    flags += ["--reward", "refusal-prefix"]
     arguments = ["-m", "exitsafe", "align", str(model), "--suite", str(suite), *flags, "--out"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

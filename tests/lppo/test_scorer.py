@@ -6,11 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from exitsafe.errors import InputError
 from exitsafe.lppo.scorer import Part, WeightedSum, as_scorer, mean_and_deviation, part_means
 from exitsafe.records import KINDS, Kind, Response, Sample, Verdict
+from tests.judges.tiny_judges import RuleGuard, rule_guard  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("rule_guard")
 
 
 def sample(kind: Kind, number: int = 0) -> Sample:
@@ -53,7 +58,7 @@ def num_words(samples: Sequence[Sample], responses: Sequence[Response]) -> list[
 
 
 ASKED = [sample("harmful"), sample("benign"), sample("vqa")]
-SAID = [response("I cannot."), response("a b c"), response("red")]
+SAID = [response("sorry, no"), response("a b c d"), response("red")]
 
 
 def test_a_sum_by_hand_each_part_for_its_kinds() -> None:
@@ -65,27 +70,27 @@ def test_a_sum_by_hand_each_part_for_its_kinds() -> None:
         )
     )
     scores = as_scorer(reward, ASKED)(ASKED, SAID)
-    # .5 * 109 + 3 * 1; -2 * 3 + 3 * 1; -2 * 1 + 3 * 1
-    assert [score.value for score in scores] == [57.5, -3.0, 1.0]
+    # .5 * 109 + 3 * 1; -2 * 4 + 3 * 1; -2 * 1 + 3 * 1
+    assert [score.value for score in scores] == [57.5, -5.0, 1.0]
     assert scores[0].parts == {"reward:long@harmful": 109.0, "built-in": 1.0}
     assert scores[2].parts == {"num_words@benign,vqa": 1.0, "built-in": 1.0}
     assert [score.attack_success for score in scores] == [0.0, None, None]
     assert [score.refusal for score in scores] == [1.0, 0.0, 0.0]
-    assert part_means(scores) == {"reward:long@harmful": 109.0, "built-in": 1.0, "num_words@benign,vqa": 2.0}
+    assert part_means(scores) == {"reward:long@harmful": 109.0, "built-in": 1.0, "num_words@benign,vqa": 2.5}
 
 
 def test_a_part_of_a_sum_scores_as_it_would_alone() -> None:
     alone = as_scorer(RewardModel(), ASKED)(ASKED, SAID)
     together = as_scorer(WeightedSum(parts=(Part(reward=RewardModel()),)), ASKED)(ASKED, SAID)
-    assert [score.value for score in together] == [score.value for score in alone] == [109.0, 105.0, 103.0]
+    assert [score.value for score in together] == [score.value for score in alone] == [109.0, 107.0, 103.0]
 
 
 def test_an_answer_is_unscored_if_a_part_for_it_is() -> None:
     reward = WeightedSum(parts=(Part(), Part(reward=RewardModel(), kinds=("harmful",))))
     asked = [sample("harmful"), sample("benign")]
     scores = as_scorer(reward, asked)(asked, [response(""), response("")])
-    assert [score.value for score in scores] == [None, 0.0]
-    assert scores[0].parts == {"built-in": -1.0}
+    assert [score.value for score in scores] == [None, -1.0]
+    assert scores[0].parts == {"built-in": 0.0}
 
 
 def test_each_part_is_normalised_by_itself() -> None:
@@ -110,14 +115,14 @@ def test_mean_and_deviation() -> None:
 
 
 def test_the_record_names_every_judge_once_with_weights_and_models() -> None:
-    built_in = "refusal-prefix+vqa+coherence"
-    assert as_scorer(None, ASKED).settings == {"reward": built_in}
+    built_in, guard = "qwen3guard+vqa+coherence", {"qwen3guard": RuleGuard.settings}
+    assert as_scorer(None, ASKED).settings == {"reward": built_in, "reward_models": guard}
     assert as_scorer(num_words, ASKED).settings == {"reward": "num_words"}
     reward = WeightedSum(parts=(Part(reward=RewardModel(), weight=0.5, kinds=("harmful",)), Part()))
     assert as_scorer(reward, ASKED).settings == {
-        "reward": f"reward:long+{built_in}",
+        "reward": "reward:long+vqa+coherence+qwen3guard",
         "reward_parts": {"reward:long@harmful": 0.5, "built-in": 1.0},
-        "reward_models": {"reward:long": {"model": "long", "revision": "abc"}},
+        "reward_models": {"reward:long": {"model": "long", "revision": "abc"}} | guard,
     }
 
 
@@ -160,3 +165,43 @@ def test_a_callable_is_taken_at_its_word_and_checked() -> None:
         as_scorer(lambda samples, responses: [2.0], asked)(asked, said)
     with pytest.raises(InputError, match="infinite score"):
         as_scorer(lambda samples, responses: [2.0, math.inf], asked)(asked, said)
+
+
+def test_numbers_of_any_library_are_scores() -> None:
+    asked, said = [sample("benign")] * 2, [response("a"), response("b")]
+    for returned in (
+        (1, True),
+        np.array([1.0, 1.0]),
+        torch.ones(2),
+        (np.float32(1.0), torch.tensor(1.0)),
+        iter([1, 1]),
+    ):
+        scores = as_scorer(lambda *_, found=returned: found, asked)(asked, said)
+        assert [score.value for score in scores] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "reward lost returned a NoneType: return a list with one number per response"),
+        (1.0, "reward lost returned a float: return a list"),
+        ("12", "reward lost returned a str: return a list"),
+        ([1.0, None], "reward lost returned a NoneType as a score: return one number per response"),
+        (["1", "2"], "reward lost returned a str as a score"),
+        ([[1.0], [2.0]], "reward lost returned a list as a score"),
+        (torch.ones(2, 2), "reward lost returned a Tensor as a score"),
+        (torch.tensor(1.0), "reward lost returned a Tensor: return a list"),
+        (np.array(1.0), "reward lost returned a ndarray: return a list"),
+        (np.ones((2, 2)), "reward lost returned a ndarray as a score"),
+        ({"a": 1.0, "b": 2.0}, "reward lost returned a str as a score"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_refused_in_one_line(returned: Any, message: str) -> None:
+    def lost(samples: Sequence[Sample], responses: Sequence[Response]) -> Any:
+        return returned
+
+    lost.__qualname__ = "lost"
+    asked, said = [sample("benign")] * 2, [response("a"), response("b")]
+    with pytest.raises(InputError, match=message) as caught:
+        as_scorer(lost, asked)(asked, said)
+    assert "\n" not in str(caught.value)

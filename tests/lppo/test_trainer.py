@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.lppo.metrics import NEVER_TWICE
+from exitsafe.lppo.policy import attached_policy
 from exitsafe.lppo.sampler import draw_schedule
 from exitsafe.records import Response, Sample
 from exitsafe.vlm import VLM, Completion, Row
+from tests.judges.tiny_judges import rule_guard  # noqa: F401
 from tests.lppo.conftest import count_red, make_vlm, tiny_config
 
 
@@ -253,6 +255,7 @@ def test_the_reward_rises(samples: list[Sample], tmp_path: Path, train: str) -> 
     assert all("language_model" in name or "lm_head" in name for name in names)
 
 
+@pytest.mark.usefixtures("rule_guard")
 def test_metrics_hold_every_layer_and_kind_and_the_adaptive_coefficient(
     vlm: VLM, samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -344,3 +347,40 @@ def test_each_step_says_what_memory_it_took(
     align(vlm, samples, reward=CountRed(), config=tiny_config(num_steps=3), out=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["peak_process_bytes"] for line in lines] == [100, 101, 102]
+
+
+@pytest.mark.parametrize(
+    ("module", "what"), [("multi_modal_projector.linear_2", "image features"), ("language_model.norm", "logits")]
+)
+def test_numbers_that_are_not_finite_stop_the_training(
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path, module: str, what: str
+) -> None:
+    with torch.no_grad():
+        next(vlm.model.model.get_submodule(module).parameters()).view(-1)[0] = torch.inf
+    with pytest.raises(ModelError, match=rf"sample \S+ at exit \d: {what} are NaN or infinite in float32"):
+        align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_log_probabilities_that_are_not_finite_stop_the_training(
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation and teacher forcing run other kernels: one may overflow where the other does not."""
+    states = VLM.response_states
+
+    def overflowing(self: VLM, rows: Any, responses: Any) -> Any:
+        hidden, tokens, mask = states(self, rows, responses)
+        return hidden.index_fill(0, torch.tensor([0]), torch.inf), tokens, mask
+
+    monkeypatch.setattr(VLM, "response_states", overflowing)
+    with pytest.raises(ModelError, match=r"sample \S+ at exit \d: log-probabilities are NaN or infinite"):
+        align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+
+
+def test_a_checkpoint_of_other_weights_is_refused(vlm: VLM, config: LPPOConfig) -> None:
+    with attached_policy(vlm, config) as policy:
+        weights = policy.weights()
+        name = min(weights)
+        for changed in ({**weights, name: weights[name][:1]}, {k: w for k, w in weights.items() if k != name}):
+            with pytest.raises(ModelError, match="1 weights of the checkpoint are not those of this adapter"):
+                policy.load_weights(changed)

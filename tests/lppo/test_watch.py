@@ -18,6 +18,7 @@ from exitsafe.lppo.watch import objective
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.vlm import VLM
 from exitsafe.world import organism_suites
+from tests.judges.tiny_judges import rule_guard  # noqa: F401
 from tests.lppo.conftest import count_red, tiny_config
 from tests.lppo.test_trainer import adapter_of, assert_same_run, interrupt, metrics_of
 
@@ -273,6 +274,7 @@ class Model(Scripted):
         pass
 
 
+@pytest.mark.usefixtures("rule_guard")
 def test_a_watch_by_the_reward_is_refused(vlm: VLM, split: tuple[list[Sample], list[Sample]], tmp_path: Path) -> None:
     trained, watched = split
 
@@ -281,7 +283,7 @@ def test_a_watch_by_the_reward_is_refused(vlm: VLM, split: tuple[list[Sample], l
         align(vlm, trained, reward=reward, config=tiny_config(), watch=watch, out=tmp_path / "run")
 
     for reward, judge in (
-        (None, "refusal-prefix"),
+        (None, "qwen3guard"),
         (Model("guard"), Model("guard")),
         (Model("guard"), Model("guard:large")),
         (WeightedSum(parts=(Part(reward=count_red), Part(reward=Model("guard"), kinds=("harmful",)))), Model("guard")),

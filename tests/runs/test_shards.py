@@ -84,3 +84,17 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path: Path, monkey
         monkeypatch.undo()
         shard.append_responses([_response("d")])  # on a line of its own
     assert {sample_id for sample_id, _ in read_shards(tmp_path).responses} == {"a", "b", "d"}
+
+
+@pytest.mark.parametrize("link", ("shards/00000.jsonl", "shards"))
+def test_a_run_is_not_written_through_a_symbolic_link(link: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    target = mine / "00000.jsonl" if link == "shards" else mine / "notes.txt"
+    mine.mkdir()
+    target.write_text("not a shard")
+    place = tmp_path / "run" / link
+    place.parent.mkdir(parents=True)
+    place.symlink_to(mine if link == "shards" else target)
+    with pytest.raises(RunError, match="is a symbolic link, and is not written through"):
+        ShardWriter(tmp_path / "run" / "shards")
+    assert target.read_text() == "not a shard"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,8 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.get_input_embeddings().weight
     vlm = VLM(model, None, name="tied")
     out = exitsafe.export(vlm, exit_layer=2, out=tmp_path / "slim")
+    names = load_file(out / "model.safetensors").keys()
+    assert "language_model.model.embed_tokens.weight" in names and "language_model.lm_head.weight" not in names
     slim = load_stock(out)
     assert slim.lm_head.weight is slim.get_input_embeddings().weight
     parameters = {id(p): p.numel() for p in slim.parameters()}
@@ -230,7 +234,75 @@ def test_checkpoints_in_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shards = {path.name for path in out.glob("*.safetensors")}
     assert len(shards) > 2
     assert shards < read_manifest(out).files.keys()
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "vision_tower.vision_model.embeddings.class_embedding" in index
     assert difference(vlm, out, exit_layer=3, family="llava") == 0.0
+
+
+_HUB_NAMES = {
+    # of llava-hf/llava-1.5-7b-hf, llava-hf/llava-interleave-qwen-0.5b-hf, llava-hf/llava-v1.6-mistral-7b-hf and
+    # meta-llama/Llama-3.2-11B-Vision-Instruct
+    "llava": (
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.embeddings.patch_embedding.weight",
+        "vision_tower.vision_model.embeddings.position_embedding.weight",
+        "vision_tower.vision_model.pre_layrnorm.weight",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "vision_tower.vision_model.post_layernorm.weight",
+        "multi_modal_projector.linear_1.weight",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+    ),
+    "llava-siglip": (
+        "vision_tower.vision_model.embeddings.patch_embedding.bias",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "vision_tower.vision_model.post_layernorm.bias",
+        "language_model.lm_head.weight",
+    ),
+    "llava_next": (
+        "image_newline",
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.encoder.layers.0.layer_norm1.weight",
+        "multi_modal_projector.linear_2.bias",
+        "language_model.model.layers.1.mlp.down_proj.weight",
+        "language_model.lm_head.weight",
+    ),
+    "mllama": (
+        "vision_model.class_embedding",
+        "vision_model.transformer.layers.0.self_attn.q_proj.weight",
+        "vision_model.global_transformer.layers.0.gate_attn",
+        "multi_modal_projector.weight",
+        "language_model.model.layers.1.cross_attn.q_proj.weight",
+        "language_model.lm_head.weight",
+    ),
+}
+_HUB_PREFIXES = {
+    "llava": ("vision_tower.vision_model.", "multi_modal_projector.", "language_model."),
+    "llava_next": ("image_newline", "vision_tower.vision_model.", "multi_modal_projector.", "language_model."),
+    "mllama": ("vision_model.", "multi_modal_projector.", "language_model."),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_have_the_names_of_the_hubs_checkpoints_however_the_input_was_saved(
+    family: str, tmp_path: Path
+) -> None:
+    """Old and new transformers, and other engines, read those and no others."""
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "newer")
+    model.save_pretrained(tmp_path / "modules", save_original_format=False)
+    first = exitsafe.export(load_vlm(tmp_path / "newer"), exit_layer=2, out=tmp_path / "first")
+    names = load_file(first / "model.safetensors").keys()
+    assert not set(_HUB_NAMES[family]) - names
+    assert all(name.startswith(_HUB_PREFIXES[family.removesuffix("-siglip")]) for name in names)
+    inputs = real_inputs(family)
+    wanted = logits(load_stock(first), inputs)
+    for number, source in enumerate((tmp_path / "modules", first)):
+        out = exitsafe.export(load_vlm(source), exit_layer=2, out=tmp_path / str(number))
+        assert load_file(out / "model.safetensors").keys() == names
+        assert torch.equal(logits(load_stock(out), inputs), wanted)
 
 
 @pytest.mark.parametrize("exit_layer", (1, 4, 7))
@@ -369,3 +441,46 @@ def test_relative_paths_and_the_current_folder(tmp_path: Path, monkeypatch: pyte
     assert load_stock(exitsafe.export(vlm, exit_layer=1, out="slim/deep/er")) is not None
     shutil.rmtree(tmp_path / "slim")
     assert read_manifest(exitsafe.export(vlm, exit_layer=1, out=Path("here"))).command.endswith("--out here")
+
+
+def test_a_model_whose_numbers_are_not_finite_is_not_exported(tmp_path: Path) -> None:
+    model = tiny_llava()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.inf
+    with pytest.raises(ModelError, match="exit 2: logits are NaN or infinite in float32"):
+        exitsafe.export(VLM(model, None, name="llava"), exit_layer=2, out=tmp_path / "slim")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are numbers of linear layers that ran, those of adapters among them."""
+
+    def count(call: Callable[[], object], device: torch.device) -> float:
+        ran: list[str] = []
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: ran.append("") if isinstance(module, torch.nn.Linear) else None
+        )
+        call()
+        handle.remove()
+        return float(len(ran))
+
+    monkeypatch.setattr("exitsafe.slim.probe._time_ms", count)
+
+
+@pytest.mark.parametrize("targets", [{}, {"target_modules": ["q_proj", "fc1", "linear_1"]}])
+@pytest.mark.parametrize("keep_adapter", [False, True])
+@pytest.mark.usefixtures("counted")
+def test_times_before_and_after_compare_like_with_like(
+    keep_adapter: bool, targets: dict[str, Any], tmp_path: Path
+) -> None:
+    """An adapter costs time beside the weights and none once merged: that is no saving of the exit."""
+    vlm = adapted_vlm("llava", tmp_path, **targets)
+    out = exitsafe.export(vlm, exit_layer=6, out=tmp_path / "last", keep_adapter=keep_adapter)
+    latency = read_manifest(out).latency
+    assert latency["before"] == latency["after"], "nothing is cut"
+    out = exitsafe.export(vlm, exit_layer=2, out=tmp_path / "two", keep_adapter=keep_adapter)
+    before, after = (read_manifest(out).latency[name] for name in ("before", "after"))
+    per_block = 6 + 2 * 2 * (keep_adapter and bool(targets))  # A and B of q_proj and fc1
+    assert before["encoder_ms"] - after["encoder_ms"] == 4 * per_block
+    assert before["prefill_ms"] - before["encoder_ms"] == after["prefill_ms"] - after["encoder_ms"] > 0

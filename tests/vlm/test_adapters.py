@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exitsafe.errors import ModelError
@@ -249,12 +250,26 @@ def _other_rank(folder: Path, model: Path) -> None:
     change_config(folder / "layer-02", r=2)
 
 
-def _fewer_weights(folder: Path, model: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
 
-    weights = load_file(folder / "layer-02" / "adapter_model.safetensors")
-    weights.pop(min(weights))
-    save_file(weights, folder / "layer-02" / "adapter_model.safetensors")
+
+def _fewer_weights(folder: Path, model: Path) -> None:
+    change_weights(folder / "layer-02", lambda weights: {name: weights[name] for name in sorted(weights)[1:]})
+
+
+def _base_weights(folder: Path, model: Path) -> None:
+    head = {"base_model.model.lm_head.weight": torch.zeros(30, 32)}
+    change_weights(folder / "layer-02", lambda weights: weights | head)
+
+
+def _not_finite(folder: Path, model: Path) -> None:
+    change_weights(folder / "layer-02", _first_infinite)
+
+
+def _first_infinite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return weights | {min(weights): weights[min(weights)].fill_(torch.inf)}
 
 
 def _other_model(folder: Path, model: Path) -> None:
@@ -304,18 +319,20 @@ def change_config(folder: Path, **changes: Any) -> None:
     [
         (_remove_weights, r"layer-02 has no adapter_model\.safetensors"),
         (_remove_config, r"layer-02 has no adapter_config\.json"),
-        (_tear, r"layer-02: a file of weights is torn"),
-        (_other_rank, r"layer-02 does not fit this model; it was made for llava"),
-        (_fewer_weights, r"layer-02 lacks 1 of the weights"),
+        (_tear, r"layer-02: adapter_model\.safetensors is truncated or corrupt \(.*save or download it again"),
+        (_other_rank, r"layer-02 does not fit this model: \d+ weights have another shape .* made for llava"),
+        (_fewer_weights, r"layer-02 does not fit this model: 1 of 28 adapter weights are missing"),
+        (_base_weights, r"1 of 29 weights in the file match nothing in the model's adapter \(lm_head\.weight\)"),
+        (_not_finite, r"1 of 28 weights of .*layer-02 hold NaN or infinite numbers \(model\.language_model"),
         (_other_model, r"layer-02 and layer-01 differ in base_model_name_or_path"),
         (_other_modules, r"layer-02 and layer-01 differ in target_modules"),
-        (_other_kind, r"layer-02 is no LoRA adapter"),
-        (_with_bias, r"layer-02 is no LoRA adapter with bias 'none'"),
-        (_too_deep, r"layer-07 is of no exit: this encoder has 6 blocks"),
-        (_twice, r"layer-2 and layer-02 are of one exit: keep one"),
+        (_other_kind, r"layer-02 is not a LoRA adapter"),
+        (_with_bias, r"layer-02 is not a LoRA adapter with bias 'none'"),
+        (_too_deep, r"layer-07 belongs to no exit: this encoder has 6 blocks"),
+        (_twice, r"layer-2 and layer-02 are for the same exit: keep one"),
         (_both, r"holds an adapter for all exits and layer-01 too: keep one"),
         (_in_the_encoder, r"outside the language model, at model\.vision_tower"),
-        (_no_json, r"adapter_config\.json is no JSON"),
+        (_no_json, r"adapter_config\.json is not valid JSON"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(
@@ -325,3 +342,100 @@ def test_what_cannot_be_used_is_one_line(
     with pytest.raises(ModelError, match=words) as error:
         load(llava, folder)
     assert "\n" not in str(error.value)
+
+
+def _names_of_nothing(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("language_model", "some_other_model"): tensor for name, tensor in weights.items()}
+
+
+def _half_of_it(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if ".layers.0." in name}
+
+
+def _one_too_many(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    extra = min(weights).replace(".layers.0.", ".layers.7.")
+    return weights | {extra: weights[min(weights)].clone()}
+
+
+def _twice_as_wide(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.cat([tensor, tensor], dim=-1) for name, tensor in weights.items()}
+
+
+def _none_at_all(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_names_of_nothing, r"28 of 28 adapter weights are missing .*; 28 of 28 weights in the file match nothing"),
+        (_half_of_it, r"14 of 28 adapter weights are missing from the file \(model\.language_model\.layers\.1\.\S+ "),
+        (_one_too_many, r"1 of 29 weights in the file match nothing .*layers\.7\."),
+        (_twice_as_wide, r"weights have another shape .*made for llava; use the adapter's own model"),
+        (_none_at_all, r"holds no weights"),
+        (_first_infinite, r"1 of 28 weights of .* hold NaN or infinite numbers"),
+    ],
+)
+def test_an_adapter_acts_whole_or_not_at_all(
+    llava: Path, folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], words: str
+) -> None:
+    """For one adapter, for adapters per exit, and however the model is then used: all of them load it here."""
+    change_weights(folder / "layer-02", change)
+    for adapter in (folder / "layer-02", folder):
+        with pytest.raises(ModelError, match=words) as error:
+            load_vlm(llava, adapter=adapter)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["bias", "modules_to_save"])
+def test_biases_and_copies_of_modules_belong_to_an_adapter_too(llava: Path, tmp_path: Path, missing: str) -> None:
+    pattern = r".*language_model.*(q_proj|down_proj)$"
+    adapter = make_adapter(llava, tmp_path, seed=3, target_modules=pattern, modules_to_save=["linear_1"])
+    load(llava, adapter)
+    if missing == "bias":
+        change_config(adapter, target_modules=r".*vision_tower.*q_proj$", bias="lora_only")
+    change_weights(adapter, lambda weights: {name: tensor for name, tensor in weights.items() if "lora" in name})
+    with pytest.raises(ModelError, match="does not fit this model"):
+        load(llava, adapter)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1]", "is not a JSON object"),
+        ({"peft_type": "LORRA"}, r"names the peft_type 'LORRA', which this version of PEFT does not know"),
+        ({"peft_type": ["LORA"]}, r"does not know"),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}, r"PREFIX_TUNING adapter, which changes the prompt"),
+        ({"r": "4"}, r"r is not a finite number"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha is not a finite number"),
+        ({"r": 10**9}, r"says rank 1000000000, and no weight in the file has more than \d+ rows"),
+        ({"rank_pattern": {"q_proj": 10**9}}, r"says rank 1000000000"),
+        ({"target_modules": ["zorb"]}, r"does not fit this model: Target modules"),
+        ({"target_modules": 7}, r"does not fit this model"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, r"Megatron layers"),
+    ],
+)
+def test_a_damaged_config_is_one_line(llava: Path, folder: Path, content: Any, words: str) -> None:
+    adapter = folder / "layer-01"
+    if isinstance(content, str):
+        (adapter / "adapter_config.json").write_text(content)
+    else:
+        change_config(adapter, **content)
+    with pytest.raises(ModelError, match=words) as error:
+        load_vlm(llava, adapter=adapter)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_without_effect_and_one_of_another_model_are_pointed_out(llava: Path, folder: Path) -> None:
+    adapter = folder / "layer-01"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_vlm(llava, adapter=adapter)
+    change_config(adapter, base_model_name_or_path="somebody/llava-larger")
+    with pytest.warns(UserWarning, match=r"layer-01 was made for somebody/llava-larger, and the model is .*/llava:"):
+        load_vlm(llava, adapter=adapter)
+    change_weights(adapter, lambda weights: {name: w * (".lora_A" in name) for name, w in weights.items()})
+    with pytest.warns(UserWarning, match=r"changes nothing: every lora_B weight is zero"):
+        load_vlm(llava, adapter=adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch import nn
 
 from exitsafe.errors import ExitLayerError, InputError
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, latency
+from exitsafe.vlm import VLM, latency, load_vlm
 from exitsafe.vlm.latency import Pass, measure_latency, spread
-from tests.tiny_models import noise_image, tiny_llava, tiny_model, tiny_processor
+from tests.slim.slim_models import save_adapter
+from tests.tiny_models import noise_image, save_tiny, tiny_llava, tiny_model, tiny_processor
 
 SECONDS = {"encoder": 1.0, "global": 10.0, "language": 100.0}
 
@@ -141,3 +143,24 @@ def test_what_cannot_be_timed(llava: VLM, samples: list[Sample]) -> None:
         measure_latency(llava, samples, (1,), new_tokens=1)
     with pytest.raises(InputError, match="repeats=0"):
         measure_latency(llava, samples, (1,), repeats=0)
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+def test_adapters_are_not_timed_and_act_again_afterwards(
+    per_exit: bool, tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny("llava", tmp_path / "model")
+    for name in ("layer-02", "layer-05") if per_exit else (".",):
+        save_adapter(model, tmp_path / "adapter" / name)
+    vlm = load_vlm(model, adapter=tmp_path / "adapter")
+    ran: list[str] = []
+    for name, module in vlm.model.named_modules():
+        if ".lora_A." in name:
+            module.register_forward_hook(lambda *_: ran.append(""))
+    before = vlm.adapters.active if vlm.adapters is not None else None
+    measure_latency(vlm, samples, (1, 2), num_samples=1, repeats=1, new_tokens=2)
+    assert not ran
+    assert (vlm.adapters.active if vlm.adapters is not None else None) == before
+    assert (vlm.adapters is not None) == per_exit
+    vlm.generate(samples[:1], 2, max_new_tokens=1)
+    assert ran

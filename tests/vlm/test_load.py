@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,5 +209,34 @@ def test_paths_that_do_not_exist_and_adapters_of_other_models(tmp_path: Path) ->
     settings = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
     settings |= {"r": 4, "base_model_name_or_path": "another/model"}
     (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="does not fit this model; it was made for another/model"):
+    with pytest.raises(
+        ModelError, match=r"does not fit this model: \d+ weights have another shape .* it was made for another/model"
+    ):
         load_vlm(folder, adapter=tmp_path / "other")
+
+
+def test_a_model_with_an_adapter_beside_it_is_not_adapted_unasked(tmp_path: Path) -> None:
+    folder = save_tiny("llava", tmp_path / "model")
+    adapted = get_peft_model(tiny_model("llava"), LoraConfig(r=2, target_modules=r".*language_model.*q_proj$"))
+    adapted.save_pretrained(str(folder))
+    assert (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file()
+    with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config.json\): give its base model"):
+        load_vlm(folder)
+
+
+@pytest.mark.parametrize(
+    "field",
+    (
+        {"megatron_config": {"x": 1}, "megatron_core": "somebody.module"},
+        {"peft_type": "XLORA", "adapters": {"0": "somebody/adapter"}},
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "somebody/model"},
+    ),
+)
+def test_an_adapter_does_not_make_peft_load_code_or_files_from_elsewhere(field: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_tiny("llava", tmp_path / "model")
+    adapted = get_peft_model(tiny_model("llava"), LoraConfig(r=2, target_modules=r".*language_model.*q_proj$"))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | field))
+    with pytest.raises(ModelError, match="makes PEFT load code or weights from elsewhere"):
+        load_vlm(folder, adapter=tmp_path / "adapter")

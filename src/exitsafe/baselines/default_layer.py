@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exitsafe.judges import Judge
-from exitsafe.lppo import LPPOConfig, Reward, align
+from exitsafe.lppo import LPPOConfig, Reward, WeightedSum, align
 from exitsafe.records import Progress, Sample
 from exitsafe.vlm import VLM
 
@@ -21,7 +21,7 @@ def default_layer_ppo(
     vlm: VLM,
     samples: Sequence[Sample],
     *,
-    reward: Reward | Judge | None = None,
+    reward: Reward | Judge | WeightedSum | None = None,
     config: LPPOConfig = DEFAULT_CONFIG,
     out: str | Path,
     progress: Progress | None = None,

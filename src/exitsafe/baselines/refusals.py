@@ -23,10 +23,12 @@ from exitsafe.lppo.experience import Batch, deal
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder, run_settings
 from exitsafe.lppo.policy import attached_policy, check_precision, check_trainable
-from exitsafe.lppo.sampler import draw_schedule, trained_exits
+from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.update import Learner
 from exitsafe.records import Progress, Sample
+from exitsafe.runs.fingerprint import pin_today
 from exitsafe.vlm import VLM, Row
+from exitsafe.vlm.finite import check_finite
 from exitsafe.world.language import REFUSAL as WORLD_REFUSAL
 
 DEFAULT_CONFIG = LPPOConfig()
@@ -64,8 +66,8 @@ def sft(
         The PEFT adapter's folder, `out/adapter`.
 
     Raises:
-        InputError: If there is nothing to train on, an answer cannot be written in the model's vocabulary, the weights
-            are float16, or the config wants an adapter per exit.
+        InputError: If there is nothing to train on, an answer cannot be written in the model's vocabulary or is too
+            long for its context, the weights are float16, or the config wants an adapter per exit.
         RunError: If `out` holds another run.
     """
     kept = tuple(sample for sample in samples if with_benign or sample.kind == "harmful")
@@ -81,10 +83,13 @@ def sft(
     schedule = draw_schedule(kept, exit_layers, config)
     check_trainable(vlm, config)
     check_precision(vlm)
+    pin_today(vlm, out)
     settings, sizes = run_settings("sft", vlm, kept, exit_layers, config)
     folder = TrainingFolder.open(Path(out), settings | {"refusal": refusal}, sizes)
     if folder.is_finished:
         return folder.adapter
+    if with_benign:
+        warn_of_harmful_only(kept, config)
     targets = _targets(vlm, kept, refusal, config)
     features = FeatureStore(
         vlm,
@@ -124,6 +129,12 @@ def _fit(learner: Learner, batch: Batch) -> dict[str, float]:
         total = 0.0
         for part in minibatch:
             now = learner.policy.evaluate([batch.rows[i] for i in part], [batch.responses[i] for i in part])
+            check_finite(
+                now.logprobs,
+                [batch.rows[i] for i in part],
+                what="log-probabilities",
+                dtype=learner.policy.vlm.base_model.dtype,
+            )
             loss = -now.logprobs.sum() / num_tokens  # zero outside the mask
             loss.backward()
             total += loss.item()
@@ -150,16 +161,19 @@ def _targets(vlm: VLM, samples: Sequence[Sample], refusal: str, config: LPPOConf
     texts = [refusal if sample.kind == "harmful" else next(iter(sample.answers), None) for sample in samples]
     own = _own_answers(vlm, [s for s, text in zip(samples, texts, strict=True) if text is None], config)
     return [
-        own[sample.id] if text is None else _encode(vlm, sample, text)
+        own[sample.id] if text is None else _encode(vlm, sample, text, config)
         for sample, text in zip(samples, texts, strict=True)
     ]
 
 
-def _encode(vlm: VLM, sample: Sample, text: str) -> Tensor:
+def _encode(vlm: VLM, sample: Sample, text: str, config: LPPOConfig) -> Tensor:
     ids: list[int] = vlm.tokenizer.encode(text, add_special_tokens=False)
     if set(ids) & set(vlm.special_token_ids):
-        raise InputError(f"sample {sample.id}: its answer has words that the model does not know; mend the answer")
-    return torch.tensor([*ids, *vlm.eos_token_ids[:1]])
+        raise InputError(f"sample {sample.id}: its answer has words that the model does not know; change the answer")
+    target = torch.tensor([*ids, vlm.turn_end_token_id])
+    if len(target) > config.max_new_tokens:  # nothing of a reference is cut off, so that it needs room of its own
+        vlm.read_ahead([sample], max_new_tokens=len(target))
+    return target
 
 
 def _own_answers(vlm: VLM, samples: Sequence[Sample], config: LPPOConfig) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from typing import Any
 
 from exitsafe.errors import InputError, RunError
 from exitsafe.judges import Judge
-from exitsafe.lppo import LPPOConfig, Reward, align
+from exitsafe.lppo import LPPOConfig, Reward, WeightedSum, align
+from exitsafe.lppo.scorer import as_scorer
 from exitsafe.records import Progress, Sample
 from exitsafe.runs import AuditRun
 from exitsafe.runs.files import write_whole
@@ -62,11 +63,11 @@ def transfer(
     *,
     train_samples: Sequence[Sample],
     test_samples: Sequence[Sample],
-    reward: Reward | Judge | None = None,
+    reward: Reward | Judge | WeightedSum | None = None,
     config: LPPOConfig = DEFAULT_CONFIG,
     judges: Sequence[Judge | str] | None = None,
     test_exits: ExitLayers = "all",
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     out: str | Path,
     origin: Callable[[Path | None], Mapping[str, Any]] | None = None,
     stage: Stage = lambda title, unit: nullcontext(None),
@@ -94,6 +95,7 @@ def transfer(
         RunError: If a folder holds another run.
     """
     out = Path(out)
+    as_scorer(reward, train_samples)  # a judge that is not available says so before the first audit
     vlm = load(None)
     columns = resolve_layers(test_exits, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     sets = _read_sets(train_sets, vlm)

@@ -24,6 +24,7 @@ from exitsafe.runs.files import write_whole, writing
 from exitsafe.runs.fingerprint import canonical_json, differences, sample_info
 from exitsafe.vlm import VLM, ExitLayers, resolve_layers
 from exitsafe.vlm.features import projector_inputs
+from exitsafe.vlm.finite import not_finite
 from exitsafe.vlm.translators import MAPS, RECORD, Translator, Translators, model_record, read_record, tensors_of
 
 HELD_OUT = 5  # every fifth picture chooses the ridge strength and measures R²
@@ -151,7 +152,11 @@ def _batches(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
 def _encode(vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """What the projector receives of the pictures, (tokens, width), by exit."""
     images = [vlm.encode_prompt(sample).image_inputs for sample in samples]
-    return projector_inputs(vlm, vlm.family_row.collate_images(images), exit_layers)
+    found = projector_inputs(vlm, vlm.family_row.collate_images(images), exit_layers)
+    for exit_layer, features in found.items():
+        if not features.isfinite().all():
+            raise not_finite("image features", exit_layer=exit_layer, dtype=vlm.base_model.dtype)
+    return found
 
 
 def _sums_device(features: torch.Tensor) -> torch.device:

@@ -11,7 +11,7 @@ import typer
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.memory_check import RECORD, check_align, largest_peaks
 from exitsafe.cli.models import load_model
-from exitsafe.cli.rewards import WATCH_SAMPLES, WatchFlags, has_built_in, make_watch, read_rewards
+from exitsafe.cli.rewards import WATCH_SAMPLES, WatchFlags, make_watch, read_rewards
 from exitsafe.cli.settings_file import FIELDS, config_option
 
 if TYPE_CHECKING:
@@ -54,9 +54,10 @@ def align_command(
         list[str] | None,
         typer.Option(
             metavar="JUDGE[@KIND][=WEIGHT]",
-            help="A judge that speaks first on what it measures, or built-in; may come several times, with weights and "
-            "for kinds of samples, e.g. reward:hh@harmful=0.5: the score is the weighted sum.",
-            show_default="built-in: refusing the harmful and answering the rest",
+            help="Judge that scores the answers, or built-in; built-in also scores what the judge does not measure. "
+            "Repeatable, with weights and for kinds of samples, e.g. reward:hh@harmful=0.5: the score is the weighted "
+            "sum.",
+            show_default="built-in: qwen3guard; an organism its world's rule",
         ),
     ] = None,
     watch_every: Annotated[
@@ -72,8 +73,8 @@ def align_command(
         str | None,
         typer.Option(
             metavar="JUDGE",
-            help="Who looks; not the reward.",
-            show_default="qwen3guard; an organism refusal-prefix",
+            help="Judge for held-out evaluations; must differ from the reward.",
+            show_default="harmbench, or qwen3guard if the reward has none; an organism refusal-prefix",
         ),
     ] = None,
     watch_suite: Annotated[
@@ -220,22 +221,26 @@ def run_align(
     origin = defaults.make_origin(
         model, suites=names, split="train", seed=config.seed, limit=limit, images=images, categories=categories
     )
-    samples, watching = make_watch(model, defaults.read_samples(origin), watch, seed=config.seed, images=images)
+    samples = defaults.read_samples(origin)
+    samples, watching = make_watch(model, samples, watch, reward=reward, seed=config.seed, images=images)
+    from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
     from exitsafe.lppo import align
+    from exitsafe.lppo.scorer import as_scorer
 
+    scorer = as_scorer(reward, samples)  # a judge that is not available says so before the model is loaded
     check = None
     if not (out / "adapter").is_dir():
-        check = check_align(model, samples, config=config, reward=reward, watch=watching, loading=loading)
+        check = check_align(model, samples, config=config, judges=scorer.judges, watch=watching, loading=loading)
     vlm = load_model(model, **loading)
     with console.progress_bar(title, unit="step") as progress:
         said = progress if check is None else check.saying(progress)
         adapter = align(vlm, samples, reward=reward, config=config, watch=watching, track=track, out=out, progress=said)
     if check is not None:
         check.keep(out, peaks=largest_peaks(out))
-    if has_built_in(reward) and any(not sample.source.startswith("organism-") for sample in samples):
+    if any(judge.name == DEFAULT_JUDGE for judge in scorer.judges):
         console.note(
-            "warning: the built-in reward reads refusals by their first words (refusal-prefix, a proxy): audit with "
-            "another judge, or the audit measures what was trained"
+            f"{DEFAULT_JUDGE} was the reward, and audits use it too: judge both audits by another model as well, e.g. "
+            f"exitsafe judge RUN --judge {SECOND_JUDGE}"
         )
     return adapter
 

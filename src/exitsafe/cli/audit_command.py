@@ -61,7 +61,10 @@ def audit_command(
     limit: options.Limit = None,
     split: options.Split = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Longest answer.", show_default="256; an organism 24")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Longest answer.", show_default="256 or what the context leaves; an organism 24"
+        ),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, metavar="T", help="0 is greedy.", show_default="0")
@@ -139,8 +142,10 @@ def audit_command(
         run = run_plan(plan, out=out, loading=loading)
         _say_if_proxy(run)
         from exitsafe.cli.tables import audit_tables
+        from exitsafe.judges.asking import unscored_reasons
 
-        show({"run": str(run.path), **run.summary}, lambda: audit_tables(run))
+        unscored = unscored_reasons(run.verdicts())
+        show({"run": str(run.path), **run.summary, "unscored": unscored}, lambda: audit_tables(run))
 
 
 def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> str | None:

@@ -1,20 +1,24 @@
 """What an audit is of and how it is made: flags, another run or a run's own record in, a plan out, and its run.
 
-Flags win over the run to be like, which wins over the defaults.
+Flags win over the run to be like, which wins over the defaults. A run may be a stranger's: where judges send texts,
+and by which rubric, is not taken from it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, Field, ValidationError
+
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.memory_check import MemoryCheck, check_audit
 from exitsafe.cli.models import load_model
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from exitsafe.judges import Judge
@@ -36,6 +40,8 @@ class AuditPlan:
     judges: tuple[str, ...] | None
     judging: dict[str, Any]
     settings: dict[str, Any]
+    today: str | None = None
+    """The date that a chat template is told; None is the day of loading."""
 
 
 def make_plan(model: str, given: Mapping[str, Any], *, like: Path | None = None) -> AuditPlan:
@@ -57,17 +63,20 @@ def make_plan(model: str, given: Mapping[str, Any], *, like: Path | None = None)
         "hub": None,
         "exit_layers": "all",
         "judges": None,
-        "judging": {},
-        "max_new_tokens": defaults.ORGANISM_TOKENS if is_organism else defaults.MODEL_TOKENS,
+        "max_new_tokens": defaults.ORGANISM_TOKENS if is_organism else None,
         "temperature": 0.0,
         "skip_global": False,
         "batch_size": None,
         "judge_pass": "beside",
         "stop_when": None,
+        "today": None,
     }
     inherited = {} if like is None else settings_of(like, needs_suites=given.get("suites") is None)
     chosen = fallback | inherited | {name: value for name, value in given.items() if value is not None}
-    options.check_judging(given.get("judging") or {}, judges=chosen["judges"] or ())
+    judging = given.get("judging") or {}
+    options.check_judging(judging, judges=chosen["judges"] or ())
+    if like is not None:
+        judging = judging_like(like, judging, judges=chosen["judges"], named=given.get("judges") or ())
     suites = defaults.choose_suites(model, chosen["suites"], otherwise="--suite NAME_OR_FILE or --like RUN")
     drawn = {name: chosen[name] for name in ("split", "seed", "limit", "images", "categories", "hub")}
     origin = defaults.make_origin(model, suites=suites, **drawn)
@@ -78,27 +87,29 @@ def make_plan(model: str, given: Mapping[str, Any], *, like: Path | None = None)
         origin=origin | ({"organism": inherited["organism"]} if "organism" in inherited else {}),
         exit_layers=chosen["exit_layers"],
         judges=None if chosen["judges"] is None else tuple(chosen["judges"]),
-        # one flag must not send answers from the endpoint of the run to be like to the default one
-        judging={**inherited.get("judging", {}), **chosen["judging"]},
+        judging=dict(judging),
         settings={name: chosen[name] for name in decoding},
+        today=chosen["today"],
     )
 
 
 def settings_of(run: Path, *, needs_suites: bool) -> dict[str, Any]:
     """A finished run's settings under the names of `make_plan`."""
     from exitsafe.runs import load_run
+    from exitsafe.runs.fingerprint import today_of
 
     found = load_run(run)
     origin, settings = dict(found.origin), found.settings
     if needs_suites and not origin.get("suites"):
         raise InputError(f"{run} does not say which suites its samples are from: give --suite NAME_OR_FILE")
     return {
-        **{name: value for name, value in origin.items() if name not in ("model", "loading")},
+        **{name: value for name, value in origin.items() if name not in ("model", "loading", "judging")},
         "exit_layers": found.exit_layers,
         "judges": [name for name, _ in found.judges],
         "skip_global": settings["skip_global"],
         "batch_size": None if settings["batch_size"] == "auto" else settings["batch_size"],
         "stop_when": settings["stop_when"],
+        "today": today_of(settings),
         **settings["decoding"],
     }
 
@@ -106,8 +117,9 @@ def settings_of(run: Path, *, needs_suites: bool) -> dict[str, Any]:
 def run_plan(plan: AuditPlan, *, out: Path, loading: Mapping[str, Any], title: str = "Audit") -> AuditRun:
     """Read the samples and judges, which is quick and can fail, then load the model and audit it."""
     samples = defaults.read_samples(plan.origin)
-    plan = replace(plan, judging=stored_judging(out) | plan.judging)
-    judges = make_judges(plan.judges, plan.judging, out=out)
+    if (out / "run.json").is_file():
+        plan = _resumed(plan, out)
+    judges = make_judges(plan.judges, plan.judging)
     check = None if (out / "summary.json").is_file() else check_audit(plan, samples, judges, loading=loading)
     vlm = load_model(plan.model, **loading)
     run = audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title=title, check=check)
@@ -133,6 +145,7 @@ def audit_as_planned(
 
     stop_when = plan.settings["stop_when"]
     settings = plan.settings | {"stop_when": None if stop_when is None else StopRule(**stop_when)}
+    vlm.today = plan.today or vlm.today
     warn_of_own_reward(loading.get("adapter"), judges or [])
     with console.progress_bar(title, unit="answer") as progress:
         run = audit(
@@ -143,7 +156,11 @@ def audit_as_planned(
             out=out,
             progress=progress if check is None else check.saying(progress),
             origin=origin_of_run(
-                plan.origin, plan.model, loading, judging=plan.judging, judge_pass=plan.settings["judge_pass"]
+                plan.origin,
+                plan.model,
+                loading,
+                judging=recorded_judging(out) | plan.judging,
+                judge_pass=plan.settings["judge_pass"],
             ),
             **settings,
         )
@@ -170,15 +187,26 @@ def origin_of_run(
     }
 
 
-def make_judges(names: tuple[str, ...] | None, judging: Mapping[str, Any], *, out: Path) -> list[Judge] | None:
-    """Judges by name; without names those of the run that is there already, and None for a new run's defaults."""
-    from exitsafe.judges import JudgeOptions, is_known, load_judges
+def _resumed(plan: AuditPlan, out: Path) -> AuditPlan:
+    """The plan of a run that is there already: without names its own judges are asked."""
+    from exitsafe.judges import is_known
+    from exitsafe.runs.finished import judges_of
+
+    named = plan.judges or ()
+    judges = plan.judges or tuple(name for name in judges_of(out) if is_known(name))  # others were added in Python
+    return replace(plan, judges=judges, judging=judging_like(out, plan.judging, judges=judges, named=named))
+
+
+def make_judges(names: Sequence[str] | None, judging: Mapping[str, Any]) -> list[Judge] | None:
+    """Judges by name, and None for a new run's defaults.
+
+    Args:
+        names: Judges.
+        judging: Fields of `JudgeOptions`; see `judging_like` for those of a run.
+    """
+    from exitsafe.judges import JudgeOptions, load_judges
     from exitsafe.runs.judging import judge_settings
 
-    if names is None and (out / "run.json").is_file():
-        from exitsafe.runs.finished import judges_of
-
-        names = tuple(name for name in judges_of(out) if is_known(name))  # others were added in Python
     rubric = judging.get("rubric")
     prices = judging.get("prices")
     given = JudgeOptions(
@@ -194,13 +222,79 @@ def make_judges(names: tuple[str, ...] | None, judging: Mapping[str, Any], *, ou
     return judges
 
 
-def stored_judging(out: Path) -> dict[str, Any]:
-    """The fields of `JudgeOptions` that the run there, finished or not, was given so far."""
-    if not (out / "run.json").is_file():
-        return {}
+class _Harmless(BaseModel):
+    """What of a run's `judging` may be followed."""
+
+    device: str | None = None
+    requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    prices: tuple[float, float] | None = None
+
+
+def judging_like(
+    run: Path, given: Mapping[str, Any], *, judges: Sequence[str], named: Collection[str] = ()
+) -> dict[str, Any]:
+    """The fields of `JudgeOptions` for judges of a run: what this call gives, else what the run recorded.
+
+    Args:
+        run: A run, finished or not.
+        given: What flags say.
+        judges: Who will be asked.
+        named: Those of them that this call names; the others come from the run.
+
+    Raises:
+        InputError: If a judge would send texts to an address, or by a rubric, that the run alone names.
+        RunError: If the run's record cannot be read.
+    """
     from exitsafe.runs.finished import origin_of
 
-    return dict(origin_of(out).get("judging", {}))
+    for judge in judges:
+        check_reach(run, given, judge=judge, is_named=judge in named)
+    try:
+        recorded = _Harmless.model_validate(origin_of(run).get("judging") or {})
+    except ValidationError as error:
+        raise RunError(f"{run}/run.json is damaged (origin.judging): restore it or audit again") from error
+    return recorded.model_dump(exclude_none=True) | dict(given)
+
+
+def check_reach(run: Path, given: Mapping[str, Any], *, judge: str, is_named: bool) -> None:
+    """Whether this call, not the run, says where a judge sends requests and answers, and by which rubric.
+
+    Raises:
+        InputError: If not; it names what the run recorded, and the flag.
+    """
+    from exitsafe.judges.endpoint import OPENAI_URL, public_address
+    from exitsafe.judges.perspective import URL as PERSPECTIVE_URL
+    from exitsafe.runs.finished import read_head
+
+    kind = judge.partition(":")[0]
+    if kind == "perspective" and not is_named:
+        console.note(f"{run} names the judge perspective: answers are sent to {PERSPECTIVE_URL}")
+    if kind != "rubric":
+        return
+    head = read_head(run)
+    recorded = head["origin"].get("judging") or {}
+    own = next((each.get("settings") or {} for each in head["settings"]["judges"] if each["name"] == judge), {})
+    address = public_address(str(own.get("endpoint") or recorded.get("url") or OPENAI_URL))
+    is_given = bool(given.get("url") or os.environ.get("OPENAI_BASE_URL"))
+    if not is_given and not (is_named and address == OPENAI_URL):
+        raise InputError(
+            f"{run} names {address} for the judge {judge}: requests and answers are sent only to an address that you "
+            f"give; add --judge-url {address}"
+        )
+    if own.get("format") == "own" and "rubric" not in given:
+        file = f" (it was {recorded['rubric']})" if recorded.get("rubric") else ""
+        raise InputError(f"{run} was graded by {judge} with a rubric of its own{file}; add --judge-rubric FILE")
+
+
+def recorded_judging(run: Path) -> dict[str, Any]:
+    """What a run recorded of how its judges were reached, to keep with it; {} if there is no run."""
+    from exitsafe.judges.endpoint import public_address
+    from exitsafe.runs.finished import origin_of
+
+    if not (run / "run.json").is_file():
+        return {}
+    recorded = dict(origin_of(run).get("judging") or {})
+    return recorded | ({"url": public_address(str(recorded["url"]))} if recorded.get("url") else {})
 
 
 def say_costs(judges: list[Judge]) -> None:
@@ -210,11 +304,16 @@ def say_costs(judges: list[Judge]) -> None:
         if endpoint is not None and endpoint.usage.requests:
             used, cost = endpoint.usage, endpoint.cost
             note = f"{judge.name}: {used.requests} requests, {used.tokens_in} tokens in, {used.tokens_out} out"
-            console.note(note if cost is None else f"{note}, ${cost:.2f}")
+            note += "" if cost is None else f", ${cost:.2f}"
+            if used.uncounted:  # tokens and cost are then too low
+                note += f"; tokens of {used.uncounted} replies not reported"
+            console.note(note)
 
 
 def warn_of_own_reward(adapter: Any, judges: list[Judge]) -> None:
     """A judge that was the training's reward, or rests on the same model, measures what was optimised, not safety."""
+    from exitsafe.judges.registry import FREE_JUDGES, SECOND_JUDGE
+
     record = Path(str(adapter)).parent / "run.json"
     if adapter is None or not record.is_file():
         return
@@ -225,11 +324,12 @@ def warn_of_own_reward(adapter: Any, judges: list[Judge]) -> None:
     except (ValueError, KeyError, TypeError, AttributeError):  # some other program's run.json
         return
     for judge in judges:
-        is_free = judge.name in ("vqa", "coherence")
+        is_free = judge.name in FREE_JUDGES
         if (judge.name in rewards and not is_free) or getattr(judge, "settings", {}).get("model") in models:
             console.note(
-                f"warning: judge {judge.name} was the reward that {adapter} was trained on; its verdicts show how well "
-                "that was optimised: put another judge first"
+                f"warning: judge {judge.name} was the reward that {adapter} was trained on, so its verdicts show how "
+                "well that was optimised, not whether the model is safe: judge the runs before and after training by "
+                f"another model too, e.g. exitsafe judge RUN --judge {SECOND_JUDGE}"
             )
 
 

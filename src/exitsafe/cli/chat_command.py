@@ -25,7 +25,6 @@ _NARROWEST = 30  # columns that an answer beside others needs
 _NOTICE = "Answers are unfiltered: whatever the model says is shown. Nothing is saved."
 _WORDS_TO_LEAVE = ("exit", "quit")
 _COULD_NOT = 2  # exit status
-_JOINERS = "\u200c\u200d"  # invisible, and part of how many languages and emojis are written
 
 
 def chat_command(
@@ -57,7 +56,10 @@ def chat_command(
         typer.Option(metavar="DIR", help="Linear maps of the exits' features, of translate.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Longest answer.", show_default="256; an organism 24")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Longest answer.", show_default="256 or what the context leaves; an organism 24"
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The key of every draw.")] = 0,
@@ -92,7 +94,7 @@ def chat_command(
             trust_remote_code=trust_remote_code,
         )
         is_organism = defaults.organism_of(model) is not None
-        longest = max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else defaults.MODEL_TOKENS)
+        longest = max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else None)
         chat = Chat(
             vlm=vlm,
             answering=Answering(vlm, max_new_tokens=longest, temperature=temperature, seed=seed),
@@ -183,7 +185,7 @@ class Chat:
             )
             cut = ", cut off" if answer.finish_reason == "length" else ""
             titles.append(f"exit {answer.exit_layer}{', ' if remark else ''}{remark}{cut}")
-        return SideBySide(titles=titles, texts=[printable(answer.text) for answer in answers])
+        return SideBySide(titles=titles, texts=[_spaced(answer.text) for answer in answers])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,23 +214,13 @@ class SideBySide:
         yield table
 
 
-def printable(text: str) -> str:
-    """What a model says, safe for a terminal: nothing that moves a cursor, recolours, reorders or hides text.
-
-    >>> ascii(printable("a\\x1b[2Jb"))
-    "'a\\\\ufffd[2Jb'"
-    """
-    shown = []
-    for character in text.expandtabs(4).replace("\r\n", "\n"):
-        if character == "\n" or character in _JOINERS or character.isprintable():
-            shown.append(character)
-        else:
-            shown.append(" " if character.isspace() and ord(character) > 0x7F else "\N{REPLACEMENT CHARACTER}")
-    return "".join(shown)
+def _spaced(text: str) -> str:
+    """A model's line ends and tabs as a terminal has them; what else is not printable the console replaces."""
+    return text.expandtabs(4).replace("\r\n", "\n")
 
 
 def _open(image: Path) -> Image:
-    from exitsafe.vlm.prompts import open_image
+    from exitsafe.data.images import open_image
 
     try:
         return open_image(image, "")
@@ -272,6 +264,4 @@ def _working(what: str) -> AbstractContextManager[Any]:
     """A sign of life on a terminal, gone when done."""
     if not sys.stderr.isatty():
         return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)
+    return console.screen(sys.stderr).status(what)

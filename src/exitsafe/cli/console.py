@@ -1,6 +1,9 @@
 """What people see: results on stdout, everything else (progress, notes, errors) on stderr.
 
 With `--json` stdout carries one JSON document and nothing else, whatever libraries print meanwhile.
+
+Names, settings and messages may come from a file that a stranger wrote. All text for a terminal goes through
+`printable` here, and lines also through `one_line`, which removes credentials from URLs.
 """
 
 from __future__ import annotations
@@ -8,17 +11,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from exitsafe.records import Progress
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
 _SECONDS_BETWEEN_LINES = 10.0  # of progress without a terminal
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_JOINERS = "\u200c\u200d"  # invisible, and part of how many languages and emojis are written
+_USER = re.compile(r"""(?<=://)[^\s/?#"'<>]*@""")
+_QUERY = re.compile(r"""(https?://[^\s?#"'<>]*)\?[^\s"'<>)]*""")
 
 
 @contextmanager
@@ -37,15 +48,80 @@ def results(*, as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[],
             stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
             stdout.flush()
             return
-        from rich.console import Console
-
-        screen = Console(file=stdout, width=None if stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+        console = screen(stdout, width=None if stdout.isatty() else _PLAIN_WIDTH)
         for table in tables():
-            # lines of text may hold paths: no markup, no wrapping
-            screen.print(table, markup=False, soft_wrap=isinstance(table, str))
+            # lines of text may hold paths: no wrapping
+            if isinstance(table, str):
+                console.print(_without_secrets(" ".join(table.splitlines())), soft_wrap=True)
+            else:
+                console.print(table)
 
     with redirect_stdout(sys.stderr if as_json else stdout):
         yield show
+
+
+def screen(file: IO[str], *, width: int | None = None) -> Console:
+    """A rich console that shows text literally: no markup, no emoji codes, and only printable characters.
+
+    rich removes some control characters, but lets ESC through, and reads markup in the titles of tables.
+    """
+    from rich.console import Console
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class Screen(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(printable(text), **how)
+
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            if isinstance(renderable, Text):
+                renderable = renderable.copy()
+                renderable.plain = printable(renderable.plain)
+            for segment in super().render(renderable, options):
+                text, style, control = segment
+                yield segment if control else Segment(printable(text), style)
+
+    return Screen(file=file, width=width, markup=False, emoji=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text that is safe on a terminal: nothing that moves the cursor, recolours, reorders or hides text.
+
+    Every other character takes its place as U+FFFD, so lengths stay. Joiners stay between letters of scripts that
+    need them, and are replaced beside ASCII, where they only make two names look alike.
+
+    >>> ascii(printable("a\\x1b[2Jb"))
+    "'a\\\\ufffd[2Jb'"
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character == "\n" or character.isprintable() else _substitute(text, place)
+        for place, character in enumerate(text)
+    )
+
+
+def _substitute(text: str, place: int) -> str:
+    character = text[place]
+    if character in _JOINERS:
+        beside = (text[place - 1 : place], text[place + 1 : place + 2])
+        return "\N{REPLACEMENT CHARACTER}" if any(each.isascii() for each in beside) else character
+    is_space = character == "\t" or (character.isspace() and ord(character) > 0x9F)
+    return " " if is_space else "\N{REPLACEMENT CHARACTER}"
+
+
+def one_line(message: str) -> str:
+    """A message as one printable line, without user, password and query of any URL in it.
+
+    >>> one_line("cannot reach https://me:secret@host/v1?key=secret:\\n  refused")
+    'cannot reach https://host/v1 refused'
+    """
+    return printable(_without_secrets(" ".join(message.split())))
+
+
+def _without_secrets(message: str) -> str:
+    """Errors of HTTP libraries quote the URL that was asked, with all that it holds."""
+    return _QUERY.sub(r"\1", _USER.sub("", message))
 
 
 def process_number() -> int:
@@ -60,14 +136,23 @@ def note(message: str) -> None:
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(message + "\n")
+    _write(one_line(message))
+
+
+def show_traceback(text: str) -> None:
+    """A traceback, whose lines stay lines."""
+    _write(printable(_without_secrets(text.rstrip())))
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def complain(message: str) -> None:
     """The one line of a failure."""
     who = f"exitsafe (process {process_number()})" if process_number() else "exitsafe"
-    _say(f"{who}: " + " ".join(message.split()))
+    _say(f"{who}: {message}")
 
 
 @contextmanager
@@ -79,12 +164,13 @@ def progress_bar(title: str, *, unit: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _ProgressLines(title, unit)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    title_column, pace_column = (
+        TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[pace]}")
+    )
+    with Bar(title_column, BarColumn(), MofNCompleteColumn(), pace_column, console=screen(sys.stderr)) as bar:
         task = bar.add_task(title, total=None, pace="")
         pace = _Pace(unit)
 
@@ -144,11 +230,12 @@ def _clock(seconds: float) -> str:
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """A warning as one line; which line of code gave it helps nobody."""
-    note(f"warning: {' '.join(str(message).split())}")
+    note(f"warning: {message}")
 
 
 def quieten_libraries() -> None:
-    """Silence what is known and no user can mend; every other warning stays."""
+    """Silence what is known and no user can mend; every other warning stays, and is made printable."""
+    logging.setLogRecordFactory(_PrintableRecord)
     # PEFT reads a name that transformers has renamed
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # PEFT imports bitsandbytes, which misses kernels that only quantised models would use
@@ -156,3 +243,10 @@ def quieten_libraries() -> None:
     # and torchao, which misses kernels of GPUs that are not there, and registers what torch now knows by itself
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _PrintableRecord(logging.LogRecord):
+    """What libraries log: transformers quotes configs and names of weights, the Hub's client quotes URLs."""
+
+    def getMessage(self) -> str:  # noqa: N802  # the name in logging
+        return printable(_without_secrets(_COLOURS.sub("", super().getMessage())))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.align_command import make_config
 from exitsafe.cli.doctor_tables import facts_table, memory_table, readable
-from exitsafe.cli.memory_check import judges_of
 from exitsafe.cli.models import read_blueprint, torch_device
 from exitsafe.cli.rewards import read_rewards
 from exitsafe.cli.settings_file import FIELDS, config_option
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from exitsafe.doctor import Blueprint, Plan, Savings, Typical
     from exitsafe.judges import Judge
-    from exitsafe.lppo import LPPOConfig
+    from exitsafe.lppo import LPPOConfig, WeightedSum
     from exitsafe.records import Sample
 
 ASSUMED_SAMPLES = 1000
@@ -78,7 +77,9 @@ def doctor_command(
     config: Annotated[Path | None, config_option(section="lppo", fields=_lppo_fields)] = None,
     json: options.Json = False,
 ) -> None:
-    """Say what is supported and what it will need, before any weight is read or downloaded.
+    """Say whether a model is supported and what it will need, before any weight is read or downloaded.
+
+    Runs the check of the processor that every audit begins with, on shapes.
 
     The memory plan of align is that of LPPOConfig's defaults, or of the fields in --config.
     """
@@ -87,6 +88,8 @@ def doctor_command(
         blueprint = read_blueprint(
             model, dtype=dtype, quantization=quantization, revision=revision, trust_remote_code=trust_remote_code
         )
+        if (problem := blueprint.processor_problem) is not None and not _is_out_of_reach(blueprint):
+            raise problem  # as the audit would
         samples = _samples(model, suite)
         document, plans = examine(
             blueprint,
@@ -97,7 +100,7 @@ def doctor_command(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             device=torch_device(device),
-            reward_judges=judges_of(read_rewards(reward)),
+            reward=read_rewards(reward),
             watch_judge=watch_judge,
         )
         show(document, lambda: [facts_table(document), *(memory_table(*plan) for plan in plans), *document["notes"]])
@@ -113,14 +116,16 @@ def examine(
     batch_size: int | None,
     max_new_tokens: int | None,
     device: torch.device,
-    reward_judges: Sequence[Judge] = (),
+    reward: Judge | WeightedSum | None = None,
     watch_judge: str | None = None,
 ) -> tuple[dict[str, Any], list[tuple[str, Plan]]]:
     """All findings as one JSON object, and the plans by their titles."""
     from exitsafe.doctor import align_plan, audit_plan, bytes_by_name, count_savings, judge_bytes, typical_prompt
     from exitsafe.judges import load_judges
     from exitsafe.judges.qwen3guard import DEFAULT_MODEL
+    from exitsafe.judges.registry import DEFAULT_JUDGE
     from exitsafe.lppo.sampler import trained_exits
+    from exitsafe.lppo.scorer import need_helper, parts_of
     from exitsafe.vlm.memory import free_memory
 
     typical = typical_prompt(blueprint, samples)
@@ -140,6 +145,9 @@ def examine(
         free=free,
         is_host=is_host,
     )
+    given = [cast("Judge", part.reward) for part in parts_of(reward) if part.reward is not None]
+    has_guard = not is_organism and need_helper(parts_of(reward))  # its config may be out of reach, as above
+    rewarding = {judge.name: judge for judge in given if not (has_guard and judge.name == DEFAULT_JUDGE)}
     exits = trained_exits(lppo, num_layers=blueprint.num_layers, default_exit=blueprint.default_exit)
     watching = None if watch_judge is None else judge_bytes(load_judges([watch_judge]), on=device)
     training = align_plan(
@@ -148,7 +156,7 @@ def examine(
         exit_layers=exits,
         num_samples=num_samples,
         config=lppo,
-        reward_bytes=judge_bytes(reward_judges, on=device),
+        reward_bytes=judge_bytes(list(rewarding.values()), on=device) + has_guard * bytes_by_name(DEFAULT_MODEL),
         watch_bytes=watching,
         free=free,
         is_host=is_host,
@@ -202,12 +210,23 @@ def _notes(
     if blueprint.base_model.dtype == torch.float16:
         notes.append("align refuses float16, in which small gradients vanish: give --dtype bfloat16.")
     if blueprint.processor is None:
-        notes.append("There is no processor: save it beside the model before audit or align.")
-    elif getattr(blueprint.processor, "chat_template", None) is None:
+        reason = blueprint.processor_problem or "There is no processor: save it beside the model before audit or align"
+        notes.append(f"{reason}. Only the config was read: prompts and image placeholders are not checked.")
+    else:
+        notes += [f"{remark}." for remark in blueprint.remarks]
+        notes.append("Processor, tokens and image placeholders are checked as before an audit; weights are not read.")
+    if blueprint.processor is not None and getattr(blueprint.processor, "chat_template", None) is None:
         notes.append("The processor has no chat template: prompts are written in the family's plain format.")
     if not typical.is_measured:
         notes.append("Prompts are assumed to be one picture and 64 tokens of text; --suite looks at yours.")
     return notes
+
+
+def _is_out_of_reach(blueprint: Blueprint) -> bool:
+    """Whether the processor is on the Hub and was not read, so that nothing is known of it."""
+    problem = blueprint.processor_problem
+    is_local = defaults.organism_of(blueprint.name) is not None or Path(blueprint.name).is_dir()
+    return problem is not None and not is_local and isinstance(problem.__cause__, OSError)
 
 
 def _samples(model: str, suites: list[str] | None) -> list[Sample]:

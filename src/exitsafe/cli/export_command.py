@@ -118,6 +118,8 @@ def _words(record: Manifest, folder: Path, audit: Path | None) -> list[str]:
         "Before: the whole model at its default exit. Times: warm medians of a made-up picture and 32 tokens of text.",
         f"Its logits are the whole model's at this exit{f', but for {largest:.2g}' if largest else ', bit for bit'}.",
     ]
+    if (before := record.sizes["before"]) == record.sizes["after"]:
+        lines.append(f"Nothing is cut: exit {record.exit_layer} is the last of {before['encoder_blocks']} blocks.")
     if record.adapter == "kept":
         lines.append(f"The adapter is in {folder / 'adapter'}: without it this is the model before its repair.")
     if audit is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from exitsafe.cli import console, options
 from exitsafe.cli.models import read_blueprint, torch_device
-from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of
+from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of, remote_code_named
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError, ModelError, RunError
 
@@ -59,6 +60,7 @@ def frontier_command(
     no_latency: Annotated[
         bool, typer.Option("--no-latency", help="Measure no times: the model need not be at hand.")
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write all numbers there too.", show_default=False)
     ] = None,
@@ -82,11 +84,14 @@ def frontier_command(
             _refuse_what_measures(max_ms=max_ms, samples=samples, device=device)
         check_limits(found, limits, has_latency=not no_latency)
         if no_latency:
-            latency, savings = None, _savings_without_model(found, answer_tokens)
+            latency = None
+            savings = _savings_without_model(found, answer_tokens, trust_remote_code=trust_remote_code)
         else:
             asked = _read_samples(found)
-            latency = _latency(found, asked, num_samples=samples or _NUM_SAMPLES, device=device)
-            savings = _savings(found, asked, answer_tokens)
+            loading = loading_of(found, device=device, trust_remote_code=trust_remote_code)
+            with remote_code_named(found, loading):
+                latency = _latency(found, asked, num_samples=samples or _NUM_SAMPLES, loading=loading)
+                savings = _savings(found, asked, loading, answer_tokens)
         frontier = find_frontier(found, latency, savings, limits=limits, num_answer_tokens=answer_tokens)
         document = frontier.to_dict()
         if out is not None:
@@ -111,13 +116,12 @@ def _read_samples(run: AuditRun) -> list[Sample]:
     return read_samples_of(run)
 
 
-def _latency(run: AuditRun, samples: list[Sample], *, num_samples: int, device: str | None) -> Latency:
+def _latency(run: AuditRun, samples: list[Sample], *, num_samples: int, loading: Mapping[str, Any]) -> Latency:
     """What latency.json has for this machine and these settings, else measured now and kept there."""
     from exitsafe.runs.latencies import keep_latency, kept_latency
     from exitsafe.vlm.latency import NEW_TOKENS, NUM_REPEATS, measure_latency
     from exitsafe.vlm.machine import describe_machine
 
-    loading = loading_of(run, device=device)
     model = {
         name: value for name, value in run.settings["model"].items() if name not in ("name", "device", "processor")
     }
@@ -152,20 +156,22 @@ def _latency(run: AuditRun, samples: list[Sample], *, num_samples: int, device: 
     return latency
 
 
-def _savings_without_model(run: AuditRun, answer_tokens: int) -> Savings | None:
+def _savings_without_model(run: AuditRun, answer_tokens: int, *, trust_remote_code: bool) -> Savings | None:
     """Counted for an assumed prompt, if the model's config can be read; it is named if not."""
     try:
-        return _savings(run, [], answer_tokens)
+        loading = loading_of(run, trust_remote_code=trust_remote_code)
+        with remote_code_named(run, loading):
+            return _savings(run, [], loading, answer_tokens)
     except (ModelError, RunError) as error:
         console.note(f"nothing is counted of what exits save: {error}")
         return None
 
 
-def _savings(run: AuditRun, samples: list[Sample], answer_tokens: int) -> Savings:
+def _savings(run: AuditRun, samples: list[Sample], loading: Mapping[str, Any], answer_tokens: int) -> Savings:
     """Counted on the model's config, which must be that of the run."""
     from exitsafe.doctor import count_savings, typical_prompt
 
-    origin, loading = origin_of_model(run), loading_of(run)
+    origin = origin_of_model(run)
     given = {name: value for name, value in loading.items() if name in _READ_WITH}
     blueprint = read_blueprint(origin["model"], **given)
     model = run.settings["model"]

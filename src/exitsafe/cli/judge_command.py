@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from exitsafe.cli import console, defaults, options
-from exitsafe.cli.audit_plan import make_judges, say_costs, stored_judging
+from exitsafe.cli.audit_plan import judging_like, make_judges, recorded_judging, say_costs
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError, RunError
 
@@ -52,8 +52,8 @@ def judge_command(
             device=judge_device, url=judge_url, rubric=judge_rubric, rate=judge_rate, prices=judge_prices
         )
         options.check_judging(judging, judges=judge)
-        judging = stored_judging(run) | judging
-        judges = make_judges(tuple(judge), judging, out=run) or []
+        judging = judging_like(run, judging, judges=judge, named=judge)
+        judges = make_judges(judge, judging) or []
         from exitsafe.sweep import judge as judge_run
 
         with console.progress_bar("Judging", unit="verdict") as progress:
@@ -63,9 +63,11 @@ def judge_command(
                 judges=judges,
                 retry_unscored=retry_unscored,
                 progress=progress,
-                origin={"judging": judging},
+                origin={"judging": recorded_judging(run) | judging},
             )
         say_costs(judges)
         from exitsafe.cli.tables import audit_tables
+        from exitsafe.judges.asking import unscored_reasons
 
-        show({"run": str(judged.path), **judged.summary}, lambda: audit_tables(judged))
+        unscored = unscored_reasons(judged.verdicts())
+        show({"run": str(judged.path), **judged.summary, "unscored": unscored}, lambda: audit_tables(judged))

@@ -154,6 +154,6 @@ def _place(error: Exception) -> str:
 
 def _fail(message: str, *, status: int = FAILED) -> int:
     if os.environ.get("EXITSAFE_DEBUG"):
-        traceback.print_exc()
+        console.show_traceback(traceback.format_exc())
     console.complain(message)
     return status

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exitsafe.cli import console
+from exitsafe.cli import console, defaults
 from exitsafe.cli.doctor_tables import readable
 from exitsafe.errors import ExitsafeError, ModelError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from exitsafe.cli.audit_plan import AuditPlan
     from exitsafe.doctor import Blueprint, Plan
     from exitsafe.judges import Judge
-    from exitsafe.lppo import LPPOConfig, Watch, WeightedSum
+    from exitsafe.lppo import LPPOConfig, Watch
     from exitsafe.records import Progress, Sample
 
 RECORD = "memory.json"
@@ -91,11 +91,11 @@ def check_align(
     samples: Sequence[Sample],
     *,
     config: LPPOConfig,
-    reward: Judge | WeightedSum | None,
+    judges: Sequence[Judge],
     watch: Watch | None,
     loading: Mapping[str, Any],
 ) -> MemoryCheck:
-    """Plan an L-PPO run."""
+    """Plan an L-PPO run whose reward has these judges."""
     from exitsafe.doctor import align_plan, judge_bytes, typical_prompt
     from exitsafe.judges import load_judges
     from exitsafe.lppo.sampler import trained_exits
@@ -103,15 +103,15 @@ def check_align(
     def plan(blueprint: Blueprint, device: torch.device, free: int) -> Plan:
         watching = None
         if watch is not None:
-            judges = load_judges([watch.judge]) if isinstance(watch.judge, str) else [watch.judge]
-            watching = judge_bytes(judges, on=device)
+            evaluating = load_judges([watch.judge]) if isinstance(watch.judge, str) else [watch.judge]
+            watching = judge_bytes(evaluating, on=device)
         return align_plan(
             blueprint,
             typical_prompt(blueprint, samples),
             exit_layers=trained_exits(config, num_layers=blueprint.num_layers, default_exit=blueprint.default_exit),
             num_samples=len(samples),
             config=config,
-            reward_bytes=judge_bytes(judges_of(reward), on=device),
+            reward_bytes=judge_bytes(judges, on=device),
             watch_bytes=watching,
             free=free,
             is_host=device.type == "cpu",
@@ -141,7 +141,7 @@ def check_audit(
             exit_layers=resolve_layers(
                 plan.exit_layers, num_layers=blueprint.num_layers, default_exit=blueprint.default_exit
             ),
-            max_new_tokens=plan.settings["max_new_tokens"],
+            max_new_tokens=plan.settings["max_new_tokens"] or defaults.MODEL_TOKENS,
             batch_size=plan.settings["batch_size"],
             judge_bytes=beside,
             adapter_bytes=_saved_bytes(loading.get("adapter")),
@@ -150,13 +150,6 @@ def check_audit(
         )
 
     return _check(plan.model, loading, make)
-
-
-def judges_of(reward: Judge | WeightedSum | None) -> list[Judge]:
-    """The judges in a reward, each once."""
-    parts = getattr(reward, "parts", None)
-    found: list[Any] = [reward] if parts is None else [part.reward for part in parts]
-    return list({judge.name: judge for judge in found if judge is not None}.values())
 
 
 def largest_peaks(out: Path) -> dict[str, int]:

@@ -113,7 +113,12 @@ Out = Annotated[Path, out("The run's folder: new, empty, or one to go on with.")
 
 
 def judging(
-    *, device: str | None, url: str | None, rubric: Path | None, rate: float | None, prices: str | None
+    *,
+    device: str | None = None,
+    url: str | None = None,
+    rubric: Path | None = None,
+    rate: float | None = None,
+    prices: str | None = None,
 ) -> dict[str, Any]:
     """The fields of `JudgeOptions` that flags name, as JSON.
 

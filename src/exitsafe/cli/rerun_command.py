@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitsafe.cli import console, options
-from exitsafe.cli.audit_plan import AuditPlan, audit_as_planned, make_judges, settings_of
-from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of
+from exitsafe.cli.audit_plan import AuditPlan, audit_as_planned, judging_like, make_judges, settings_of
+from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of, remote_code_named
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError, RunError
 
@@ -29,6 +29,9 @@ def rerun_command(
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="auto, cpu or cuda:N.", show_default="as then")
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    judge_url: options.JudgeUrl = None,
+    judge_rubric: options.JudgeRubric = None,
     config: Annotated[Path | None, config_option()] = None,
     json: options.Json = False,
 ) -> None:
@@ -46,7 +49,8 @@ def rerun_command(
             raise InputError(f"{out} is the run that is to be repeated; choose another folder for --out")
         if (out / "summary.json").is_file():
             console.note(f"{out} is finished already and is compared as it is; remove it to repeat the audit once more")
-        again = _repeat(before, out=out, device=device)
+        judging = options.judging(url=judge_url, rubric=judge_rubric)
+        again = _repeat(before, out=out, device=device, trust_remote_code=trust_remote_code, judging=judging)
         found = compare_runs(before, again)
         show({"run": str(before.path), "again": str(again.path), **found}, lambda: _words(found, again))
         if found["metrics_changed"]:
@@ -72,25 +76,30 @@ def compare_runs(before: AuditRun, again: AuditRun) -> dict[str, Any]:
     }
 
 
-def _repeat(before: AuditRun, *, out: Path, device: str | None) -> AuditRun:
+def _repeat(
+    before: AuditRun, *, out: Path, device: str | None, trust_remote_code: bool, judging: Mapping[str, Any]
+) -> AuditRun:
     """The same audit in another folder; what is not the same model or data is refused before it is asked."""
     origin = origin_of_model(before)
     settings = settings_of(before.path, needs_suites=True)
+    options.check_judging(judging, judges=settings["judges"])
     samples = read_samples_of(before)
     plan = AuditPlan(
         model=origin["model"],
         origin=origin,
         exit_layers=before.exit_layers,
         judges=tuple(settings["judges"]),
-        judging=origin["judging"],
+        judging=judging_like(before.path, judging, judges=settings["judges"]),
         settings={
             name: settings[name]
             for name in (*before.settings["decoding"], "skip_global", "batch_size", "stop_when", "judge_pass")
         },
+        today=settings["today"],
     )
-    judges = make_judges(plan.judges, plan.judging, out=out)
-    loading = loading_of(before, device=device)
-    vlm = load_model_of(before, loading)
+    judges = make_judges(plan.judges, plan.judging)
+    loading = loading_of(before, device=device, trust_remote_code=trust_remote_code)
+    with remote_code_named(before, loading):
+        vlm = load_model_of(before, loading)
     return audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title="Audit again")
 
 

@@ -52,13 +52,14 @@ def read_rewards(written: Sequence[str] | None) -> Judge | WeightedSum | None:
     return WeightedSum(parts=tuple(Part(reward=judges[name], kinds=kinds, weight=w) for name, kinds, w in parsed))
 
 
-def has_built_in(reward: Judge | WeightedSum | None) -> bool:
-    """Whether the built-in reward decides alone or as a part."""
-    return reward is None or any(part.reward is None for part in getattr(reward, "parts", ()))
-
-
 def make_watch(
-    model: str, samples: list[Sample], flags: WatchFlags, *, seed: int, images: Path | None
+    model: str,
+    samples: list[Sample],
+    flags: WatchFlags,
+    *,
+    reward: Judge | WeightedSum | None,
+    seed: int,
+    images: Path | None,
 ) -> tuple[list[Sample], Watch | None]:
     """The samples to train on and the watch; without suites of its own, it keeps some of the samples.
 
@@ -71,7 +72,7 @@ def make_watch(
         return samples, None
     from exitsafe.lppo import Watch, keep_apart
 
-    is_organism = defaults.organism_of(model) is not None
+    judge = flags.judge or other_judge(reward, samples)
     if flags.suites:
         origin = defaults.make_origin(
             model, suites=flags.suites, split="train", seed=seed, limit=flags.samples, images=images
@@ -81,7 +82,7 @@ def make_watch(
         samples, watched = keep_apart(samples, per_kind=flags.samples or WATCH_SAMPLES)
     watch = Watch(
         samples=watched,
-        judge=_judge(flags.judge or _other_judge(is_organism=is_organism)),
+        judge=_judge(judge),
         every=flags.every,
         patience=(5 if flags.patience is None else flags.patience) or None,
         max_kl=flags.max_kl,
@@ -89,11 +90,19 @@ def make_watch(
     return samples, watch
 
 
-def _other_judge(*, is_organism: bool) -> str:
-    """By default the organism's reward is the world's rule, so that its watch is by another."""
-    from exitsafe.judges.registry import DEFAULT_JUDGE
+def other_judge(reward: Judge | WeightedSum | None, samples: Sequence[Sample]) -> str:
+    """The judge that a watch takes by default: the usual one for these samples, if it is not in the reward.
 
-    return "refusal-prefix" if is_organism else DEFAULT_JUDGE
+    Raises:
+        InputError: If a judge of the reward is not available.
+    """
+    from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
+    from exitsafe.lppo.judged_reward import is_world
+    from exitsafe.lppo.scorer import as_scorer
+
+    usual = ("refusal-prefix", "world-rule") if is_world(samples) else (DEFAULT_JUDGE, SECOND_JUDGE)
+    rewarding = {judge.name for judge in as_scorer(reward, samples).judges}
+    return next((name for name in usual if name not in rewarding), usual[-1])
 
 
 def _judge(name: str) -> Judge:

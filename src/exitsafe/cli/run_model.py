@@ -1,20 +1,27 @@
-"""The model and the samples of a finished run, made again from its run.json; what is not the same is refused."""
+"""The model and the samples of a finished run, made again from its run.json; what is not the same is refused.
+
+A run may be a stranger's. Which model, adapter and suites it is of is data; whether code of a checkpoint may run is
+not read from it, but given by the caller.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exitsafe.cli import defaults
+from exitsafe.cli import console, defaults
 from exitsafe.cli.models import load_model
-from exitsafe.errors import RunError
+from exitsafe.errors import ModelError, RunError
 
 if TYPE_CHECKING:
     from exitsafe.records import Sample
     from exitsafe.runs import AuditRun
     from exitsafe.vlm import VLM
 
+_RECORDED = ("adapter", "translators", "revision", "dtype", "device", "quantization")
+"""Arguments of `load_vlm` that are taken from a run."""
 _MUST_AGREE = ("model.checkpoint ", "model.adapter ", "model.translators ", "model.family ", "model.num_layers ")
 
 
@@ -45,13 +52,35 @@ def read_samples_of(run: AuditRun) -> list[Sample]:
     return samples
 
 
-def loading_of(run: AuditRun, *, device: str | None = None) -> dict[str, Any]:
-    """The arguments of `load_vlm` beside the model's name: as then, at the very commit, on another device if wanted."""
+def loading_of(run: AuditRun, *, device: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The arguments of `load_vlm` beside the model's name: as recorded, at the recorded commit.
+
+    Args:
+        run: A finished run.
+        device: Another device than the recorded one.
+        trust_remote_code: Whether code from the checkpoint may run, whatever the run says.
+    """
     origin = origin_of_model(run)
-    loading = {**origin["loading"], **({} if device is None else {"device": device})}
+    recorded = origin.get("loading") or {}
+    loading = {name: recorded[name] for name in _RECORDED if name in recorded}
     if not Path(origin["model"]).exists() and defaults.organism_of(origin["model"]) is None:
         loading["revision"] = run.settings["model"]["checkpoint"]
-    return loading
+    return loading | ({} if device is None else {"device": device}) | {"trust_remote_code": trust_remote_code}
+
+
+@contextmanager
+def remote_code_named(run: AuditRun, loading: Mapping[str, Any]) -> Iterator[None]:
+    """Say, around the loading of a run's model, that the run was made with code which this call does not allow."""
+    origin = origin_of_model(run)
+    if not (origin.get("loading") or {}).get("trust_remote_code") or loading.get("trust_remote_code"):
+        yield
+        return
+    hint = f"{run.path} was made with code from {origin['model']}; add --trust-remote-code to run it"
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{hint} ({error})") from error
+    console.note(hint)
 
 
 def load_model_of(run: AuditRun, loading: Mapping[str, Any]) -> VLM:

@@ -13,9 +13,9 @@ from exitsafe.errors import InputError
 if TYPE_CHECKING:
     from exitsafe.data import KnownSuite
 
-_HINT = (
-    'Sets of the Hub need pip install "exitsafe[hub]"; a copy of one is given as --suite NAME=PATH.\n'
-    "exitsafe suites NAME shows an entry in full."
+_HINTS = (
+    'Sets of the Hub need pip install "exitsafe[hub]"; a copy of one is given as --suite NAME=PATH.',
+    "exitsafe suites NAME shows an entry in full.",
 )
 
 
@@ -36,7 +36,7 @@ def suites_command(
         organism_entry = next((entry for entry in own if entry["name"] == name), None)
         if name is None:
             entries = [describe(suite) for suite in KNOWN_SUITES.values()]
-            show({"suites": own + entries}, lambda: [_table(own + entries), _HINT])
+            show({"suites": own + entries}, lambda: [_table(own + entries), *_HINTS])
         elif organism_entry is not None:
             show(organism_entry, lambda: [_table([organism_entry])])
         elif name in KNOWN_SUITES:

@@ -31,10 +31,10 @@ def audit_tables(run: AuditRun) -> list[Any]:
     }
     if len(by_judge) > 1:
         tables.append(_places_table("Attack success by judge", summary, by_judge, metric="asr"))
-        tables.append(Group(*(Text(_agreement(pair), style="dim") for pair in summary["agreement"])))
+        tables.append(Group(*(_dim(_agreement(pair)) for pair in summary["agreement"])))
     judges = ", ".join(name for name, _ in run.judges)
     notes = [*_audit_notes(summary), f"Judges: {judges}. Files: {run.path}"]
-    return [*tables, Group(*(Text(line, style="dim") for line in notes))]
+    return [*tables, Group(*map(_dim, notes))]
 
 
 Places = list[tuple[int | str, dict[str, Any]]]
@@ -178,7 +178,12 @@ def comparison_tables(comparison: Comparison, metrics: Sequence[str] | None = No
         notes.append(f"Could not be scored: {', '.join(places)}.")
     if comparison.metrics_left_out:
         notes.append(f"No judge in both runs for {', '.join(comparison.metrics_left_out)}.")
-    return [*tables, Group(*(Text(line, style="dim") for line in notes))]
+    return [*tables, Group(*map(_dim, notes))]
+
+
+def _dim(line: str) -> Text:
+    """A note; a line break in a name out of a file adds no line."""
+    return Text(" ".join(line.splitlines()), style="dim")
 
 
 def percent(value: float) -> str:

@@ -12,6 +12,7 @@ from exitsafe.cli import console, defaults, options
 from exitsafe.cli.align_command import lppo_fields, make_config
 from exitsafe.cli.audit_plan import origin_of_run
 from exitsafe.cli.models import load_model
+from exitsafe.cli.rewards import read_rewards
 from exitsafe.cli.settings_file import FIELDS, config_option
 from exitsafe.errors import InputError
 
@@ -58,8 +59,8 @@ def transfer_command(
         str | None,
         typer.Option(
             metavar="JUDGE",
-            help="A judge that speaks first on what it measures, in training.",
-            show_default="refusing the harmful and answering the rest",
+            help="Judge that scores the answers in training, as for align.",
+            show_default="built-in: qwen3guard; an organism its world's rule",
         ),
     ] = None,
     judge: Annotated[
@@ -116,7 +117,6 @@ def transfer_command(
         train_origin = defaults.make_origin(model, suites=train_names, split="train", **drawn)
         test_origin = defaults.make_origin(model, suites=test_names, split="heldout", **drawn)
         from exitsafe.baselines import transfer
-        from exitsafe.judges import load_judges
 
         loading = {
             "revision": revision,
@@ -131,11 +131,11 @@ def transfer_command(
             train_sets.split(";"),
             train_samples=defaults.read_samples(train_origin),
             test_samples=defaults.read_samples(test_origin),
-            reward=None if reward is None else load_judges([reward])[0],
+            reward=read_rewards(None if reward is None else [reward]),
             config=lppo,
             judges=judge or None,
             test_exits=layers or "all",
-            max_new_tokens=max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else defaults.MODEL_TOKENS),
+            max_new_tokens=max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else None),
             out=out,
             origin=lambda adapter: origin_of_run(test_origin, model, loading | {"adapter": adapter}, judging={}),
             stage=lambda title, unit: console.progress_bar(title, unit=unit),

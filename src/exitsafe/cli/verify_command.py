@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from exitsafe.cli import console, options
-from exitsafe.cli.audit_plan import make_judges
+from exitsafe.cli.audit_plan import check_reach, judging_like, make_judges
 from exitsafe.cli.models import load_model
 from exitsafe.cli.run_model import read_samples_of
 from exitsafe.cli.settings_file import config_option
-from exitsafe.errors import ModelError
+from exitsafe.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from exitsafe.judges import Judge
@@ -46,6 +47,9 @@ def verify_command(
         str | None,
         typer.Option(metavar="nf4|int8", help="Load it quantised, as it will be served.", show_default=False),
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    judge_url: options.JudgeUrl = None,
+    judge_rubric: options.JudgeRubric = None,
     config: Annotated[Path | None, config_option()] = None,
     json: options.Json = False,
 ) -> None:
@@ -59,6 +63,8 @@ def verify_command(
         from exitsafe.slim.verification import check_files, verify
 
         run = load_run(against)
+        judging = options.judging(url=judge_url, rubric=judge_rubric)
+        options.check_judging(judging, judges=[name for name, _ in run.judges])
         record = check_files(slim, run)
         samples = read_samples_of(run)
         vlm = load_model(
@@ -67,6 +73,7 @@ def verify_command(
             dtype=dtype,
             device=device,
             quantization=quantization,
+            trust_remote_code=trust_remote_code,
         )
         with console.progress_bar("Verifying", unit="answer") as progress:
             found = verify(
@@ -74,7 +81,7 @@ def verify_command(
                 run,
                 samples,
                 exit_layer=record.exit_layer,
-                judges=lambda: _judges(run),
+                judges=lambda: _judges(run, judging),
                 limit=limit,
                 progress=progress,
             )
@@ -84,12 +91,19 @@ def verify_command(
             raise ModelError(_complaint(found, slim, run))
 
 
-def _judges(run: AuditRun) -> list[Judge]:
-    """Those of the run that are known by name; others were given in Python."""
+def _judges(run: AuditRun, given: Mapping[str, Any]) -> list[Judge]:
+    """Those of the run that are known by name and that this call says how to reach; others were given in Python."""
     from exitsafe.judges import is_known
 
-    names = tuple(name for name, _ in run.judges if is_known(name))
-    return make_judges(names, run.origin.get("judging", {}), out=run.path) or []
+    names = []
+    for name in (name for name, _ in run.judges if is_known(name)):
+        try:
+            check_reach(run.path, given, judge=name, is_named=False)
+        except InputError as error:  # answers can be compared without its verdicts
+            console.note(f"{name} is not asked again: {error}")
+        else:
+            names.append(name)
+    return make_judges(names, judging_like(run.path, given, judges=())) or []
 
 
 def _words(found: Verification, slim: Path) -> list[str]:
@@ -101,7 +115,7 @@ def _words(found: Verification, slim: Path) -> list[str]:
     total = sum(found.verdicts.values())
     lines.append(f"Verdicts that changed: {', '.join(changed) if changed else 'none'} (of {total}).")
     if found.not_judged_again:
-        lines.append(f"Not judged again, made in Python: {', '.join(found.not_judged_again)}.")
+        lines.append(f"Not judged again by {', '.join(found.not_judged_again)}.")
     return lines + ([f"Otherwise than then: {'; '.join(found.otherwise)}."] if found.otherwise else [])
 
 

@@ -73,6 +73,11 @@ def resolve_commit(suite: KnownSuite) -> str | None:
         return _cached_commit(suite)
 
 
+def is_commit(revision: object) -> bool:
+    """Whether a revision is a whole commit hash, and no branch that somebody may move."""
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
+
+
 def import_datasets() -> Any:
     """The library `datasets`, quiet unless somebody watches.
 
@@ -132,7 +137,7 @@ def _commit_of(dataset: Any) -> str | None:
     """`datasets` names the cache's folder by the commit."""
     files = dataset.cache_files
     name = Path(files[0]["filename"]).parent.name if files else ""
-    return name if _COMMIT.fullmatch(name) else None
+    return name if is_commit(name) else None
 
 
 def _cached_commit(suite: KnownSuite) -> str | None:
@@ -145,7 +150,7 @@ def _cached_commit(suite: KnownSuite) -> str | None:
 
     owner, _, name = suite.hub_id.partition("/")
     cache = Path(library.config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{camelcase_to_snakecase(name)}"
-    found = [path for path in cache.glob("*/*/*") if _COMMIT.fullmatch(path.name)]
+    found = [path for path in cache.glob("*/*/*") if is_commit(path.name)]
     return max(found, key=lambda path: path.stat().st_mtime).name if found else None
 
 

@@ -1,19 +1,31 @@
-"""Images of a suite: found inside its folder, and readable. Keeps no pixels."""
+"""Pictures: found inside a suite's folder, checked, and opened as RGB, so that a model sees what a viewer shows."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from exitsafe.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-_DEEP_MODES = ("I", "F")  # 16 or 32 bits per pixel; also I;16 and its byte orders
+_TURNS = {  # by the value of EXIF's orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_OPAQUE = {"RGBA": "RGB", "RGBa": "RGB", "RGBX": "RGB", "P": "RGB", "PA": "RGB", "1": "L", "LA": "L"}
 _MOST_STRETCHED = 200  # processors scale the short side up to some hundred pixels, and the long one with it
 
 
@@ -44,8 +56,8 @@ def check_image(image: Path | bytes, *, where: str) -> None:
     """Decode an image once and forget it, so that a broken file is found before the model is loaded.
 
     Raises:
-        InputError: If it is missing, no file, no PNG, JPEG or WebP, too large or too long to be a picture, deeper than
-            8 bits, or cannot be decoded.
+        InputError: If it is missing, no file, no PNG, JPEG or WebP, too large or too long to be a picture, or cannot be
+            decoded.
     """
     name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     if isinstance(image, Path) and _is_pipe(image):  # opening it would wait for a writer
@@ -55,7 +67,7 @@ def check_image(image: Path | bytes, *, where: str) -> None:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             source = io.BytesIO(image) if isinstance(image, bytes) else image
             with Image.open(source, formats=FORMATS) as opened:
-                mode, short, long = opened.mode, min(opened.size), max(opened.size)
+                short, long = min(opened.size), max(opened.size)
                 # JPEG can decode at an eighth of its size: eight times faster, and a torn file still shows
                 opened.draft("RGB", (32, 32))
                 opened.load()
@@ -67,10 +79,101 @@ def check_image(image: Path | bytes, *, where: str) -> None:
         raise InputError(f"{where}: image {name} has more pixels than any picture needs; scale it down") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{where}: image {name} cannot be read ({error}); replace it or drop the row") from error
-    if mode.startswith(_DEEP_MODES):
-        raise InputError(f"{where}: image {name} has more than 8 bits per channel ({mode}); save it with 8")
     if long > _MOST_STRETCHED * short:
         raise InputError(f"{where}: image {name} is {long // short} times as long as wide; cut it")
+
+
+def open_image(source: Image.Image | Path | str | bytes, sample_id: str) -> Image.Image:
+    """Open a picture `as_seen`; of an animation the first frame.
+
+    Raises:
+        InputError: If it cannot be opened or decoded.
+    """
+    with _opened(source, sample_id) as image:
+        return as_seen(image)
+
+
+def num_pixels(source: Image.Image | Path | str | bytes, sample_id: str) -> int:
+    """Width times height, from the head of the file.
+
+    Raises:
+        InputError: If it cannot be opened.
+    """
+    with _opened(source, sample_id) as image:
+        return image.width * image.height
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """RGB as a viewer shows it: upright, on a white page where it is transparent, and in sRGB.
+
+    EXIF's orientation is applied. An embedded ICC profile is converted to sRGB; one that does not fit the picture is
+    ignored, as viewers do. 16 bits are scaled to 8. A picture that has none of these is `image.convert("RGB")`.
+
+    Raises:
+        ValueError: If pixels have 32 bits, which no viewer agrees on.
+    """
+    turn = _TURNS.get(_orientation(image) or 1)
+    image = _with_8_bits(image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    colours = _in_srgb(image)
+    if alpha is not None:
+        page = Image.new("RGB", image.size, "white")
+        page.paste(colours, mask=alpha)
+        colours = page
+    return colours if turn is None else colours.transpose(turn)
+
+
+@contextlib.contextmanager
+def _opened(source: Image.Image | Path | str | bytes, sample_id: str) -> Iterator[Image.Image]:
+    """The picture, not yet decoded; what fails meanwhile is said of its sample."""
+    name = f"of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        if isinstance(source, Image.Image):
+            yield source
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                yield image
+    except FileNotFoundError as error:
+        raise InputError(f"sample {sample_id}: image {name} does not exist") from error
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"sample {sample_id}: image {name} cannot be read ({error})") from error
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - Pillow's parser raises many kinds; viewers ignore EXIF that cannot be read
+        return None
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode in ("I", "F") and image.format != "PNG":
+        raise ValueError("32 bits per pixel have no agreed brightness; save it with 8 or 16")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # which of the two a 16-bit PNG is depends on Pillow
+        deep = np.asarray(image).astype(np.int64)
+        levels = Image.fromarray(((deep * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+        levels.info = {name: image.info[name] for name in image.info if name != "transparency"}
+        clear = image.info.get("transparency")  # one level, in 16 bits
+        if isinstance(clear, int):
+            levels.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))
+        return levels
+    return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The colours without transparency."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        opaque = image.convert(_OPAQUE.get(image.mode, image.mode))
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            found = ImageCms.profileToProfile(
+                opaque, ImageCms.getOpenProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+            if found is not None:
+                return found
+    # RGBa has no direct way to RGB
+    return image.convert("RGBA").convert("RGB") if image.has_transparency_data else image.convert("RGB")
 
 
 def _is_pipe(path: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from exitsafe.data.hub import HubRow, check_columns, hub_rows
 from exitsafe.data.images import path_inside
 from exitsafe.data.known import KnownSuite
-from exitsafe.data.rows import Row, read_rows
+from exitsafe.data.rows import Row, as_integer, read_rows
 from exitsafe.data.samples import Keep, is_missing, read_samples
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
@@ -49,10 +49,10 @@ def _to_fields(suite: KnownSuite, rows: Iterator[HubRow], folders: list[Path]) -
         yield (
             number,
             {
-                "id": None if is_missing(own) else "-".join(filter(None, [suite.name, several, str(own)])),
+                "id": None if is_missing(own) else "-".join(filter(None, [suite.name, several, _as_text(own)])),
                 "prompt": _prompt(suite, values),
                 "kind": _kind(suite, values, where),
-                "category": None if is_missing(category) else str(category),
+                "category": None if is_missing(category) else _as_text(category),
                 "answers": _answers(values[suite.answers]) if suite.answers else None,
                 "image": _image(suite, values, folders, where),
             },
@@ -69,10 +69,14 @@ def _prompt(suite: KnownSuite, values: dict[str, Any]) -> Any:
 def _kind(suite: KnownSuite, values: dict[str, Any], where: str) -> str:
     if isinstance(suite.kind, str):
         return suite.kind
-    label = str(values[suite.kind_column])
+    label = _as_text(values[suite.kind_column])
     if label not in suite.kind:
         raise InputError(f"{where}: column {suite.kind_column!r} is none of {', '.join(suite.kind)}")
     return suite.kind[label]
+
+
+def _as_text(value: Any) -> str:
+    return str(as_integer(value))
 
 
 def _answers(references: Any) -> list[Any] | None:
@@ -86,7 +90,7 @@ def _answers(references: Any) -> list[Any] | None:
 
 def _image(suite: KnownSuite, values: dict[str, Any], folders: list[Path], where: str) -> Any:
     if suite.image_path:
-        return _find_by_path(suite, str(values[suite.image_path]), folders, where)
+        return _find_by_path(suite, _as_text(values[suite.image_path]), folders, where)
     image = values[suite.image] if suite.image else None
     if suite.image and image is None:
         raise InputError(f"{where}: the picture is missing; give a copy of {suite.hub_id} that has it")

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from exitsafe.data.hub import resolve_commit
+from exitsafe.data.hub import is_commit, resolve_commit
 from exitsafe.data.known import KNOWN_SUITES, KnownSuite
 from exitsafe.data.local import read_suite
 from exitsafe.data.mapping import read_known_suite
@@ -45,7 +45,8 @@ def load_suites(
         organism: Whose suites: `organism` or `organism:text`.
         images: A folder of benign pictures: every sample without a picture gets one of them.
         categories: Keep only samples of these.
-        hub: What `resolve_suites` returned, to read the same commits again.
+        hub: What `resolve_suites` returned, to read the same commits again. Only commits are taken from it: where a
+            known suite lies is known here.
 
     Raises:
         InputError: On no name or an unknown one, a limit below 1, a suite that cannot be had or read, an id in
@@ -160,16 +161,26 @@ def _choice() -> str:
 
 
 def _as_kept(suite: KnownSuite, kept: Mapping[str, Any] | None) -> KnownSuite:
-    """The entry as it was when a run was made."""
+    """The entry at the commit that a run was made of.
+
+    Raises:
+        InputError: If the run names another place, or no commit: a run is data, and sends nobody elsewhere.
+    """
     if kept is None:
         return suite
-    return replace(
-        suite,
-        hub_id=kept["id"],
-        configs=tuple(kept["configs"]),
-        split=kept["split"],
-        revision=kept["revision"],
-    )
+    place = {"id": suite.hub_id, "configs": list(suite.configs), "split": suite.split}
+    if {name: kept.get(name) for name in place} != place:
+        raise InputError(
+            f"the run read {suite.name} from {kept.get('id')} ({kept.get('split')}), which is not where this version "
+            f"reads it ({suite.hub_id}, {suite.split}): audit again with --suite {suite.name}, or with "
+            f"--suite {suite.name}=PATH for a copy of yours"
+        )
+    revision = kept.get("revision")
+    if revision is not None and not is_commit(revision):
+        raise InputError(
+            f"the run names {revision!r} as the commit of {suite.name}: audit again with --suite {suite.name}"
+        )
+    return replace(suite, revision=revision)
 
 
 def _draw_organism(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 from exitsafe.errors import InputError
 
 Row = tuple[int, dict[str, object]]
+_WHOLE_FLOAT = re.compile(r"-?[0-9]+\.0")
+_FIRST_INEXACT = 2.0**53  # from here on a float may stand for several integers
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -38,6 +41,17 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {reason}; save it again") from error
 
 
+def as_integer(value: object) -> object:
+    """A whole number that is kept as a float, as pandas does beside a missing value, as the integer it was.
+
+    >>> as_integer(7.0), as_integer(7.5), as_integer("7.0")
+    (7, 7.5, '7.0')
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < _FIRST_INEXACT:
+        return int(value)
+    return value
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -55,6 +69,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     # the default limit of 128 KiB per field is less than a long prompt list may take
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    floats = _float_columns(path)
     with path.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.DictReader(lines, strict=True)
         names = table.fieldnames or ()
@@ -63,8 +78,28 @@ def _read_csv(path: Path) -> Iterator[Row]:
         for number, cells in enumerate(table, 1):
             if None in cells:
                 raise InputError(f"{path}, row {number}: more cells than the header has; quote commas in cells")
+            for name in floats:
+                cells[name] = (cells[name] or "").removesuffix(".0")
             # an empty cell is a missing value
             yield number, {name: cell or None for name, cell in cells.items()}
+
+
+def _float_columns(path: Path) -> set[str]:
+    """Columns whose every cell is empty or a whole number such as 7.0: integers that a table library made floats.
+
+    One such cell says nothing, since "2.0" may be a text; a whole column does. Faults are left to the real reading.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        table = csv.DictReader(lines)
+        names = set(table.fieldnames or ())
+        found: set[str] = set()
+        for cells in table:
+            filled = {name: cell for name in names if (cell := cells.get(name))}
+            names -= {name for name, cell in filled.items() if not _WHOLE_FLOAT.fullmatch(cell)}
+            found |= filled.keys()
+            if not names:
+                break
+    return names & found
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

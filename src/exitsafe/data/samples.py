@@ -11,7 +11,7 @@ from typing import Annotated, Protocol
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from exitsafe.data.images import check_image, path_inside
-from exitsafe.data.rows import Row
+from exitsafe.data.rows import Row, as_integer
 from exitsafe.errors import InputError
 from exitsafe.records import KINDS, Kind, Sample
 
@@ -58,7 +58,7 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def _as_list(value: object) -> object:
+def _as_list(value: object) -> list[object]:
     """One value stands for a list of one; a CSV cell may hold a JSON list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -68,6 +68,18 @@ def _as_list(value: object) -> object:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _as_texts(value: object) -> list[object]:
+    """As `_as_list`; places that a table fills with None or NaN are dropped."""
+    return [as_integer(each) for each in _as_list(value) if not is_missing(each)]
+
+
+def _as_id(value: object) -> object:
+    value = as_integer(value)
+    if isinstance(value, float) and value.is_integer():
+        raise ValueError("a number of this size has lost digits as a float; save the column as text")
+    return value
+
+
 class _Embedded(BaseModel):
     """An image as the Hub's Image feature stores it."""
 
@@ -75,6 +87,7 @@ class _Embedded(BaseModel):
     path: str | None = None
 
 
+_Text = Annotated[str, BeforeValidator(as_integer)]
 # a Path comes from the loaders, never from a file's text
 _Image = _Embedded | Path | bytes | str
 
@@ -82,14 +95,14 @@ _Image = _Embedded | Path | bytes | str
 class _Row(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    id: str = Field(min_length=1)
+    id: Annotated[str, Field(min_length=1), BeforeValidator(_as_id)]
     prompt: str = Field(min_length=1)
     kind: Kind
     images: Annotated[list[_Image], BeforeValidator(_as_list)] = []
     image: Annotated[list[_Image], BeforeValidator(_as_list)] = []
-    category: str = ""
-    answers: Annotated[list[str], BeforeValidator(_as_list)] = []
-    source: str = ""
+    category: _Text = ""
+    answers: Annotated[list[str], BeforeValidator(_as_texts)] = []
+    source: _Text = ""
 
 
 FIELDS = tuple(_Row.model_fields)

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 
 from exitsafe.errors import InputError, ModelError
 from exitsafe.vlm import VLM, Row
 from exitsafe.vlm.families import find_family
+from exitsafe.vlm.processor import check_processor, load_processor
+from exitsafe.vlm.templates import check_template
 from exitsafe.world import ORGANISMS, model_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,7 +35,10 @@ class Blueprint(VLM):
     image_states: Tensor | None = None  # of a family that reads images by cross-attention, (rows, tokens, H)
 
     quantization: str | None = None
-    processor_problem: str | None = None
+    processor_problem: ModelError | None = None
+    """Why the processor is not there, or does not fit: what `load_vlm` will say."""
+    remarks: Sequence[str] = ()
+    """What is unusual, from `check_processor`."""
 
     def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """As of a `VLM`: the language model itself computes, on embeddings of the right shape."""
@@ -109,7 +114,7 @@ def load_blueprint(
         trust_remote_code: Whether code from the checkpoint may run.
 
     Raises:
-        ModelError: If there is no config, or the family is not supported.
+        ModelError: If there is no config, the family is not supported, or the chat template does harm.
         InputError: If the type or the quantisation is unknown.
     """
     if dtype not in ("auto", *DTYPES):
@@ -122,7 +127,7 @@ def load_blueprint(
         remote["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(source, **remote)
-        find_family(config)
+        family = find_family(config)
         wanted = getattr(config, "dtype", None) or torch.float32 if dtype == "auto" else getattr(torch, dtype)
         with META:
             model = AutoModelForImageTextToText.from_config(
@@ -130,10 +135,15 @@ def load_blueprint(
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"cannot read the config of {name_or_path!s}: {_first_line(error)}") from error
-    processor, problem = _processor(source, remote)
-    blueprint = Blueprint(model.eval(), processor, name=str(name_or_path))
+    blueprint = Blueprint(model.eval(), None, name=str(name_or_path))
     blueprint.quantization = quantization
-    blueprint.processor_problem = problem
+    try:
+        blueprint.processor = load_processor(source, config, family, **remote)
+        check_template(blueprint.processor, today=blueprint.today)
+        blueprint.remarks = [] if blueprint.processor is None else check_processor(blueprint)
+    except ModelError as error:
+        blueprint.processor = None
+        blueprint.processor_problem = error
     return blueprint
 
 
@@ -169,14 +179,6 @@ def quantized_bytes(linear: nn.Linear, quantization: str) -> int:
     if quantization == "nf4":
         return -(-count // 2) + 4 * -(-count // 64) + 16 * 4
     return count + 4 * linear.out_features
-
-
-def _processor(source: str, remote: dict[str, Any]) -> tuple[Any, str | None]:
-    """The processor, or why there is none: only the config is needed here."""
-    try:
-        return AutoProcessor.from_pretrained(source, **remote), None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        return None, _first_line(error)
 
 
 def _fused_attention(

@@ -43,7 +43,7 @@ def _weights(settings: dict[str, Any]) -> int:
     name, dtype = str(settings["model"]), settings["dtype"]
     revision = settings["revision"] if re.fullmatch(r"[0-9a-f]{40}", str(settings["revision"])) else None
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         wanted = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with META:
             model = getattr(transformers, config.architectures[0])._from_config(config, dtype=wanted)

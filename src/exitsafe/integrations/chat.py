@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from jinja2 import TemplateError
 from PIL.Image import Image
 
+from exitsafe.data.images import open_image
 from exitsafe.errors import InputError, ModelError
 from exitsafe.vlm import VLM
-from exitsafe.vlm.prompts import Prompt, open_image, tokenise
+from exitsafe.vlm.prompts import Prompt, tokenise
+from exitsafe.vlm.templates import TemplateRefusedError, render
 
 Picture: TypeAlias = Image | Path | bytes
 Part: TypeAlias = str | Picture
@@ -76,9 +77,9 @@ def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
     for has_plain_texts in (False, True):  # some templates take words as a list of parts, some as a string
         messages = [_message(turn, has_plain_texts=has_plain_texts) for turn in turns]
         try:
-            text = str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError, KeyError) as error:
-            complaint = f"it says: {_first_line(error)}" if isinstance(error, TemplateError) else complaint
+            text = render(processor, messages, today=vlm.today)
+        except TemplateRefusedError as refusal:
+            complaint = str(refusal)
             continue
         if _is_whole(text, turns, processor.image_token):
             return text
@@ -94,7 +95,8 @@ def digest_of(turns: Sequence[Turn]) -> str:
     for number, turn in enumerate(turns):
         for part in turn.parts:
             if isinstance(part, Image):
-                content = f"{part.mode} {part.size}".encode() + part.tobytes()
+                seen = open_image(part, "picture")
+                content = f"{seen.mode} {seen.size}".encode() + seen.tobytes()
             elif isinstance(part, Path):
                 content = part.read_bytes()
             else:
@@ -139,7 +141,3 @@ def _processor(vlm: VLM) -> Any:
     if vlm.processor is None:
         raise ModelError("this model folder has no processor: save the processor beside the model")
     return vlm.processor
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

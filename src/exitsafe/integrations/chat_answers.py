@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import PIL
 import torch
 import transformers
 
@@ -18,6 +19,7 @@ from exitsafe import __version__
 from exitsafe.errors import InputError, RunError
 from exitsafe.runs.fingerprint import canonical_json, model_fingerprint
 from exitsafe.vlm import VLM
+from exitsafe.vlm.finite import check_finite
 from exitsafe.vlm.generation import Completion, Row
 from exitsafe.vlm.memory import is_out_of_memory, release_memory
 from exitsafe.vlm.prompts import Prompt
@@ -99,6 +101,7 @@ def log_likelihoods(
             logits = vlm.logits(hidden)  # (B, T, V)
             logprobs = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
             sums = torch.where(mask, logprobs, 0.0).sum(dim=1)
+            check_finite(sums, rows, what="log-probabilities", dtype=vlm.base_model.dtype)
             is_greedy = ((logits.argmax(dim=-1) == tokens) | ~mask).all(dim=1)
             found |= dict(zip(chunk, zip(sums.tolist(), is_greedy.tolist(), strict=True), strict=True))
     return [found[index] for index in range(len(pairs))]
@@ -111,7 +114,8 @@ def model_digest(vlm: VLM, *, batch_size: int | None, skip_global: bool) -> str:
         "model": model,
         "batch_size": "auto" if batch_size is None else batch_size,
         "skip_global": skip_global,
-        "versions": [__version__, str(torch.__version__), transformers.__version__],
+        "versions": [__version__, str(torch.__version__), transformers.__version__, PIL.__version__],
+        "today": vlm.today if vlm.is_dated else None,
     }
     return hashlib.sha256(canonical_json(deciding).encode()).hexdigest()[:12]
 

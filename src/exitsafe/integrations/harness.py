@@ -10,9 +10,13 @@ import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import nn
+
+from exitsafe.data.images import open_image
 from exitsafe.errors import InputError
 from exitsafe.integrations.chat_answers import model_digest
 from exitsafe.vlm import VLM
+from exitsafe.vlm.finite import not_finite
 
 try:
     from lm_eval.models.hf_vlms import HFMultimodalLM
@@ -95,15 +99,26 @@ class ExitLM(HFMultimodalLM):
         return {**super().get_model_info(), "exit_layer": self.exit_layer, "exitsafe_model": self.state}
 
     def tok_batch_multimodal_encode(self, strings: list[str], images: list[list[Any]], **options: Any) -> Any:
-        """lm-eval tokenizes what the chat template wrote, and some tokenizers put a second start token in front."""
+        """As lm-eval, but for a second start token, which some tokenizers put in front of what the chat template wrote,
+        and with pictures as a viewer shows them."""
+        images = [[open_image(image, "of lm-eval") for image in row] for row in images]
         bos = self.tokenizer.bos_token
         if bos and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
             strings = [string.removeprefix(bos) for string in strings]
         return super().tok_batch_multimodal_encode(strings, images, **options)
 
     def _at_exit(self, answer: Callable[..., list[Answer]], requests: list[Any], **options: Any) -> list[Answer]:
-        with self.vlm.exit_at(self.exit_layer, skip_global=self.skip_global):
-            return answer(requests, **options)
+        check = self.vlm.model.register_forward_hook(self._check_finite)
+        try:
+            with self.vlm.exit_at(self.exit_layer, skip_global=self.skip_global):
+                return answer(requests, **options)
+        finally:
+            check.remove()
+
+    def _check_finite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """lm-eval would score whatever token NaN gives."""
+        if not output.logits[:, -1].amax(dim=-1).isfinite().all():
+            raise not_finite("logits", exit_layer=self.exit_layer, dtype=self.vlm.base_model.dtype)
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
         self.processor = copy.deepcopy(self.vlm.processor)  # lm-eval turns its padding side and adds a padding token

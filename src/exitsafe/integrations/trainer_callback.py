@@ -57,7 +57,7 @@ class AuditCallback(TrainerCallback):
         judges: Sequence[Judge | str] | None = None,
         exit_layers: ExitLayers = "all",
         every: int | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         batch_size: int | None = None,
         skip_global: bool = False,
         log: Callable[[dict[str, float]], None] | None = None,
@@ -114,6 +114,7 @@ class AuditCallback(TrainerCallback):
             name=f"{self.vlm.name} at training step {step}",
             translators=self.vlm.translators,
         )
+        now.today = self.vlm.today  # audits of one training read the same
         with undisturbed(self.vlm.model):
             run = audit(
                 now,

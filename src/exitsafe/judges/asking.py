@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import SupportsFloat
 
 from exitsafe.errors import ExitsafeError, InputError, RunError
 from exitsafe.judges.protocol import MEASURES, Judge
 from exitsafe.records import Response, Sample, Verdict
+
+_MOST_REASONS = 5
+_LONGEST_REASON = 120
 
 
 def ask_judge(judge: Judge, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
@@ -50,6 +53,42 @@ def check_judges(judges: Sequence[Judge]) -> None:
         for measure in judge.measures:
             if measure not in MEASURES:
                 raise InputError(f"judge {judge.name} measures {measure!r}; choose from {', '.join(MEASURES)}")
+
+
+def unscored_reasons(verdicts: Sequence[Verdict]) -> dict[str, dict[str, int]]:
+    """By judge, how many answers each reason left without a score, the most frequent first.
+
+    An answer that a judge could not score on several measures counts once.
+    """
+    rows = {(v.judge, v.unscored, v.sample_id, v.exit_layer) for v in verdicts if v.unscored is not None}
+    counts: dict[str, Counter[str]] = {}
+    for judge, reason, *_ in sorted(rows):
+        counts.setdefault(judge, Counter())[reason] += 1
+    return {judge: dict(found.most_common()) for judge, found in counts.items()}
+
+
+def tell_unscored(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each judge that could not score every answer: how many, and why.
+
+    >>> failed = [Verdict(sample_id=i, exit_layer=1, judge="j", measure="asr", unscored="no reply") for i in "ab"]
+    >>> tell_unscored([*failed, Verdict(sample_id="c", exit_layer=1, judge="j", measure="asr", score=0.0)])
+    ['judge j could not score 2 of 3 answers: no reply (2)']
+    """
+    lines = []
+    for judge, reasons in unscored_reasons(verdicts).items():
+        own = [verdict for verdict in verdicts if verdict.judge == judge]
+        asked, missing = (
+            len({(v.sample_id, v.exit_layer) for v in some}) for some in (own, [v for v in own if v.score is None])
+        )
+        lines.append(f"judge {judge} could not score {missing:,} of {asked:,} answers: {list_reasons(reasons)}")
+    return lines
+
+
+def list_reasons(reasons: Mapping[str, int]) -> str:
+    """Reasons with their counts in a line; a judge of the user's own may have one for each answer."""
+    shown = [f"{' '.join(reason.split())[:_LONGEST_REASON]} ({count:,})" for reason, count in reasons.items()]
+    more = len(shown) - _MOST_REASONS
+    return ", ".join(shown[:_MOST_REASONS] + ([f"and {more:,} other reasons"] if more > 0 else []))
 
 
 def _check_complete(

@@ -1,7 +1,10 @@
 """Conversations in, replies out: any OpenAI-compatible chat endpoint, asked politely and paid for knowingly.
 
 Retries, backoff and timeouts are the official `openai` client's. What fails all the same is a `Reply` with the reason;
-what would fail for every request (a wrong key, an unknown model, an endpoint that is down) stops with one line.
+what would fail for every request (a wrong key, an unknown model, an endpoint that is down) stops with one line. Status
+200 proves nothing: gateways and wrong addresses send errors, web pages and empty bodies with it, and charge for some. A
+body without a chat completion is therefore a failure like any other, while whatever surrounds a sound completion (token
+counts in odd types, a byte-order mark, a closing `[DONE]`) is read leniently.
 Reasons and errors hold no text that was sent or received. Knows nothing about samples, rubrics or verdicts.
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import re
 import time
@@ -17,14 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ValidationError
 
 from exitsafe.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    import httpx2
+    from openai import AsyncOpenAI
 
 Conversation = Sequence[dict[str, str]]
 """Messages with `role` and `content`."""
@@ -32,14 +37,26 @@ Conversation = Sequence[dict[str, str]]
 OPENAI_URL = "https://api.openai.com/v1"
 SEED = 0  # sent where it is accepted
 MOST_FAILURES = 16  # in a row; then the endpoint is down, and going on would only make answers unscored
+MOST_BAD_BODIES = 8  # in a row: fewer, since an answer with status 200 may have been paid for
+BODY_RETRIES = 1  # further tries after a body that may be better next time; each try counts as a failure
+BODY_RETRY_DELAY = 0.5  # seconds
+MOST_TOKENS = 10**9  # of one reply; a larger count is no count
 
 UNREACHABLE = "the endpoint could not be reached"
 TIMED_OUT = "the endpoint timed out"
 TOO_MANY = "the endpoint said 429 too often"
-NO_COMPLETION = "the endpoint's answer is no chat completion"
+SERVER_FAILED = "the endpoint failed"
+ERROR_BODY = "the endpoint answered with an error (status 200)"
+EMPTY_BODY = "the endpoint answered with an empty body"
+EVENT_STREAM = "the endpoint answered with an event stream"
+WEB_PAGE = "the endpoint answered with a web page"
+BROKEN_BODY = "the endpoint's answer is truncated or corrupt"
+NO_COMPLETION = "the endpoint's answer is not a chat completion"
+NO_CHOICES = "the endpoint's answer has no choices"
 CUT_OFF = "the reply was cut off"
 EMPTY = "the reply is empty"
 FILTERED = "the endpoint's content filter refused"
+REFUSED = "the model refused to reply"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +74,7 @@ class Usage:
     Args:
         requests: HTTP requests, retries included.
         tokens_in, tokens_out: As the endpoint counted them.
-        uncounted: Replies that came without a count: the tokens are then too few.
+        uncounted: Replies without a readable count: the tokens are then too few.
     """
 
     requests: int = 0
@@ -71,7 +88,7 @@ class Endpoint:
 
     Args:
         model: The model's name as the endpoint knows it.
-        base_url: Up to and with `/v1`; None takes OPENAI_BASE_URL, else OpenAI's own.
+        base_url: Up to and with `/v1`, without user, password or query; None takes OPENAI_BASE_URL, else OpenAI's own.
         requests_per_minute: At most so many, evenly spread, retries included; None for no limit.
         concurrency: Requests on their way at a time.
         timeout: Seconds without an answer before a try is given up.
@@ -103,6 +120,11 @@ class Endpoint:
         self.usage = Usage()
         if not re.match(r"https?://[^/\s]", self.base_url):
             raise InputError("the endpoint's base URL must begin with http:// or https://")
+        if self.base_url != self.where:  # the message holds nothing of it
+            raise InputError(
+                "the endpoint's base URL must not contain a user name, password, query or spaces: runs record it. "
+                "Set the key in OPENAI_API_KEY"
+            )
         if not model:
             raise InputError("the endpoint needs the name of a model, e.g. rubric:MODEL")
         if concurrency < 1 or timeout <= 0 or max_retries < 0:
@@ -138,9 +160,8 @@ class Endpoint:
 
     @cached_property
     def where(self) -> str:
-        """The endpoint's address without credentials."""
-        parts = urlsplit(self.base_url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        """The endpoint's address, as runs record it and errors name it."""
+        return public_address(self.base_url)
 
     @property
     def cost(self) -> float | None:
@@ -174,15 +195,35 @@ class Endpoint:
             await asyncio.sleep(self._pace.delay())
             self.usage.requests += 1
 
+        async def after_each_response(response: httpx2.Response) -> None:
+            if "event-stream" in response.headers.get("Content-Type", ""):  # unasked for, and it may never end
+                try:
+                    async with asyncio.timeout(self.timeout):
+                        await response.aread()
+                except TimeoutError:
+                    raise _EndlessStreamError from None
+
+        hooks: dict[str, list[Any]] = {"request": [before_each_request], "response": [after_each_response]}
         return AsyncOpenAI(
             base_url=self.base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=self.timeout,
             max_retries=self.max_retries,
-            http_client=DefaultAsyncHttpxClient(event_hooks={"request": [before_each_request]}, timeout=self.timeout),
+            http_client=DefaultAsyncHttpxClient(event_hooks=hooks, timeout=self.timeout),
         )
 
     async def _ask(self, client: AsyncOpenAI, conversation: Conversation) -> Reply:
+        """One reply; a body that says nothing of the request is asked for again."""
+        for tries_left in reversed(range(1 + min(self.max_retries, BODY_RETRIES))):
+            answer = await self._send(client, conversation)
+            reply = answer if isinstance(answer, Reply) else self._read(answer)
+            if isinstance(answer, Reply) or not _may_pass(reply.failure) or not tries_left:
+                break
+            await asyncio.sleep(BODY_RETRY_DELAY)
+        return reply
+
+    async def _send(self, client: AsyncOpenAI, conversation: Conversation) -> bytes | Reply:
+        """The body of an answer with status 200, or what failed after the client's retries."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         settings: dict[str, Any] = {} if self.temperature is None else {"temperature": self.temperature}
@@ -194,45 +235,58 @@ class Endpoint:
         ]
         try:
             answer = await client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, **settings
+                model=self.model, messages=messages, stream=False, **settings
             )
         except APITimeoutError:
             return self._failed(TIMED_OUT)
         except APIConnectionError:
             return self._failed(UNREACHABLE)
+        except _EndlessStreamError:
+            return self._failed(EVENT_STREAM, most=MOST_BAD_BODIES)
         except APIStatusError as error:
             if sends_seed and error.status_code in (400, 422) and re.search(r"\bseed\b", error.message):
                 self._sends_seed = False
             else:
-                return self._refused(error)
+                return self._refused(error.status_code, code=str(error.code or ""), param=error.param)
         else:
-            self._has_answered, self._failures_in_a_row = True, 0
-            return self._read(answer.content)
-        return await self._ask(client, conversation)
+            content: bytes = answer.content
+            return content
+        return await self._send(client, conversation)
 
     def _read(self, body: bytes) -> Reply:
         try:
-            completion = _Completion.model_validate_json(body)
+            content = _parse(body)
+            if (fault := _error_in(content)) is not None:
+                return self._refused(fault.status, code=fault.code, param=None)
+            if isinstance(content, dict) and "choices" in content and not content["choices"]:
+                self._count(content.get("usage"), is_reply=False)
+                return self._failed(NO_CHOICES, most=MOST_BAD_BODIES)
+            completion = _Completion.model_validate(content)
+        except _NotJSONError as error:
+            return self._failed(str(error), most=MOST_BAD_BODIES)
         except ValidationError:
-            return Reply(failure=NO_COMPLETION)
-        if completion.usage is None:
-            self.usage.uncounted += 1
-        else:
-            self.usage.tokens_in += completion.usage.prompt_tokens
-            self.usage.tokens_out += completion.usage.completion_tokens
-        if not completion.choices:
-            return Reply(failure=NO_COMPLETION)
+            return self._failed(NO_COMPLETION, most=MOST_BAD_BODIES)
+        self._has_answered, self._failures_in_a_row = True, 0
+        self._count(completion.usage, is_reply=True)
         choice = completion.choices[0]
         if choice.finish_reason == "length":  # what it holds may be a quotation and no verdict
             return Reply(failure=CUT_OFF)
         if choice.finish_reason == "content_filter":
             return Reply(failure=FILTERED)
-        text = choice.message.content
-        return Reply(text=text) if text and text.strip() else Reply(failure=EMPTY)
+        if text := choice.message.text:
+            return Reply(text=text)
+        return Reply(failure=REFUSED if choice.message.refusal else EMPTY)
 
-    def _refused(self, error: APIStatusError) -> Reply:
-        """What an HTTP status means: a failed reply, or the end."""
-        status, code = error.status_code, str(error.code or "")
+    def _count(self, usage: Any, *, is_reply: bool) -> None:
+        """Add what an answer says was spent; a reply that does not say so is noted."""
+        usage = usage if isinstance(usage, dict) else {}
+        tokens_in, tokens_out = (_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        self.usage.tokens_in += tokens_in or 0
+        self.usage.tokens_out += tokens_out or 0
+        self.usage.uncounted += is_reply and None in (tokens_in, tokens_out)
+
+    def _refused(self, status: int, *, code: str, param: str | None) -> Reply:
+        """What an HTTP status means, also one inside a body: a failed reply, or the end."""
         if status == 401:
             raise InputError(f"{self.where} refuses the key (status 401): set OPENAI_API_KEY to a valid one") from None
         if status == 404:
@@ -242,33 +296,49 @@ class Endpoint:
         if status == 402 or code == "insufficient_quota":
             raise RunError(
                 f"{self.where} says that the account has nothing left (status {status}); the responses are saved: "
-                "top it up and start again"
+                "top it up and rerun the same command"
             ) from None
         if status == 429:
             return self._failed(TOO_MANY)
         if status >= 500:
-            return self._failed(f"the endpoint failed (status {status})")
-        if error.param == "temperature" and self.temperature is not None:
+            return self._failed(f"{SERVER_FAILED} (status {status})")
+        if code == "content_filter":
+            return Reply(failure=FILTERED)
+        if status == 200:  # an error that does not say which
+            return self._failed(ERROR_BODY, most=MOST_BAD_BODIES)
+        if param == "temperature" and self.temperature is not None:
             raise InputError(
                 f"{self.model} takes no temperature {self.temperature:g}: choose a model that does, "
                 "or give the endpoint temperature=None"
             ) from None
-        if code == "content_filter":
-            return Reply(failure=FILTERED)
         reason = f"the endpoint refused the request (status {status})"
         return Reply(failure=reason) if self._has_answered else self._failed(reason)
 
-    def _failed(self, reason: str) -> Reply:
+    def _failed(self, reason: str, *, most: int = MOST_FAILURES) -> Reply:
         self._failures_in_a_row += 1
-        if self._failures_in_a_row >= MOST_FAILURES:
+        if self._failures_in_a_row >= most:
             raise RunError(self._down(reason)) from None
         return Reply(failure=reason)
 
     def _down(self, reason: str) -> str:
         return (
             f"{self.where} gives no answers ({reason}, {self._failures_in_a_row} times in a row); the responses are "
-            "saved: check the address and whether it runs, and start again"
+            "saved: check the address and that the server is running, then rerun the same command"
         )
+
+
+def public_address(url: str) -> str:
+    """A URL without what may be secret in it: what can be recorded and printed.
+
+    >>> public_address("https://me:secret@host:8443/v1?api_key=secret")
+    'https://host:8443/v1'
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that do not close
+        return ""
+    whole = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return "".join(character for character in whole if character.isprintable() and not character.isspace())
 
 
 class Pace:
@@ -295,25 +365,118 @@ class Pace:
         return start - now
 
 
+class _EndlessStreamError(Exception):
+    """An event stream that was still open after the timeout."""
+
+
+class _NotJSONError(Exception):
+    """A body that is not JSON; says what it seems to be instead."""
+
+
+class _Part(BaseModel):
+    type: str = "text"
+    text: str = ""
+
+
 class _Message(BaseModel):
-    content: str | None = None
+    content: str | list[str | _Part] | None = None
+    refusal: Any = None
+
+    @property
+    def text(self) -> str:
+        """What the model said, without the parts that hold its reasoning or a picture; nothing if that is blank."""
+        parts = [self.content] if isinstance(self.content, str) else self.content or []
+        said = (part if isinstance(part, str) else part.text for part in parts if _is_text(part))
+        text = "".join(said)
+        return text if text.strip() else ""
 
 
 class _Choice(BaseModel):
     message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    finish_reason: Any = None
 
 
 class _Completion(BaseModel):
     """The part of a chat completion that is read."""
 
     choices: list[_Choice]
-    usage: _Usage | None = None
+    usage: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fault:
+    """An error in a body: the HTTP status that it stands for, 200 if it does not say, and its code."""
+
+    status: int
+    code: str
+
+
+# Names of errors as OpenAI's API has them, for gateways that put them into a body with status 200.
+_STATUS_OF = {"invalid_api_key": 401, "insufficient_quota": 402, "model_not_found": 404, "rate_limit_exceeded": 429}
+
+
+def _parse(body: bytes) -> Any:
+    """The JSON of a body, with or without a byte-order mark or the `[DONE]` that ends an event stream.
+
+    Raises:
+        _NotJSONError: If it is anything else.
+    """
+    try:
+        text = body.decode(json.detect_encoding(body)).lstrip("\ufeff").strip()
+    except UnicodeDecodeError:
+        raise _NotJSONError(BROKEN_BODY) from None
+    if not text:
+        raise _NotJSONError(EMPTY_BODY)
+    if text.startswith("<"):
+        raise _NotJSONError(WEB_PAGE)
+    if re.match(r"(data|event|id|retry)?:", text):
+        raise _NotJSONError(EVENT_STREAM)
+    try:
+        content, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):  # the latter on lists in lists without end
+        raise _NotJSONError(BROKEN_BODY) from None
+    if not re.fullmatch(r"\s*((data:\s*)?\[DONE\])?", text[end:]):
+        raise _NotJSONError(BROKEN_BODY)
+    return content
+
+
+def _error_in(content: Any) -> _Fault | None:
+    """The error that a body holds instead of a completion, or in its first choice beside a part of a reply."""
+    if not isinstance(content, dict):
+        return None
+    choices = content.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    error = content.get("error") or choice.get("error")
+    if not error:
+        if content.get("object") != "error" and choice.get("finish_reason") != "error":
+            return None
+        error = content
+    code = str(error.get("code") or error.get("type") or "") if isinstance(error, dict) else ""
+    status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else _STATUS_OF.get(code, 200)
+    return _Fault(status=status, code=code)
+
+
+def _may_pass(failure: str | None) -> bool:
+    """Whether a body was bad for a reason that the next try may not meet."""
+    passing = (TOO_MANY, ERROR_BODY, EMPTY_BODY, BROKEN_BODY)
+    return failure is not None and (failure in passing or failure.startswith(SERVER_FAILED))
+
+
+def _is_text(part: str | _Part) -> bool:
+    return isinstance(part, str) or part.type in ("text", "output_text")
+
+
+def _as_count(value: Any) -> int | None:
+    """A number of tokens, also where it is spelt `7.0` or `"7"`; None if it is no such number.
+
+    >>> [_as_count(value) for value in (7, 7.0, "7", 7.5, -1, None, True)]
+    [7, 7, 7, None, None, None, None]
+    """
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_TOKENS:
+        return None
+    return int(value) if value == int(value) else None
 
 
 def _run(work: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:

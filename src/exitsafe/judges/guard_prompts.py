@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from exitsafe.errors import ModelError
+from exitsafe.vlm.templates import FIXED_DATE, render
 
 _ROLES = ("user", "assistant")
 # a model may take any line break and any indent for the start of a turn
@@ -41,7 +42,7 @@ def render_answer(tokenizer: Any, prompt: str, answer: str, *, labels: Sequence[
     takes_parts = re.search(r"""['"]type['"]""", template) is not None
     contents = [[{"type": "text", "text": text}] if takes_parts else text for text in texts]
     messages = [{"role": role, "content": content} for role, content in zip(_ROLES, contents, strict=True)]
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = render(tokenizer, messages, today=FIXED_DATE)
     if any(text.strip() not in rendered for text in texts):
         raise ModelError("the judge model's chat template leaves out the request or the answer: choose another model")
     return rendered

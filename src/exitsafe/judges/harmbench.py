@@ -13,7 +13,7 @@ from typing import Any
 
 from exitsafe.errors import ModelError
 from exitsafe.judges.guard_prompts import token_markers, without_markers
-from exitsafe.judges.local_model import TOO_LONG, UNREADABLE, JudgeModel, greedy_replies
+from exitsafe.judges.local_model import JudgeModel, greedy_replies, why_unread
 from exitsafe.records import Response, Sample, Verdict
 
 DEFAULT_MODEL = "cais/HarmBench-Mistral-7b-val-cls"
@@ -142,7 +142,7 @@ class HarmBench:
 
     def _verdict(self, response: Response, reply: str | None) -> Verdict:
         word = "" if reply is None else read_reply(reply)
-        reason = TOO_LONG if reply is None else UNREADABLE
+        reason = why_unread(reply)
         return Verdict(
             sample_id=response.sample_id,
             exit_layer=response.exit_layer,

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from exitsafe.judges.guard_prompts import render_answer
-from exitsafe.judges.local_model import TOO_LONG, UNREADABLE, JudgeModel, greedy_replies
+from exitsafe.judges.local_model import JudgeModel, greedy_replies, why_unread
 from exitsafe.records import Response, Sample, Verdict
 
 DEFAULT_MODEL = "meta-llama/Llama-Guard-3-8B"
@@ -77,7 +77,7 @@ class LlamaGuard:
 
     def _verdict(self, response: Response, reply: str | None) -> Verdict:
         label = "" if reply is None else read_reply(reply)
-        reason = TOO_LONG if reply is None else UNREADABLE
+        reason = why_unread(reply)
         return Verdict(
             sample_id=response.sample_id,
             exit_layer=response.exit_layer,

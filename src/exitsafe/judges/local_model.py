@@ -31,17 +31,20 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
 )
 from transformers.utils.hub import cached_file
 
 from exitsafe.errors import ModelError
 from exitsafe.judges.batching import in_batches
-from exitsafe.vlm.load import hash_files
+from exitsafe.vlm.load import check_no_adapter, hash_files
 from exitsafe.vlm.memory import release_memory
 from exitsafe.vlm.processes import own_device
 
 TOO_LONG = "the prompt is longer than the judge's context"
 UNREADABLE = "the reply is not in the judge's format"
+NOT_FINITE = "the model returned no number"
 
 Result = TypeVar("Result")
 # Of whichever HTTP library the Hub's client rests on: a proxy that refuses raises no error of the Hub's own.
@@ -148,6 +151,7 @@ def load_judge_model(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(model, **source)
+        check_no_adapter(model, revision=revision)
         auto_class = auto_class or _generating_class(config)
         loaded = auto_class.from_pretrained(
             model, config=_readable(config), dtype=dtype, use_safetensors=True, **source
@@ -184,7 +188,8 @@ def greedy_replies(
     batch_size: int,
     add_special_tokens: bool = False,
 ) -> list[str | None]:
-    """The most likely reply to each rendered prompt, in order; None where the prompt exceeds the model's context.
+    """The most likely reply to each rendered prompt, in order; None where the prompt exceeds the model's context, and
+    `NOT_FINITE`, which is in no judge's format, where the model's numbers are: no verdict is made of NaN.
 
     Args:
         model: A generating model.
@@ -210,15 +215,38 @@ def greedy_replies(
 
     def reply(batch: Sequence[list[int]]) -> list[str]:
         input_ids, attention_mask = pad_rows(batch, pad_id, side="left")
+        checked = _FiniteLogits()
         with torch.inference_mode():
             tokens = model.generate(
-                input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                logits_processor=LogitsProcessorList([checked]),
             )
         replies: list[str] = tokenizer.batch_decode(tokens[:, input_ids.shape[1] :], skip_special_tokens=True)
-        return replies
+        return [text if fine else NOT_FINITE for text, fine in zip(replies, checked.are_finite(), strict=True)]
 
     found = iter(longest_first(reply, [row for row, fit in zip(rows, fits, strict=True) if fit], batch_size=batch_size))
     return [next(found) if fit else None for fit in fits]
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Remembers which rows of a batch had logits that make no distribution; changes none."""
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._steps.append(scores.amax(dim=-1).isfinite())  # (B,)
+        return scores
+
+    def are_finite(self) -> list[bool]:
+        found: list[bool] = torch.stack(self._steps).all(dim=0).tolist()
+        return found
+
+
+def why_unread(reply: str | None) -> str:
+    """Why a reply of `greedy_replies` holds no verdict."""
+    return TOO_LONG if reply is None else NOT_FINITE if reply == NOT_FINITE else UNREADABLE
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from exitsafe.errors import InputError, RunError
-from exitsafe.judges.endpoint import MOST_FAILURES, Pace
+from exitsafe.judges.endpoint import MOST_FAILURES, Pace, public_address
 from exitsafe.records import Response, Sample, Verdict
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 URL = "https://commentanalyzer.googleapis.com"
 LAST_DAY = date(2026, 12, 31)
+UNREADABLE = "Perspective's answer is not in its format"
 LONGEST_WAIT = 60.0  # seconds; a `Retry-After` beyond it is not worth waiting for
 
 
@@ -67,7 +68,7 @@ class Perspective:
             RunError: If the service has closed.
         """
         _check()
-        return {"endpoint": self.base_url, "attribute": "TOXICITY", "language": "en"}
+        return {"endpoint": public_address(self.base_url), "attribute": "TOXICITY", "language": "en"}
 
     def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
         judged = [response for sample, response in zip(samples, responses, strict=True) if sample.kind == "harmful"]
@@ -91,16 +92,18 @@ class Perspective:
         if not sent.strip():
             return "Perspective takes no empty text"
         answer = self._post(client, sent)
-        if isinstance(answer, str):
+        found = answer if isinstance(answer, str) else _read(answer)
+        # a refused text is about that text; no answer, or one with status 200 that is something else, is about them all
+        if isinstance(answer, str) or found == UNREADABLE:
             self._failures_in_a_row += 1
             if self._failures_in_a_row >= MOST_FAILURES:
                 raise RunError(
-                    f"{answer}, {MOST_FAILURES} times in a row; the responses are saved: start again later, or use the "
-                    "judge toxicity"
+                    f"{found}, {MOST_FAILURES} times in a row; the responses are saved: rerun the same command later, "
+                    "or use the judge toxicity"
                 )
-            return answer
-        self._failures_in_a_row = 0
-        return _read(answer)
+        else:
+            self._failures_in_a_row = 0
+        return found
 
     def _post(self, client: httpx2.Client, text: str) -> httpx2.Response | str:
         """The answer to one text, or why there is none after all tries."""
@@ -177,7 +180,7 @@ def _read(answer: httpx2.Response) -> float | str:
     try:
         return _Analysis.model_validate_json(answer.content).attributes.toxicity.summary.value
     except ValidationError:
-        return "Perspective's answer is not in its format"
+        return UNREADABLE
 
 
 def _check() -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exitsafe.judges.guard_prompts import render_answer
-from exitsafe.judges.local_model import TOO_LONG, UNREADABLE, JudgeModel, greedy_replies
+from exitsafe.judges.local_model import JudgeModel, greedy_replies, why_unread
 from exitsafe.records import Response, Sample, Verdict
 
 DEFAULT_MODEL = "Qwen/Qwen3Guard-Gen-0.6B"
@@ -91,7 +91,7 @@ class Qwen3Guard:
 
     def _verdicts(self, sample: Sample, response: Response, reply: str | None) -> list[Verdict]:
         word = Assessment() if reply is None else read_reply(reply)
-        reason = TOO_LONG if reply is None else UNREADABLE
+        reason = why_unread(reply)
         found: dict[str, tuple[str, float | None]] = {"refusal": word.refusal_verdict()}
         if sample.kind == "harmful":
             found = {"asr": word.safety_verdict({"Unsafe"})} | found

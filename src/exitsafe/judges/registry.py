@@ -114,6 +114,8 @@ _SUFFIX = {"none": "", "optional": "[:MODEL]", "required": ":MODEL"}
 JUDGE_NAMES = tuple(name + _SUFFIX[entry.argument] for name, entry in _JUDGES.items())
 FREE_JUDGES = (VQAAccuracy.name, Coherence.name)
 DEFAULT_JUDGE = "qwen3guard"
+SECOND_JUDGE = "harmbench"
+"""For what the default judge was the reward of: another family of models, not gated, in close agreement with people."""
 
 
 def load_judges(names: Sequence[str], *, options: JudgeOptions | None = None) -> list[Judge]:

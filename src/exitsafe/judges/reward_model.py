@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from exitsafe.errors import ModelError
 from exitsafe.judges.guard_prompts import token_markers, without_markers
 from exitsafe.judges.local_model import (
+    NOT_FINITE,
     TOO_LONG,
     JudgeModel,
     context_length,
@@ -31,6 +32,7 @@ from exitsafe.judges.local_model import (
     without_surrogates,
 )
 from exitsafe.records import Response, Sample, Verdict
+from exitsafe.vlm.templates import FIXED_DATE, render
 
 Format = Callable[[Any, str, str], list[int]]
 """Token ids of (tokenizer, prompt, answer)."""
@@ -65,7 +67,7 @@ def chat(tokenizer: Any, prompt: str, text: str) -> list[int]:
         {"role": "user", "content": without_markers(prompt, marks)},
         {"role": "assistant", "content": without_markers(text, marks)},
     ]
-    written = tokenizer.apply_chat_template(turns, tokenize=False)
+    written = render(tokenizer, turns, today=FIXED_DATE, add_generation_prompt=False)
     return encode(tokenizer, [written], add_special_tokens=False)[0]  # the template has written what opens a text
 
 
@@ -182,7 +184,7 @@ class RewardModel:
         return longest_first(score, rows, batch_size=self.batch_size)
 
     def _verdict(self, response: Response, score: float | None) -> Verdict:
-        reason = TOO_LONG if score is None else None if math.isfinite(score) else "the model returned no number"
+        reason = TOO_LONG if score is None else None if math.isfinite(score) else NOT_FINITE
         return Verdict(
             sample_id=response.sample_id,
             exit_layer=response.exit_layer,

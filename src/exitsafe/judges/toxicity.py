@@ -18,7 +18,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from exitsafe.errors import ModelError
-from exitsafe.judges.local_model import JudgeModel, longest_first, pad_rows, pad_token_id, without_surrogates
+from exitsafe.judges.local_model import (
+    NOT_FINITE,
+    JudgeModel,
+    longest_first,
+    pad_rows,
+    pad_token_id,
+    without_surrogates,
+)
 from exitsafe.records import Response, Sample, Verdict
 
 MODEL = "unitary/unbiased-toxic-roberta"
@@ -119,7 +126,7 @@ class Toxicity:
             measure="toxicity",
             label="" if len(scores) == 1 else f"worst of {len(scores)} windows",
             score=max(scores) if is_number else None,
-            unscored=None if is_number else "the model returned no number",
+            unscored=None if is_number else NOT_FINITE,
         )
 
 

@@ -19,6 +19,7 @@ from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.policy import Policy, pack_size
 from exitsafe.lppo.reward import shaped_rewards
 from exitsafe.vlm import VLM, Row, sibling_groups
+from exitsafe.vlm.finite import check_finite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,6 +92,9 @@ def measure(policy: Policy, batch: Batch, team: Team = ALONE) -> Measured:
     """Evaluate policy and reference, in the microbatches that the update will use, each row at its exit layer.
 
     Every process evaluates its share and learns of all: what follows is computed by each of them, over the whole batch.
+
+    Raises:
+        ModelError: If a number is NaN or infinite.
     """
     shape = (len(batch.rows), max(len(response) for response in batch.responses))
     seen = torch.zeros(5, *shape, device=policy.vlm.device)
@@ -112,6 +116,9 @@ def measure(policy: Policy, batch: Batch, team: Team = ALONE) -> Measured:
         mask[microbatch, :width] = now.mask.float()
     logprobs, ref_logprobs, values, entropy, mask = team.sum(seen)  # of zeros and one process's number: exact
     mask = mask.bool()
+    named = {"log-probabilities": logprobs, "the reference's log-probabilities": ref_logprobs, "values": values}
+    for what, numbers in named.items():  # the same in every process, so that all stop
+        check_finite(numbers, batch.rows, what=what, dtype=policy.vlm.base_model.dtype)
     return Measured(mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, entropy=entropy)
 
 

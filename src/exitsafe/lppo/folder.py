@@ -25,7 +25,7 @@ from typing import Any
 from exitsafe.errors import RunError
 from exitsafe.lppo.config import SIZES, LPPOConfig
 from exitsafe.records import Sample
-from exitsafe.runs.files import locked, write_whole, writing
+from exitsafe.runs.files import locked, refuse_link, write_whole, writing
 from exitsafe.runs.fingerprint import data_fingerprint, differences, model_fingerprint, sample_info
 from exitsafe.vlm import VLM
 
@@ -121,6 +121,7 @@ class TrainingFolder:
         if not self.is_writer:
             return
         file = self.path / name
+        refuse_link(file)
         with writing(file), file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -147,6 +148,7 @@ def run_settings(
         "method": method,
         "model": model_fingerprint(vlm),
         "data": data_fingerprint([sample_info(sample) for sample in samples]),
+        "prompts": vlm.read_ahead(samples, max_new_tokens=config.max_new_tokens).settings,
         "trained_exits": list(exit_layers),
         "config": constants,
     }

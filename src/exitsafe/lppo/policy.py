@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, ModelError
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.quantized import check_quantized, let_gradients_pass
 from exitsafe.lppo.recompute import recomputed_blocks
@@ -120,9 +120,23 @@ class Policy:
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over what `weights` gave."""
+        """Take over what `weights` gave.
+
+        Raises:
+            ModelError: If they are not the weights of this adapter, each in its shape.
+        """
+        own = self.weights()
+        if strange := sorted(
+            name
+            for name in own.keys() | weights.keys()
+            if name not in own or name not in weights or own[name].shape != weights[name].shape
+        ):
+            raise ModelError(
+                f"{len(strange)} weights of the checkpoint are not those of this adapter ({strange[0]}, ...): train "
+                "into a new folder"
+            )
         with torch.no_grad():
-            for name, weight in self.weights().items():
+            for name, weight in own.items():
                 weight.copy_(weights[name])
 
     def save(self, folder: Path) -> None:
@@ -141,6 +155,11 @@ def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
     """Raise InputError if the model carries an adapter already, or cannot be trained in the way that is asked."""
     if isinstance(vlm.model, PeftModel):
         raise InputError(f"{vlm.name} carries an adapter: merge it, or load the model without, before training")
+    if not vlm.eos_token_ids:
+        raise InputError(
+            f"{vlm.name} has no end-of-sequence token, so no answer could learn to end: set eos_token_id in its "
+            "generation_config.json"
+        )
     check_quantized(vlm.model, name=vlm.name, train=config.train)
     if config.train == "lora":
         return

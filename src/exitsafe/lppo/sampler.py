@@ -6,6 +6,7 @@ step can move a later draw, and a resumed run needs no more than its step number
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ def trained_exits(config: LPPOConfig, *, num_layers: int, default_exit: int) -> 
     # an exit with an adapter of its own costs the default exit nothing
     adds_default = config.include_default and config.adapters == "shared"
     return tuple(sorted({*named, default_exit})) if adds_default else named
+
+
+def warn_of_harmful_only(samples: Sequence[Sample], config: LPPOConfig) -> None:
+    """Warn if all samples are harmful and no mix asks for that: refusing everything is then the best policy."""
+    if config.mix is None and all(sample.kind == "harmful" for sample in samples):
+        warnings.warn(
+            "all training samples are harmful, so the model can learn to refuse everything: add benign, borderline or "
+            "vqa samples, or accept it with mix: {harmful: 1}",
+            stacklevel=3,
+        )
 
 
 def _check_ids(samples: Sequence[Sample]) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, SupportsFloat, cast
 
 from exitsafe.errors import InputError
 from exitsafe.judges import Judge, ModelJudge
-from exitsafe.lppo.judged_reward import JudgedReward
+from exitsafe.judges.refusal_prefix import RefusalPrefix
+from exitsafe.lppo.judged_reward import JudgedReward, needs_helper, refusal_judge
 from exitsafe.lppo.reward import Reward, Score
 from exitsafe.records import KINDS, Kind, Response, Sample
 
@@ -83,19 +85,28 @@ class WeightedSum:
 def as_scorer(reward: Reward | Judge | WeightedSum | None, samples: Sequence[Sample]) -> Scorer:
     """What `align` was given, ready to score.
 
-    None is the built-in reward. A judge speaks first on what it measures, the built-in one on the rest: a judge of
-    harmful answers alone would teach the model to refuse everything.
+    None is the built-in reward. A judge is asked first on what it measures, the built-in reward's own on the rest: a
+    judge of harmful answers alone would teach the model to refuse everything.
 
     Raises:
-        InputError: If no part of a sum scores one of the samples' kinds.
+        InputError: If no part of a sum scores one of the samples' kinds, or a judge is needed that is not available.
     """
-    is_sum = isinstance(reward, WeightedSum)
-    parts = cast(WeightedSum, reward).parts if is_sum else (Part(reward=cast(Reward | Judge | None, reward)),)
+    parts = parts_of(reward)
     covered = {kind for part in parts for kind in part.kinds}
     for kind in KINDS:
         if kind not in covered and any(sample.kind == kind for sample in samples):
             raise InputError(f"no part of the reward scores {kind} samples: add one for them, or leave them out")
-    return Scorer(parts, samples, is_sum=is_sum)
+    return Scorer(parts, samples, is_sum=isinstance(reward, WeightedSum))
+
+
+def parts_of(reward: Reward | Judge | WeightedSum | None) -> tuple[Part, ...]:
+    """The parts of a sum; anything else is one part, for all kinds."""
+    return reward.parts if isinstance(reward, WeightedSum) else (Part(reward=reward),)
+
+
+def need_helper(parts: Sequence[Part]) -> bool:
+    """Whether parts need the built-in reward's own judge, besides those that they name."""
+    return any(_is_judged(part) and needs_helper(cast(Judge | None, part.reward), part.kinds) for part in parts)
 
 
 class Scorer:
@@ -109,7 +120,8 @@ class Scorer:
         self.parts = parts
         self.calibration: list[tuple[float, float]] = [(0.0, 1.0) for _ in parts]
         self._is_sum = is_sum
-        self._rewards = [_make_reward(part.reward, samples) for part in parts]
+        helper = _helper(parts, samples)
+        self._rewards = [_make_reward(part, samples, helper) for part in parts]
         self.name = "+".join(dict.fromkeys(name for reward in self._rewards for name in reward.name.split("+")))
         telling = [part.kinds for part, reward in zip(parts, self._rewards, strict=True) if reward.gives_costs]
         self.gives_costs = all(any(sample.kind in kinds for kinds in telling) for sample in samples)
@@ -123,6 +135,11 @@ class Scorer:
         return list(found.values())
 
     @property
+    def unscored(self) -> Counter[str]:
+        """How often each reason left an answer without a score, in this process and since it started."""
+        return sum((reward.unscored for reward in self._rewards), Counter())
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides the scores, as JSON: the name, a sum's weights, and what the judges' models are."""
         found: dict[str, Any] = {"reward": self.name}
@@ -130,6 +147,17 @@ class Scorer:
             found["reward_parts"] = {part.label: part.weight for part in self.parts}
         models = {judge.name: judge.settings for judge in self.judges if isinstance(judge, ModelJudge)}
         return found | ({"reward_models": models} if models else {})
+
+    def warn_of_proxies(self) -> None:
+        """Say, before anything is trained, which judges of the reward read no meaning."""
+        for judge in self.judges:
+            if _is_proxy(judge):
+                warnings.warn(
+                    f"the reward {judge.name} is a proxy that reads no meaning, and training optimises a proxy, not "
+                    "safety: prefer a guard model, such as --reward qwen3guard (in Python: reward=...), and evaluate "
+                    "with another judge",
+                    stacklevel=3,
+                )
 
     def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Score]:
         """Scores by the calibration as it is."""
@@ -207,12 +235,28 @@ def part_means(scores: Sequence[Score]) -> dict[str, float]:
     return {label: statistics.fmean(score.parts[label] for score in scores if label in score.parts) for label in labels}
 
 
-def _make_reward(reward: Reward | Judge | None, samples: Sequence[Sample]) -> JudgedReward | _CheckedCallable:
-    if reward is None:
-        return JudgedReward(samples)
-    if hasattr(reward, "measures"):
-        return JudgedReward(samples, first=cast(Judge, reward))
-    return _CheckedCallable(reward)
+def _make_reward(part: Part, samples: Sequence[Sample], helper: Judge | None) -> JudgedReward | _CheckedCallable:
+    if not _is_judged(part):
+        return _CheckedCallable(cast(Reward, part.reward))
+    judge = cast(Judge | None, part.reward)
+    return JudgedReward(samples, first=judge, helper=helper if needs_helper(judge, part.kinds) else None)
+
+
+def _helper(parts: Sequence[Part], samples: Sequence[Sample]) -> Judge | None:
+    """The judge that parts without one of their own, or with one that measures too little, share; None if none does."""
+    if not need_helper(parts):
+        return None
+    helper = refusal_judge(samples)
+    given = [cast(Judge, part.reward) for part in parts if part.reward is not None and _is_judged(part)]
+    return next((judge for judge in given if judge.name == helper.name), helper)  # one copy of its weights
+
+
+def _is_proxy(judge: Judge) -> bool:
+    return judge.name == RefusalPrefix.name
+
+
+def _is_judged(part: Part) -> bool:
+    return part.reward is None or hasattr(part.reward, "measures")
 
 
 def _name(reward: Reward | Judge) -> str:
@@ -235,13 +279,39 @@ class _CheckedCallable:
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
         self.name = _name(reward)
+        self.unscored: Counter[str] = Counter()
 
     def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Score]:
-        values = [float(value) for value in self.reward(samples, responses)]
+        returned: object = self.reward(samples, responses)
+        try:
+            found = list(cast(Iterable[object], returned))
+            if isinstance(returned, str | bytes):
+                raise TypeError
+        except TypeError as error:  # tensors of no dimension too
+            raise InputError(
+                f"reward {self.name} returned a {type(returned).__name__}: return a list with one number per response, "
+                "or NaN for unscored"
+            ) from error
+        values = [self._number(value) for value in found]
         if len(values) != len(responses):
             raise InputError(
                 f"reward {self.name} returned {len(values)} scores for {len(responses)} responses: return one each"
             )
-        if any(math.isinf(value) for value in values):
-            raise InputError(f"reward {self.name} returned an infinite score: return numbers, or NaN for unscored")
+        if missing := sum(map(math.isnan, values)):
+            self.unscored[f"{self.name}: the reward returned NaN"] += missing
         return [Score(value=None if math.isnan(value) else value) for value in values]
+
+    def _number(self, value: object) -> float:
+        """Python's, numpy's and torch's numbers; text that spells one is a mistake."""
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError
+            number = float(cast(SupportsFloat, value))
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several numbers
+            raise InputError(
+                f"reward {self.name} returned a {type(value).__name__} as a score: return one number per response, or "
+                "NaN for unscored"
+            ) from error
+        if math.isinf(number):
+            raise InputError(f"reward {self.name} returned an infinite score: return numbers, or NaN for unscored")
+        return number

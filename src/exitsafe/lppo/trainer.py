@@ -7,6 +7,7 @@ is left here is their order, and what must survive an interrupt.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 
 from exitsafe.errors import RunError
 from exitsafe.judges import Judge
+from exitsafe.judges.asking import list_reasons
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.constraints import Constraints, check_constraints, every_pair
@@ -34,13 +36,14 @@ from exitsafe.lppo.per_layer import train_each
 from exitsafe.lppo.policy import Policy, attached_policy, check_precision, check_trainable
 from exitsafe.lppo.reward import Reward, Score, final_scores
 from exitsafe.lppo.rollout import Trajectory, rollout
-from exitsafe.lppo.sampler import Schedule, draw_schedule, trained_exits
+from exitsafe.lppo.sampler import Schedule, draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.scorer import Scorer, WeightedSum, as_scorer, part_means
 from exitsafe.lppo.sharding import check_launch, shard
 from exitsafe.lppo.trackers import Track, check_trackers, tracking
 from exitsafe.lppo.update import Learner
 from exitsafe.lppo.watch import Watch, Watcher
 from exitsafe.records import Progress, Sample
+from exitsafe.runs.fingerprint import pin_today
 from exitsafe.vlm import VLM
 from exitsafe.vlm.peak import Gauge
 
@@ -72,7 +75,8 @@ def align(
         vlm: The model; it must not carry an adapter.
         samples: What to train on, of all the kinds that should keep or change their behaviour.
         reward: A callable `(samples, responses) -> list[float]` (NaN: unscored), a judge, or None for the built-in
-            reward, which scores refusing the harmful and answering the rest; or a weighted sum of these.
+            reward, which scores refusing the harmful and answering the rest by the guard model `qwen3guard` (the
+            organism by its world's rule); or a weighted sum of these.
         config: All constants.
         watch: Looks at held-out samples by a judge that is not the reward: the best look's weights become the adapter.
         track: Trackers that get each step's numbers beside metrics.jsonl: "tensorboard", "trackio", "wandb".
@@ -83,8 +87,9 @@ def align(
         The PEFT adapter's folder, `out/adapter`; with an adapter per exit, one that holds their folders.
 
     Raises:
-        InputError: If samples, settings or the reward's scores cannot be used, the watch's judge is the reward, or the
-            processes were started in a way that is not supported.
+        InputError: If samples, settings or the reward's scores cannot be used, a prompt leaves no room for an answer,
+            the reward's judge is not available, the watch's judge is the reward, or the processes were started in a way
+            that is not supported.
         RunError: If `out` holds another run, no answer of a step could be scored, or another process has failed.
         KeyboardInterrupt: On SIGINT or SIGTERM, when the step under way is done and saved; a second one does not wait.
     """
@@ -99,6 +104,7 @@ def align(
     scorer = as_scorer(reward, samples)
     check_constraints(config, samples, exit_layers, reward=scorer.name, gives_costs=scorer.gives_costs)
     layers = LayerSampler(exit_layers, default_exit=vlm.default_exit, config=config)
+    pin_today(vlm, out)
     settings, sizes = run_settings("lppo", vlm, samples, exit_layers, config)
     settings |= scorer.settings
     watcher = None
@@ -114,6 +120,9 @@ def align(
         folder = TrainingFolder.open(Path(out), settings, sizes, is_writer=team.is_first)
     if folder.is_finished:
         return folder.adapter
+    if team.is_first:
+        scorer.warn_of_proxies()
+        warn_of_harmful_only(samples, config)
     with noted_signals() as stop, folder.locked(), attached_policy(vlm, config) as policy:
         team.take_first(list(policy.weights().values()))
         if team.is_sharded:
@@ -132,6 +141,13 @@ def align(
             first_step = _resume(run, watcher, folder)
         with tracking(track, folder.path, first_step=first_step) as log:
             num_steps = _train(run, watcher, folder, first_step, gauge=gauge, stop=stop, log=log, progress=progress)
+        if reasons := scorer.unscored:
+            warnings.warn(
+                f"the reward could not score every answer, and nothing was learnt from those that it left out: "
+                f"{list_reasons(reasons)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         result = {"steps": num_steps, "adapter_step": num_steps, "why": "the last step"}
         if watcher is not None:
             result = watcher.result(num_steps)
@@ -261,7 +277,10 @@ class _Run:
         scores = self._scores(answers)
         places = [place for place, score in enumerate(scores) if score.value is not None]
         if not places:
-            raise RunError(f"step {step}: none of {len(answers)} answers could be scored; check the reward, then go on")
+            raise RunError(
+                f"step {step}: none of {len(answers)} answers could be scored ({list_reasons(self.scorer.unscored)}); "
+                "check the reward, then rerun the same command to resume"
+            )
         answers, scores = [answers[place] for place in places], [scores[place] for place in places]
         faults = find_faults([a.sample for a in answers], [a.response for a in answers], config=config)
         final = final_scores(

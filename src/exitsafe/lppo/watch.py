@@ -135,7 +135,7 @@ class Watcher:
             seed=config.seed,
             batch_size=config.rollout_batch_size,  # what runs side by side must not depend on free memory
         )
-        self._answering.check(watch.samples, exit_layer=self.exit_layers[0])
+        self._prompts = self._answering.check(watch.samples, exit_layer=self.exit_layers[0])
         _check_apart(watch.samples, trained_on)
 
     @property
@@ -144,6 +144,7 @@ class Watcher:
         return {
             "judge": judge_settings(self._judges[0]),
             "data": data_fingerprint([sample_info(sample) for sample in self.watch.samples]),
+            "prompts": self._prompts.settings,
             "every": self.watch.every,
             "patience": self.watch.patience,
             "max_kl": self.watch.max_kl,

@@ -41,9 +41,16 @@ def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
         sync_folder(path.parent)
 
 
+def refuse_link(path: Path) -> None:
+    """Raise RunError for a symbolic link, through which a run from elsewhere would make us write to any file."""
+    if path.is_symlink():
+        raise RunError(f"{path} is a symbolic link, and is not written through: replace it with what it points to")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file; whoever else wants it meanwhile gets a RunError."""
+    refuse_link(path)
     with writing(path):
         file = path.open("ab")
     with file:

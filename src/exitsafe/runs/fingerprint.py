@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from exitsafe.data.images import open_image
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
 from exitsafe.runs.tables import SampleInfo
@@ -61,6 +64,25 @@ def model_fingerprint(vlm: VLM) -> dict[str, Any]:
         "device": vlm.device.type,
         "processor": _processor(vlm.processor),
     }
+
+
+def pin_today(vlm: VLM, folder: str | Path) -> None:
+    """Tell the chat template of a run that is resumed the date that the run began with: its prompts stay the same.
+
+    Args:
+        vlm: Whose date is set, if the folder holds a run that has one.
+        folder: Of an audit or a training.
+    """
+    with suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # a folder that cannot be used is refused when it is opened
+        vlm.today = today_of(json.loads((Path(folder) / "run.json").read_bytes())["settings"]) or vlm.today
+
+
+def today_of(settings: Settings) -> str | None:
+    """The date in a run's prompts; None where their chat template writes none."""
+    today = settings.get("prompts", {}).get("today")
+    return None if today is None else date.fromisoformat(today).isoformat()
 
 
 def sample_info(sample: Sample) -> SampleInfo:
@@ -131,13 +153,12 @@ def _processor(processor: Any) -> dict[str, Any] | None:
 
 
 def _image_digest(image: Image.Image | Path | bytes, sample_id: str) -> str:
-    """Of the encoded bytes where there are any, else of mode, size, palette and pixels."""
+    """Of the encoded bytes where there are any, else of the pixels as a model sees them."""
+    if isinstance(image, Image.Image):
+        seen = open_image(image, sample_id)  # an opened file is decoded here
+        return hashlib.sha256(f"{seen.mode} {seen.size}".encode() + seen.tobytes()).hexdigest()
     try:
-        if isinstance(image, Image.Image):
-            shape = f"{image.mode} {image.size}".encode()
-            content = shape + image.tobytes() + bytes(image.getpalette() or ())  # an opened file is decoded here
-        else:
-            content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
     except OSError as error:
         raise InputError(f"sample {sample_id}: image {image!s} cannot be read ({error.strerror or error})") from error
     return hashlib.sha256(content).hexdigest()

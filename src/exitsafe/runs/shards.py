@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from exitsafe.records import Response, Verdict
-from exitsafe.runs.files import PRIVATE, lock, sync_folder, writing
+from exitsafe.runs.files import PRIVATE, lock, refuse_link, sync_folder, writing
 
 Row = tuple[str, int]
 """A response's key: sample id and exit layer."""
@@ -54,6 +54,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, *, process: int = 0) -> None:
         self.path = folder / f"{process:05d}.jsonl"
+        for place in (folder, self.path):
+            refuse_link(place)
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, PRIVATE)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from exitsafe.errors import ModelError
 from exitsafe.slim.merging import base_weights, merged_weights
@@ -47,6 +48,16 @@ def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> 
     slim.tie_weights()
     slim.generation_config = copy.deepcopy(model.generation_config)
     return slim
+
+
+def name_as_on_the_hub(model: Any) -> None:
+    """Let `save_pretrained` write the tensor names of the Hub's checkpoints of this architecture.
+
+    Every transformers version and other engines read those (`vision_tower.vision_model.embeddings...`). A model that
+    was not made by `from_pretrained` would be saved with only part of the reverse renaming: transformers leaves out
+    prefixes that its own module tree no longer has.
+    """
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
 
 def check_can_be_cut(vlm: VLM) -> None:

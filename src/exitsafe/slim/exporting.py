@@ -7,7 +7,8 @@ appears under the folder's name before all of it went well.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,12 +28,14 @@ from exitsafe.records import Progress
 from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.files import PUBLIC, write_whole, writing
 from exitsafe.slim.audited import audit_record, check_is_of
-from exitsafe.slim.checkpoint import check_can_be_cut, cut, dropped_blocks
+from exitsafe.slim.checkpoint import check_can_be_cut, cut, dropped_blocks, name_as_on_the_hub
 from exitsafe.slim.folder import check_empty, whole_folder
 from exitsafe.slim.manifest import ADAPTER, CARD, Base, write_manifest
 from exitsafe.slim.merging import base_weights
 from exitsafe.slim.model_card import is_hub_id, license_of, public_name, write_card
-from exitsafe.slim.probe import latencies_of, logits_of, probe_inputs
+from exitsafe.slim.probe import Latency, encoders_ms, language_model_ms, logits_of, probe_inputs
+from exitsafe.vlm.adapters import load_adapter
+from exitsafe.vlm.finite import not_finite
 
 if TYPE_CHECKING:
     from exitsafe.vlm import VLM
@@ -95,10 +98,12 @@ def export(
         inputs = probe_inputs(vlm, exit_layer=exit_layer)
         with vlm.exit_at(exit_layer, skip_global=skip_global):
             wanted = logits_of(vlm.model, inputs)
+            if not wanted.isfinite().all():
+                raise not_finite("logits", exit_layer=exit_layer, dtype=vlm.base_model.dtype)
             # what the checkpoint would say if merging had lost the adapter
             lost = _unadapted(vlm, inputs) if acting is not None and not keep_adapter else None
         # a GPU may not hold both models; on a CPU they are timed in turns, which a busy machine disturbs less
-        alone = latencies_of([vlm], inputs) if vlm.device.type != "cpu" else []
+        alone = _encoders_ms([vlm], inputs, is_merged=is_merged) if vlm.device.type != "cpu" else []
         steps.next()
         with writing(out):
             _save(vlm, folder, name=out.resolve().name, exit_layer=exit_layer, skip_global=skip_global, adapter=kept)
@@ -107,7 +112,14 @@ def export(
             slim = _load_again(folder, vlm)
             found = logits_of(slim.model, inputs)
             check = _compare(wanted, found, vlm, exit_layer=exit_layer, is_merged=is_merged, lost=lost)
-            before, after = [*alone, *latencies_of([slim] if alone else [vlm, slim], inputs)]
+            encoders = [*alone, *_encoders_ms([slim] if alone else [vlm, slim], inputs, is_merged=is_merged)]
+            # nothing is cut from the language model: its time is the same before and after
+            language_ms = language_model_ms(slim, inputs)
+        is_cut = bool(dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global))
+        before, after = (
+            Latency(encoder_ms=encoder_ms, prefill_ms=round(encoder_ms + language_ms, 3))
+            for encoder_ms in (encoders if is_cut else encoders[-1:] * 2)
+        )
         steps.next()
         facts = {
             "exit_layer": exit_layer,
@@ -158,6 +170,7 @@ class _Steps:
 
 def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, adapter: str | None) -> None:
     slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=adapter is not None)
+    name_as_on_the_hub(slim)
     slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     if vlm.processor is not None:
         vlm.processor.save_pretrained(folder)
@@ -190,7 +203,10 @@ def _load_again(folder: Path, vlm: VLM) -> VLM:
     whole = vlm.base_model.config
     kernels = {name: getattr(whole, name)._attn_implementation for name in whole.sub_configs}
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        folder, attn_implementation={"": whole._attn_implementation, **kernels}, output_loading_info=True
+        folder,
+        attn_implementation={"": whole._attn_implementation, **kernels},
+        output_loading_info=True,
+        trust_remote_code=False,  # without the argument transformers would ask on the terminal
     )
     model, found = loaded
     if wrong := {kind: names for kind, names in found.items() if names}:
@@ -198,8 +214,17 @@ def _load_again(folder: Path, vlm: VLM) -> VLM:
             f"the exported checkpoint does not load cleanly ({', '.join(wrong)}): nothing was written; please report it"
         )
     if (folder / ADAPTER).is_dir():
-        model = PeftModel.from_pretrained(model, str(folder / ADAPTER))
+        model = load_adapter(model, folder / ADAPTER)
     return VLM(model.to(vlm.device).eval(), None, name=folder.name)
+
+
+def _encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor], *, is_merged: bool) -> list[float]:
+    """Like with like: where the adapter was merged, the whole model is timed without it, as if it were merged too."""
+    with ExitStack() as bare:
+        for model in (vlm.model for vlm in vlms if is_merged and vlm.adapters is None):
+            if isinstance(model, PeftModel):  # adapters per exit leave the encoder alone
+                bare.enter_context(model.disable_adapter())
+        return encoders_ms(vlms, inputs)
 
 
 def _unadapted(vlm: VLM, inputs: Mapping[str, Tensor]) -> Tensor:

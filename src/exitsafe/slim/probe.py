@@ -30,7 +30,7 @@ class Latency:
     encoder_ms: float
     """Pixels to what the language model reads."""
     prefill_ms: float
-    """Pixels and prompt to the first token, the encoder included."""
+    """Pixels and prompt to the first token: the encoder's time and the language model's."""
 
 
 def probe_inputs(vlm: VLM, *, exit_layer: int) -> dict[str, Tensor]:
@@ -66,14 +66,23 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def latencies_of(vlms: Sequence[VLM], inputs: Mapping[str, Tensor]) -> list[Latency]:
-    """How long models on one device take that nothing is skipped in; in turns, so that a busy moment hits all."""
+def encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor]) -> list[float]:
+    """How long the encoders of models on one device take; in turns, so that a busy moment hits all of them."""
     images = {name: inputs[name] for name in vlms[0].family_row.image_inputs}
-    encode = _medians_ms([partial(vlm.family_row.features, vlm.base_model, images) for vlm in vlms], vlms[0].device)
-    prefill = _medians_ms(
-        [partial(vlm.model, **inputs, use_cache=True, logits_to_keep=1) for vlm in vlms], vlms[0].device
-    )
-    return [Latency(encoder_ms=first, prefill_ms=second) for first, second in zip(encode, prefill, strict=True)]
+    return _medians_ms([partial(vlm.family_row.features, vlm.base_model, images) for vlm in vlms], vlms[0].device)
+
+
+@torch.no_grad()
+def language_model_ms(vlm: VLM, inputs: Mapping[str, Tensor]) -> float:
+    """How long the language model takes from image features and prompt to the first token."""
+    family = vlm.family_row
+    features = family.features(vlm.base_model, {name: inputs[name] for name in family.image_inputs})
+    text = {name: tensor for name, tensor in inputs.items() if name not in family.image_inputs}
+
+    def prefill() -> object:
+        return vlm.model(**text, **family.feature_inputs([features]), use_cache=True, logits_to_keep=1)
+
+    return _medians_ms([prefill], vlm.device)[0]
 
 
 def _medians_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:

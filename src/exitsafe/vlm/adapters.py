@@ -3,7 +3,8 @@
     FOLDER/adapter_config.json, adapter_model.safetensors    one adapter for all exits
     FOLDER/layer-03/, FOLDER/layer-08/, ...                  one PEFT folder for each exit that has its own
 
-An exit without an adapter of its own answers with the base model. Knows nothing about how adapters are trained.
+An exit without an adapter of its own answers with the base model. An adapter acts whole or is refused: PEFT itself only
+warns about weights that are missing, and drops those that fit nothing. Knows nothing about how adapters are trained.
 """
 
 from __future__ import annotations
@@ -11,33 +12,43 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from exitsafe.errors import ModelError
+from exitsafe.vlm.memory import is_out_of_memory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ELSEWHERE = ("megatron_config", "adapters", "tokenizer_name_or_path", "prompt_tuning_init_state_dict_path")
+"""Fields by which PEFT imports a module, or loads another adapter, a tokenizer or a pickle."""
 _SWITCHES = ("_active_adapter", "_disable_adapters")
 _LAYER = re.compile(r"layer-(\d+)")
 LINEAR_LAYERS = r".*(?:language_model|text_model)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
+_EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head)\b")
 _OF_LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
 # What all adapters of one model must share; they may differ in rank and scale.
 _SHARED = ("base_model_name_or_path", "peft_type", "target_modules", "modules_to_save")
 
 
-def load_adapters(model: Any, folder: Path, *, num_layers: int) -> tuple[PeftModel, ExitAdapters | None]:
+def load_adapters(model: Any, folder: Path, *, name: str, num_layers: int) -> tuple[PeftModel, ExitAdapters | None]:
     """Put an adapter folder on a model.
 
     Args:
         model: The Hugging Face model.
         folder: From `check_folder`.
+        name: What the user calls the model.
         num_layers: Encoder blocks.
 
     Returns:
@@ -48,18 +59,17 @@ def load_adapters(model: Any, folder: Path, *, num_layers: int) -> tuple[PeftMod
     """
     folders = exit_folders(folder)
     if not folders:
-        return _load(model, folder), None
+        adapted = load_adapter(model, folder)
+        _note_other_model(folder, name)
+        return adapted, None
     if deepest := [found for layer, found in folders.items() if not 1 <= layer <= num_layers]:
-        raise ModelError(f"{deepest[-1]} is of no exit: this encoder has {num_layers} blocks")
+        raise ModelError(f"{deepest[-1]} belongs to no exit: this encoder has {num_layers} blocks")
     _check_alike(folders)
     by_exit = {layer: f"layer-{layer:02}" for layer in folders}
-    adapted: PeftModel | None = None
     for layer, found in folders.items():
-        if adapted is None:
-            adapted = _load(model, found, name=by_exit[layer])
-        else:
-            _load_beside(adapted, found, name=by_exit[layer])
-    assert adapted is not None
+        model = load_adapter(model, found, name=by_exit[layer])
+    adapted = model
+    _note_other_model(next(iter(folders.values())), name)
     _check_encoder_untouched(adapted, by_exit, folder)
     if bare := [layer for layer in range(1, num_layers + 1) if layer not in by_exit]:
         exits = "exit" if len(bare) == 1 else "exits"
@@ -134,6 +144,11 @@ def check_folder(folder: Path, *, name: str) -> None:
         for file in (CONFIG, WEIGHTS):
             if not (place / file).is_file():
                 raise ModelError(f"{label} has no {file}: give a PEFT adapter folder saved as safetensors")
+        if named := [field for field in _ELSEWHERE if _config(place).get(field)]:
+            raise ModelError(
+                f"{label}/{CONFIG} makes PEFT load code or weights from elsewhere ({', '.join(named)}): give an "
+                "adapter whose files are all in its folder"
+            )
 
 
 def exit_folders(folder: Path) -> dict[int, Path]:
@@ -142,7 +157,7 @@ def exit_folders(folder: Path) -> dict[int, Path]:
     for place in sorted(folder.iterdir()):
         if (match := _LAYER.fullmatch(place.name)) and place.is_dir():
             if (layer := int(match[1])) in found:
-                raise ModelError(f"{place} and {found[layer].name} are of one exit: keep one")
+                raise ModelError(f"{place} and {found[layer].name} are for the same exit: keep one")
             found[layer] = place
     return dict(sorted(found.items()))
 
@@ -162,24 +177,152 @@ def as_ranges(layers: Iterable[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
-def _load(model: Any, folder: Path, *, name: str = "default") -> PeftModel:
+def load_adapter(model: Any, folder: Path, *, name: str = "default") -> PeftModel:
+    """Put one PEFT folder on a model, or beside the adapters that it has already.
+
+    Args:
+        model: A Hugging Face model, or the PEFT model around one.
+        folder: With config and weights.
+        name: What PEFT is to call the adapter.
+
+    Raises:
+        ModelError: Unless every weight in the file found its place, every place got its weight, and all are finite.
+    """
+    config = _read_config(folder)
     try:
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-    except (RuntimeError, ValueError) as error:
-        raise _misfit(folder) from error
-    except SafetensorError as error:
-        raise _torn(folder, error) from error
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        _check_rank(config, shapes, folder)
+        if not isinstance(model, PeftModel):
+            model = PeftModel(model, config, name)
+        found = model.load_adapter(str(folder), name, torch_device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot load {folder}: {WEIGHTS} is truncated or corrupt ({_first_line(error)}); save or download it again"
+        ) from error
+    except ModelError:
+        raise
+    except Exception as error:  # PEFT believes the file: a wrong value in it may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise _misfit(folder, _reason(error)) from error
+    _check_complete(model, folder, name, in_file=shapes.keys(), missing=found.missing_keys, extra=found.unexpected_keys)
+    _check_numbers(model, folder, name)
+    adapted: PeftModel = model
+    return adapted
 
 
-def _load_beside(adapted: PeftModel, folder: Path, *, name: str) -> None:
+def _read_config(folder: Path) -> PeftConfig:
+    """The config of one adapter, of a kind that can act here.
+
+    Raises:
+        ModelError: If it is damaged, or of another kind.
+    """
+    stored = _config(folder)
+    kind = stored.get("peft_type")
+    if kind not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise ModelError(
+            f"{folder / CONFIG} names the peft_type {kind!r}, which this version of PEFT does not know: upgrade peft, "
+            "or save or download the adapter again"
+        )
+    if stored.get("megatron_config"):  # PEFT would import the module that the file names
+        raise ModelError(f"{folder / CONFIG} is for Megatron layers, which no supported model has: use another adapter")
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        value = stored.get(field, 1)
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if not all(type(number) in (int, float) and isfinite(number) for number in numbers):
+            raise ModelError(f"{folder / CONFIG}: {field} is not a finite number; save or download the adapter again")
     try:
-        missing = adapted.load_adapter(str(folder), adapter_name=name, torch_device="cpu").missing_keys
-    except (RuntimeError, ValueError) as error:
-        raise _misfit(folder) from error
-    except SafetensorError as error:
-        raise _torn(folder, error) from error
-    if missing:
-        raise ModelError(f"{folder} lacks {len(missing)} of the weights that its {CONFIG} names: make it again")
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise ModelError(
+            f"{folder / CONFIG} cannot be read ({_first_line(error)}): save or download the adapter again"
+        ) from error
+    if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
+        raise ModelError(
+            f"{folder} is a {kind} adapter, which changes the prompt or mixes other adapters: give one that changes "
+            "weights, such as LoRA"
+        )
+    config.inference_mode = True
+    return config
+
+
+def _check_rank(config: PeftConfig, shapes: Mapping[str, Sequence[int]], folder: Path) -> None:
+    """PEFT makes room for the rank that the config names before it reads a weight: a wrong one fills the memory."""
+    if not shapes:
+        raise ModelError(f"{folder / WEIGHTS} holds no weights: save or download the adapter again")
+    ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
+    largest = max(max(shape, default=1) for shape in shapes.values())
+    for rank in ranks:
+        if isinstance(rank, int) and rank > largest:
+            raise _misfit(folder, f"{CONFIG} says rank {rank}, and no weight in the file has more than {largest} rows")
+
+
+def _check_complete(
+    model: PeftModel,
+    folder: Path,
+    name: str,
+    *,
+    in_file: Collection[str],
+    missing: Sequence[str],
+    extra: Sequence[str],
+) -> None:
+    """Every place of the adapter got its weight from the file, and every weight of the file found its place."""
+    wanted: Collection[str] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+    # names of older versions of the model are translated while loading, so only then do the two sets differ
+    if not missing and not extra and len(in_file) != len(wanted):
+        missing = sorted(set(wanted) - set(in_file))
+        # PEFT saves enlarged embeddings of the base model too; adapters per exit share one base model
+        may_enlarge = name == "default"
+        extra = sorted(key for key in set(in_file) - set(wanted) if not (may_enlarge and _EMBEDDINGS.search(key)))
+    missing = [key for key in missing if "vblora_vector_bank" not in key]  # kept once for all layers
+    parts = [
+        f"{len(keys)} of {count} {what} ({_first_names(keys, name)})"
+        for keys, count, what in (
+            (missing, len(wanted), "adapter weights are missing from the file"),
+            (extra, len(in_file), "weights in the file match nothing in the model's adapter"),
+        )
+        if keys
+    ]
+    if parts:
+        raise _misfit(folder, "; ".join(parts))
+
+
+def _check_numbers(model: PeftModel, folder: Path, name: str) -> None:
+    """Weights that are not finite are refused; those that change nothing are pointed out."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if broken := [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+        raise ModelError(
+            f"{len(broken)} of {len(weights)} weights of {folder} hold NaN or infinite numbers "
+            f"({_first_names(broken, name)}): use an earlier checkpoint of the training, or train again"
+        )
+    is_lora = all(".lora_" in key for key in weights)
+    if is_lora and not any(tensor.any() for key, tensor in weights.items() if ".lora_A" not in key):
+        warnings.warn(
+            f"adapter {folder} changes nothing: every lora_B weight is zero, as before any training", stacklevel=4
+        )
+
+
+def _note_other_model(folder: Path, name: str) -> None:
+    """Shapes may fit all the same: a fine-tuned sibling, or a copy under another name."""
+    made_for = _config(folder).get("base_model_name_or_path")
+    if isinstance(made_for, str) and _model_name(made_for) not in ("", _model_name(name)):
+        warnings.warn(
+            f"adapter {folder} was made for {made_for}, and the model is {name}: its effect was trained on other "
+            "weights, unless the two are copies of each other",
+            stacklevel=4,
+        )
+
+
+def _model_name(name: str) -> str:
+    """The part of an id or a path that stays when a model is copied.
+
+    >>> [_model_name(name) for name in ("some/Model-7b", "/data/model-7b", "models--some--Model-7b/snapshots/01a")]
+    ['model-7b', 'model-7b', 'model-7b']
+    """
+    if cached := re.search(r"models--([^/\\]+)", name):  # of the Hub's cache, in which folders are named by commit
+        return cached[1].rpartition("--")[2].lower()
+    return Path(name).name.lower()
 
 
 def _check_alike(folders: Mapping[int, Path]) -> None:
@@ -188,7 +331,7 @@ def _check_alike(folders: Mapping[int, Path]) -> None:
     for folder in folders.values():
         config = _config(folder)
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-            raise ModelError(f"{folder} is no LoRA adapter with bias 'none', which one adapter per exit must be")
+            raise ModelError(f"{folder} is not a LoRA adapter with bias 'none': adapters per exit must be of that kind")
         first = first or config
         for name in _SHARED:
             if _plain(config.get(name)) != _plain(first.get(name)):
@@ -211,22 +354,50 @@ def _check_encoder_untouched(adapted: PeftModel, by_exit: Mapping[int, str], fol
             )
 
 
-def _misfit(folder: Path) -> ModelError:
+def _misfit(folder: Path, reason: str) -> ModelError:
     made_for = _config(folder).get("base_model_name_or_path")
-    return ModelError(f"adapter {folder} does not fit this model; it was made for {made_for}")
+    origin = f"; it was made for {made_for}" if made_for else ""
+    return ModelError(
+        f"adapter {folder} does not fit this model: {reason}{origin}; use the adapter's own model, or save or download "
+        "the adapter again"
+    )
 
 
-def _torn(folder: Path, error: SafetensorError) -> ModelError:
-    reason = next(iter(str(error).splitlines()), "")
-    return ModelError(f"cannot load {folder}: a file of weights is torn ({reason}); save or download it again")
+def _reason(error: Exception) -> str:
+    """What PEFT says, in few words."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        return f"the weight {_inner_name(str(error.args[0]))} is missing from the file"
+    if shapes := re.findall(
+        r"size mismatch for (\S+): copying a param with shape (\S+.*?) from.*? is (\S+.*?)\.", text
+    ):
+        key, in_file, in_model = shapes[0]
+        there, wanted = (shape.removeprefix("torch.Size(").removesuffix(")") for shape in (in_file, in_model))
+        return f"{len(shapes)} weights have another shape ({_inner_name(key)}: {there} in the file, {wanted} here)"
+    return _first_line(error)
+
+
+def _first_names(keys: Sequence[str], name: str, limit: int = 3) -> str:
+    names = [_inner_name(key).replace(f".{name}.", ".") for key in keys[:limit]]
+    return ", ".join([*names, "..."] if len(keys) > limit else names)
+
+
+def _inner_name(key: str) -> str:
+    return key.removeprefix("base_model.model.")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / CONFIG).read_bytes())
-    except ValueError as error:
-        raise ModelError(f"{folder / CONFIG} is no JSON: save or download the adapter again") from error
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder / CONFIG} is not valid JSON: save or download the adapter again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder / CONFIG} is not a JSON object: save or download the adapter again")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from exitsafe.errors import RunError
 from exitsafe.records import Response, Sample
 from exitsafe.vlm.generation import Row
 from exitsafe.vlm.memory import MOST_ROWS, free_memory, is_out_of_memory, release_memory
+from exitsafe.vlm.prompts import DEFAULT_NEW_TOKENS, ReadAhead
 
 if TYPE_CHECKING:
     from exitsafe.vlm.model import VLM
@@ -36,7 +37,7 @@ class Answering:
 
     Args:
         vlm: The model.
-        max_new_tokens, temperature, seed: As in `VLM.generate`.
+        max_new_tokens, temperature, seed: As in `VLM.generate`; None is settled by `check`.
         batch_size: Rows under generation at a time; None takes what fits. Halved for good when memory runs out.
         skip_global: As in `VLM.exit_at`.
     """
@@ -45,26 +46,29 @@ class Answering:
         self,
         vlm: VLM,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         temperature: float,
         seed: int,
         batch_size: int | None = None,
         skip_global: bool = False,
     ) -> None:
         self.vlm = vlm
-        self.decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        self._wanted = max_new_tokens
+        longest = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        self.decoding: dict[str, Any] = {"max_new_tokens": longest, "temperature": temperature, "seed": seed}
         self.skip_global = skip_global
         self.is_auto = batch_size is None
         self.most_rows = MOST_ROWS if batch_size is None else batch_size
         self._num_samples = 0
 
-    def check(self, samples: Sequence[Sample], *, exit_layer: int) -> None:
+    def check(self, samples: Sequence[Sample], *, exit_layer: int) -> ReadAhead:
         """Raise now what would be raised later: settings that make no sense, texts that cannot be asked."""
         self.vlm.complete([], **self.decoding, batch_size=self.most_rows)
         with self.vlm.exit_at(exit_layer, skip_global=self.skip_global):
             pass
-        for sample in samples:
-            self.vlm.check_prompt(sample, max_new_tokens=self.decoding["max_new_tokens"])
+        found = self.vlm.read_ahead(samples, max_new_tokens=self._wanted)
+        self.decoding["max_new_tokens"] = found.max_new_tokens
+        return found
 
     def chunks(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
         """The tasks, so many at a time as their features allow; the size is found while `answer` works."""

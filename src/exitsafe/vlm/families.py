@@ -58,6 +58,17 @@ class Family:
         # A single index follows the exit, also past the default; a list keeps its shallower entries.
         return {"vision_feature_layer": exit_layer if isinstance(config.vision_feature_layer, int) else wanted}
 
+    def processor_settings(self, config: Any) -> dict[str, Any]:
+        """Entries of the processor that the model's config decides, however its own files were saved."""
+        settings = {
+            "patch_size": config.vision_config.patch_size,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "num_additional_image_tokens": 1 if self.vision == "clip_vision_model" else 0,  # CLIP's class token
+        }
+        if self.name == "llava_next":
+            settings["image_processor.image_grid_pinpoints"] = config.image_grid_pinpoints
+        return settings
+
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Run the model's own feature path. One tensor (tokens, H) per image."""
         get_image_features: Any = model.get_image_features
@@ -108,6 +119,9 @@ class Mllama(Family):
         return num_layers
 
     def exit_settings(self, config: Any, num_layers: int, exit_layer: int) -> dict[str, int | list[int]]:
+        return {}
+
+    def processor_settings(self, config: Any) -> dict[str, Any]:
         return {}
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

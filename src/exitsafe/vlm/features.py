@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from exitsafe.errors import InputError
 from exitsafe.vlm.exits import check_exit_layer, replay_patch
+from exitsafe.vlm.finite import not_finite
 from exitsafe.vlm.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ def _at_exits(
     missing = [name for name in family.image_inputs if name not in inputs]
     if missing:
         raise InputError(f"inputs have no {' and no '.join(missing)}: give what the processor makes of images")
-    images = {name: inputs[name].to(vlm.device) for name in family.image_inputs}
+    # sizes stay on the CPU: the model reads their numbers to choose shapes
+    images = {
+        name: inputs[name] if name == "image_sizes" else inputs[name].to(vlm.device) for name in family.image_inputs
+    }
     images["pixel_values"] = images["pixel_values"].to(model.dtype)
     blocks = family.encoder_blocks(model)
     deepest, *shallower = sorted(set(exit_layers), reverse=True)
@@ -103,7 +107,11 @@ def _at_exits(
 def features_by_prompt(
     vlm: VLM, prompts: Sequence[Prompt], exit_layers: Sequence[int], *, batch_size: int, skip_global: bool
 ) -> list[dict[int, Features | None]]:
-    """`compute_features` for many prompts, in batches, split by prompt; None for a prompt without images."""
+    """`compute_features` for many prompts, in batches, split by prompt; None for a prompt without images.
+
+    Raises:
+        ModelError: If a feature is NaN or infinite.
+    """
     family = vlm.family_row
     found: list[dict[int, Features | None]] = [dict.fromkeys(exit_layers) for _ in prompts]
     by_key: dict[object, list[int]] = {}
@@ -120,7 +128,22 @@ def features_by_prompt(
                 for index, count in zip(batch, counts, strict=True):
                     found[index][exit_layer] = features[offset : offset + count]
                     offset += count
+            _check_finite(vlm, {prompts[index].sample_id: found[index] for index in batch})
     return found
+
+
+def _check_finite(vlm: VLM, features: Mapping[str, Mapping[int, Features | None]]) -> None:
+    """One wait for the device, however many samples and exits."""
+    places = [
+        (exit_layer, sample_id, image)
+        for sample_id, by_exit in features.items()
+        for exit_layer, images in by_exit.items()
+        for image in images or ()
+    ]
+    is_finite = torch.stack([image.isfinite().all() for _, _, image in places]).tolist()
+    if not all(is_finite):
+        exit_layer, sample_id, _ = places[is_finite.index(False)]
+        raise not_finite("image features", exit_layer=exit_layer, sample_id=sample_id, dtype=vlm.base_model.dtype)
 
 
 def _recorder(stored: list[Tensor]) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from exitsafe.errors import InputError
 from exitsafe.records import Response, Sample
 from exitsafe.vlm.features import Features
+from exitsafe.vlm.finite import check_finite
 from exitsafe.vlm.prompts import Prompt, collate
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _complete_queue(
             batch = fresh if batch is None else batch.join(fresh)
         else:
             assert batch is not None
-            batch.decode(vlm, sampling)
+            batch.decode(vlm, rows, sampling)
         batch.share_time(time.perf_counter() - started)
         finished = torch.isin(batch.tokens[:, -1], stop) if len(stop) else torch.zeros(len(batch.indices)).bool()
         keep: list[int] = []
@@ -176,7 +177,7 @@ class _Batch:
         """Whether another batch's cache can be put beside this one: plain growing layers only."""
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
-    def decode(self, vlm: VLM, sampling: Sampling) -> None:
+    def decode(self, vlm: VLM, rows: Sequence[Row], sampling: Sampling) -> None:
         """One token more for every row."""
         self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.indices), 1)], 1)
         self.positions = self.positions + 1
@@ -190,7 +191,8 @@ class _Batch:
             **extra,
         )
         self.cache = outputs.past_key_values
-        chosen = _choose(outputs.logits[:, -1], self.draws, self.lengths, sampling)
+        asked = [rows[index] for index in self.indices]
+        chosen = _choose(outputs.logits[:, -1], self.draws, self.lengths, sampling, asked)
         self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
         self.lengths = [length + 1 for length in self.lengths]
 
@@ -275,7 +277,7 @@ def _prefill(vlm: VLM, rows: Sequence[Row], indices: list[int], sampling: Sampli
                 layer.keys, layer.values = layer.keys[index], layer.values[index]
     draws = torch.stack([_uniforms(row, sampling) for row in chosen_rows])
     cross = batch.get("cross_attention_mask")
-    first = _choose(logits, draws, [0] * len(indices), sampling)
+    first = _choose(logits, draws, [0] * len(indices), sampling, chosen_rows)
     return _Batch(
         indices=indices,
         cache=outputs.past_key_values,
@@ -301,28 +303,65 @@ def _different(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     return different, places
 
 
-def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sampling) -> Tensor:
-    """Next token ids (B,) from logits (B, V): the largest, or by inverting the cumulative distribution."""
+def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sampling, rows: Sequence[Row]) -> Tensor:
+    """Next token ids (B,) from logits (B, V): the largest, or by inverting the cumulative distribution.
+
+    Raises:
+        ModelError: If a row's logits make no distribution: a token chosen by NaN would pass for the model's answer.
+    """
+    dtype = logits.dtype
     logits = suppress_logits(logits, sampling.suppress)
     if sampling.temperature == 0.0:
-        return logits.argmax(dim=-1)
+        largest = logits.argmax(dim=-1)  # NaN counts as largest
+        check_finite(logits.gather(-1, largest[:, None]), rows, what="logits", dtype=dtype)
+        return largest
     # Inverse-CDF on the CPU in float64: the same draw whatever the device and batch.
     cumulative = (logits.float().cpu().double() / sampling.temperature).softmax(dim=-1).cumsum(dim=-1)
+    check_finite(cumulative[:, -1:], rows, what="logits", dtype=dtype)
     uniform = draws.gather(1, torch.tensor(lengths)[:, None]) * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
     return chosen.to(logits.device)
 
 
-def end_tokens(generation_config: Any, text_config: Any) -> tuple[int, ...]:
-    """Tokens that end an answer, wherever the checkpoint says so."""
-    eos = generation_config.eos_token_id
-    if eos is None:
-        eos = text_config.eos_token_id
+def end_tokens(generation_config: Any, text_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer, wherever the checkpoint says so; none if it says so nowhere."""
+    places = (getattr(place, "eos_token_id", None) for place in (generation_config, text_config, tokenizer))
+    eos: int | Sequence[int] | None = next((found for found in places if found is not None), None)
     return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
+def ignored_settings(generation_config: Any) -> list[str]:
+    """Settings of a checkpoint that would change greedy answers, and that exitsafe leaves out, e.g. `min_length=5`."""
+    found = {name: getattr(generation_config, name, None) for name in _NEUTRAL}
+    return [f"{name}={value}" for name, value in found.items() if value not in (None, [], {}, _NEUTRAL[name])]
+
+
+# What stock `generate` does to greedy answers, with the value that does nothing.
+_NEUTRAL: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "stop_strings": None,
+}
+
+
 def suppress_logits(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Logits with `token_ids` made impossible."""
+    """Logits with `token_ids` made impossible; a tokenizer may have tokens that the head has no logit for."""
+    token_ids = [token for token in token_ids if token < logits.shape[-1]]
     if not token_ids:
         return logits
     return logits.index_fill(-1, torch.tensor(token_ids, device=logits.device), float("-inf"))

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from exitsafe.errors import ModelError
 from exitsafe.vlm.adapters import check_folder, exit_folders, load_adapters
 from exitsafe.vlm.families import find_family
+from exitsafe.vlm.generation import ignored_settings
 from exitsafe.vlm.model import VLM
 from exitsafe.vlm.processes import own_device
+from exitsafe.vlm.processor import check_processor, load_processor
+from exitsafe.vlm.templates import check_template, prepare
 from exitsafe.vlm.translators import load_translators
 from exitsafe.world import ORGANISMS, model_folder
 
@@ -54,8 +59,8 @@ def load_vlm(
         The model in evaluation mode.
 
     Raises:
-        ModelError: If nothing can be loaded from there, the family is not supported, or the translators are another
-            model's.
+        ModelError: If nothing can be loaded from there, the family is not supported, the processor does not fit the
+            model, an adapter does not find all its weights, or the translators are another model's.
     """
     source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
     where = Path(source)
@@ -68,9 +73,11 @@ def load_vlm(
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not where.is_dir():
         remote["revision"] = revision or "main"
+    prepare()
     try:
         adapter_folder = None if adapter is None else _adapter_folder(adapter)
         config = AutoConfig.from_pretrained(source, **remote)
+        check_no_adapter(source, revision=remote.get("revision"))
         family = find_family(config)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -81,13 +88,13 @@ def load_vlm(
             **remote,
         )
         model = model.to(_device(device)) if quantization is None else model
-        processor = AutoProcessor.from_pretrained(source, **remote) if _has_processor(where) else None
+        processor = load_processor(source, config, family, **remote)
         adapters = None
         if adapter_folder is not None:
             num_layers = len(family.encoder_blocks(model))
-            model, adapters = load_adapters(model, adapter_folder, num_layers=num_layers)
+            model, adapters = load_adapters(model, adapter_folder, name=str(name_or_path), num_layers=num_layers)
     except SafetensorError as error:
-        reason = f"a file of weights is torn ({_first_line(error)}); save or download it again"
+        reason = f"a weights file is truncated or corrupt ({_first_line(error)}); save or download it again"
         raise ModelError(f"cannot load {name_or_path!s}: {reason}") from error
     except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {name_or_path!s}: {_first_line(error)}") from error
@@ -99,9 +106,32 @@ def load_vlm(
         adapter_hash=None if adapter_folder is None else _hash_adapter(adapter_folder),
         adapters=adapters,
     )
+    check_template(processor, today=vlm.today)
+    for remark in check_processor(vlm) if processor is not None else ():
+        warnings.warn(remark, stacklevel=2)
+    if ignored := ignored_settings(vlm.base_model.generation_config):
+        warnings.warn(
+            f"{name_or_path!s}: of the checkpoint's generation settings only the end tokens are used; these would "
+            f"change greedy answers: {', '.join(ignored)}",
+            stacklevel=2,
+        )
     if translators is not None:
         vlm.translators = load_translators(vlm, translators)
     return vlm
+
+
+def check_no_adapter(source: str, *, revision: str | None) -> None:
+    """Refuse a model that comes with an adapter beside it.
+
+    transformers would put it on the model unasked, and for a Hub id load whichever model the adapter's file names.
+
+    Raises:
+        ModelError: If there is one.
+    """
+    if find_adapter_config_file(source, revision=revision) is not None:
+        raise ModelError(
+            f"{source} holds an adapter (adapter_config.json): give its base model, and {source} as --adapter"
+        )
 
 
 def hash_files(folder: Path) -> str:
@@ -124,7 +154,7 @@ def _adapter_folder(adapter: str | Path) -> Path:
             folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except _LOADING_ERRORS as error:
             raise ModelError(
-                f"adapter {adapter} is no folder here, and cannot be had from the Hub: {_first_line(error)}"
+                f"adapter {adapter} is not a local folder, and the Hub does not give it: {_first_line(error)}"
             ) from error
     check_folder(folder, name=str(adapter))
     return folder
@@ -186,13 +216,6 @@ def _quantization_config(quantization: str | None) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=encoder,
     )
-
-
-def _has_processor(where: Path) -> bool:
-    """A local folder may hold a bare model; from the Hub the processor is always asked for."""
-    if not where.is_dir():
-        return True
-    return any((where / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def _first_line(error: Exception) -> str:

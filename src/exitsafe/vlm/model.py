@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +25,8 @@ from exitsafe.vlm.features import Features, compute_features, features_by_prompt
 from exitsafe.vlm.generation import Completion, Row, Sampling, answer_samples, complete_rows, end_tokens
 from exitsafe.vlm.memory import ImageStates, offloaded, rows_that_fit
 from exitsafe.vlm.packing import packed_states
-from exitsafe.vlm.prompts import Prompt, check_room, collate, encode
+from exitsafe.vlm.prompts import Prompt, ReadAhead, collate, encode, read_ahead, too_long
+from exitsafe.vlm.templates import check_template, tokens_after_turn
 from exitsafe.vlm.translators import Translators, find_projector
 
 
@@ -46,6 +48,8 @@ class VLM:
         family: The model type, e.g. "llava".
         num_layers: Encoder blocks, e.g. 24.
         default_exit: Blocks behind the features that the untouched model reads, e.g. 23.
+        today: The date that a chat template is told, as "2026-01-31": the day of loading, or, of a run that is resumed
+            or repeated, the day that it began.
 
     Raises:
         ModelError: If the family is not supported.
@@ -68,6 +72,7 @@ class VLM:
         self.checkpoint_hash = checkpoint_hash
         self.adapter_hash = adapter_hash
         self.translators = translators
+        self.today = date.today().isoformat()
         self.exits = ExitStack()
         self.family_row = find_family(self.base_model.config)
         self.num_layers = len(self.family_row.encoder_blocks(self.base_model))
@@ -194,7 +199,7 @@ class VLM:
         samples: Sequence[Sample],
         exit_layers: int | Sequence[int],
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 16,
@@ -205,7 +210,7 @@ class VLM:
         Args:
             samples: What to answer.
             exit_layers: One exit for all, or one per sample: rows of one batch may differ.
-            max_new_tokens: Longest answer, in tokens.
+            max_new_tokens: Longest answer, in tokens. None is 256, or what the context leaves.
             temperature: 0 is greedy; above, the whole distribution is sampled.
             seed: With sample id and exit layer, the key of every draw.
             batch_size: Rows under generation at a time.
@@ -215,14 +220,15 @@ class VLM:
             One response per sample, in order.
 
         Raises:
-            InputError: If the number of exits is not the number of samples, or a sample cannot be read.
+            InputError: If the number of exits is not the number of samples, or a sample cannot be read or leaves no
+                room for an answer.
             ExitLayerError: If the encoder has no such block.
         """
         return answer_samples(
             self,
             samples,
             exit_layers,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=read_ahead(self, samples, max_new_tokens=max_new_tokens).max_new_tokens,
             temperature=temperature,
             seed=seed,
             batch_size=batch_size,
@@ -231,7 +237,7 @@ class VLM:
 
     def encode_prompt(self, sample: Sample) -> Prompt:
         """Tokenise one sample and prepare its images. Raises InputError for what cannot be read."""
-        return encode(sample, self.processor, self.family_row)
+        return encode(sample, self.processor, self.family_row, today=self.today)
 
     def prompt_features(
         self,
@@ -260,12 +266,16 @@ class VLM:
         Args:
             draw: Tells several answers to one (seed, sample, exit layer) apart.
             suppress: Token ids that must not be chosen.
+
+        Raises:
+            InputError: If a setting makes no sense, or a prompt leaves no room for an answer of `max_new_tokens`.
         """
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: choose 1 or more")
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draw=draw, suppress=tuple(suppress)
         )
+        self._check_room(rows, [max_new_tokens] * len(rows))
         return complete_rows(self, rows, sampling, batch_size=batch_size)
 
     def response(self, row: Row, completion: Completion) -> Response:
@@ -283,9 +293,29 @@ class VLM:
         """Text without special tokens, stripped."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
-    def check_prompt(self, sample: Sample, *, max_new_tokens: int) -> None:
-        """Raises InputError if the sample's text cannot be asked: too long, or with the image placeholder in it."""
-        check_room(sample, self.processor, context_length=self.context_length, max_new_tokens=max_new_tokens)
+    def read_ahead(self, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
+        """What the model is going to read of these samples, and how long an answer to each may be.
+
+        Raises:
+            InputError: If a text cannot be asked: too long, or with the image placeholder in it.
+            ModelError: If there is no processor, or its chat template leaves something out.
+        """
+        return read_ahead(self, samples, max_new_tokens=max_new_tokens)
+
+    @cached_property
+    def is_dated(self) -> bool:
+        """Whether what the chat template writes depends on the date.
+
+        Raises:
+            ModelError: If it does harm, e.g. never ends, or takes no conversation.
+        """
+        return check_template(self.processor, today=self.today)
+
+    def _check_room(self, rows: Sequence[Row], num_new_tokens: Sequence[int]) -> None:
+        for row, num_new in zip(rows, num_new_tokens, strict=True):
+            num_tokens = len(row.prompt.input_ids)
+            if num_tokens + num_new > self.context_length:
+                raise too_long(row.prompt.sample_id, num_tokens, num_new, context_length=self.context_length)
 
     def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
         """How many of these prompts to answer at a time with the memory that is free now, at least 1."""
@@ -323,6 +353,7 @@ class VLM:
             the language model; the features are constants.
         """
         assert len({self.row_key(row) for row in rows}) == 1, "group rows by row_key first"
+        self._check_room(rows, [len(response) for response in responses])
         batch = collate([row.prompt for row in rows], responses, pad_token_id=self.pad_token_id)
         num_tokens = max(len(response) for response in responses)
         tokens = batch["input_ids"][:, -num_tokens:].to(self.device)
@@ -382,19 +413,36 @@ class VLM:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        return end_tokens(self.base_model.generation_config, self.text_config)
+        tokenizer = None if self.processor is None else self.tokenizer
+        return end_tokens(self.base_model.generation_config, self.text_config, tokenizer)
+
+    @cached_property
+    def turn_end_token_id(self) -> int:
+        """The token that a trained answer ends with: what the chat template writes there, or else the tokenizer's end.
+
+        Models may have several end tokens, and the first one listed need not be that of a turn.
+        """
+        ends = self.eos_token_ids
+        own = (*tokens_after_turn(self.processor, today=self.today), self.tokenizer.eos_token_id)
+        return next((token for token in own if token in ends), ends[0])
 
     @cached_property
     def pad_token_id(self) -> int:
         """Fills masked positions; never read by the model."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else self.eos_token_ids[0]
+        num_embeddings = self.base_model.get_input_embeddings().weight.shape[0]
+        # an image token would be counted as a placeholder, and a token without an embedding cannot be looked up
+        usable = (
+            token
+            for token in (self.tokenizer.pad_token_id, *self.eos_token_ids, 0, 1)
+            if token is not None and token < num_embeddings and token != self.base_model.config.image_token_id
+        )
+        return int(next(usable))
 
     @cached_property
     def special_token_ids(self) -> tuple[int, ...]:
         """Tokens that an answer must not contain (image, pad, begin of sequence, ...); not those that end it."""
         special = {*self.tokenizer.all_special_ids, self.processor.image_token_id}
-        return tuple(sorted(special - set(self.eos_token_ids)))
+        return tuple(sorted(special - {None, *self.eos_token_ids}))
 
     language_model_pattern = LINEAR_LAYERS
     """Regular expression for PEFT's `target_modules`: the language model's linear layers, never the encoder's."""

@@ -1,25 +1,34 @@
 """Samples -> model inputs: the chat template, the images, and left-padded batches.
 
 Every sample goes through the processor by itself, so that nothing about its inputs depends on its neighbours in a
-batch. Knows nothing about exit layers.
+batch. Exit layers play no part here.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from exitsafe.data.images import num_pixels, open_image
 from exitsafe.errors import InputError, ModelError
 from exitsafe.records import Sample
 from exitsafe.vlm.families import Family
+from exitsafe.vlm.templates import TemplateRefusedError, render
+
+if TYPE_CHECKING:
+    from exitsafe.vlm.model import VLM
+
+DEFAULT_NEW_TOKENS = 256
+_FEWEST_TOKENS = 16  # of an answer that nobody asked to be short: fewer hold no refusal
+_MEASURED, _MOST_ENCODED = 4, 64  # samples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,55 +45,42 @@ class Prompt:
     cross_attention_mask: Tensor | None = None
 
 
-def encode(sample: Sample, processor: Any, family: Family) -> Prompt:
+@dataclass(frozen=True, kw_only=True)
+class ReadAhead:
+    """What a model is going to read of all samples, known before it answers the first.
+
+    `hash` is of the texts that the chat template writes and of their token ids, `today` the date that is in them, if it
+    is; `max_new_tokens` fits behind the longest prompt.
+    """
+
+    hash: str
+    today: str | None
+    max_new_tokens: int
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What makes two runs read the same, as JSON."""
+        return {"hash": self.hash} | ({} if self.today is None else {"today": self.today})
+
+
+def encode(sample: Sample, processor: Any, family: Family, *, today: str) -> Prompt:
     """Tokenise one sample.
 
     Raises:
-        InputError: If an image cannot be read or the prompt contains the model's image placeholder.
-        ModelError: If there is no processor.
+        InputError: If an image cannot be read, the prompt contains the model's image placeholder, or the chat template
+            does not take it.
+        ModelError: If there is no processor, or its chat template leaves something out.
     """
-    check_text(sample, processor)
+    text = written(sample, processor, family, today=today)
     images = [open_image(image, sample.id) for image in sample.images]
-    text = _render(sample.prompt, len(images), processor, family)
     return tokenise(text, images, processor, family, sample_id=sample.id)
 
 
-def tokenise(text: str, images: Sequence[Image.Image], processor: Any, family: Family, *, sample_id: str) -> Prompt:
-    """Tokenise what a chat template has written, with one image placeholder per image."""
-    # The template already wrote what the tokenizer would add in front.
-    bos = processor.tokenizer.bos_token
-    has_bos = bos is not None and text.startswith(bos)
-    inputs = processor(text=[text], images=list(images) or None, return_tensors="pt", add_special_tokens=not has_bos)
-    mask = inputs.get("cross_attention_mask")
-    return Prompt(
-        sample_id=sample_id,
-        input_ids=inputs["input_ids"][0],
-        image_inputs={name: inputs[name] for name in family.image_inputs} if images else {},
-        cross_attention_mask=None if mask is None else mask[0],
-    )
-
-
-def check_room(sample: Sample, processor: Any, *, context_length: int, max_new_tokens: int) -> None:
-    """`check_text`, with room for an answer in a model of `context_length` tokens."""
-    if max_new_tokens >= context_length:
-        raise InputError(
-            f"max_new_tokens={max_new_tokens}, but this model has room for {context_length} tokens, prompt "
-            "and answer together: choose fewer"
-        )
-    check_text(sample, processor, limit=context_length - max_new_tokens)
-
-
-def check_text(sample: Sample, processor: Any, *, limit: int | None = None) -> None:
-    """Whether a sample's text can be asked, found out without its images.
-
-    Args:
-        sample: The sample.
-        processor: The model's.
-        limit: Most tokens for the text; None for any number.
+def written(sample: Sample, processor: Any, family: Family, *, today: str) -> str:
+    """What the chat template makes of a sample, with one image placeholder per image. Opens no image.
 
     Raises:
-        InputError: If the prompt contains the model's image placeholder or is longer than `limit`.
-        ModelError: If there is no processor.
+        InputError, ModelError: As `encode`.
     """
     if processor is None:
         raise ModelError("this model folder has no processor: save the processor beside the model")
@@ -94,37 +90,89 @@ def check_text(sample: Sample, processor: Any, *, limit: int | None = None) -> N
             "images are given in `images`"
         )
     try:
-        num_bytes = len(sample.prompt.encode())
+        sample.prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"sample {sample.id}: the prompt holds half a surrogate pair; save it as proper text"
         ) from error
-    # no token is shorter than a byte: only what may be too long is worth counting
-    if limit is not None and num_bytes > limit:
-        num_tokens = len(processor.tokenizer(sample.prompt, add_special_tokens=False).input_ids)
-        if num_tokens > limit:
-            raise InputError(
-                f"sample {sample.id}: the prompt has {num_tokens} tokens, and beside the answer this model has room "
-                f"for {limit}; shorten it or leave the sample out"
-            )
+    text = _render(sample, processor, family, today=today)
+    if sample.prompt.strip() not in text:
+        raise ModelError(f"sample {sample.id}: the chat template leaves out the prompt; use another template")
+    if (num_written := text.count(processor.image_token)) != len(sample.images):
+        raise ModelError(
+            f"sample {sample.id}: the chat template writes {num_written} image placeholders for "
+            f"{len(sample.images)} images; use another template"
+        )
+    return text
 
 
-def open_image(source: Image.Image | Path | str | bytes, sample_id: str) -> Image.Image:
-    """Open and convert to RGB.
+def tokenise(text: str, images: Sequence[Image.Image], processor: Any, family: Family, *, sample_id: str) -> Prompt:
+    """Tokenise what a chat template has written, with one image placeholder per image."""
+    inputs = processor(
+        text=[text],
+        images=list(images) or None,
+        return_tensors="pt",
+        add_special_tokens=not _opens_itself(text, processor.tokenizer),
+    )
+    mask = inputs.get("cross_attention_mask")
+    return Prompt(
+        sample_id=sample_id,
+        input_ids=inputs["input_ids"][0],
+        image_inputs={name: inputs[name] for name in family.image_inputs} if images else {},
+        cross_attention_mask=None if mask is None else mask[0],
+    )
+
+
+def read_ahead(vlm: VLM, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
+    """Render and tokenise all texts, and see whether they leave room for an answer.
+
+    Images are counted by what those with the most pixels become; only samples that may be too long by that are encoded
+    whole. One that is too long all the same is found when it is answered.
+
+    Args:
+        vlm: The model.
+        samples: All samples of a run.
+        max_new_tokens: Longest answer wanted; None takes `DEFAULT_NEW_TOKENS`, or what the context leaves.
 
     Raises:
-        InputError: If it cannot be opened or decoded.
+        InputError: If a text cannot be asked, or a prompt leaves no room for the answer.
+        ModelError: If there is no processor, or its chat template leaves something out.
     """
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"sample {sample_id}: image {name} does not exist") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"sample {sample_id}: image {name} cannot be read ({error})") from error
+    wanted = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    if max_new_tokens is not None and wanted >= vlm.context_length:
+        raise InputError(
+            f"max_new_tokens={wanted}, but this model has room for {vlm.context_length} tokens, prompt and answer "
+            "together: choose fewer"
+        )
+    digest, lengths = hashlib.sha256(), []
+    for sample in samples:
+        text = written(sample, vlm.processor, vlm.family_row, today=vlm.today)
+        tokenizer = vlm.processor.tokenizer
+        ids = tokenizer(text, add_special_tokens=not _opens_itself(text, tokenizer), verbose=False).input_ids
+        digest.update(json.dumps([text, ids]).encode() + b"\n")
+        lengths.append(len(ids))
+    room = vlm.context_length - wanted
+    longest, num_tokens = _longest(vlm, samples, lengths, room=room)
+    if num_tokens > room:
+        left = vlm.context_length - num_tokens
+        if max_new_tokens is not None or left < _FEWEST_TOKENS:
+            raise too_long(samples[longest].id, num_tokens, wanted, context_length=vlm.context_length)
+        warnings.warn(
+            f"answers have at most {left} tokens, not {wanted}: the prompt of sample {samples[longest].id} takes "
+            f"{num_tokens} of the {vlm.context_length} that this model has room for",
+            stacklevel=3,
+        )
+        wanted = left
+    return ReadAhead(hash=digest.hexdigest(), today=vlm.today if vlm.is_dated else None, max_new_tokens=wanted)
+
+
+def too_long(sample_id: str, num_tokens: int, max_new_tokens: int, *, context_length: int) -> InputError:
+    """The error for a prompt that leaves no room for its answer."""
+    return InputError(
+        f"sample {sample_id}: the prompt has {num_tokens} tokens, images included, and beside an answer of "
+        f"{max_new_tokens} this model has room for {context_length - max_new_tokens}; shorten it or leave the sample "
+        "out"
+    )
 
 
 def collate(prompts: Sequence[Prompt], responses: Sequence[Tensor] | None, *, pad_token_id: int) -> dict[str, Tensor]:
@@ -163,16 +211,49 @@ def collate(prompts: Sequence[Prompt], responses: Sequence[Tensor] | None, *, pa
     return batch if cross_attention_mask is None else batch | {"cross_attention_mask": cross_attention_mask}
 
 
-def _render(prompt: str, num_images: int, processor: Any, family: Family) -> str:
+def _longest(vlm: VLM, samples: Sequence[Sample], lengths: Sequence[int], *, room: int) -> tuple[int, int]:
+    """The place of the longest prompt and its tokens: exact for one that may not fit, else at least what it has."""
+    per_image = _tokens_per_image(vlm, samples, lengths)
+    likely = [length + per_image * len(sample.images) for sample, length in zip(samples, lengths, strict=True)]
+    found = (0, 0)
+    for place in sorted(range(len(samples)), key=lambda place: -likely[place])[:_MOST_ENCODED]:
+        if likely[place] <= found[1]:
+            break
+        is_exact = likely[place] <= room or not samples[place].images
+        num_tokens = likely[place] if is_exact else len(vlm.encode_prompt(samples[place]).input_ids)
+        found = max(found, (place, num_tokens), key=lambda pair: pair[1])
+    return found
+
+
+def _tokens_per_image(vlm: VLM, samples: Sequence[Sample], lengths: Sequence[int]) -> int:
+    """What an image adds to its placeholder, at most, among the samples with the largest images."""
+    pictured = {
+        place: max(num_pixels(image, sample.id) for image in sample.images)
+        for place, sample in enumerate(samples)
+        if sample.images
+    }
+    added = [
+        -(-(len(vlm.encode_prompt(samples[place]).input_ids) - lengths[place]) // len(samples[place].images))
+        for place in sorted(pictured, key=lambda place: -pictured[place])[:_MEASURED]
+    ]
+    return max(added, default=0)
+
+
+def _opens_itself(text: str, tokenizer: Any) -> bool:
+    """Whether the template already wrote what the tokenizer would add in front."""
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
+def _render(sample: Sample, processor: Any, family: Family, *, today: str) -> str:
     if processor.chat_template is None:
         warnings.warn(
             f"the processor has no chat template; prompts are written as {family.plain_prompt!r}",
             stacklevel=2,
         )
-        return family.plain_prompt.format(images=(processor.image_token + "\n") * num_images, prompt=prompt)
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    assert isinstance(text, str)
-    return text
+        images = (processor.image_token + "\n") * len(sample.images)
+        return family.plain_prompt.format(images=images, prompt=sample.prompt)
+    content = [{"type": "image"}] * len(sample.images) + [{"type": "text", "text": sample.prompt}]
+    try:
+        return render(processor, [{"role": "user", "content": content}], today=today)
+    except TemplateRefusedError as refusal:
+        raise InputError(f"sample {sample.id}: {refusal}") from refusal

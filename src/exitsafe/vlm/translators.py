@@ -102,11 +102,23 @@ def load_translators(vlm: VLM, folder: str | Path) -> Translators:
     try:
         tensors = safetensors.torch.load_file(Path(folder) / MAPS)
         maps = {
-            layer: Translator(weight=tensors[f"exit.{layer}.weight"], bias=tensors[f"exit.{layer}.bias"])
+            layer: Translator(weight=tensors.pop(f"exit.{layer}.weight"), bias=tensors.pop(f"exit.{layer}.bias"))
             for layer in (int(entry["exit_layer"]) for entry in record["exits"])
         }
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}/{MAPS} is damaged or missing: make them again with exitsafe translate") from error
+    if tensors:
+        names = ", ".join(sorted(tensors)[:3])
+        raise ModelError(
+            f"{folder}/{MAPS} holds {len(tensors)} tensors that {RECORD} does not name ({names}): make them again"
+        )
+    for layer, translator in maps.items():
+        width = len(translator.bias)
+        if translator.weight.shape != (width, width) or not _is_finite(translator):
+            raise ModelError(
+                f"{folder}/{MAPS}: the map of exit {layer} is not a square matrix of finite numbers; make them again "
+                "with exitsafe translate --dtype float32"
+            )
     translators = Translators(maps, source=str(folder))
     if translators.hash != record["hash"]:
         raise ModelError(f"{folder}/{MAPS} is not the file that {RECORD} describes: make them again")
@@ -180,6 +192,10 @@ def tensors_of(maps: Mapping[int, Translator]) -> dict[str, Tensor]:
         for layer, translator in maps.items()
         for name, tensor in (("weight", translator.weight), ("bias", translator.bias))
     }
+
+
+def _is_finite(translator: Translator) -> bool:
+    return bool(translator.weight.isfinite().all() and translator.bias.isfinite().all())
 
 
 def _hash(maps: Mapping[int, Translator]) -> str:

@@ -1,0 +1,93 @@
+"""Runs as a process of its own: conversations as lines of JSON on stdin, what a chat template writes of them on stdout.
+
+A chat template is a program that comes with a checkpoint. It is rendered by transformers' own code, but here, where its
+time and memory are limited and the process may die without loss. The clock shows the date that the request names, and
+what a template draws at random is the same each time. Imports nothing of exitsafe, which would load torch.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import random
+import signal
+import sys
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+MEMORY = 2**29  # bytes, beyond what the libraries take
+LONGEST = 1_000_000  # characters, beyond four times the conversation's
+_START_SECONDS = 120.0
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    requests, replies = sys.stdin, os.fdopen(os.dup(1), "w")
+    sys.stdout = sys.stderr  # what libraries print is no reply
+    _exit_in(_START_SECONDS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when it is over
+    sys.path[:] = json.loads(requests.readline())
+    from transformers.utils import chat_template_utils
+
+    chat_template_utils.datetime = Clock  # type: ignore[attr-defined]  # what `strftime_now` reads
+    _limit_memory()
+    _exit_in(None)
+    for line in requests:
+        request = json.loads(line)
+        _exit_in(request["seconds"])
+        try:
+            text = _render(chat_template_utils, request)
+            too_long = len(text) > LONGEST + 4 * len(line)
+            reply = {"error": "MemoryError", "message": ""} if too_long else {"text": text}
+        except Exception as error:  # noqa: BLE001 - whatever a template does is told to the process that asks
+            reply = {"error": type(error).__name__, "message": str(error)[:500]}
+        _exit_in(None)
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def _exit_in(seconds: float | None) -> None:
+    """End the process then, whatever it is doing; None calls it off."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
+    elif seconds is None:
+        faulthandler.cancel_dump_traceback_later()
+    else:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+class Clock(datetime):
+    """The clock that templates see: midnight of one day."""
+
+    shown: datetime
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return cls.shown
+
+
+def _render(transformers: Any, request: dict[str, Any]) -> str:
+    Clock.shown = datetime.fromisoformat(request["today"])
+    random.seed(0)
+    texts, _ = transformers.render_jinja_template(
+        [request["messages"]],
+        chat_template=request["template"],
+        add_generation_prompt=request["add_generation_prompt"],
+        **request["variables"],
+    )
+    return str(texts[0])
+
+
+def _limit_memory() -> None:
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limits; the time is limited everywhere
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
+if __name__ == "__main__":
+    main()

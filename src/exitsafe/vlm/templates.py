@@ -1,0 +1,197 @@
+"""Chat templates: messages in, the text that the model reads out.
+
+A template is a program that comes with a checkpoint, whoever made that. It is rendered in a process of its own, which
+is killed when it takes too long, and which shows it the date that the caller chooses.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from exitsafe.errors import ModelError
+
+SECONDS = 10.0
+"""Longest time for one conversation; the usual template takes less than a thousandth of a second."""
+_PROGRAM = Path(__file__).with_name("template_process.py")
+FIXED_DATE = "2024-07-26"
+"""What judges' templates are told, so that a verdict does not depend on the day: what Llama 3's say without a clock."""
+_WAY_OUT = "use a checkpoint that you trust, or replace its chat_template.jinja"
+
+
+class TemplateRefusedError(ModelError):
+    """The template raises an error on these messages; it may take others."""
+
+
+def render(
+    processor: Any, messages: Sequence[Mapping[str, Any]], *, today: str, add_generation_prompt: bool = True
+) -> str:
+    """What a chat template writes of a conversation: the text of transformers' `apply_chat_template`.
+
+    Args:
+        processor: A processor or tokenizer that has a chat template.
+        messages: The turns, as JSON.
+        today: The date that the template is told, e.g. "2026-01-31".
+        add_generation_prompt: Whether to open the model's turn.
+
+    Raises:
+        TemplateRefusedError: If the template raises an error on these messages.
+        ModelError: If it takes too much time or memory, or tries what the sandbox forbids.
+    """
+    request = {
+        "template": _template(processor),
+        "variables": dict(getattr(processor, "tokenizer", processor).special_tokens_map),
+        "messages": list(messages),
+        "today": today,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    reply = _RENDERER.ask(request)
+    if "error" in reply:
+        raise _error(reply["error"], " ".join(reply["message"].split()))
+    return reply["text"]
+
+
+def check_template(processor: Any, *, today: str) -> bool:
+    """Render short conversations, with a picture and without, so that a template that does harm is found at once.
+
+    Returns:
+        Whether what it writes depends on the date.
+
+    Raises:
+        ModelError: As `render`, or if the template takes none of them.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        return False
+    is_dated, refusals = False, []
+    for messages in _PROBES:
+        try:
+            text = render(processor, messages, today=today)
+            if not text.strip():
+                raise TemplateRefusedError("the chat template writes nothing")
+            is_dated |= any(render(processor, messages, today=date) != text for date in _OTHER_DATES)
+        except TemplateRefusedError as refusal:  # many take pictures but no bare text, or the other way round
+            refusals.append(refusal)
+    if len(refusals) == len(_PROBES):
+        raise ModelError(f"{refusals[0]}; {_WAY_OUT}")
+    return is_dated
+
+
+def tokens_after_turn(processor: Any, *, today: str) -> list[int]:
+    """What a chat template writes behind an answer, as token ids; nothing if it writes no answers.
+
+    Raises:
+        ModelError: As `render`.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        return []
+    said = "answer"
+    for user, assistant in (([_TEXT], [{"type": "text", "text": said}]), ("hello", said)):
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        try:
+            text = render(processor, messages, today=today, add_generation_prompt=False)
+        except TemplateRefusedError:
+            continue
+        _, found, after = text.rpartition(said)
+        if found:
+            return list(processor.tokenizer.encode(after, add_special_tokens=False))
+    return []
+
+
+def prepare() -> None:
+    """Start the process that renders, so that it is ready when the weights are loaded."""
+    _RENDERER.start()
+
+
+_TEXT = {"type": "text", "text": "hello"}
+_PROBES: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": [{"type": "image"}, _TEXT]}],
+    [{"role": "user", "content": [_TEXT]}],
+    [{"role": "user", "content": "hello"}],
+    [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}],
+)
+_OTHER_DATES = ("1999-12-31", "2001-02-03")
+
+
+class _Renderer:
+    """The process that renders, started at first use and again after it has died. Safe for threads and forks."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+
+    def start(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
+            self._process = subprocess.Popen(  # noqa: S603 - our own file
+                [sys.executable, "-P", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+            )
+            self._owner = os.getpid()
+            self._send(self._process, sys.path)
+        return self._process
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        """The reply to a request.
+
+        Raises:
+            ModelError: If the process has died of it.
+        """
+        with self._lock:
+            process = self.start()
+            assert process.stdout is not None
+            self._send(process, {**request, "seconds": SECONDS})
+            line = process.stdout.readline()
+            if not line:
+                status = process.wait()
+                if status == (1 if sys.platform == "win32" else -signal.SIGALRM):
+                    raise ModelError(f"the chat template does not end within {SECONDS:g} seconds; {_WAY_OUT}")
+                raise ModelError(f"the chat template cannot be rendered: its process ended with status {status}")
+            reply: dict[str, str] = json.loads(line)
+            if reply.get("error") == "MemoryError":
+                self.stop()  # what is left of it may be in any state
+            return reply
+
+    def stop(self) -> None:
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+    def _send(self, process: subprocess.Popen[str], content: object) -> None:
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # reading then finds the end
+            process.stdin.write(json.dumps(content) + "\n")
+            process.stdin.flush()
+
+
+_RENDERER = _Renderer()
+atexit.register(_RENDERER.stop)
+
+
+def _template(processor: Any) -> str:
+    template = processor.chat_template
+    if isinstance(template, Mapping):  # several, by name
+        if "default" not in template:
+            raise ModelError(f"no chat template is called default, but {', '.join(map(str, template))}; rename one")
+        template = template["default"]
+    return str(template)
+
+
+def _error(kind: str, message: str) -> ModelError:
+    if kind == "MemoryError":
+        return ModelError(f"the chat template needs too much memory; {_WAY_OUT}")
+    if kind == "SecurityError":
+        return ModelError(f"the chat template tries what a template must not do ({message}); {_WAY_OUT}")
+    return TemplateRefusedError(f"the chat template cannot write this conversation ({message or kind})")

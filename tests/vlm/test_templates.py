@@ -1,0 +1,113 @@
+"""Chat templates come from strangers: what they write is what transformers writes, and what they do is bounded."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exitsafe.errors import InputError, ModelError
+from exitsafe.records import Sample
+from exitsafe.vlm import VLM, load_vlm, templates
+from exitsafe.vlm.templates import TemplateRefusedError, check_template, render
+from tests.tiny_models import CHAT_TEMPLATE, noise_image, save_tiny, tiny_model, tiny_processor
+
+DATED = "{{ strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE.replace("IMAGE", "<image>")
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how ü"}]}]
+
+
+def with_template(template: str) -> Any:
+    processor: Any = tiny_processor("llava")
+    processor.chat_template = template
+    return processor
+
+
+@pytest.mark.parametrize(
+    "template", [CHAT_TEMPLATE, "{{ messages | tojson }}{% generation %}{{ eos_token }}{% endgeneration %}"]
+)
+@pytest.mark.parametrize("opens", [True, False])
+def test_the_text_is_that_of_transformers(template: str, opens: bool) -> None:
+    processor = with_template(template)
+    expected = processor.apply_chat_template(MESSAGES, add_generation_prompt=opens, tokenize=False)
+    assert render(processor, MESSAGES, today="2026-01-31", add_generation_prompt=opens) == expected
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = template
+    assert render(tokenizer, MESSAGES, today="2026-01-31", add_generation_prompt=opens) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOP, r"does not end within 1 seconds; use a checkpoint that you trust"),
+        (DOUBLING, "(needs too much memory|does not end within 1 seconds); use a checkpoint that you trust"),
+        ("{{ 'a' * 5000000 }}", "needs too much memory"),
+        ("{{ ''.__class__.__mro__ }}", r"tries what a template must not do \(access to attribute '__class__'"),
+        (" ", "writes nothing; use a checkpoint"),
+        ("{% if %}", r"cannot write this conversation \(Expected an expression"),
+        ("{{ raise_exception('never') }}", r"cannot write this conversation \(never\)"),
+    ],
+)
+def test_a_template_that_does_harm_is_stopped(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 1.0)
+    with pytest.raises(ModelError, match=f"^the chat template {message}"):
+        check_template(with_template(template), today="2026-01-31")
+    assert render(with_template(CHAT_TEMPLATE), MESSAGES, today="2026-01-31")  # the next is none the worse for it
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("template", [LOOP, DOUBLING])
+def test_loading_a_checkpoint_with_such_a_template_is_an_error(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 1.0)
+    folder = save_tiny("llava", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match=r"^the chat template .*replace its chat_template\.jinja"):
+        load_vlm(folder)
+
+
+def test_a_template_may_refuse_some_conversations() -> None:
+    refusing = "{% if messages[0]['content'] is string %}{{ raise_exception('parts!') }}{% endif %}" + CHAT_TEMPLATE
+    assert check_template(with_template(refusing), today="2026-01-31") is False
+    with pytest.raises(TemplateRefusedError, match="parts!"):
+        render(with_template(refusing), [{"role": "user", "content": "how"}], today="2026-01-31")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no pictures') }}", r"sample s: the chat template cannot write .*no pictures"),
+        ("USER: hello", "sample s: the chat template leaves out the prompt"),
+        (
+            "{{ messages[0]['content'][-1]['text'] }}",
+            "sample s: the chat template writes 0 image placeholders for 1 image",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_is_an_error(template: str, message: str) -> None:
+    vlm = VLM(tiny_model("llava"), with_template(template), name="tiny")
+    with pytest.raises((InputError, ModelError), match=message):
+        vlm.encode_prompt(Sample(id="s", prompt="what is", images=(noise_image(0),), kind="benign"))
+
+
+def test_the_date_is_the_callers_and_chance_is_the_same() -> None:
+    processor = with_template(DATED)
+    assert render(processor, MESSAGES, today="2026-01-31").startswith("31 Jan 2026 ")
+    assert check_template(processor, today="2026-01-31") is True
+    assert check_template(with_template(CHAT_TEMPLATE), today=datetime.now().date().isoformat()) is False
+    drawn = with_template("{{ range(10000) | random }} {{ messages[0]['role'] }}")
+    assert render(drawn, MESSAGES, today="2026-01-31") == render(drawn, MESSAGES, today="2026-02-01")
+
+
+def test_rendering_is_fast() -> None:
+    processor = with_template(CHAT_TEMPLATE)
+    render(processor, MESSAGES, today="2026-01-31")
+    started = time.perf_counter()
+    for number in range(200):
+        render(processor, [{"role": "user", "content": [{"type": "text", "text": str(number)}]}], today="2026-01-31")
+    assert time.perf_counter() - started < 10
