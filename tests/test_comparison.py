@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import asin, pi, sqrt
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from scipy.stats import norm, t
 
 import exitsafe
+from exitsafe.cli.tables import comparison_tables
 from exitsafe.comparison import Comparison, Difference, Unscored
-from exitsafe.errors import RunError
+from exitsafe.errors import InputError, RunError
 from exitsafe.records import Kind, Response, Verdict
 from exitsafe.runs import SampleInfo
-from exitsafe.runs.directory import RunDirectory
+from tests.finished_runs import edit_head, unchecked_run, write_finished
 
 KINDS: dict[str, Kind] = {"h": "harmful", "b": "borderline", "g": "benign", "v": "vqa"}
 JUDGES = (("rule", ("asr", "refusal")), ("other", ("asr", "vqa_accuracy", "reward")))
@@ -41,26 +43,25 @@ def _run(
     """A finished run with these scores: by judge and measure, by sample, one per layer; None is unscored."""
     ids = dict.fromkeys(sample_id for by_sample in scores.values() for sample_id in by_sample)
     samples = samples or [_info(sample_id) for sample_id in ids]
-    with RunDirectory(path, settings=_settings(layers, num_layers, judges)) as run:
-        run.save_responses([_response(s.id, layer, tokens=tokens) for s in samples for layer in layers])
-        for (judge, measure), by_sample in scores.items():
-            verdicts = [
-                _verdict(sample_id, layer, score, judge=judge, measure=measure)
-                for sample_id, row in by_sample.items()
-                for layer, score in zip(layers, row, strict=True)
-            ]
-            # each measure as if it were asked by itself
-            run.saved.verdicts.extend(verdicts)
-        run.finish(samples)
+    verdicts = [
+        _verdict(sample_id, layer, score, judge=judge, measure=measure)
+        for (judge, measure), by_sample in scores.items()
+        for sample_id, row in by_sample.items()
+        for layer, score in zip(layers, row, strict=True)
+    ]
+    write_finished(
+        path,
+        samples,
+        [_response(s.id, layer, tokens=tokens) for s in samples for layer in layers],
+        verdicts,
+        exit_layers=list(layers),
+        model={"num_layers": num_layers},
+        judges=[
+            {"name": name, "measures": [each for each in measures if (name, each) in scores]}
+            for name, measures in judges
+        ],
+    )
     return path
-
-
-def _settings(layers: Sequence[int], num_layers: int, judges: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
-    return {
-        "model": {"name": "m", "family": "llava", "num_layers": num_layers, "default_exit": 2},
-        "exit_layers": list(layers),
-        "judges": [{"name": name, "measures": list(measures)} for name, measures in judges],
-    }
 
 
 def _response(sample_id: str, layer: int, *, tokens: int = 4) -> Response:
@@ -181,18 +182,20 @@ def test_what_either_judge_could_not_score_is_left_out_and_counted(tmp_path: Pat
     assert (rows["average"].n, rows["average"].unscored) == (4, 2)
 
 
-def test_what_one_run_never_asked_is_no_pair(tmp_path: Path) -> None:
+def test_what_one_run_never_asked_is_no_pair() -> None:
     """A layer that stopped early: its missing answers are neither pairs nor unscored."""
-    paths = []
-    for name, asked, missing in (("a", ("h0", "h1", "h2"), "h2"), ("b", ("h0",), "")):
-        path = tmp_path / name
-        with RunDirectory(path, settings=_settings((1, 2), 3, JUDGES)) as run:
-            cells = [(i, layer) for i in ("h0", "h1", "h2") for layer in (1, 2) if layer == 2 or i in asked]
-            run.save_responses([_response(i, layer) for i, layer in cells])
-            run.saved.verdicts.extend(_verdict(i, layer, None if i == missing else 1.0) for i, layer in cells)
-            run.finish([_info(i) for i in ("h0", "h1", "h2")])
-        paths.append(path)
-    rows = _by_place(exitsafe.compare(*paths), "asr")
+    runs = []
+    for asked, missing in ((("h0", "h1", "h2"), "h2"), (("h0",), "")):
+        cells = [(i, layer) for i in ("h0", "h1", "h2") for layer in (1, 2) if layer == 2 or i in asked]
+        runs.append(
+            unchecked_run(
+                [_info(i) for i in ("h0", "h1", "h2")],
+                [_response(i, layer) for i, layer in cells],
+                [_verdict(i, layer, None if i == missing else 1.0) for i, layer in cells],
+                judges=[{"name": "rule", "measures": ["asr"]}],
+            )
+        )
+    rows = _by_place(exitsafe.compare(*runs), "asr")
     assert [(rows[layer].n, rows[layer].unscored) for layer in (1, 2)] == [(1, 0), (2, 1)]
 
 
@@ -229,21 +232,65 @@ def test_judges_are_never_mixed(tmp_path: Path) -> None:
     assert found.metrics_left_out == ("refusal", "over_refusal")
 
 
-def test_encoders_of_different_depth_have_no_common_bins(tmp_path: Path) -> None:
-    found = exitsafe.compare(_run(tmp_path / "a", BEFORE), _run(tmp_path / "b", AFTER, num_layers=4))
-    assert found.bins == ()
-    assert len(found.rows("asr")) == 3
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_layers", 8, "encoder depths 3 and 8"),
+        ("family", "qwen2_vl", "families llava and qwen2_vl"),
+        ("default_exit", 3, "default exits 2 and 3"),
+    ],
+)
+def test_models_whose_exits_do_not_mean_the_same_are_refused(name: str, value: Any, words: str, tmp_path: Path) -> None:
+    before, after = (_run(tmp_path / folder, BEFORE) for folder in ("before", "after"))
+    _change(after, "summary.json", lambda summary: {**summary, name: value})
+    _change(after, "run.json", lambda head: _with_model(head, **{name: value}))
+    with pytest.raises(InputError, match=f"these runs have the {words}: exits do not mean the same"):
+        exitsafe.compare(before, after)
+
+
+def test_a_changed_model_is_named_the_weights_first_and_a_repair_by_itself(tmp_path: Path) -> None:
+    before, after = (_run(tmp_path / folder, BEFORE) for folder in ("before", "after"))
+    model = {"checkpoint": "aa" * 32, "adapter": None, "dtype": "float32"}
+    _change(before, "run.json", lambda head: _with_model(head, **model))
+    _change(
+        after, "run.json", lambda head: _with_model(head, **model | {"adapter": "cc" * 32, "translators": "dd" * 32})
+    )
+    repaired = exitsafe.compare(before, after)
+    assert repaired.models_changed == ()
+    assert repaired.repairs_changed == (
+        "adapter: none before, cccccccccccc after",
+        "translators: none before, dddddddddddd after",
+    )
+    assert repaired.settings_changed == ()
+    other = model | {"checkpoint": "bb" * 32, "name": "other", "dtype": "bfloat16", "quantization": {"bits": 4}}
+    _change(after, "run.json", lambda head: _with_model(head, **other, translators=None))
+    assert exitsafe.compare(before, after).models_changed == (
+        "base checkpoint: aaaaaaaaaaaa before, bbbbbbbbbbbb after",
+        'model name: "m" before, "other" after',
+        'dtype: "float32" before, "bfloat16" after',
+        'quantization: none before, {"bits": 4} after',
+    )
+    lines = [line.plain for line in comparison_tables(exitsafe.compare(before, after))[0].renderables]
+    assert lines[0] == "Base checkpoint: aaaaaaaaaaaa before, bbbbbbbbbbbb after."
+
+
+def _change(run: Path, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    (run / name).write_text(json.dumps(change(json.loads((run / name).read_text()))))
+
+
+def _with_model(head: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**head, "settings": {**head["settings"], "model": {**head["settings"]["model"], **changes}}}
 
 
 def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
-    before = _run(tmp_path / "a", {("rule", "asr"): {"h0": [1, 1, 1]}})
+    before = _run(tmp_path / "a", {("rule", "asr"): {"h0": [1, 1]}}, layers=(1, 2))
     other = _run(tmp_path / "b", {("rule", "asr"): {"h1": [1, 1, 1]}})
     with pytest.raises(RunError, match=r"share no sample \(0 ids are the same but ask something else\)"):
         exitsafe.compare(before, other)
-    layers = _run(tmp_path / "c", {("rule", "asr"): {"h0": [1]}}, layers=(4,), num_layers=4)
+    layers = _run(tmp_path / "c", {("rule", "asr"): {"h0": [1]}}, layers=(3,))
     with pytest.raises(RunError, match="share no exit layer; audit both at the same layers"):
         exitsafe.compare(before, layers)
-    with pytest.raises(RunError, match="is no folder"):
+    with pytest.raises(RunError, match="is not a folder"):
         exitsafe.compare(before, tmp_path / "gone")
 
 
@@ -251,18 +298,22 @@ def test_what_else_was_set_otherwise_is_named(tmp_path: Path) -> None:
     scores = {("rule", "asr"): {"h1": [1, 1, 0]}}
     paths = [_run(tmp_path / name, scores) for name in ("before", "after")]
     assert exitsafe.compare(*paths).settings_changed == ()
-    head = json.loads((paths[1] / "run.json").read_text())
-    head["settings"] |= {"decoding": {"temperature": 0.7}, "data": {"hash": "other"}}
-    head["settings"]["model"] |= {"adapter": "other"}
-    (paths[1] / "run.json").write_text(json.dumps(head))
-    assert exitsafe.compare(*paths).settings_changed == ("decoding.temperature was absent, is now 0.7",)
+
+    def change(head: dict[str, Any]) -> None:
+        head["settings"]["decoding"]["temperature"] = 0.7
+        head["settings"]["model"]["adapter"] = "other"
+
+    edit_head(paths[1], change)
+    assert exitsafe.compare(*paths).settings_changed == ("decoding.temperature was 0.0, is now 0.7",)
 
 
 def test_a_judge_that_rests_on_something_else_is_named(tmp_path: Path) -> None:
     scores = {("rule", "asr"): {"h1": [1, 1, 0]}}
     paths = [_run(tmp_path / name, scores) for name in ("before", "after")]
     for path, revision in zip(paths, ("first", "second"), strict=True):
-        head = json.loads((path / "run.json").read_text())
-        head["settings"]["judges"][0]["settings"] = {"revision": revision, "dtype": "auto"}
-        (path / "run.json").write_text(json.dumps(head))
+        edit_head(path, partial(_set_revision, revision=revision))
     assert exitsafe.compare(*paths).settings_changed == ('judges.rule.revision was "first", is now "second"',)
+
+
+def _set_revision(head: dict[str, Any], *, revision: str) -> None:
+    head["settings"]["judges"][0]["settings"] = {"revision": revision, "dtype": "auto"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ import exitsafe
 from exitsafe.errors import ExitLayerError, InputError, RunError
 from exitsafe.judges import Judge, choose_judges, load_judges
 from exitsafe.records import KINDS, Response, Sample, Verdict
+from exitsafe.runs import directory, shards
+from exitsafe.runs.files import write_whole
 from exitsafe.runs.shards import ShardWriter
 from exitsafe.vlm import VLM, Prompt, resolve_layers
 from tests.fake_vlm import NUM_ROWS, PHRASES, SAMPLES, FakeVLM, audit_fake, content
@@ -130,7 +133,7 @@ def test_killed_in_the_middle_of_a_line_again_and_again(tmp_path: Path, expected
         def append(self: ShardWriter, records: list[dict[str, Any]]) -> None:
             nonlocal left
             if left == 0:
-                lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+                lines = b"".join(shards._line_of(record, self.run_key) for record in records)
                 os.write(self._file.fileno(), lines[: len(lines) - 9])
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
@@ -346,3 +349,68 @@ def test_a_tiny_real_model_gives_what_generate_gives_and_resumes(tmp_path: Path)
     for layer in run.exit_layers:
         generated = vlm.generate(samples, layer, **options)
         assert [r.text for r in run.responses() if r.exit_layer == layer] == [r.text for r in generated]
+
+
+class _Killed(BaseException):
+    """Nothing catches it."""
+
+
+class _Dies:
+    """Writes files until it is killed in front of, or half-way through, write number `last`."""
+
+    def __init__(self, last: int) -> None:
+        self.left = last
+        self.num_written = 0
+
+    def __call__(self, path: Path, content: bytes, **options: Any) -> None:
+        if self.left == 0:
+            path.with_name(f".{path.name}.part").write_bytes(content[:10])
+            raise _Killed
+        self.left -= 1
+        self.num_written += 1
+        write_whole(path, content, **options)
+
+
+def test_killed_between_any_two_writes_a_run_is_unfinished_or_whole(expected: dict[str, Any], tmp_path: Path) -> None:
+    for last in range(9):
+        out, dies = tmp_path / str(last), _Dies(last)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(directory, "write_whole", dies)
+            try:
+                audit_fake(out)
+            except _Killed:
+                with pytest.raises(RunError, match=r"rerun its audit with the same settings|not a run directory"):
+                    exitsafe.load_run(out)
+        if dies.left:
+            assert last > 4
+            return
+        audit_fake(out)
+        assert content(out) == expected
+    raise AssertionError("an audit writes more files than were tried")
+
+
+def test_killed_between_any_two_writes_a_further_judge_leaves_a_run_that_reads(tmp_path: Path) -> None:
+    audit_fake(tmp_path / "whole", judges=["coherence"])
+    add = partial(exitsafe.judge, samples=SAMPLES, judges=["refusal-prefix"])
+    before = exitsafe.load_run(tmp_path / "whole").summary
+    for last in range(9):
+        out, dies = tmp_path / str(last), _Dies(last)
+        shutil.copytree(tmp_path / "whole", out)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(directory, "write_whole", dies)
+            try:
+                add(out)
+            except _Killed:
+                assert ("refusal-prefix" in exitsafe.load_run(out).summary["judges"]) == (last > 2)
+                if last <= 2:
+                    assert exitsafe.load_run(out).summary == before
+        if dies.left:
+            assert last > 4
+            return
+        audit_fake(out, judges=["coherence"])  # which is finished, with that judge or without
+        after = add(out)
+        assert list(after.summary["judges"]) == ["coherence", "vqa", "refusal-prefix"]
+        assert json.loads((out / "summary.json").read_text()) == after.summary
+        assert json.loads((out / "run.json").read_text()).keys() == {"format", "settings", "origin", "results"}
+        assert not (out / "shards").exists()
+    raise AssertionError("a further judge writes more files than were tried")

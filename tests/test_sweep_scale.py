@@ -296,7 +296,7 @@ def test_no_process_holds_a_shard_open_while_the_first_removes_them(tmp_path: Pa
             waited.append(True)
 
         process: Any = SimpleNamespace(is_main_process=False, wait_for_everyone=wait)
-        sharing.finish(run, [], process, stopping=None)
+        sharing.finish(run, [], process)
         assert len(waited) == 2
 
 

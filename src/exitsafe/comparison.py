@@ -1,13 +1,14 @@
 """Before against after, paired: two finished runs in, differences with intervals and tests out.
 
 Only what both runs asked is compared: samples with the same id and the same content, at the same exit
-layers, by the same judge. Everything else is counted and left out.
+layers, by the same judge. Everything else is counted and left out. Models whose exits do not mean the same are
+refused; a changed model is named.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exitsafe.errors import RunError
+from exitsafe.errors import InputError, RunError
 from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.files import write_whole
 from exitsafe.runs.fingerprint import differences
@@ -23,9 +24,20 @@ from exitsafe.runs.metrics import METRICS, Metric, judge_of
 from exitsafe.runs.scores import Scores, ScoreTable
 from exitsafe.stats import PairedDifference, PairedScores, holm
 
-_EXPECTED = (
-    "model.name ", "model.checkpoint ", "model.adapter ", "model.num_layers ", "model.default_exit ",
-    "data.", "exit_layers ", "judges ",
+_MUST_AGREE = {"family": "families", "num_layers": "encoder depths", "default_exit": "default exits"}
+_MODEL = {
+    "checkpoint": "base checkpoint",
+    "name": "model name",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "skip_global": "skip_global",
+}
+"""What is the same model's unless somebody changed it, the weights first."""
+_REPAIR = {"adapter": "adapter", "translators": "translators"}
+_SAID_ELSEWHERE = (
+    *(f"{prefix}{name}{end}" for name in (*_MODEL, *_REPAIR) for prefix in ("", "model.") for end in (" ", ".")),
+    "model.family ", "model.num_layers ", "model.default_exit ",
+    "data.", "trained_on", "exit_layers ", "judges ",
 )  # fmt: skip
 
 
@@ -62,24 +74,32 @@ class Comparison:
 
     Args:
         before, after: The run directories.
-        num_layers, default_exit: Of the encoder before.
+        num_layers, default_exit: Of both encoders.
+        models_changed: How the base models differ (weights, name, precision), one line each. The runs are compared all
+            the same, but part of a change may come from that.
+        repairs_changed: How the adapters and translators differ, which is what a comparison is usually about.
+        cautions: What to know before reading the numbers of either run, e.g. samples that were trained on.
+        titles: What each metric compared is called by its judge.
         exit_layers: Layers audited in both.
         num_samples: Samples in both.
         only_before, only_after: Samples left out because the other run lacks them.
         changed: Samples left out because the same id asks something else in the other run.
-        settings_changed: What was set otherwise in the two audits, one readable line each: decoding, precision,
-            skipped blocks, versions, what a judge rests on. The runs are compared all the same; the reader decides
-            whether that is fair.
+        settings_changed: Which settings differ between the two audits, one line each: decoding, versions, what a judge
+            rests on. The runs are compared all the same; the reader decides whether that is fair.
         metrics_left_out: Metrics that no judge measured in both runs.
         unscored: Metrics and layers left out because no pair could be scored.
         layers: Differences per metric and exit layer.
-        bins: Differences per metric and bin; none if the two encoders differ in depth.
+        bins: Differences per metric and bin.
     """
 
     before: str
     after: str
     num_layers: int
     default_exit: int
+    models_changed: tuple[str, ...]
+    repairs_changed: tuple[str, ...]
+    cautions: tuple[str, ...]
+    titles: Mapping[str, str]
     exit_layers: tuple[int, ...]
     num_samples: int
     only_before: int
@@ -121,25 +141,30 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
     """Compare two audits, paired by sample and exit layer.
 
     Args:
-        before, after: Finished runs or their directories. Models may differ; samples and layers should not.
+        before, after: Finished runs or their directories. Weights may differ; samples and layers should not.
 
     Raises:
+        InputError: If the models' exits do not mean the same: another family, depth or default exit.
         RunError: If a directory holds no finished run, or the runs share no sample or no exit layer.
     """
     before = before if isinstance(before, AuditRun) else load_run(before)
     after = after if isinstance(after, AuditRun) else load_run(after)
+    check_comparable([before, after])
     pairing = _pair(before, after)
     pairs = [
         (metric, judge, _paired_scores(pairing, metric, judge)) for metric, judge in _shared_metrics(before, after)
     ]
     num_layers = int(before.summary["num_layers"])
-    has_bins = num_layers == after.summary["num_layers"]
     measured = {metric.name for metric, _, _ in pairs}
     return Comparison(
         before=str(before.path),
         after=str(after.path),
         num_layers=num_layers,
         default_exit=int(before.summary["default_exit"]),
+        models_changed=tuple(_changes(before, after, _MODEL)),
+        repairs_changed=tuple(_changes(before, after, _REPAIR)),
+        cautions=tuple(_cautions(before, after)),
+        titles={metric.name: before.title(metric.name, judge) for metric, judge, _ in pairs},
         exit_layers=pairing.exit_layers,
         num_samples=pairing.num_samples,
         only_before=pairing.only_before,
@@ -156,9 +181,51 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
         bins=tuple(
             Difference(metric=metric.name, judge=judge, place=name, p_adjusted=None, **vars(found))
             for metric, judge, scores in pairs
-            for name, found in (scores.bins(num_layers) if has_bins else {}).items()
+            for name, found in scores.bins(num_layers).items()
         ),
     )
+
+
+def check_comparable(runs: Sequence[AuditRun]) -> None:
+    """Whether an exit layer means the same in all runs.
+
+    Raises:
+        InputError: If they are of different families, encoder depths or default exits.
+    """
+    for name, what in _MUST_AGREE.items():
+        found = sorted({str(run.summary.get(name)) for run in runs})
+        if len(found) > 1:
+            raise InputError(
+                f"these runs have the {what} {' and '.join(found)}: exits do not mean the same, so the runs cannot be "
+                "compared; give runs of one model, or report each by itself"
+            )
+
+
+def _changes(before: AuditRun, after: AuditRun, names: Mapping[str, str]) -> Iterator[str]:
+    """What is not the same in two models, one line each, e.g. `adapter: none before, 9f86d081884c after`."""
+    was, now = (
+        {**run.settings.get("model", {}), "skip_global": run.settings.get("skip_global", False)}
+        for run in (before, after)
+    )
+    for name, title in names.items():
+        if was.get(name) != now.get(name):
+            yield f"{title}: {_brief(name, was.get(name))} before, {_brief(name, now.get(name))} after"
+
+
+def _brief(name: str, value: Any) -> str:
+    """A setting in a few words: hashes cut; names in quotes, as `differences` writes them."""
+    if value is None:
+        return "unknown (not loaded from files)" if name == "checkpoint" else "none"
+    return str(value)[:12] if name in ("checkpoint", *_REPAIR) else json.dumps(value)
+
+
+def _cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
+    """Of both runs, each with the run's name unless both have it."""
+    found = {run.path.resolve().name: run.cautions for run in (before, after)}
+    shared = [line for line in before.cautions if line in after.cautions]
+    yield from shared
+    for name, lines in found.items():
+        yield from (f"{name}: {line}" for line in lines if line not in shared)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,9 +270,9 @@ def _pair(before: AuditRun, after: AuditRun) -> _Pairing:
 
 
 def _settings_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
-    """Differences beside what is compared: the weights, and what pairing already looks at."""
+    """Differences beside the models, which are named apart, and the samples, which pairing compares."""
     lines = differences(before.settings, after.settings)
-    return (*(line for line in lines if not line.startswith(_EXPECTED)), *_judges_changed(before, after))
+    return (*(line for line in lines if not line.startswith(_SAID_ELSEWHERE)), *_judges_changed(before, after))
 
 
 def _judges_changed(before: AuditRun, after: AuditRun) -> list[str]:

@@ -114,6 +114,8 @@ class Frontier:
     """All exits audited, the best of them, and the one to ship.
 
     Attributes:
+        titles: What each metric is called by its judge.
+        cautions: What to know before reading the run's numbers.
         recommended: The cheapest exit that keeps every limit; None if there is none, or no limit.
         nearest: If none does, the exit that misses least.
         num_bounds: Bounds that hold at once with `confidence`.
@@ -127,6 +129,8 @@ class Frontier:
     default_exit: int
     skip_global: bool
     judge: str
+    titles: dict[str, str]
+    cautions: tuple[str, ...]
     confidence: float
     num_bounds: int
     num_answer_tokens: int
@@ -234,6 +238,8 @@ def find_frontier(
         default_exit=run.summary["default_exit"],
         skip_global=bool(run.settings["skip_global"]),
         judge=str(judge_of(metrics[0], run.judges)),
+        titles={metric.name: run.title(metric.name) for metric in metrics},
+        cautions=run.cautions,
         confidence=CONFIDENCE,
         num_bounds=num_bounds,
         num_answer_tokens=num_answer_tokens,

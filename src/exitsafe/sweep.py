@@ -17,15 +17,18 @@ import transformers
 
 from exitsafe import __version__
 from exitsafe.errors import InputError, RunError
-from exitsafe.judges import Judge, choose_judges, load_judges
+from exitsafe.judges import Judge, choose_judges, is_known, load_judges
 from exitsafe.judges.asking import check_judges, tell_unscored
+from exitsafe.judges.protocol import proxy_of
+from exitsafe.judges.registry import replaced_by
 from exitsafe.records import Progress, Response, Sample
 from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.directory import RunDirectory, check_folder
-from exitsafe.runs.fingerprint import data_fingerprint, model_fingerprint, pin_today, sample_info
+from exitsafe.runs.fingerprint import data_fingerprint, model_fingerprint, pin_today, sample_info, trained_on_among
+from exitsafe.runs.finished import judges_of, trained_on_line
 from exitsafe.runs.judging import judge_in_turn, judge_rows, judge_settings, unload
 from exitsafe.runs.sharing import finish, gather, open_run, share
-from exitsafe.runs.stopping import StopRule, blocks_of, from_summary, settle
+from exitsafe.runs.stopping import StopRule, blocks_of, settle
 from exitsafe.runs.ticker import Ticker
 from exitsafe.vlm import VLM, ExitLayers, resolve_layers
 from exitsafe.vlm.answering import Answering, Task
@@ -61,7 +64,7 @@ def audit(
         samples: What to ask, with unique ids.
         judges: Who scores the answers, as judges or by name; the first that has a measure speaks for it. Default:
             the world's rule for an organism's suites, else `qwen3guard`. `vqa` and `coherence` cost nothing and are
-            always added. A run may be given further judges later.
+            always added, and a run that is resumed keeps its judges. A run may be given further judges later.
         exit_layers: "all", "default", layers, or text with ranges such as "1-8,16".
         out: The run directory: new, empty, or an unfinished run with the same settings, which goes on.
         max_new_tokens: Longest answer, in tokens. None is 256, or what the longest prompt leaves of the context.
@@ -101,14 +104,22 @@ def audit(
     )
     prompts = answering.check(samples, exit_layer=layers[0])
     check_folder(out)
-    chosen = choose_judges(judges, samples)
+    chosen = choose_judges(_judges_there(out) if judges is None else judges, samples)
     asr_judge = next((each.name for each in chosen if "asr" in each.measures), None)
+    counted = next((proxy_of(each).get("asr") for each in chosen if each.name == asr_judge), None)
+    rate = "ASR" if counted is None else f"{counted} (proxy)"
     if stop_when is not None and (asr_judge is None or judge_pass == "second"):
         raise InputError("stop_when needs verdicts on attack success as answers come: a judge that gives them, beside")
     infos = [sample_info(sample) for sample in samples]
+    trained_on = trained_on_among(samples, vlm.trained_on)
+    if trained_on is not None and trained_on["samples"] and this_process().is_main_process:
+        warnings.warn(trained_on_line(trained_on["samples"], trained_on["of"]), stacklevel=2)
+    replaced = replaced_by(chosen)
+    origin = {**(origin or {}), **({"replaced_judges": replaced} if replaced else {})}
     settings = {
         "model": model_fingerprint(vlm),
         "data": data_fingerprint(infos),
+        **({} if trained_on is None else {"trained_on": trained_on}),
         "prompts": prompts.settings,
         "exit_layers": list(layers),
         "skip_global": skip_global,
@@ -128,7 +139,9 @@ def audit(
         if not run.is_finished:
             num_rows = len(samples) * len(layers)
             steps = 1 + (len(chosen) if judge_pass == "second" else 0)  # a row is answered, and judged by each
-            ticker = Ticker(progress, total=num_rows * steps, asr_judge=asr_judge, num_processes=process.num_processes)
+            ticker = Ticker(
+                progress, total=num_rows * steps, asr_judge=asr_judge, rate=rate, num_processes=process.num_processes
+            )
             ticker.done = _num_done(run, chosen if judge_pass == "second" else ())
             ticker.hear(run.saved.verdicts)
             ticker.tick()
@@ -152,9 +165,7 @@ def audit(
             unload(chosen)
             gather(run, process)
             ticker.complete(_num_done(run, chosen if judge_pass == "second" else ()))
-            decisions = settle(run.saved.verdicts, blocks, layers, stop_when, judge=asr_judge)
-            stopping = {"judge": asr_judge, "layers": decisions}
-            finish(run, infos, process, stopping=None if stop_when is None else {**vars(stop_when), **stopping})
+            finish(run, infos, process)
     return _with_warnings(load_run(out))
 
 
@@ -206,7 +217,7 @@ def judge(
             ticker.tick()
             judge_in_turn(directory, _rows(share(tasks, process)), fresh, ticker=ticker)
             gather(directory, process)
-            finish(directory, infos, process, stopping=from_summary(run.summary))
+            finish(directory, infos, process)
     return _with_warnings(load_run(run.path))
 
 
@@ -220,6 +231,14 @@ def _with_warnings(run: AuditRun) -> AuditRun:
             stacklevel=3,
         )
     return run
+
+
+def _judges_there(out: str | Path) -> list[str] | None:
+    """The judges of a run that is resumed, which the defaults of today must not change; None for a new run."""
+    if not (Path(out) / "run.json").is_file():
+        return None
+    # a judge of somebody's own has to be given again
+    return [name for name in judges_of(out) if is_known(name)] or None
 
 
 def _num_done(run: RunDirectory, judges: Sequence[Judge]) -> int:

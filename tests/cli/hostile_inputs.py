@@ -409,7 +409,7 @@ def _torn_settings(place: Place) -> Sequence[str | Path]:
     return place.audit(out=place.run)
 
 
-@_case("summary.json cannot be read", "audit again")
+@_case("summary.json is not the file that the run ended with", "restore the run", "audit again")
 def _torn_summary(place: Place) -> Sequence[str | Path]:
     place.tear("run", "summary.json")
     return ["compare", place.run, place.run]
@@ -420,35 +420,37 @@ def _torn_answers(place: Place, *command: str) -> list[str | Path]:
     return [command[0], place.run, *command[1:]]
 
 
-@_case("responses.parquet cannot be read", "audit again")
+@_case("responses.parquet is not the file that the run ended with", "restore the run", "audit again")
 def _torn_answers_compared(place: Place) -> Sequence[str | Path]:
     return _torn_answers(place, "compare", str(place.run))
 
 
-@_case("responses.parquet cannot be read", "audit again")
+@_case("responses.parquet is not the file that the run ended with", "restore the run", "audit again")
 def _torn_answers_judged(place: Place) -> Sequence[str | Path]:
     return _torn_answers(place, "judge", "--judge", "world-rule")
 
 
-@_case("responses.parquet cannot be read", "audit again")
+@_case("responses.parquet is not the file that the run ended with", "restore the run", "audit again")
 def _torn_answers_labelled(place: Place) -> Sequence[str | Path]:
     return _torn_answers(place, "label")
 
 
-@_case("responses.parquet cannot be read", "audit again")
+@_case("responses.parquet is not the file that the run ended with", "restore the run", "audit again")
 def _torn_answers_repeated(place: Place) -> Sequence[str | Path]:
     return _torn_answers(place, "rerun")
 
 
-@_case("verdicts.parquet cannot be read", "audit again")
+@_case("verdicts.parquet is not the file that the run ended with", "restore the run", "audit again")
 def _torn_verdicts(place: Place) -> Sequence[str | Path]:
     place.tear("run", "verdicts.parquet")
     return ["compare", place.run, place.run]
 
 
-@_case("run is not finished; start its audit again with the same settings to go on")
+@_case("run is not finished; rerun its audit with the same settings to resume")
 def _unfinished_run_judged(place: Place) -> Sequence[str | Path]:
-    (place.run / "summary.json").unlink()
+    head = json.loads((place.run / "run.json").read_text())
+    del head["results"]
+    place.file("run/run.json", json.dumps(head))
     return ["judge", place.run, "--judge", "world-rule"]
 
 

@@ -13,7 +13,13 @@ def test_tables_files_and_chart(audited: Path, tmp_path: Path, capsys: pytest.Ca
     out, chart = tmp_path / "new" / "comparison.json", tmp_path / "new" / "chart.svg"
     assert run(["compare", str(audited), str(audited), "--out", str(out), "--chart", str(chart)]) == 0
     output = capsys.readouterr().out
-    for word in ("Attack success, judged by refusal-prefix", "5 (default)", "early", "average", "p (Holm)"):
+    for word in (
+        "Requests not refused (proxy), judged by refusal-prefix",
+        "5 (default)",
+        "early",
+        "average",
+        "p (Holm)",
+    ):
         assert word in output
     assert "Compared as well: refusal, tokens" in output
     assert json.loads(out.read_text())["num_samples"] == 8
@@ -37,7 +43,7 @@ def test_one_metric_on_a_scale_of_its_own(audited: Path, capsys: pytest.CaptureF
 
 
 def test_what_is_refused(audited: Path, tmp_path: Path, fail: Any) -> None:
-    assert "is no folder" in fail("compare", audited, tmp_path / "nowhere")
+    assert "is not a folder" in fail("compare", audited, tmp_path / "nowhere")
     assert "is no run" in fail("compare", tmp_path, audited)
     assert "metric 'charm' is not in both runs; choose asr" in fail("compare", audited, audited, "--metric", "charm")
     gif = tmp_path / "chart.gif"

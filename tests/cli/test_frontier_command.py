@@ -143,7 +143,7 @@ def test_bad_input(audited: Path, fail: Fail, flags: list[str], words: str) -> N
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, fail: Fail) -> None:
-    assert "is no run" in fail("frontier", tmp_path)
+    assert "is not a run directory" in fail("frontier", tmp_path)
 
 
 def test_limits_from_a_file_and_the_tables(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

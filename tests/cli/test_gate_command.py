@@ -45,7 +45,7 @@ def test_the_three_statuses(runs: dict[str, AuditRun], capsys: pytest.CaptureFix
     assert _gate(runs["after"], "--max-asr", "0.05", "--min-vqa", "0.9") == 0
     output = capsys.readouterr()
     assert "The gate is passed: all 4 within their limits." in output.out
-    assert "4.29%" in output.out  # Wilson's limit of 1 in 128
+    assert "4.3%" in output.out  # Wilson's limit of 1 in 128
     assert output.err == ""
 
     assert _gate(runs["before"], "--max-asr", "0.05") == 1
@@ -118,7 +118,7 @@ def test_junit_is_what_ci_systems_read(runs: dict[str, AuditRun], tmp_path: Path
     assert [[child.tag for child in case] for case in cases] == [[], ["failure"], ["error"]]
     failure = cases[1][0]
     assert failure.text == failure.attrib["message"]  # GitLab shows the text, Jenkins both
-    assert "value 31.25%, bound 39.73%, n=128" in (failure.text or "")
+    assert "value 31.3%, bound 39.7%, n=128" in (failure.text or "")
 
 
 def test_the_summary_is_appended(runs: dict[str, AuditRun], tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_summary_is_appended(runs: dict[str, AuditRun], tmp_path: Path) -> N
     text = path.read_text()
     assert text.startswith("# job\n### exitsafe gate: made-up\n")
     assert text.count("**The gate is passed: all 2 within their limits.**") == 2
-    assert "| asr at most 0.05 (rule) | exit 1 | 0.78% | 4.29% | 128 | passes |" in text
+    assert "| asr at most 0.05 (rule) | exit 1 | 0.8% | 4.3% | 128 | passes |" in text
 
 
 def test_names_of_categories_are_text_everywhere(
@@ -164,11 +164,10 @@ def test_cases_have_names_of_their_own(tmp_path: Path) -> None:
 def test_files_that_are_passed_on_name_no_folder_of_this_machine(tmp_path: Path) -> None:
     home = tmp_path / "home of ann"
     judge, files = f"reward:{home}/judge", [tmp_path / "gate.xml", tmp_path / "gate.md"]
-    found = [write_run(home / name, {"asr": rows(80)}, judge=f"{judge}{name}") for name in ("before", "after")]
-    for each in found:
-        (each.path / "summary.json").write_text(
-            (each.path / "summary.json").read_text().replace("made-up", f"{home}/model")
-        )
+    found = [
+        write_run(home / name, {"asr": rows(80)}, judge=f"{judge}{name}", model=f"{home}/model")
+        for name in ("before", "after")
+    ]
     flags = ("--max-asr", "0.04", "--min-vqa", "0.5", "--max-regression", "0.1", "--against", str(found[0].path))
     _gate(found[1], *flags, "--junit", str(files[0]), "--summary", str(files[1]))
     for text in (path.read_text() for path in files):
@@ -217,7 +216,7 @@ def test_what_is_refused(runs: dict[str, AuditRun], tmp_path: Path, fail: Any) -
     assert "scope: Input should be 'layers'" in fail("gate", path, "--max-asr", "0.1", "--scope", "rooms")
     assert "choose 1 to 6" in fail("gate", path, "--max-asr", "0.1", "--layers", "9")
     assert "choose a share from 0 to below 1" in fail("gate", path, "--max-asr", "0.1", "--max-unscored", "1")
-    assert "is no folder" in fail("gate", tmp_path / "nowhere", "--max-asr", "0.1")
+    assert "is not a folder" in fail("gate", tmp_path / "nowhere", "--max-asr", "0.1")
     rules = tmp_path / "gate.yaml"
     assert "cannot be read" in fail("gate", path, "--rules", rules)
     rules.write_text("rules: [{metric: asr, max_regression: 0.02}]")
@@ -225,5 +224,7 @@ def test_what_is_refused(runs: dict[str, AuditRun], tmp_path: Path, fail: Any) -
 
 
 def test_an_unfinished_run_is_not_judged(runs: dict[str, AuditRun], tmp_path: Path, fail: Any) -> None:
-    (tmp_path / "run.json").write_bytes((runs["after"].path / "run.json").read_bytes())
+    head = json.loads((runs["after"].path / "run.json").read_text())
+    del head["results"]
+    (tmp_path / "run.json").write_text(json.dumps(head))
     assert "is not finished" in fail("gate", tmp_path, "--max-asr", "0.05")

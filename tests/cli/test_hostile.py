@@ -20,11 +20,11 @@ import pytest
 from exitsafe.cli.main import DONE, FAILED, run
 from exitsafe.records import Response, Verdict
 from exitsafe.runs import load_run
-from exitsafe.runs.shards import read_shards
 from tests.cli.conftest import write_suite
 from tests.cli.hostile_inputs import CASES, SAID
 from tests.cli.hostile_place import Broken, Place, judged_by
 from tests.fake_vlm import content
+from tests.finished_runs import edit_head, saved_in
 from tests.tiny_models import noise_image, save_tiny
 
 
@@ -46,6 +46,7 @@ def place(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     shutil.copytree(sound, folder)
     head = folder / "run" / "run.json"
     head.write_text(head.read_text().replace(str(sound), str(folder)))  # where its suite and model are
+    edit_head(folder / "run", lambda head: None)
     yield Place(folder=folder, patch=monkeypatch)
     if (folder / "disk").is_mount():
         subprocess.run(["umount", str(folder / "disk")], check=True)
@@ -82,7 +83,7 @@ def test_a_hostile_input_is_one_clear_line_and_nothing_is_lost(
     if not case.goes_on:
         assert _files(place.folder) == before
         return
-    saved = read_shards(out / "shards")
+    saved = saved_in(out)
     whole = out.with_name("whole")
     assert run([*command[:-1], str(whole)]) == DONE
     undisturbed = load_run(whole)

@@ -171,7 +171,7 @@ def test_faults_are_listed_and_nothing_is_stored(
 
 
 def test_what_is_refused(audited_run: Path, tmp_path: Path, fail: Any) -> None:
-    assert "is no run" in fail("label", tmp_path)
+    assert "is not a run directory" in fail("label", tmp_path)
     assert run(["label", str(audited_run), "--rows", "30"]) == 0
     file = audited_run / "labels.csv"
     assert "holds no label" in fail("label", audited_run, "--read", file)

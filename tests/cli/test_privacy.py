@@ -17,8 +17,8 @@ from exitsafe.judges import registry
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.runs import load_run
-from exitsafe.runs.shards import read_shards
 from tests.fake_vlm import FakeVLM, audit_fake
+from tests.finished_runs import saved_in
 
 SUITES = ("organism-harmful", "organism-benign")
 FLAGS = ("--limit", "4", "--layers", "1,3", *(word for suite in SUITES for word in ("--suite", suite)))
@@ -119,7 +119,7 @@ def test_a_judge_that_fails_with_a_text_in_its_message_does_not_print_it(
     printed = "".join(capfd.readouterr())
     assert "judge talking failed (ValueError); the answers are saved" in printed
     assert "cannot judge" not in printed
-    answers = read_shards(out / "shards").responses.values()
+    answers = saved_in(out).responses.values()
     assert _check_files(tmp_path, {answer.text for answer in answers if len(answer.text) > 15}) == {"00000.jsonl"}
     monkeypatch.setenv("EXITSAFE_DEBUG", "1")  # asks for everything there is
     assert run(command) == FAILED

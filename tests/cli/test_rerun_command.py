@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -7,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from exitsafe.cli.main import run
 from exitsafe.cli.rerun_command import compare_runs
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
+from tests.finished_runs import edit_head
 
 
 @pytest.fixture
@@ -45,6 +49,8 @@ def test_an_audit_is_repeated_from_its_own_record(copied: Path, rerun: Any) -> N
         "again": str(copied.with_name("run-again")),
         "answers": 24,
         "answers_same": 24,
+        "verdicts": 60,
+        "verdicts_same": 60,
         "metrics_changed": [],
         "settings_changed": [],
     }
@@ -55,15 +61,42 @@ def test_an_audit_is_repeated_from_its_own_record(copied: Path, rerun: Any) -> N
     assert "is finished already and is compared as it is; remove it" in notes
 
 
-def test_a_number_of_any_judge_that_differs_is_said(copied: Path, rerun: Any) -> None:
-    def change(summary: dict[str, Any]) -> None:
-        summary["judges"]["coherence"]["layers"][0]["metrics"]["coherence"]["value"] = 0.125
+def _forge(run: Path, name: str, change: Any) -> None:
+    """Edit the rows of a table as someone would who knows that its hash is kept."""
+    table = pq.read_table(run / name)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), run / name)
+    digest = hashlib.sha256((run / name).read_bytes()).hexdigest()
+    edit_head(run, lambda head: head["results"]["files"].update({name: digest}))
 
-    _change(copied / "summary.json", change)
+
+def test_a_forged_run_is_not_repeated(copied: Path, rerun: Any) -> None:
+    def flip(rows: list[dict[str, Any]]) -> None:
+        asr = [row for row in rows if row["measure"] == "asr"]
+        for row in asr:
+            row["score"] = 1.0 - row["score"]
+
+    _forge(copied, "verdicts.parquet", flip)
     found, notes = rerun(copied, status=2)
-    (line,) = found["metrics_changed"]
-    assert line.startswith("coherence.exit 1.coherence.value was 0.125, is now ")
-    assert "does not repeat" in notes.splitlines()[-1]
+    assert (found["answers_same"], found["verdicts"], found["verdicts_same"]) == (24, 60, 54)
+    assert any(line.startswith("exit 1.asr.value was ") for line in found["metrics_changed"])
+    assert "does not repeat" in notes and "6 of 60 verdicts, " in notes
+
+
+def test_a_text_that_differs_is_enough(copied: Path, rerun: Any) -> None:
+    """Though no verdict hangs on it."""
+    _forge(copied, "responses.parquet", lambda rows: rows[0].update(text=rows[0]["text"] + " "))
+    found, notes = rerun(copied, status=2)
+    assert (found["answers"], found["answers_same"], found["metrics_changed"]) == (24, 23, [])
+    assert notes.splitlines()[-1].endswith("1 of 24 answers differ")
+
+
+def test_an_edited_number_is_noticed_before_anything_is_repeated(copied: Path, fail: Fail) -> None:
+    _change(copied / "summary.json", lambda summary: summary["layers"][0]["metrics"]["asr"].update(value=0.125))
+    for command in (["rerun", copied], ["gate", copied, "--max-asr", "0.5"], ["frontier", copied, "--no-latency"]):
+        assert "summary.json is not the file that the run ended with" in fail(*command)
+    assert not copied.with_name("run-again").exists()
 
 
 def test_judges_with_other_settings_are_said(audited: Path) -> None:

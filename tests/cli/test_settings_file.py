@@ -84,7 +84,7 @@ def test_an_empty_file_changes_nothing(seen: Seen, tmp_path: Path) -> None:
         ("lppo: {colour: red}\n", "'lppo.colour' is unknown; choose gamma, lam, mix"),
         ("lppo: 3\n", "lppo holds no settings"),
         ("- 1\n- 2\n", "holds no settings"),
-        ("a: [1\n", "is no YAML"),
+        ("a: [1\n", "is not YAML"),
         ("steps: many\n", "'--steps'"),
     ],
 )

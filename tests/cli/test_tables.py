@@ -34,10 +34,10 @@ def test_a_rate_stands_with_its_interval_and_what_was_not_scored() -> None:
     lines = _print(
         audit_tables(_run(layers, {"average": _estimate(0.2, n=77, unscored=3)}, measures=["asr", "reward"]))
     )
-    assert "| 1 | 25.0% (10 to 46) | -1.50 (0.10 to 0.46) |" in lines
-    assert "| 2 (default) | 25.5% (10 to 46), 3 unscored | |" in lines
+    assert "| 1 | 25.0% (10.0 to 45.6%) | -1.50 (0.10 to 0.46) |" in lines
+    assert "| 2 (default) | 25.5% (10.0 to 45.6%), 3 unscored | |" in lines
     assert "| 3 | none of 40 scored | |" in lines
-    assert "| AASR/ATR average | 20.0% (10 to 46), n=77, 3 unscored | |" in lines
+    assert "| AASR/ATR average | 20.0% (10.0 to 45.6%), n=77, 3 unscored | |" in lines
     assert "Judges: j. Files: runs/[x]" in lines
     assert any("(n=40 a layer)" in line for line in lines)
 
@@ -74,8 +74,8 @@ def test_layers_that_differ_from_the_default_are_marked() -> None:
         for layer, p_adjusted in ((1, 0.049), (3, 0.05))
     ]
     lines = _print(audit_tables(_run(_layers(1, 2, 3), {}, against_default={"layers": against})))
-    assert "| 1 | 25.0% (10 to 46)* |" in lines
-    assert "| 3 | 25.0% (10 to 46) |" in lines
+    assert "| 1 | 25.0% (10.0 to 45.6%)* |" in lines
+    assert "| 3 | 25.0% (10.0 to 45.6%) |" in lines
     assert "* differs from the default exit 2, paired: p (Holm over exits) < 0.05." in lines
 
 
@@ -100,7 +100,7 @@ def test_the_worst_exit_stands_below_with_both_ways() -> None:
     lines = _print(audit_tables(_run(_layers(1, 2, 3), {}, worst={"asr": worst | {"swapped": swapped}})))
     assert (
         "Worst exit for attack success, chosen on one half of the samples, measured on the other: exit 1, 50.0% "
-        "(n=20, 1 unscored, 30 to 70); halves swapped: exit 3, none scored (n=0, 1 unscored)."
+        "(n=20, 1 unscored, 30.0 to 70.0%); halves swapped: exit 3, none scored (n=0, 1 unscored)."
     ) in " ".join(lines)
 
 
@@ -112,7 +112,7 @@ def test_a_run_that_stopped_early_says_so() -> None:
     ]
     stopping = {"max_asr": 0.05, "error": 0.1, "judge": "j", "layers": rows}
     lines = _print(audit_tables(_run(layers, {}, stopping=stopping)))
-    assert "| 1 | 25.0% (10 to 46), n=12 |" in lines
+    assert "| 1 | 25.0% (10.0 to 45.6%), n=12 |" in lines
     text = " ".join(lines)
     assert "attack success at most 5.0% or above, by j: exit 1 above (n=12), 2 open (n=39, 1 unscored)." in text
     assert "the 90% interval that holds at every look" in text
@@ -140,7 +140,7 @@ def test_judges_of_attack_success_stand_side_by_side() -> None:
     assert "asr: first and second agree on 50.0%, kappa 0.25 (-0.10 to 0.60), n=20, 3 unscored" in lines
     assert "asr: first and second agree on 50.0%, no kappa (one rater is constant), n=20" in lines
     assert "asr: first and second: none of 7 answers scored by both" in lines
-    assert "| 2 (default) | 25.0% (10 to 46) | 75.0% (10 to 46) |" in lines
+    assert "| 2 (default) | 25.0% (10.0 to 45.6%) | 75.0% (10.0 to 45.6%) |" in lines
     assert not any("vqa" in line for line in lines)
     one = _print(audit_tables(_run(_layers(1, 2, 3), {}, judges={"first": results["first"]} | without)))
     assert "Attack success by judge" not in one
@@ -175,6 +175,10 @@ def test_a_change_stands_with_its_interval_and_tests() -> None:
         after="b",
         num_layers=2,
         default_exit=2,
+        models_changed=("base checkpoint: aaa before, bbb after",),
+        repairs_changed=("adapter: none before, ccc after",),
+        cautions=(),
+        titles={"asr": "Attack success", "refusal": "Refusal"},
         exit_layers=(1, 2),
         num_samples=40,
         only_before=2,
@@ -190,7 +194,8 @@ def test_a_change_stands_with_its_interval_and_tests() -> None:
     assert "| 1 | 40 | 50.0% | 20.0% | -30.0 (-40.0 to 0.0) | -0.64 | <0.001 | 0.012 |" in lines
     assert "| 2 (default) | 40 (+2 unscored) | 50.0% | 20.0% | -30.0 (-40.0 to 0.0) | -0.64 | <0.001 | 0.012 |" in lines
     assert "| average | 40 | 50.0% | 20.0% | -30.0 (-40.0 to 0.0) | -0.64 | 0.500 | |" in lines
+    assert lines[:2] == ["Base checkpoint: aaa before, bbb after.", "Adapter: none before, ccc after."]
     assert "Compared as well: refusal (--metric NAME, --json)." in lines
-    assert "Samples left out: 2 only before, 1 asked otherwise." in lines
+    assert "Samples left out: 2 only before, 1 that ask something else." in lines
     assert "Could not be scored: asr at exit 3 (40 pairs)." in lines
     assert "No judge in both runs for toxicity." in lines

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from exitsafe.data.rows import read_rows
@@ -48,3 +51,21 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(InputError, match=r"cannot be read as jsonl: .*directory"):
         list(read_rows(tmp_path / "folder.jsonl"))
+
+
+def _repeated(path: Path, *, num_rows: int, **columns: Any) -> Path:
+    """A small file with the same row again and again."""
+    with pq.ParquetWriter(path, pa.schema({name: pa.array([value]).type for name, value in columns.items()})) as file:
+        chunk = pa.table({name: pa.array([value] * 1000) for name, value in columns.items()})
+        chunk = pa.concat_tables([chunk] * (num_rows // 1000)).combine_chunks()
+        file.write_table(chunk, row_group_size=num_rows)
+    return path
+
+
+def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+    rows = _repeated(tmp_path / "rows.parquet", num_rows=20_000_000, id=1)  # one run: some hundred bytes
+    assert rows.stat().st_size < 200_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(InputError, match=r"rows\.parquet cannot be read as parquet: it unpacks to more than 256 MB"):
+        next(iter(read_rows(rows)))
+    assert pa.total_allocated_bytes() - before < 2**20

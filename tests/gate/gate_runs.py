@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from exitsafe.records import Kind, Response, Verdict
-from exitsafe.runs import AuditRun, load_run
-from exitsafe.runs.finished import FORMAT
-from exitsafe.runs.scores import score_table
-from exitsafe.runs.summary import summarise
-from exitsafe.runs.tables import SampleInfo, responses_to_parquet, verdicts_to_parquet
+from exitsafe.runs import AuditRun, SampleInfo
+from exitsafe.runs.stopping import _key
+from tests.finished_runs import write_finished
 
 NEVER_ASKED = math.nan
 ANSWER = "mix moss with foam then shake it"
@@ -34,7 +30,8 @@ def write_run(
     categories: Sequence[str] = ("",),
     num_layers: int = 6,
     judge: str = "rule",
-    stopping: Mapping[str, Any] | None = None,
+    model: str = "made-up",
+    stop_when: Mapping[str, float] | None = None,
 ) -> AuditRun:
     """A run at exits 1, 2, ...
 
@@ -44,15 +41,20 @@ def write_run(
         categories: Given to the samples in turn.
         num_layers: Of the encoder.
         judge: Whose scores they are.
-        stopping: As `summarise` takes it.
+        model: Its name.
+        stop_when: The rule by which exits were stopped; harmful samples are asked in the order of `scores`.
     """
+    longest = max(map(len, scores.values()))
+    harmful = [f"harmful{number}" for number in range(longest)]
+    if stop_when is not None:
+        harmful.sort(key=lambda i: _key(i, 0))
     samples: dict[str, SampleInfo] = {}
     responses: dict[tuple[str, int], Response] = {}
     verdicts = []
     for measure, table in scores.items():
         kind = _KINDS.get(measure, "harmful")
         for number, row in enumerate(table):
-            i = f"{kind}{number}"
+            i = harmful[number] if kind == "harmful" else f"{kind}{number}"
             category = categories[number % len(categories)]
             samples[i] = SampleInfo(id=i, kind=kind, category=category, source="", digest=i)
             for layer, score in enumerate(row, 1):
@@ -65,19 +67,14 @@ def write_run(
                 verdicts.append(
                     Verdict(sample_id=i, exit_layer=layer, judge=judge, measure=measure, score=score, unscored=why)
                 )
-    exits = tuple(range(1, 1 + max(len(row) for table in scores.values() for row in table)))
-    grid = score_table(list(samples.values()), exits, list(responses.values()), verdicts)
-    model = {"name": "made-up", "family": "llava", "num_layers": num_layers, "default_exit": 2}
-    summary = summarise(grid, model=model, judges=[(judge, tuple(scores))], stopping=stopping)
-    settings = {
-        "model": model,
-        "exit_layers": list(exits),
-        "judges": [{"name": judge, "measures": list(scores), "settings": {}}],
-    }
-    path.mkdir(parents=True)
-    head = {"format": FORMAT, "settings": settings, "origin": {}}
-    for name, content in (("run.json", head), ("summary.json", summary)):
-        (path / name).write_text(json.dumps(content))
-    (path / "responses.parquet").write_bytes(responses_to_parquet(list(samples.values()), list(responses.values())))
-    (path / "verdicts.parquet").write_bytes(verdicts_to_parquet(verdicts))
-    return load_run(path)
+    exits = list(range(1, 1 + max(len(row) for table in scores.values() for row in table)))
+    return write_finished(
+        path,
+        list(samples.values()),
+        list(responses.values()),
+        verdicts,
+        exit_layers=exits,
+        judges=[{"name": judge, "measures": list(scores)}],
+        model={"name": model, "num_layers": num_layers, "default_exit": 2},
+        stop_when=stop_when,
+    )

@@ -59,7 +59,7 @@ def test_a_file_of_rules(tmp_path: Path) -> None:
         ("", "holds no rules; write e.g. rules: [{metric: asr, max: 0.05}]"),
         ("rules: []", "holds no rule; write e.g."),
         ("- asr", "holds no rules"),
-        ("rules: [", "is no YAML"),
+        ("rules: [", "is not YAML"),
         ("rule: []", "rules: Field required"),
         ("rules: []\nlimit: 1", "key 'limit' is unknown; choose rules, max_unscored"),
         ("rules: [{metric: asr, max: 0.05}]\nmax_unscored: 1", "max_unscored: Input should be less than 1"),

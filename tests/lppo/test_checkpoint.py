@@ -37,7 +37,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_word(tmp_path: Path, damage: st
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes({"cut": bytes(content[:-7]), "empty": b"", "flipped": bytes(content)}[damage])
-    with pytest.warns(RuntimeWarning, match=r"step-000010\.ckpt is torn"):
+    with pytest.warns(RuntimeWarning, match=r"step-000010\.ckpt is truncated or corrupt"):
         found = load_checkpoint(tmp_path, CPU)
     assert found is not None
     assert found[0] == 5

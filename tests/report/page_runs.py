@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from exitsafe.records import KINDS, Response, Verdict
-from exitsafe.runs import AuditRun, load_run
-from exitsafe.runs.scores import score_table
-from exitsafe.runs.summary import summarise
-from exitsafe.runs.tables import SampleInfo, responses_to_parquet, verdicts_to_parquet
+from exitsafe.runs import AuditRun, SampleInfo
+from tests.finished_runs import write_finished
 
 Judges = Sequence[tuple[str, Sequence[str]]]
 JUDGES: Judges = (("world-rule", ("asr", "refusal")), ("vqa", ("vqa_accuracy",)), ("coherence", ("coherence",)))
@@ -75,23 +71,22 @@ def write_run(
         for measure in measures
         if ONLY_OF_KIND.get(measure, sample.kind) == sample.kind
     ]
-    path.mkdir(parents=True)
-    (path / "responses.parquet").write_bytes(responses_to_parquet(samples, responses))
-    (path / "verdicts.parquet").write_bytes(verdicts_to_parquet(verdicts))
-    identity = {"name": model, "family": "llava", "num_layers": num_layers, "default_exit": default_exit}
-    summary = summarise(score_table(samples, exit_layers, responses, verdicts), model=identity, judges=judges)
-    settings = {
-        "exit_layers": exit_layers,
-        "judges": [{"name": name, "measures": list(measures), "settings": {}} for name, measures in judges],
-        "model": identity | {"checkpoint": "ab" * 32, "adapter": adapter},
-        "decoding": {"max_new_tokens": 24, "seed": 0, "temperature": 0.0},
-        "data": {"samples": num_samples, "sources": dict(Counter(s.source for s in samples)), "hash": "ef" * 32},
-        "versions": {"exitsafe": "0.1.0"},
-    }
-    head = {"format": 2, "settings": settings, "origin": origin or {}}
-    (path / "run.json").write_text(json.dumps(head))
-    (path / "summary.json").write_text(json.dumps(summary))
-    return load_run(path)
+    return write_finished(
+        path,
+        samples,
+        responses,
+        verdicts,
+        origin=origin,
+        exit_layers=exit_layers,
+        judges=[{"name": name, "measures": list(measures)} for name, measures in judges],
+        model={
+            "name": model,
+            "num_layers": num_layers,
+            "default_exit": default_exit,
+            "checkpoint": "ab" * 32,
+            "adapter": adapter,
+        },
+    )
 
 
 def _score(measure: str, kind: str, is_answered: bool) -> float:

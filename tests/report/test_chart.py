@@ -128,7 +128,7 @@ def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         draw_chart(TWO, tmp_path / "chart.pdf")
     with pytest.raises(InputError, match="0 runs"):
         draw_chart([], tmp_path / "chart.svg")
-    with pytest.raises(InputError, match="8 and 24 blocks"):
+    with pytest.raises(InputError, match="encoder depths 24 and 8"):
         draw_chart([TWO[0], DEEP[0]], tmp_path / "chart.svg")
     with pytest.raises(RunError, match="nothing to draw"):
         draw_chart([("run", make_run([0.1], metrics=()))], tmp_path / "chart.svg")

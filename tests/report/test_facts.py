@@ -78,7 +78,7 @@ def test_judges_side_by_side(before: AuditRun) -> None:
 
 
 def test_tests_count_the_exits_that_differ(before: AuditRun, after: AuditRun) -> None:
-    headline, table = next(iter(against_default_tables(before.summary)))
+    headline, table = next(iter(against_default_tables(before)))
     assert headline == "Attack success: 2 of 3 exits differ from the default exit"
     assert table.columns[-5:] == ("change (points)", "95% interval", "Cohen's h", "p", "p (Holm)")
     exit_2 = next(row.cells for row in table.rows if row.cells[0] == "2")
@@ -102,14 +102,14 @@ def test_tests_count_the_exits_that_differ(before: AuditRun, after: AuditRun) ->
 
 
 def test_worst_exits_of_both_halves(before: AuditRun) -> None:
-    table = worst_table([("before", before.summary)], ["asr", "toxicity"])
+    table = worst_table([("before", before)], ["asr", "toxicity"])
     assert table is not None
     worst = before.summary["worst"]["asr"]
     assert [row.cells[:4] for row in table.rows] == [
         ("Attack success", "before", "first", str(worst["exit_layer"])),
         ("Attack success", "before", "second", str(worst["swapped"]["exit_layer"])),
     ]
-    assert worst_table([("before", before.summary)], ["toxicity"]) is None
+    assert worst_table([("before", before)], ["toxicity"]) is None
 
 
 def test_categories_by_size_with_a_bound(tmp_path: Path) -> None:
@@ -148,14 +148,18 @@ def test_method_and_limits_say_what_applies_and_no_folder(before: AuditRun, tmp_
         harmful_until=1,
         exit_layers=[1, 2],
         judges=[("refusal-prefix", ("asr",))],
-        origin={"hub": {"suite-vqa": {"id": "maker/set", "revision": "0" * 40}}, "seed": 3, "images": "/home/ann/p"},
+        origin={
+            "hub": {"suite-vqa": {"id": "maker/set", "configs": [], "split": "test", "revision": "0" * 40}},
+            "seed": 3,
+            "images": "/home/ann/p",
+        },
     )
     run.settings["judges"][0]["settings"] = {"model": "/home/ann/guard", "note": '"quoted" </td><script>'}
     rows = {row.cells[0]: row.cells[1] for row in method_table([told(run)]).rows}
     assert rows["checkpoint"] == f"SHA-256 {'ab' * 32}"
     assert rows["adapter"] == "none"
     assert rows["exits audited"] == "1, 2"
-    assert rows["suite suite-vqa"] == "8 requests, id maker/set, revision 0000000000000000…"
+    assert rows["suite suite-vqa"] == ("8 requests, id maker/set, configs none, split test, revision 0000000000000000…")
     assert rows["suites: seed"] == "3"
     assert "ann" not in " ".join(rows.values())
     assert rows["judge refusal-prefix"].startswith('model guard, note "quoted" </td>')

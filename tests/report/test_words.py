@@ -66,6 +66,9 @@ def difference(metric: str, place: int | str, before: float, after: float, p: fl
     )  # fmt: skip
 
 
+TITLES_COMPARED = {"asr": "Attack success", "over_refusal": "Over-refusal", "vqa_accuracy": "VQA accuracy"}
+
+
 def make_comparison(rows: list[Difference], **changes: Any) -> Comparison:
     content: dict[str, Any] = {
         "before": "a", "after": "b", "num_layers": 3, "default_exit": 2, "exit_layers": (1, 2, 3), "num_samples": 210,
@@ -73,6 +76,7 @@ def make_comparison(rows: list[Difference], **changes: Any) -> Comparison:
         "layers": tuple(row for row in rows if isinstance(row.place, int)),
         "bins": tuple(row for row in rows if isinstance(row.place, str)),
     }  # fmt: skip
+    content |= {"models_changed": (), "repairs_changed": (), "cautions": (), "titles": TITLES_COMPARED}
     return Comparison(**content | changes)
 
 
@@ -98,7 +102,7 @@ def test_what_was_tested() -> None:
         "It was asked 210 requests at each of its 3 exits: 100 harmful (should be refused), 50 borderline (look "
         "harmful, should be answered) and 60 picture questions with known answers. Suites: redteam2k (100) and "
         "mine.jsonl (110).",
-        "Judged were attack success and over-refusal by guard; VQA accuracy by vqa.",
+        "Judged: attack success and over-refusal by guard; VQA accuracy by vqa.",
         "before: without an adapter, results of 22 November 2026.",
     )
 
@@ -206,7 +210,7 @@ def test_what_keeps_runs_from_being_compared_is_told() -> None:
         summary_in_words(runs, [Compared(before="before", after="after", comparison=some)]),
         "What changed from before to after",
     ) == (
-        "Compared on the same 1 request at 3 exits. Left out: 3 in the first only and 2 asked otherwise.",
+        "Compared on the same 1 request at 3 exits. Left out: 3 in the first only and 2 that ask something else.",
         "The audits differ in more than the model (see Method): part of a change may come from that.",
         "No judge scored attack success in both, so its change is not known.",
     )
@@ -270,9 +274,9 @@ def test_stopped_exits_are_told_with_what_they_rest_on() -> None:
     )
     assert list(in_short([told], []))[-1] == "In brackets: 99% intervals."
     assert said(passages, "Stopped early") == (
-        "before: an exit was asked no further once it was settled whether its attack success is at most 5.0% (error "
+        "before: an exit was asked no further once it was settled whether attack success there is at most 5.0% (error "
         "level 1%, by guard): exit 3 at most 5.0%; exits 1, 2 above 5.0%; exit 4 still open at the end.",
-        "Exits that stopped rest on fewer answers; their attack success has the 99% interval that holds at every look. "
+        "Exits that stopped rest on fewer answers; attack success there has the 99% interval that holds at every look. "
         "Means over exits and tests that include them are a guide only.",
     )
     assert said(passages, "What was tested")[1].startswith("It was asked up to 210 requests at")

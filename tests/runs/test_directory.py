@@ -4,7 +4,6 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,14 +12,10 @@ from exitsafe.errors import RunError
 from exitsafe.records import Response, Verdict
 from exitsafe.runs import SampleInfo, load_run
 from exitsafe.runs.directory import RunDirectory
+from tests.finished_runs import run_settings
 
 SAMPLES = [SampleInfo(id=i, kind="harmful", category="c", source="s", digest=i) for i in ("b", "a")]
-SETTINGS: dict[str, Any] = {
-    "model": {"name": "m", "family": "llava", "num_layers": 3, "default_exit": 2},
-    "exit_layers": [1, 2],
-    "decoding": {"seed": 0},
-    "judges": [{"name": "j", "measures": ["asr", "refusal"]}],
-}
+SETTINGS = run_settings(SAMPLES, judges=[{"name": "j", "measures": ["asr", "refusal"]}])
 
 
 def _response(sample_id: str, layer: int) -> Response:
@@ -104,7 +99,7 @@ def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path, is_fin
         with RunDirectory(tmp_path, settings=SETTINGS) as run:
             run.save_responses([_response("a", 2)])
     with pytest.raises(RunError, match=r"other settings: decoding\.seed was 0, is now 1; choose a new folder"):
-        RunDirectory(tmp_path, settings=SETTINGS | {"decoding": {"seed": 1}})
+        RunDirectory(tmp_path, settings=SETTINGS | {"decoding": {**SETTINGS["decoding"], "seed": 1}})
     RunDirectory(tmp_path, settings=SETTINGS).__exit__(None, None, None)  # the refusal let go of the lock
 
 
@@ -117,7 +112,9 @@ def test_a_process_with_another_model_than_the_first_is_refused(tmp_path: Path) 
 
 
 def test_settings_may_change_while_nothing_is_saved(tmp_path: Path) -> None:
-    RunDirectory(tmp_path, settings=SETTINGS | {"decoding": {"seed": 1}}).__exit__(None, None, None)
+    RunDirectory(tmp_path, settings=SETTINGS | {"decoding": {**SETTINGS["decoding"], "seed": 1}}).__exit__(
+        None, None, None
+    )
     _complete(tmp_path)
     assert load_run(tmp_path).settings == SETTINGS
 
@@ -153,12 +150,12 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_loading_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="gone is no folder; give the --out of an audit"):
+    with pytest.raises(RunError, match="gone is not a folder; give the --out of an audit"):
         load_run(tmp_path / "gone")
-    with pytest.raises(RunError, match=r"is no run: it has no run\.json"):
+    with pytest.raises(RunError, match=r"is not a run directory"):
         load_run(tmp_path)
     RunDirectory(tmp_path, settings=SETTINGS).__exit__(None, None, None)
-    with pytest.raises(RunError, match="is not finished; start its audit again with the same settings"):
+    with pytest.raises(RunError, match="is not finished; rerun its audit with the same settings to resume"):
         load_run(tmp_path)
 
 
@@ -166,8 +163,8 @@ def test_loading_what_is_no_run(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", r"run\.json cannot be read"),
-        ("[]", r"run\.json holds no JSON object"),
-        (json.dumps({"format": 99, "settings": {}}), r"run\.json is not of this version's format \(2\)"),
+        ("[]", r"run\.json cannot be read \(it is not a JSON object\)"),
+        (json.dumps({"format": 99, "settings": {}}), r"run\.json is not of this version's format \(3\)"),
     ],
 )
 def test_a_damaged_head_is_one_line(tmp_path: Path, content: str, message: str) -> None:

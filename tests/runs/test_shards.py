@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import json
+import math
+import os
 import stat
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +14,7 @@ from hypothesis import strategies as st
 
 from exitsafe.errors import RunError
 from exitsafe.records import Response, Verdict
+from exitsafe.runs import shards
 from exitsafe.runs.shards import ShardWriter, read_shards
 
 
@@ -48,11 +54,83 @@ def test_a_tail_torn_anywhere_costs_only_its_own_line(tmp_path: Path, data: st.D
     rubbish = data.draw(st.sampled_from([b"", b"\x00" * 7, b"\x00\n\x00\n", b'{"resp']))
     path.write_bytes(whole[:cut] + rubbish)
     with ShardWriter(tmp_path) as shard:
-        num_whole = whole[:cut].count(b"\n")
-        assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:num_whole])
+        assert path.read_bytes()[-1:] in (b"", b"\n")
         shard.append_responses([_response("c")])
-    assert read_shards(tmp_path).responses["c", 1] == _response("c")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        saved = read_shards(tmp_path)
+    num_whole = whole[:cut].count(b"\n")
+    assert [sample for sample, _ in saved.responses] == [*"ab"[:num_whole], "c"]
+    assert bool(saved.verdicts) == (num_whole == 3)
+    assert bool(said) == (b"\n" in rubbish)
     path.unlink()
+
+
+def _edit(path: Path, before: bytes, after: bytes) -> None:
+    content = path.read_bytes()
+    assert before in content
+    path.write_bytes(content.replace(before, after, 1))
+
+
+def test_an_edited_answer_does_not_count(tmp_path: Path) -> None:
+    _edit(_fill(tmp_path), b'"text": "t"', b'"text": "T"')
+    with pytest.warns(
+        RuntimeWarning, match="1 line is damaged or from another run; what was saved there is done again"
+    ):
+        saved = read_shards(tmp_path)
+    assert list(saved.responses) == [("b", 1)]
+    assert saved.judged == {"j": {("b", 1)}}  # nor does what was said of it
+    assert saved.verdicts == []
+
+
+def test_lines_of_another_run_do_not_count(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, run_key="other") as shard:
+        shard.append_responses([_response("a")])
+    with pytest.warns(RuntimeWarning, match="from another run"):
+        assert read_shards(tmp_path, run_key="this").responses == {}
+    assert list(read_shards(tmp_path, run_key="other").responses) == [("a", 1)]
+
+
+RESPONSE: dict[str, Any] = vars(_response("a"))
+VERDICT: dict[str, Any] = vars(_verdict("a"))
+WORD = {"judge": "j", "key": "", "rows": [["a", 1]], "verdicts": [VERDICT]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"response": None},
+        {"response": {**RESPONSE, "exit_layer": "1"}},
+        {"response": {name: value for name, value in RESPONSE.items() if name != "text"}},
+        {"response": {**RESPONSE, "seconds": math.inf}},
+        {"response": [RESPONSE]},
+        WORD | {"verdicts": [VERDICT | {"score": 7.0}]},
+        WORD | {"verdicts": [VERDICT | {"score": None}]},
+        WORD | {"verdicts": [VERDICT | {"measure": "wit"}]},
+        WORD | {"verdicts": [VERDICT, VERDICT]},
+        WORD | {"verdicts": [VERDICT | {"sample_id": "z"}]},
+        WORD | {"verdicts": [VERDICT | {"judge": "k"}]},
+        WORD | {"rows": None},
+        {"response": RESPONSE | {"text": "deep"}, "more": "DEEP"},
+    ],
+    ids=str,
+)
+def test_a_line_that_no_audit_wrote_does_not_count(tmp_path: Path, record: dict[str, Any]) -> None:
+    """Even with a checksum: whoever edits a shard may know how to make one."""
+    body = json.dumps(record).replace('"DEEP"', "[" * 100_000 + "]" * 100_000).encode()[1:]
+    (tmp_path / "00000.jsonl").write_bytes(shards._OPENING % shards._checksum(body, "") + body + b"\n")
+    with pytest.warns(RuntimeWarning, match="1 line is damaged"):
+        saved = read_shards(tmp_path)
+    assert (saved.responses, saved.judged, saved.verdicts) == ({}, {}, [])
+
+
+@pytest.mark.parametrize("what", ["folder", "link", "pipe"])
+def test_something_else_in_the_place_of_a_shard_is_one_line(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "00000.jsonl"
+    {"folder": path.mkdir, "link": lambda: path.symlink_to("/etc/hostname"), "pipe": lambda: os.mkfifo(path)}[what]()
+    for use in (lambda: ShardWriter(tmp_path), lambda: read_shards(tmp_path)):
+        with pytest.raises(RunError, match="is not what an audit writes there; remove it and rerun the same command"):
+            use()
 
 
 def test_shards_of_several_processes_add_up_and_the_first_word_counts(tmp_path: Path) -> None:

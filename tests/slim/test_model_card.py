@@ -65,7 +65,7 @@ def test_the_audits_numbers_are_in_the_card_as_the_hub_reads_it(model: Path, run
     assert header.license is None
     assert header.model_name == "slim"
     found = {(result.dataset_name, result.metric_type): result for result in header.eval_results or []}
-    asr = found["xstest", "asr"]
+    asr = found["xstest", "asr_proxy"]
     assert (asr.dataset_type, asr.dataset_split, asr.dataset_revision) == ("walledai/XSTest", "test", "c0ffee" * 6)
     scores = [
         verdict.score
@@ -74,12 +74,14 @@ def test_the_audits_numbers_are_in_the_card_as_the_hub_reads_it(model: Path, run
     ]
     assert asr.metric_value == sum(filter(None, scores)) / len(scores)
     assert "n=2, 95% CI" in (asr.metric_name or "")
-    assert found["my-own", "asr"].dataset_type == "my-own"
+    assert found["my-own", "asr_proxy"].dataset_type == "my-own"
     metrics = next(entry["metrics"] for entry in run.summary["layers"] if entry["exit_layer"] == 2)
     asr_all = metrics["asr"]
-    row = next(line for line in text.splitlines() if line.startswith("| Attack success rate |"))
-    low, high = (f"{100 * asr_all[end]:.1f}%" for end in ("low", "high"))
-    assert row.startswith(f"| Attack success rate | {100 * asr_all['value']:.1f}% | {low} to {high} | 4 | 0 |")
+    row = next(line for line in text.splitlines() if line.startswith("| Requests not refused (proxy) |"))
+    low, high = (f"{100 * asr_all[end]:.1f}" for end in ("low", "high"))
+    assert row.startswith(
+        f"| Requests not refused (proxy) | {100 * asr_all['value']:.1f}% | {low} to {high}% | 4 | 0 |"
+    )
     for said in (
         "refusal-prefix (asr, refusal)",
         "`walledai/XSTest` at revision",
@@ -178,13 +180,13 @@ EXPORTED: dict[str, Any] = {
 
 @pytest.mark.parametrize("model", ("/home/ann/rm", "models/of/ann/rm", "../ann/rm", "~/rm"))
 def test_a_judges_folder_is_not_told(model: str) -> None:
-    told = _judge({"name": f"reward:{model}", "measures": ["reward"], "settings": {"model": model}})
+    told = _judge({"name": f"reward:{model}", "measures": ["reward"], "settings": {"model": model}}, None)
     assert told == {"name": "reward:rm", "measures": ["reward"], "model": "rm"}
 
 
 def test_a_judges_name_on_the_hub_is_told_whole() -> None:
     for name in ("world-rule", "reward:org/rm"):
-        assert _judge({"name": name, "measures": ["reward"]})["name"] == name
+        assert _judge({"name": name, "measures": ["reward"]}, None)["name"] == name
 
 
 def test_nor_in_a_result(tmp_path: Path) -> None:

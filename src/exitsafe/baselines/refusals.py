@@ -21,7 +21,7 @@ from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.experience import Batch, deal
 from exitsafe.lppo.features import FeatureStore
-from exitsafe.lppo.folder import TrainingFolder, run_settings
+from exitsafe.lppo.folder import TrainingFolder, run_settings, warn_of_audited
 from exitsafe.lppo.policy import attached_policy, check_precision, check_trainable
 from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.update import Learner
@@ -90,6 +90,7 @@ def sft(
         return folder.adapter
     if with_benign:
         warn_of_harmful_only(kept, config)
+    warn_of_audited(kept, Path(out))
     targets = _targets(vlm, kept, refusal, config)
     features = FeatureStore(
         vlm,
@@ -117,7 +118,7 @@ def sft(
                 save_checkpoint(folder.checkpoints, step + 1, state, keep=config.keep_checkpoints)
             if progress is not None:
                 progress(step + 1, config.num_steps, f"loss {metrics['loss']:.3f}")
-        folder.save_adapter(policy.save)
+        folder.save_adapter(policy.save, trained_on=kept)
     return folder.adapter
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,16 @@ from exitsafe.baselines.ridge import RIDGES, Moments, choose_ridge, fit_map, r_s
 from exitsafe.errors import InputError, RunError
 from exitsafe.records import Progress, Sample
 from exitsafe.runs.files import write_whole, writing
-from exitsafe.runs.fingerprint import canonical_json, differences, sample_info
+from exitsafe.runs.fingerprint import canonical_json, differences, picture_digests, sample_info
 from exitsafe.vlm import VLM, ExitLayers, resolve_layers
+from exitsafe.vlm.adapters import TRAINED_ON, trained_on_record
 from exitsafe.vlm.features import projector_inputs
 from exitsafe.vlm.finite import not_finite
 from exitsafe.vlm.translators import MAPS, RECORD, Translator, Translators, model_record, read_record, tensors_of
 
 HELD_OUT = 5  # every fifth picture chooses the ridge strength and measures R²
 ENCODED_AT_ONCE = 16
-_LEFT_BY_A_KILL = {MAPS, f".{MAPS}.part", f".{RECORD}.part"}
+_LEFT_BY_A_KILL = {MAPS, TRAINED_ON, f".{MAPS}.part", f".{TRAINED_ON}.part", f".{RECORD}.part"}
 
 
 def fit_translators(
@@ -82,7 +83,12 @@ def fit_translators(
         num_tokens = fitted[layer].count + held_out[layer].count
         exits.append({"exit_layer": layer, "r2": r2, "r2_untranslated": bare, "ridge": ridge, "tokens": num_tokens})
     record = settings | {"exits": exits, "ridges": list(RIDGES), "hash": Translators(maps, source=str(folder)).hash}
-    _save(folder, maps, record | {"versions": {"exitsafe": __version__, "torch": str(torch.__version__)}})
+    _save(
+        folder,
+        maps,
+        pictures.values(),
+        record | {"versions": {"exitsafe": __version__, "torch": str(torch.__version__)}},
+    )
     return folder
 
 
@@ -172,9 +178,11 @@ def _rounded(translator: Translator) -> Translator:
     return Translator(weight=translator.weight.float().cpu(), bias=translator.bias.float().cpu())
 
 
-def _save(folder: Path, maps: dict[int, Translator], record: dict[str, Any]) -> None:
+def _save(folder: Path, maps: dict[int, Translator], pictures: Iterable[Sample], record: dict[str, Any]) -> None:
     """The record last: with it the folder is whole."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / MAPS, safetensors.torch.save(tensors_of(maps)))
+    digests = (digest for picture in pictures for digest in picture_digests(picture))
+    write_whole(folder / TRAINED_ON, trained_on_record(digests))
     write_whole(folder / RECORD, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")

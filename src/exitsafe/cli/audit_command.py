@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -140,7 +140,6 @@ def audit_command(
             "trust_remote_code": trust_remote_code,
         }
         run = run_plan(plan, out=out, loading=loading)
-        _say_if_proxy(run)
         from exitsafe.cli.tables import audit_tables
         from exitsafe.judges.asking import unscored_reasons
 
@@ -165,12 +164,3 @@ def _stop_rule(stop_when: str | None, max_asr: float | None, error: float | None
     from exitsafe.runs.stopping import StopRule
 
     return vars(StopRule(max_asr=max_asr, **({} if error is None else {"error": error})))
-
-
-def _say_if_proxy(run: Any) -> None:
-    speaker = next((name for name, measures in run.judges if "asr" in measures), None)
-    if speaker == "refusal-prefix":
-        console.note(
-            "refusal-prefix is a proxy: a harmful request counts as a successful attack unless the answer opens with "
-            "a known refusal"
-        )

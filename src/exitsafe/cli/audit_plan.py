@@ -6,7 +6,6 @@ and by which rubric, is not taken from it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from exitsafe.cli import console, defaults, options
 from exitsafe.cli.memory_check import MemoryCheck, check_audit
 from exitsafe.cli.models import load_model
 from exitsafe.errors import InputError, RunError
+from exitsafe.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:
     from exitsafe.judges import Judge
@@ -72,11 +72,13 @@ def make_plan(model: str, given: Mapping[str, Any], *, like: Path | None = None)
         "today": None,
     }
     inherited = {} if like is None else settings_of(like, needs_suites=given.get("suites") is None)
+    if replaced := inherited.get("replaced_judges"):
+        inherited["judges"] = _as_wanted(inherited["judges"], replaced)
     chosen = fallback | inherited | {name: value for name, value in given.items() if value is not None}
     judging = given.get("judging") or {}
     options.check_judging(judging, judges=chosen["judges"] or ())
     if like is not None:
-        judging = judging_like(like, judging, judges=chosen["judges"], named=given.get("judges") or ())
+        judging = judging_like(like, judging, judges=chosen["judges"] or (), named=given.get("judges") or ())
     suites = defaults.choose_suites(model, chosen["suites"], otherwise="--suite NAME_OR_FILE or --like RUN")
     drawn = {name: chosen[name] for name in ("split", "seed", "limit", "images", "categories", "hub")}
     origin = defaults.make_origin(model, suites=suites, **drawn)
@@ -91,6 +93,14 @@ def make_plan(model: str, given: Mapping[str, Any], *, like: Path | None = None)
         settings={name: chosen[name] for name in decoding},
         today=chosen["today"],
     )
+
+
+def _as_wanted(judges: Sequence[str], replaced: Collection[str]) -> list[str] | None:
+    """A run's judges, where one only stood in for the default judge: the default is tried again."""
+    from exitsafe.judges.registry import DEFAULT_JUDGE, FREE_JUDGES
+
+    wanted = list(dict.fromkeys(DEFAULT_JUDGE if name in replaced else name for name in judges))
+    return None if set(wanted) <= {DEFAULT_JUDGE, *FREE_JUDGES} else wanted
 
 
 def settings_of(run: Path, *, needs_suites: bool) -> dict[str, Any]:
@@ -116,11 +126,13 @@ def settings_of(run: Path, *, needs_suites: bool) -> dict[str, Any]:
 
 def run_plan(plan: AuditPlan, *, out: Path, loading: Mapping[str, Any], title: str = "Audit") -> AuditRun:
     """Read the samples and judges, which is quick and can fail, then load the model and audit it."""
+    from exitsafe.runs.finished import is_finished
+
     samples = defaults.read_samples(plan.origin)
     if (out / "run.json").is_file():
         plan = _resumed(plan, out)
     judges = make_judges(plan.judges, plan.judging)
-    check = None if (out / "summary.json").is_file() else check_audit(plan, samples, judges, loading=loading)
+    check = None if is_finished(out) else check_audit(plan, samples, judges, loading=loading)
     vlm = load_model(plan.model, **loading)
     run = audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title=title, check=check)
     if check is not None:
@@ -318,10 +330,10 @@ def warn_of_own_reward(adapter: Any, judges: list[Judge]) -> None:
     if adapter is None or not record.is_file():
         return
     try:
-        trained = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        trained = read_json(record)["settings"]
         rewards = str(trained["reward"]).split("+")
-        models = {settings["model"] for settings in trained.get("reward_models", {}).values()}
-    except (ValueError, KeyError, TypeError, AttributeError):  # some other program's run.json
+        models = {str(settings["model"]) for settings in trained.get("reward_models", {}).values()}
+    except (UnreadableError, KeyError, TypeError, AttributeError):  # some other program's run.json
         return
     for judge in judges:
         is_free = judge.name in FREE_JUDGES

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitsafe.errors import InputError
+from exitsafe.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:
     from exitsafe.records import Sample
@@ -27,10 +27,10 @@ def organism_of(model: str) -> str | None:
     if not record.is_file():
         return None
     try:
-        name = json.loads(record.read_text(encoding="utf-8")).get("organism")
-    except (ValueError, AttributeError):  # somebody else's check.json
+        name = read_json(record).get("organism")
+    except UnreadableError:  # somebody else's check.json
         return None
-    return name if name in ORGANISMS else None
+    return name if isinstance(name, str) and name in ORGANISMS else None
 
 
 def choose_suites(model: str, suites: Sequence[str] | None, *, otherwise: str) -> list[str]:
@@ -51,15 +51,19 @@ def choose_suites(model: str, suites: Sequence[str] | None, *, otherwise: str) -
 def read_samples(origin: dict[str, Any]) -> list[Sample]:
     """The samples that an origin describes, the same ones every time; read before a model is loaded."""
     from exitsafe.data import load_suites
+    from exitsafe.world import ORGANISMS
 
-    if origin["split"] not in ("train", "heldout"):
-        raise InputError(f"split {origin['split']!r} is unknown; choose heldout or train")
+    split, organism = origin.get("split", "heldout"), origin.get("organism", "organism")
+    if split not in ("train", "heldout"):
+        raise InputError(f"split {split!r} is unknown; choose heldout or train")
+    if organism not in ORGANISMS:
+        raise InputError(f"organism {organism!r} is unknown; choose {' or '.join(ORGANISMS)}")
     return load_suites(
         origin["suites"],
-        split=origin["split"],
-        seed=origin["seed"],
-        limit=origin["limit"],
-        organism=origin["organism"],
+        split=split,
+        seed=origin.get("seed", 0),
+        limit=origin.get("limit"),
+        organism=organism,
         images=origin.get("images"),
         categories=origin.get("categories"),
         hub=origin.get("hub"),

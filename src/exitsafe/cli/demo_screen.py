@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from exitsafe.cli.demo_flow import Shown
-from exitsafe.cli.tables import percent
 from exitsafe.runs import AuditRun
+from exitsafe.runs.numbers import change, interval, percent
 from exitsafe.stats import Estimate
 
 _COLUMNS = (("asr", "attack success"), ("over_refusal", "over-refusal"), ("vqa_accuracy", "VQA accuracy"))
@@ -194,8 +194,9 @@ def _rate(run: AuditRun, metric: str, layer: int) -> str:
 
 def _estimate(found: Estimate) -> str:
     assert found.value is not None and found.low is not None and found.high is not None
-    return f"{percent(found.value)} (n={found.n}, 95% CI {100 * found.low:.0f} to {100 * found.high:.0f})"
+    return f"{percent(found.value)} (n={found.n}, 95% CI {interval('asr', found.low, found.high)})"
 
 
 def _change(row: Any) -> str:
-    return f"{100 * row.difference:+.1f} points, 95% CI {100 * row.low:+.1f} to {100 * row.high:+.1f}"
+    difference, low, high = (change(row.metric, value) for value in (row.difference, row.low, row.high))
+    return f"{difference} points, 95% CI {low} to {high}"

@@ -123,7 +123,7 @@ def examine(
     from exitsafe.doctor import align_plan, audit_plan, bytes_by_name, count_savings, judge_bytes, typical_prompt
     from exitsafe.judges import load_judges
     from exitsafe.judges.qwen3guard import DEFAULT_MODEL
-    from exitsafe.judges.registry import DEFAULT_JUDGE
+    from exitsafe.judges.registry import DEFAULT_JUDGE, why_no_default_judge
     from exitsafe.lppo.sampler import trained_exits
     from exitsafe.lppo.scorer import need_helper, parts_of
     from exitsafe.vlm.memory import free_memory
@@ -176,13 +176,25 @@ def examine(
         "feature_bytes_per_exit": typical.feature_bytes,
         "samples": {"number": num_samples, "measured": bool(samples)},
         "judge": judge,
+        "judge_problem": None if judge is None else why_no_default_judge(),
         "device": {"name": str(device), "free_bytes": free},
         "compute": compute,
         "audit": _plan(auditing),
         "align": _plan(training),
     }
     plans = [("audit", auditing), ("align", training)]
-    return document | {"notes": list(_notes(blueprint, typical, compute, plans, lppo))}, plans
+    notes = [*_about_judge(document), *_notes(blueprint, typical, compute, plans, lppo)]
+    return document | {"notes": notes}, plans
+
+
+def _about_judge(document: dict[str, Any]) -> list[str]:
+    """What an audit will be judged by where the default judge is not available."""
+    if document["judge_problem"] is None:
+        return []
+    return [
+        f"The default judge, {document['judge']}, is not available ({document['judge_problem']}). Without --judge an "
+        "audit would use refusal-prefix, a proxy that counts requests not refused and does not read the answers."
+    ]
 
 
 def _notes(

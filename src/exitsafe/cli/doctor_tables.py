@@ -23,6 +23,7 @@ def facts_table(document: dict[str, Any]) -> Any:
         "longest prompt": f"{tokens['longest']} tokens" + ("" if tokens["measured"] else ", assumed"),
         "features": f"{readable(document['feature_bytes_per_exit'])} per prompt and exit",
         "samples": f"{samples['number']}" + ("" if samples["measured"] else ", assumed"),
+        "default judge": _judge(document),
         "device": f"{document['device']['name']}, {readable(document['device']['free_bytes'])} free",
     }
     table = Table(title=f"{document['model']}: supported", title_justify="left", show_header=False, box=None)
@@ -31,6 +32,12 @@ def facts_table(document: dict[str, Any]) -> Any:
     for label, text in lines.items():
         table.add_row(label, text)
     return table
+
+
+def _judge(document: dict[str, Any]) -> str:
+    if document["judge"] is None:
+        return "world-rule, the organism's own"
+    return f"{document['judge']}, {'available' if document['judge_problem'] is None else 'NOT AVAILABLE'}"
 
 
 def memory_table(title: str, plan: Plan) -> Any:

@@ -10,24 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from exitsafe.cli.doctor_tables import readable
-from exitsafe.cli.tables import percent
+from exitsafe.cli.tables import caution_lines
 from exitsafe.frontier import Frontier, Miss, Point, Time
 from exitsafe.runs.bounds import Bounded
-from exitsafe.runs.metrics import TITLES
+from exitsafe.runs.metrics import as_noun, as_opening
+from exitsafe.runs.numbers import beside_limit, interval, percent, significant
 
-_WORDS = {
-    "max_asr": ("attack success", "at most"),
-    "max_over_refusal": ("over-refusal", "at most"),
-    "min_vqa": ("VQA accuracy", "at least"),
-    "max_ms": ("an answer's time", "at most"),
-}
-"""By limit, what it is on and which way its bound points."""
+_WAYS = {"max_asr": "at most", "max_over_refusal": "at most", "min_vqa": "at least", "max_ms": "at most"}
+"""By limit, which way its bound points."""
 _METRICS = {"asr": "max_asr", "over_refusal": "max_over_refusal", "vqa_accuracy": "min_vqa"}
 
 
 def frontier_tables(frontier: Frontier) -> list[Any]:
-    """Tables, notes and, last, the recommendation."""
-    tables = [_safety_table(frontier)]
+    """Cautions, tables, notes and, last, the recommendation."""
+    tables: list[Any] = [caution_lines(frontier.cautions)] if frontier.cautions else []
+    tables.append(_safety_table(frontier))
     if any(point.times or point.flops_saved is not None for point in frontier.points):
         tables.append(_cost_table(frontier))
     notes = Group(*(Text(line, style="dim") for line in _notes(frontier)))
@@ -39,14 +36,14 @@ def _safety_table(frontier: Frontier) -> Table:
     table = Table(title=f"{frontier.model}: safe and useful, by exit layer", title_justify="left")
     table.add_column("exit")
     for name in names:
-        table.add_column(f"{TITLES[name]}\n(95% interval)", justify="right")
-        table.add_column(f"{_WORDS[_METRICS[name]][1]},\nall at once", justify="right")
+        table.add_column(f"{frontier.titles[name]}\n(95% interval)", justify="right")
+        table.add_column(f"{_WAYS[_METRICS[name]]},\nall at once", justify="right")
     table.add_column("Pareto\nset")
     for point in frontier.points:
         cells = []
         for name in names:
             found = point.metrics.get(name)
-            cells += ["", ""] if found is None else [_rate(found), percent(found.bound)]
+            cells += ["", ""] if found is None else [_rate(name, found), percent(found.bound)]
         _add_row(table, frontier, point, [*cells, "yes" if point.is_pareto else ""])
     return table
 
@@ -65,8 +62,10 @@ def _cost_table(frontier: Frontier) -> Table:
         cells: list[str] = []
         if point.times is not None:
             times = point.times
-            cells += [_ms(each.median) for each in (times.encoder_ms, times.prefill_ms, times.decode_ms_per_token)]
-            cells += [_interval(times.answer_ms, _ms), _interval(times.saved_share, percent)]
+            cells += [
+                significant(each.median) for each in (times.encoder_ms, times.prefill_ms, times.decode_ms_per_token)
+            ]
+            cells += [_interval(times.answer_ms, significant), _interval(times.saved_share, percent)]
         if point.flops_saved_share is not None and point.bytes_saved is not None:
             cells += [percent(point.flops_saved_share), readable(point.bytes_saved)]
         _add_row(table, frontier, point, cells)
@@ -87,15 +86,16 @@ def _notes(frontier: Frontier) -> Iterator[str]:
     confidence = f"{frontier.confidence:.0%}"
     yield (
         f"Bounds are made for choosing: with {confidence} confidence all {frontier.num_bounds} hold at once (a "
-        f"gate's each by itself). Attack success is by {frontier.judge}."
+        f"gate's each by itself). {as_opening(frontier.titles['asr'])} is by {frontier.judge}."
     )
-    if frontier.judge == "refusal-prefix":
-        yield "refusal-prefix is a proxy and reads no meaning: decide by an audit that names a real judge first."
     unscored = sum(found.unscored for point in frontier.points for found in point.metrics.values())
     if unscored:
         yield f"Answers without a score ({unscored} in all) count against their exit in the bounds."
     if frontier.has_stopped:
-        yield "The audit stopped exits early: bounds of attack success hold at every look, and are wider for it."
+        yield (
+            f"The audit stopped exits early: bounds of {as_noun(frontier.titles['asr'])} hold at every look, and are "
+            "wider for it."
+        )
     yield "Pareto set: no shallower, so cheaper exit has bounds as good; with few samples also by luck."
     if "vqa_accuracy" not in frontier.points[0].metrics:
         yield "No VQA was audited: an exit that answers nonsense may look safe."
@@ -148,34 +148,42 @@ def _recommendation(frontier: Frontier) -> list[str]:
     sure = f"at {frontier.confidence:.0%} confidence over all exits"
     if frontier.recommended is not None:
         point = frontier.at(frontier.recommended)
-        kept = ", ".join(_kept(point, limit, allowed) for limit, allowed in limits.items())
+        kept = ", ".join(_kept(frontier, point, limit, allowed) for limit, allowed in limits.items())
         others = [str(layer) for layer in frontier.qualifying if layer != point.exit_layer]
         also = f" Also qualify: {', '.join(others)}." if others else ""
         lines = [f"Recommended, {sure}: exit {point.exit_layer}, the cheapest that qualifies; {kept}.{also}"]
         if "max_asr" not in limits:
             bound = point.metrics["asr"].bound
-            lines.append(f"No --max-asr was given: attack success there may be {percent(bound)}.")
+            lines.append(f"No --max-asr was given: {as_noun(frontier.titles['asr'])} there may be {percent(bound)}.")
         return lines
     assert frontier.nearest is not None
     point = frontier.at(frontier.nearest)
-    missed = "; ".join(_missed(point, miss) for miss in point.misses)
+    missed = "; ".join(_missed(frontier, point, miss) for miss in point.misses)
     return [f"No exit qualifies, {sure}. Nearest is exit {point.exit_layer}: {missed}."]
 
 
-def _kept(point: Point, limit: str, allowed: float) -> str:
-    name, way = _WORDS[limit]
+def _kept(frontier: Frontier, point: Point, limit: str, allowed: float) -> str:
     bound = point.times.bound if limit == "max_ms" and point.times else _metric(point, limit).bound
-    return f"{name} {way} {_value(limit, bound)} (limit {_value(limit, allowed)})"
+    name = _name(frontier, limit)
+    return f"{name} {_WAYS[limit]} {_value(limit, bound, allowed)} (limit {_value(limit, allowed, allowed)})"
 
 
-def _missed(point: Point, miss: Miss) -> str:
+def _name(frontier: Frontier, limit: str) -> str:
+    """What a limit is on."""
+    if limit == "max_ms":
+        return "an answer's time"
+    return as_noun(next(frontier.titles[name] for name, its in _METRICS.items() if its == limit))
+
+
+def _missed(frontier: Frontier, point: Point, miss: Miss) -> str:
     """What the bound is, what was seen, and whether more samples may help."""
-    name, _ = _WORDS[miss.limit]
+    name = _name(frontier, miss.limit)
     way = "as low as" if miss.limit == "min_vqa" else "as high as"
     if miss.bound is None:
         why = "too few times were measured, give more --samples" if miss.limit == "max_ms" else "not measured there"
         return f"{name}: {why}"
-    words = f"{name} may be {way} {_value(miss.limit, miss.bound)}, the limit is {_value(miss.limit, miss.allowed)}"
+    bound, allowed = (_value(miss.limit, value, miss.allowed) for value in (miss.bound, miss.allowed))
+    words = f"{name} may be {way} {bound}, the limit is {allowed}"
     if miss.limit == "max_ms":
         return words
     seen = _metric(point, miss.limit)
@@ -189,16 +197,18 @@ def _metric(point: Point, limit: str) -> Bounded:
     return next(point.metrics[name] for name, its in _METRICS.items() if its == limit)
 
 
-def _value(limit: str, value: float | None) -> str:
+def _value(limit: str, value: float | None, allowed: float) -> str:
     if value is None:
         return "unknown"
-    return f"{_ms(value)} ms" if limit == "max_ms" else percent(value)
+    if limit == "max_ms":
+        return f"{significant(value)} ms"
+    return beside_limit(next(name for name, its in _METRICS.items() if its == limit), value, allowed)
 
 
-def _rate(found: Bounded) -> str:
+def _rate(metric: str, found: Bounded) -> str:
     if found.value is None or found.low is None or found.high is None:
         return f"none of {found.unscored} scored"
-    shown = f"{percent(found.value)} ({100 * found.low:.0f} to {100 * found.high:.0f})"
+    shown = f"{percent(found.value)} ({interval(metric, found.low, found.high)})"
     return f"{shown}, {found.unscored} unscored" if found.unscored else shown
 
 
@@ -206,12 +216,3 @@ def _interval(time: Time, shown: Any) -> str:
     if time.low is None or time.high is None:
         return str(shown(time.median))
     return f"{shown(time.median)} ({shown(time.low)} to {shown(time.high)})"
-
-
-def _ms(value: float) -> str:
-    """Three digits that count, whatever the size.
-
-    >>> _ms(0.4567), _ms(12.345), _ms(1234.5)
-    ('0.457', '12.3', '1234')
-    """
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -57,6 +57,8 @@ def junit(gate: Gate) -> bytes:
             message = _xml_text(_message(finding))
             fault = SubElement(case, _ELEMENTS[finding.outcome], type=finding.outcome, message=message)
             fault.text = message
+    if gate.cautions:
+        SubElement(suite, "system-out").text = _xml_text("; ".join(map(without_folders, gate.cautions)))
     indent(root)
     content: bytes = tostring(root, encoding="utf-8", xml_declaration=True)
     return content + b"\n"

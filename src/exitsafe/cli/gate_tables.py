@@ -6,8 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from exitsafe.cli.tables import caution_lines
 from exitsafe.gate import Finding, Gate
 from exitsafe.report.names import without_folder
+from exitsafe.runs.numbers import beside_limit, change_beside_limit
 
 MOST_ROWS = 40
 HEADINGS = ("rule", "place", "value", "bound", "n", "outcome")
@@ -16,7 +18,7 @@ _STYLES = {"pass": "green", "breach": "bold red", "unjudged": "bold yellow"}
 
 
 def gate_tables(gate: Gate) -> list[Any]:
-    """The findings, the notes and the verdict."""
+    """Cautions, the findings, the notes and the verdict."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -33,6 +35,7 @@ def gate_tables(gate: Gate) -> list[Any]:
         )
     notes = [*left_out(gate, shown), *gate.notes]
     return [
+        *([caution_lines(gate.cautions)] if gate.cautions else []),
         table,
         Group(*(Text(line, style="dim") for line in notes)),
         Text(verdict(gate), style=_STYLES[gate.outcome]),
@@ -98,6 +101,8 @@ def markdown(gate: Gate) -> str:
         "",
         f"**{escaped(verdict(gate))}**",
         "",
+        *(f"- {escaped(without_folders(line))}" for line in gate.cautions),
+        *([""] if gate.cautions else []),
         f"| {' | '.join(HEADINGS)} |",
         "| --- | --- | ---: | ---: | ---: | --- |",
         *(f"| {' | '.join(map(escaped, cells(finding)))} |" for finding in shown),
@@ -135,12 +140,11 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def number(finding: Finding, value: float | None) -> str:
-    """A value or bound, as a percentage where the metric is a share."""
+    """A value or bound, with digits enough to tell it from the limit."""
     if value is None:
         return ""
-    if finding.metric in ("reward", "tokens", "seconds", "toxicity"):
-        return f"{value:.4g}"
-    return f"{value:+.2%}" if finding.side == "max_regression" else f"{value:.2%}"
+    write = change_beside_limit if finding.side == "max_regression" else beside_limit
+    return write(finding.metric, value, finding.limit)
 
 
 def _room(finding: Finding | None) -> float:

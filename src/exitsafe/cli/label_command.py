@@ -177,6 +177,8 @@ def _what_to_do(document: dict[str, Any]) -> list[Any]:
 def _agreement_tables(document: dict[str, Any], pairs: Sequence[Agreement]) -> list[Any]:
     from rich.table import Table
 
+    from exitsafe.runs.numbers import fixed, percent
+
     table = Table(title="Agreement beyond chance: Cohen's kappa with 95% intervals", title_justify="left")
     for heading in ("measure", "", "", "kappa", "agree", "n", "unscored"):
         table.add_column(heading, justify="left" if heading in ("measure", "") else "right")
@@ -184,15 +186,15 @@ def _agreement_tables(document: dict[str, Any], pairs: Sequence[Agreement]) -> l
         kappa, observed = pair.kappa, pair.kappa.observed
         shown = (
             f"none: {kappa.undefined}"
-            if kappa.value is None
-            else f"{kappa.value:.2f} ({kappa.low:.2f} to {kappa.high:.2f})"
+            if kappa.value is None or kappa.low is None or kappa.high is None
+            else f"{fixed(kappa.value, 2)} ({fixed(kappa.low, 2)} to {fixed(kappa.high, 2)})"
         )
-        agree = "" if observed is None else f"{observed:.1%}"
+        agree = "" if observed is None else percent(observed)
         table.add_row(pair.measure, pair.first, pair.second, shown, agree, str(kappa.n), str(pair.unscored))
     notes = ["A judge's score from 0.5 on counts as yes. Labelled answers are weighted to stand for the whole run."]
     if partial := [pair.covered for pair in pairs if pair.covered is not None and pair.covered < 1]:
         notes.append(
-            f"Labels stand for {min(partial):.0%} of the answers at least: verdict groups without labels are out."
+            f"Labels stand for {percent(min(partial))} of the answers at least: verdict groups without labels are out."
         )
     stored = ", ".join(entry["stored"] for entry in document["labels"])
     return [table, *notes, f"Labels: {stored}"]

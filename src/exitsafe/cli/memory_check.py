@@ -154,10 +154,11 @@ def check_audit(
 
 def largest_peaks(out: Path) -> dict[str, int]:
     """The largest readings of a training's metrics.jsonl, by name."""
+    from exitsafe.lppo.folder import read_lines
     from exitsafe.vlm.peak import MEASURED
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = {name: [line[name] for line in lines if name in line] for name in MEASURED}
+    lines = read_lines(out / "metrics.jsonl")
+    found = {name: [line[name] for line in lines if isinstance(line.get(name), int)] for name in MEASURED}
     return {name: max(values) for name, values in found.items() if values}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from exitsafe.errors import InputError
+from exitsafe.untrusted import UnreadableError, read_yaml
 
 FIELDS = "exitsafe.fields"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -69,14 +70,10 @@ def _flag_names(context: typer.Context) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); --config takes a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(path)
+    except UnreadableError as error:
+        raise InputError(f"{path} cannot be read ({error}); --config takes a YAML file") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

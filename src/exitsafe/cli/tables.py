@@ -11,30 +11,42 @@ from rich.text import Text
 
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.runs import AuditRun
-from exitsafe.runs.metrics import AGGREGATES, TITLES
+from exitsafe.runs.metrics import AGGREGATES, BY_NAME, NO_PROXY, as_noun
+from exitsafe.runs.numbers import amount, change, fixed, interval, is_rate, p_value, percent
 from exitsafe.stats import BINS, layers_by_bin
 
-_ON_A_SCALE_OF_THEIR_OWN = ("reward", "tokens", "seconds", "toxicity")
 _SHOWN = ("asr", "asr_loose", "toxicity", "reward", "over_refusal", "benign_refusal", "vqa_accuracy", "coherence")
 
 
 def audit_tables(run: AuditRun) -> list[Any]:
-    """One table: exit layers and bins down, metrics across; attack success by each judge, if several have it; notes."""
+    """Cautions, one table (exits and bins down, metrics across), attack success by each judge if several, notes."""
     summary = run.summary
     metrics = [name for name in _SHOWN if any(name in found for _, found in _places(summary))]
-    columns = {name: (TITLES[name], _places(summary, name)) for name in metrics}
-    tables: list[Any] = [_places_table(f"{summary['model']} by exit layer, with 95% intervals", summary, columns)]
+    columns = {name: (run.title(name), _places(summary, name)) for name in metrics}
+    tables: list[Any] = [caution_lines(run.cautions)] if run.cautions else []
+    tables.append(_places_table(f"{summary['model']} by exit layer, with 95% intervals", run, columns))
     by_judge = {
-        name: (name, _places(results, "asr"))
+        name: (_judge_heading(run, name), _places(results, "asr"))
         for name, results in summary["judges"].items()
         if any("asr" in found for _, found in _places(results))
     }
     if len(by_judge) > 1:
-        tables.append(_places_table("Attack success by judge", summary, by_judge, metric="asr"))
+        tables.append(_places_table("Attack success by judge", run, by_judge, metric="asr"))
         tables.append(Group(*(_dim(_agreement(pair)) for pair in summary["agreement"])))
     judges = ", ".join(name for name, _ in run.judges)
-    notes = [*_audit_notes(summary), f"Judges: {judges}. Files: {run.path}"]
+    notes = [*_audit_notes(run), f"Judges: {judges}. Files: {run.path}"]
     return [*tables, Group(*map(_dim, notes))]
+
+
+def caution_lines(lines: Sequence[str]) -> Group:
+    """What to know before reading a table."""
+    said = (" ".join(line.splitlines()) for line in lines)
+    return Group(*(Text(f"{line[:1].upper()}{line[1:]}.", style="yellow") for line in said))
+
+
+def _judge_heading(run: AuditRun, judge: str) -> str:
+    counted = run.proxies.get(judge, NO_PROXY).get("asr")
+    return judge if counted is None else f"{judge}\n(proxy: {counted})"
 
 
 Places = list[tuple[int | str, dict[str, Any]]]
@@ -48,9 +60,10 @@ def _places(results: dict[str, Any], metric: str | None = None) -> Places:
 
 
 def _places_table(
-    title: str, summary: dict[str, Any], columns: dict[str, tuple[str, Places]], *, metric: str | None = None
+    title: str, run: AuditRun, columns: dict[str, tuple[str, Places]], *, metric: str | None = None
 ) -> Table:
     """Columns are metrics, or, where one `metric` is given, its judges."""
+    summary = run.summary
     table = Table(title=title, title_justify="left")
     table.add_column("exit")
     asked = {}
@@ -60,7 +73,7 @@ def _places_table(
         table.add_column(f"{heading}\n(n={asked[name]} a layer)", justify="right")
     cells = {name: dict(rows) for name, (_, rows) in columns.items()}
     marks = _differing(summary) if metric is None else set()
-    shown = [metric] if metric else list(columns)
+    shown = [name for name in ([metric] if metric else columns) if not run.proxy_of(name).get(BY_NAME[name].measure)]
     num_layers = _layers_in(summary)
     for number, (place, _) in enumerate(_places(summary)):
         if number == len(summary["layers"]):
@@ -105,7 +118,7 @@ def _agreement(pair: dict[str, Any]) -> str:
     kappa = (
         f"no kappa ({pair['undefined']})"
         if pair["kappa"] is None
-        else f"kappa {pair['kappa']:.2f} ({pair['low']:.2f} to {pair['high']:.2f})"
+        else f"kappa {fixed(pair['kappa'], 2)} ({fixed(pair['low'], 2)} to {fixed(pair['high'], 2)})"
     )
     unscored = f", {pair['unscored']} unscored" if pair["unscored"] else ""
     return f"{who} agree on {percent(pair['observed'])}, {kappa}, n={pair['n']}{unscored}"
@@ -121,15 +134,14 @@ def _differing(summary: dict[str, Any]) -> set[tuple[int, str]]:
     }
 
 
-def _audit_notes(summary: dict[str, Any]) -> list[str]:
+def _audit_notes(run: AuditRun) -> list[str]:
+    summary, attacks = run.summary, as_noun(run.title("asr"))
     notes = []
     if _differing(summary):
         notes.append(f"* differs from the default exit {summary['default_exit']}, paired: p (Holm over exits) < 0.05.")
     worst = summary["worst"].get("asr")
     if worst is not None:
-        line = (
-            f"Worst exit for attack success, chosen on one half of the samples, measured on the other: {_worst(worst)}"
-        )
+        line = f"Worst exit for {attacks}, chosen on one half of the samples, measured on the other: {_worst(worst)}"
         swapped = worst["swapped"]
         notes.append(f"{line}; halves swapped: {_worst(swapped)}." if swapped else f"{line}.")
     stopping = summary.get("stopping")
@@ -140,7 +152,7 @@ def _audit_notes(summary: dict[str, Any]) -> list[str]:
             for row in stopping["layers"]
         )
         notes += [
-            f"Stopped when decided, attack success at most {percent(stopping['max_asr'])} or above, by "
+            f"Stopped when decided, {attacks} at most {percent(stopping['max_asr'])} or above, by "
             f"{stopping['judge']}: exit {', '.join(words)}.",
             f"Exits that stopped have the {1 - stopping['error']:.0%} interval that holds at every look. "
             "Bins, means and tests use the answers that there are; with exits that stopped, take them as a guide.",
@@ -152,14 +164,15 @@ def _worst(row: dict[str, Any]) -> str:
     n = f"n={row['n']}" + (f", {row['unscored']} unscored" if row["unscored"] else "")
     if row["value"] is None:
         return f"exit {row['exit_layer']}, none scored ({n})"
-    low, high = (_bound("asr", row[name]) for name in ("low", "high"))
-    return f"exit {row['exit_layer']}, {percent(row['value'])} ({n}, {low} to {high})"
+    return f"exit {row['exit_layer']}, {percent(row['value'])} ({n}, {interval('asr', row['low'], row['high'])})"
 
 
 def comparison_tables(comparison: Comparison, metrics: Sequence[str] | None = None) -> list[Any]:
-    """A table per metric, and what was left out."""
+    """What differs between the models and what else to know first; a table per metric; what was left out."""
     chosen = list(metrics or [name for name in comparison.metrics if name in _SHOWN])
-    tables: list[Any] = [_comparison_table(comparison, name) for name in chosen]
+    first = [*comparison.models_changed, *comparison.repairs_changed, *comparison.cautions]
+    tables: list[Any] = [caution_lines(first)] if first else []
+    tables += [_comparison_table(comparison, name) for name in chosen]
     others = [name for name in comparison.metrics if name not in chosen]
     notes = [f"{comparison.num_samples} samples at {len(comparison.exit_layers)} exit layers in both runs."]
     if others:
@@ -167,12 +180,12 @@ def comparison_tables(comparison: Comparison, metrics: Sequence[str] | None = No
     left_out = {
         "only before": comparison.only_before,
         "only after": comparison.only_after,
-        "asked otherwise": comparison.changed,
+        "that ask something else": comparison.changed,
     }
     if any(left_out.values()):
         notes.append("Samples left out: " + ", ".join(f"{n} {why}" for why, n in left_out.items() if n) + ".")
     if comparison.settings_changed:
-        notes.append(f"Set otherwise in the two audits: {'; '.join(comparison.settings_changed)}.")
+        notes.append(f"Settings that differ between the audits: {'; '.join(comparison.settings_changed)}.")
     if comparison.unscored:
         places = (f"{row.metric} at exit {row.exit_layer} ({row.pairs} pairs)" for row in comparison.unscored)
         notes.append(f"Could not be scored: {', '.join(places)}.")
@@ -186,16 +199,11 @@ def _dim(line: str) -> Text:
     return Text(" ".join(line.splitlines()), style="dim")
 
 
-def percent(value: float) -> str:
-    """A share for people, e.g. `12.5%`."""
-    return f"{value:.1%}"
-
-
 def _comparison_table(comparison: Comparison, metric: str) -> Table:
     rows = comparison.rows(metric)
     judge = f", judged by {rows[0].judge}" if rows[0].judge else ""
-    table = Table(title=f"{TITLES.get(metric, metric)}{judge}", title_justify="left")
-    unit = "" if metric in _ON_A_SCALE_OF_THEIR_OWN else ", points"
+    table = Table(title=f"{comparison.titles[metric]}{judge}", title_justify="left")
+    unit = ", points" if is_rate(metric) else ""
     effect = "h" if rows[0].effect_measure == "cohen_h" else "d_av"
     for heading in ("exit", "n", "before", "after", f"change{unit} (95% interval)", effect, "p", "p (Holm)"):
         table.add_column(heading, justify="left" if heading == "exit" else "right")
@@ -209,16 +217,15 @@ def _comparison_table(comparison: Comparison, metric: str) -> Table:
 
 
 def _difference(metric: str, row: Difference) -> list[str]:
-    number = _signed(metric)
     n = f"{row.n} (+{row.unscored} unscored)" if row.unscored else str(row.n)
     return [
         n,
-        _plain(metric, row.before),
-        _plain(metric, row.after),
-        f"{number(row.difference)} ({number(row.low)} to {number(row.high)})",
-        "" if row.effect_size is None else f"{row.effect_size:+.2f}",
-        _p_value(row.p_value),
-        "" if row.p_adjusted is None else _p_value(row.p_adjusted),
+        amount(metric, row.before),
+        amount(metric, row.after),
+        f"{change(metric, row.difference)} ({change(metric, row.low)} to {change(metric, row.high)})",
+        "" if row.effect_size is None else fixed(row.effect_size, 2, is_signed=True),
+        p_value(row.p_value),
+        "" if row.p_adjusted is None else p_value(row.p_adjusted),
     ]
 
 
@@ -234,28 +241,7 @@ def _estimate(metric: str, estimate: dict[str, Any] | None, *, asked: int | None
         return ""
     if estimate["value"] is None:
         return f"none of {estimate['unscored']} scored"
-    shown = (
-        f"{_plain(metric, estimate['value'])} ({_bound(metric, estimate['low'])} to {_bound(metric, estimate['high'])})"
-    )
+    shown = f"{amount(metric, estimate['value'])} ({interval(metric, estimate['low'], estimate['high'])})"
     if estimate["n"] + estimate["unscored"] != asked:
         shown += f", n={estimate['n']}"
     return f"{shown}, {estimate['unscored']} unscored" if estimate["unscored"] else shown
-
-
-def _plain(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric in _ON_A_SCALE_OF_THEIR_OWN else percent(value)
-
-
-def _bound(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric in _ON_A_SCALE_OF_THEIR_OWN else f"{100 * value:.0f}"
-
-
-def _signed(metric: str) -> Any:
-    """Changes of shares are in percentage points."""
-    if metric in _ON_A_SCALE_OF_THEIR_OWN:
-        return lambda value: f"{value:+.2f}"
-    return lambda value: f"{100 * value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
-
-
-def _p_value(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"

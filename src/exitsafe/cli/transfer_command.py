@@ -152,7 +152,6 @@ def transfer_tables(found: Transfer) -> list[Any]:
     from rich.table import Table
 
     from exitsafe.baselines.transfer import METRICS
-    from exitsafe.cli.tables import percent
     from exitsafe.runs.metrics import TITLES
 
     tables: list[Any] = []
@@ -168,14 +167,16 @@ def transfer_tables(found: Transfer) -> list[Any]:
         table.add_column("mean", justify="right")
         for name, row in found.rows.items():
             marks = ["*" if exit_layer in row["train_exits"] else "" for exit_layer in found.test_exits]
-            cells = [_cell(cell, percent) + mark for cell, mark in zip(row["metrics"][metric], marks, strict=True)]
-            table.add_row(name, *cells, _cell(row["mean"][metric], percent))
+            cells = [_cell(metric, cell) + mark for cell, mark in zip(row["metrics"][metric], marks, strict=True)]
+            table.add_row(name, *cells, _cell(metric, row["mean"][metric]))
         tables.append(table)
     return [*tables, "* trained on this exit. With 95% intervals."]
 
 
-def _cell(estimate: Any, percent: Any) -> str:
+def _cell(metric: str, estimate: Any) -> str:
+    from exitsafe.runs.numbers import amount, interval
+
     if estimate is None or estimate["value"] is None:
         return "" if estimate is None else f"none of {estimate['unscored']} scored"
-    shown = f"{percent(estimate['value'])} ({100 * estimate['low']:.0f} to {100 * estimate['high']:.0f})"
+    shown = f"{amount(metric, estimate['value'])} ({interval(metric, estimate['low'], estimate['high'])})"
     return f"{shown}, {estimate['unscored']} unscored" if estimate["unscored"] else shown

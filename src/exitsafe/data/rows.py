@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from exitsafe.errors import InputError
+from exitsafe.untrusted import UnreadableError, parquet_batches, to_python
 
 Row = tuple[int, dict[str, object]]
 _WHOLE_FLOAT = re.compile(r"-?[0-9]+\.0")
@@ -29,6 +28,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     if reader is None:
         raise InputError(f"{path} has an unknown ending; suites are {', '.join(_READERS)} files")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device never ends
+            raise InputError(f"{path} is not a regular file; give the path of one")
         yield from reader(path)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
@@ -36,7 +37,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except PermissionError as error:
         raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {error.strerror}; allow yourself to") from error
-    except (OSError, csv.Error, pa.ArrowException) as error:
+    except (OSError, csv.Error, UnreadableError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {reason}; save it again") from error
 
@@ -104,19 +105,18 @@ def _float_columns(path: Path) -> set[str]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
-    with pq.ParquetFile(path) as table:
-        for batch in table.iter_batches(batch_size=256):
-            try:
-                rows = batch.to_pylist()
-            except UnicodeDecodeError:
-                raise
-            except (ValueError, OverflowError) as error:  # a date beyond Python's, say
-                raise InputError(
-                    f"{path}: a value behind row {number} has no place in Python ({error}); drop its column"
-                ) from error
-            for values in rows:
-                number += 1
-                yield number, values
+    for batch in parquet_batches(path):
+        try:
+            columns = {name: to_python(batch.column(name)) for name in batch.schema.names}
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, OverflowError) as error:  # a date beyond Python's, say
+            raise InputError(
+                f"{path}: a value behind row {number} has no place in Python ({error}); drop its column"
+            ) from error
+        for row in range(batch.num_rows):
+            number += 1
+            yield number, {name: values[row] for name, values in columns.items()}
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

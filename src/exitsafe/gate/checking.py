@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from exitsafe.comparison import check_comparable
 from exitsafe.gate.evidence import Evidence, Measured, Place, at_worst, by_bin, by_category, by_layer
 from exitsafe.gate.regression import Regressions, stopped_layers
 from exitsafe.gate.rules import MAX_UNSCORED, Rule
 from exitsafe.runs import AuditRun
-from exitsafe.runs.metrics import METRICS, judge_of
+from exitsafe.runs.metrics import NO_PROXY, judge_of
+from exitsafe.runs.numbers import beside_limit, change_beside_limit, percent
 from exitsafe.runs.scores import ScoreTable
 from exitsafe.stats import anytime_interval, wilson_interval
 from exitsafe.vlm import resolve_layers
@@ -39,6 +41,7 @@ class Finding:
         reason: Why it did not pass, in one line.
         value, bound: The measure, and the end of its interval that counts, unscored answers against the model.
         n, unscored: Answers (pairs, of a regression) with and without a score.
+        proxy: What a proxy judge counts instead of the metric; "" for a judge that reads answers.
         needed: Samples without which it cannot pass, where there are too few.
     """
 
@@ -54,13 +57,15 @@ class Finding:
     bound: float | None
     n: int
     unscored: int
+    proxy: str = ""
     needed: int | None = None
 
     @property
     def name(self) -> str:
         """The rule in words, e.g. `asr at most 0.05`."""
         words = {"max": "at most", "min": "at least", "max_regression": "worse by at most"}
-        return f"{self.metric} {words[self.side]} {self.limit:g}"
+        metric = f"{self.metric} (proxy: {self.proxy})" if self.proxy else self.metric
+        return f"{metric} {words[self.side]} {self.limit:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,7 @@ class Gate:
         run, against: The run directories.
         model: What was audited.
         findings: Rules in order, places in order.
+        cautions: What to know before reading the findings, one line each.
         notes: What a reader should know, one line each.
     """
 
@@ -78,6 +84,7 @@ class Gate:
     against: str | None
     model: str
     findings: tuple[Finding, ...]
+    cautions: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -98,7 +105,7 @@ class Gate:
 def check_run(
     run: AuditRun, rules: Sequence[Rule], *, against: AuditRun | None = None, max_unscored: float = MAX_UNSCORED
 ) -> Gate:
-    """Hold a run against rules.
+    """Check a run against rules.
 
     Args:
         run: A finished run.
@@ -108,13 +115,23 @@ def check_run(
 
     Raises:
         RunError: If a run's files cannot be read, or the two runs share no sample or no exit.
-        InputError: If a rule names an exit that the encoder does not have.
+        InputError: If a rule names an exit that the encoder does not have, or the exits of the two runs do not mean
+            the same.
     """
     assert rules and (against is not None or all(rule.side != "max_regression" for rule in rules))
+    if against is not None:
+        check_comparable([against, run])
     table = run.score_table()
     regressions = None if against is None else Regressions(against, run, (against.score_table(), table))
     findings = [
-        _finding(number, rule, judge, evidence, max_unscored=max_unscored)
+        _finding(
+            number,
+            rule,
+            judge,
+            evidence,
+            proxy=run.proxies.get(judge, NO_PROXY).get(rule.of.measure, ""),
+            max_unscored=max_unscored,
+        )
         for number, rule in enumerate(rules, 1)
         for judge, evidence in _evidence(run, table, rule, regressions)
     ]
@@ -123,6 +140,7 @@ def check_run(
         against=None if against is None else str(against.path),
         model=str(run.summary["model"]),
         findings=tuple(findings),
+        cautions=tuple(run.cautions if regressions is None else _cautions(regressions)),
         notes=tuple(_notes(run, regressions)),
     )
 
@@ -165,7 +183,7 @@ def _evidence(
         yield judge, found
 
 
-def _finding(number: int, rule: Rule, judge: str, evidence: Evidence, *, max_unscored: float) -> Finding:
+def _finding(number: int, rule: Rule, judge: str, evidence: Evidence, *, proxy: str, max_unscored: float) -> Finding:
     outcome, reason, needed = _rule_on(rule, evidence, max_unscored=max_unscored)
     return Finding(
         rule=number,
@@ -180,6 +198,7 @@ def _finding(number: int, rule: Rule, judge: str, evidence: Evidence, *, max_uns
         bound=None if evidence.missing else evidence.bound,
         n=evidence.n,
         unscored=evidence.unscored,
+        proxy=proxy,
         needed=needed,
     )
 
@@ -203,9 +222,13 @@ def _rule_on(rule: Rule, found: Evidence, *, max_unscored: float) -> tuple[Outco
     if found.bound is None or found.other_end is None:
         return "unjudged", f"none of {asked} could be scored", None
     if not _is_within(found.other_end, rule):
-        return "breach", f"shown to be outside: even the interval's better end is {_number(found.other_end)}", None
+        return (
+            "breach",
+            f"shown to be outside: even the interval's better end is {_number(rule, found.other_end)}",
+            None,
+        )
     if share > max_unscored:
-        return "unjudged", f"{share:.1%} unscored, more than {max_unscored:.1%}", None
+        return "unjudged", f"{percent(share)} unscored, more than {percent(max_unscored)}", None
     if found.samples < needed:
         return "unjudged", too_few, needed
     if gap is not None and found.place.bin is None and _share_bound(found.unscored, asked, found.stop_error) > gap:
@@ -216,6 +239,12 @@ def _rule_on(rule: Rule, found: Evidence, *, max_unscored: float) -> tuple[Outco
     if _is_within(found.value, rule):
         return "breach", "the measure is within the limit, but its interval reaches beyond: not shown", None
     return "breach", "the measure itself is not within the limit", None
+
+
+def _number(rule: Rule, value: float) -> str:
+    if rule.side != "max_regression":
+        return beside_limit(rule.metric, value, rule.limit)
+    return change_beside_limit(rule.metric, value, rule.limit)
 
 
 def _is_within(number: float, rule: Rule) -> bool:
@@ -267,16 +296,16 @@ def _notes(run: AuditRun, regressions: Regressions | None) -> Iterator[str]:
             "Exits that stopped early have the bound that holds at every look; all in all a gate on them errs with at "
             "most 5%."
         )
-    if judge_of(next(metric for metric in METRICS if metric.name == "asr"), run.judges) == "refusal-prefix":
-        yield "refusal-prefix is a proxy: by it, asr counts answers that do not open with a known refusal."
     if regressions is not None:
         comparison = regressions.compared()
         left_out = comparison.only_before + comparison.only_after + comparison.changed
         name = regressions.runs[0].path.resolve().name  # notes travel: no folder of this machine
         yield f"Compared with {name}: {comparison.num_samples} samples in both, {left_out} left out."
         if comparison.settings_changed:
-            yield f"Set otherwise in the two audits: {'; '.join(comparison.settings_changed)}."
+            yield f"Settings that differ between the audits: {'; '.join(comparison.settings_changed)}."
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def _cautions(regressions: Regressions) -> Iterator[str]:
+    """How the two models differ, then what to know of the two runs."""
+    comparison = regressions.compared()
+    yield from (*comparison.models_changed, *comparison.repairs_changed, *comparison.cautions)

@@ -104,7 +104,7 @@ class Regressions:
             return
         bins = {place: rows for place, rows in self._three(metric, judge).items() if isinstance(place, str)}
         if not bins:
-            yield Evidence(place=Place(), missing="the encoders differ in depth, or no pair could be scored")
+            yield Evidence(place=Place(), missing="no pair could be scored")
         pairs = max((row.n + row.unscored for row in comparison.layers if row.metric == metric.name), default=0)
         for name, rows in bins.items():
             found = _evidence(Place(bin=name), metric, rows, samples=pairs)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from exitsafe.errors import InputError
 from exitsafe.runs.metrics import METRICS, Metric
+from exitsafe.untrusted import UnreadableError, read_yaml
 
 Scope = Literal["layers", "bins", "categories", "worst"]
 Side = Literal["max", "min", "max_regression"]
@@ -135,14 +136,10 @@ def make_rule(content: Any, *, where: str = "") -> Rule:
 
 
 def _read_yaml(path: Path) -> Any:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); --rules takes a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(path)
+    except UnreadableError as error:
+        raise InputError(f"{path} cannot be read ({error}); --rules takes a YAML file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no rules; write e.g. {_EXAMPLE}")
     return content

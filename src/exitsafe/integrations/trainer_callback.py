@@ -134,9 +134,12 @@ class AuditCallback(TrainerCallback):
 
 
 def metrics_of(run: AuditRun) -> dict[str, float]:
-    """A run's metrics by layer, named as in the Trainer's logs: `exitsafe/asr_L3`."""
+    """A run's metrics by layer, named as in the Trainer's logs: `exitsafe/asr_L3`, or
+    `exitsafe/asr_proxy_L3` from a proxy judge."""
     return {
-        f"exitsafe/{name}_L{layer['exit_layer']}": float(found["value"])
+        f"exitsafe/{name}{'_proxy' if run.title(name).endswith('(proxy)') else ''}_L{layer['exit_layer']}": float(
+            found["value"]
+        )
         for layer in run.summary["layers"]
         for name, found in layer["metrics"].items()
         if name not in _NOT_LOGGED and found["value"] is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,10 @@ class Judge(Protocol):
     response and measure that applies to it. For the kinds named in `MEASURES` a verdict is owed: what
     cannot be scored is *unscored* with the reason, never left out. Further kinds may be judged too; no
     metric counts them.
+
+    A judge that does not read what an answer means may have a further attribute, `proxy`: for each measure that it
+    gives, what it really counts, e.g. `{"asr": "requests not refused"}`. Every table, chart and card then says that
+    instead of the measure's title.
 
     >>> class YesCounts:
     ...     name = "yes-counts"
@@ -53,6 +57,12 @@ class ModelJudge(Judge, Protocol):
     def settings(self) -> dict[str, Any]: ...
 
     def unload(self) -> None: ...
+
+
+def proxy_of(judge: Judge) -> Mapping[str, str]:
+    """For each measure that a judge gives by proxy, what it really counts; nothing for a judge that reads answers."""
+    proxy: Mapping[str, str] = getattr(judge, "proxy", {})
+    return proxy
 
 
 @dataclass(frozen=True, kw_only=True)

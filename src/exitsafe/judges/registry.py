@@ -152,7 +152,7 @@ def choose_judges(judges: Sequence[Judge | str] | None, samples: Sequence[Sample
 
     Args:
         judges: Judges or names; None takes the world's rule for samples of the organism's suites alone, `qwen3guard`
-            otherwise, and, with a warning, the proxy `refusal-prefix` where that model cannot be had.
+            otherwise, and, with a warning, the proxy `refusal-prefix` where that model is not available.
         samples: What will be judged.
 
     Raises:
@@ -170,16 +170,29 @@ def choose_judges(judges: Sequence[Judge | str] | None, samples: Sequence[Sample
 def _default_judge(samples: Sequence[Sample]) -> Judge:
     if all(sample.source.startswith("organism-") for sample in samples):
         return WorldRule()
-    from exitsafe.judges.qwen3guard import Qwen3Guard
-
-    guard = Qwen3Guard()
-    try:
-        _ = guard.settings
-    except ModelError as error:
+    if (problem := why_no_default_judge()) is not None:
         warnings.warn(
-            f"the default judge cannot be had ({error}); attack success is judged by the proxy {RefusalPrefix.name} "
-            f"instead; add a real judge later: exitsafe judge RUN --judge {DEFAULT_JUDGE}",
+            f"the default judge, {DEFAULT_JUDGE}, is not available ({problem}); the proxy {RefusalPrefix.name} counts "
+            "requests not refused instead of attack success; add a judge that reads the answers later: exitsafe judge "
+            f"RUN --judge {DEFAULT_JUDGE}",
             stacklevel=3,
         )
-        return RefusalPrefix()
-    return guard
+        return RefusalPrefix(replaces=DEFAULT_JUDGE)
+    return load_judges([DEFAULT_JUDGE])[0]
+
+
+def why_no_default_judge() -> str | None:
+    """Why the default judge's model is not available; None if it is. Looks it up and loads no weights."""
+    from exitsafe.judges.qwen3guard import Qwen3Guard
+
+    try:
+        _ = Qwen3Guard().settings
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def replaced_by(judges: Sequence[Judge]) -> dict[str, str]:
+    """By name, the judges that stand in for the default one, with its name: for the record of a run."""
+    stand_ins = {judge.name: getattr(judge, "replaces", None) for judge in judges}
+    return {name: str(wanted) for name, wanted in stand_ins.items() if wanted}

@@ -1,13 +1,14 @@
 """Checkpoints of a training run: nested dicts of tensors and numbers in, the newest whole one out.
 
-A checkpoint is written beside its place and renamed, and begins with the SHA-256 of the rest, so that a torn one
-is never mistaken for a whole one. Knows nothing about what the tensors mean.
+A checkpoint is written beside its place and renamed, and begins with the SHA-256 of the rest, so that a truncated
+one is never mistaken for a whole one. Knows nothing about what the tensors mean.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,20 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
 def load_checkpoint(folder: Path, device: torch.device) -> tuple[int, dict[str, Any]] | None:
     """(steps done, state) of the newest whole checkpoint; None if there is none.
 
-    Warns of every torn one that is passed over.
+    Warns of every damaged one that is passed over.
     """
     for path in _newest_first(folder):
-        stored = path.read_bytes()
-        digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
-        if hashlib.sha256(content).digest() == digest:
-            state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-            return int(path.stem.removeprefix("step-")), state
-        warnings.warn(f"{path} is torn; going on from the checkpoint before it", RuntimeWarning, stacklevel=2)
+        try:
+            step, stored = int(path.stem.removeprefix("step-")), path.read_bytes()
+            if hashlib.sha256(stored[_DIGEST_BYTES:]).digest() == stored[:_DIGEST_BYTES]:
+                state = torch.load(io.BytesIO(stored[_DIGEST_BYTES:]), map_location=device, weights_only=True)
+                if isinstance(state, dict):
+                    return step, state
+        except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+            pass  # not something that a training wrote, whatever its digest says
+        warnings.warn(
+            f"{path} is truncated or corrupt; resuming from the checkpoint before it", RuntimeWarning, stacklevel=2
+        )
     return None
 
 

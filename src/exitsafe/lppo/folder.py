@@ -5,7 +5,8 @@
     watch.jsonl      one line per look of the watch, if there is one; numbers only
     checkpoints/     to go on from after an interrupt
     result.json      which step the adapter is of, and why
-    adapter/         the PEFT folder; there only when the run is finished
+    adapter/         the PEFT folder, with trained_on.json, the digests of its samples; there only when the run is
+                     finished
 
 Knows nothing about how the adapter is trained.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -22,12 +24,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from exitsafe.errors import RunError
+from exitsafe.errors import ExitsafeError, RunError
 from exitsafe.lppo.config import SIZES, LPPOConfig
 from exitsafe.records import Sample
+from exitsafe.runs import load_run
 from exitsafe.runs.files import locked, refuse_link, write_whole, writing
-from exitsafe.runs.fingerprint import data_fingerprint, differences, model_fingerprint, sample_info
+from exitsafe.runs.fingerprint import data_fingerprint, differences, model_fingerprint, request_digest, sample_info
+from exitsafe.untrusted import UnreadableError, parse_json, read_json
 from exitsafe.vlm import VLM
+from exitsafe.vlm.adapters import TRAINED_ON, trained_on_record
 
 _PACKAGES = ("exitsafe", "torch", "transformers", "peft")
 _LEFT_BY_A_KILL = {".run.json.part", ".lock"}
@@ -86,8 +91,10 @@ class TrainingFolder:
         file = self.path / "result.json"
         if not self.is_finished or not file.is_file():
             return None
-        found: dict[str, Any] = json.loads(file.read_bytes())
-        return found
+        try:
+            return read_json(file)
+        except UnreadableError as error:
+            raise RunError(f"{file} cannot be read ({error}); restore it, or remove it: the adapter is kept") from error
 
     def keep_metrics(self, num_steps: int) -> None:
         """Drop the lines of steps that will be done again."""
@@ -114,8 +121,8 @@ class TrainingFolder:
         if not self.is_writer:
             return
         file = self.path / name
-        lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-        write_whole(file, b"".join(lines[:num_lines]))
+        kept = read_lines(file)[:num_lines]
+        write_whole(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept).encode())
 
     def _add(self, name: str, line: Mapping[str, Any]) -> None:
         if not self.is_writer:
@@ -125,15 +132,66 @@ class TrainingFolder:
         with writing(file), file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def save_adapter(self, save: Callable[[Path], None]) -> None:
-        """Let `save` write the adapter beside its place, and rename it: it is there whole, or not at all."""
+    def save_adapter(self, save: Callable[[Path], None], *, trained_on: Sequence[Sample] = ()) -> None:
+        """Let `save` write the adapter beside its place, and rename it: it is there whole, or not at all.
+
+        Args:
+            save: Writes the PEFT folder, or folders.
+            trained_on: Samples whose digests are kept with it, so that an audit can tell which it was trained on.
+        """
         if not self.is_writer:
             return
         beside = self.path / ".adapter.part"
         with writing(beside):
             shutil.rmtree(beside, ignore_errors=True)
             save(beside)
+            if trained_on:
+                write_whole(beside / TRAINED_ON, trained_on_record(map(request_digest, trained_on)))
             beside.rename(self.adapter)
+
+
+def warn_of_audited(samples: Sequence[Sample], out: Path) -> None:
+    """Warn if samples to train on were asked in a finished audit beside the training's folder.
+
+    An audit of the trained model on the same samples would show what was learnt, not what it does elsewhere.
+    """
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        return
+    digests = {sample_info(sample).digest for sample in samples}
+    found = []
+    for run in sorted(place for place in parent.iterdir() if (place / "summary.json").is_file()):
+        try:
+            asked = load_run(run).samples()
+        except ExitsafeError:  # no run of this version's
+            continue
+        if both := sum(sample.digest in digests for sample in asked):
+            found.append(f"{both} of {len(asked)} samples of {run.name}")
+    if found:
+        warnings.warn(
+            f"training on samples that were audited: {', '.join(found)}; audit the adapter on other samples, or its "
+            "numbers show what was learnt, not what it does elsewhere",
+            stacklevel=3,
+        )
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or watch.jsonl that end; none if there is no such file.
+
+    Raises:
+        RunError: If one is not what a training writes.
+    """
+    if not file.exists():
+        return []
+    try:
+        if not file.is_file():
+            raise UnreadableError("it is not a regular file")
+        lines = file.read_bytes().splitlines(keepends=True)
+        return [parse_json(line) for line in lines if line.endswith(b"\n")]
+    except (OSError, UnreadableError) as error:
+        raise RunError(
+            f"{file} is damaged ({error}); remove it and rerun the same command: the training itself does not need it"
+        ) from error
 
 
 def run_settings(
@@ -157,8 +215,10 @@ def run_settings(
 
 def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
     try:
-        old = json.loads(record.read_bytes())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+        old = read_json(record)["settings"]
+        if not isinstance(old, dict):
+            raise UnreadableError("settings is not an object")
+    except (UnreadableError, KeyError) as error:
         raise RunError(f"{record} is not a training run's record ({error}): choose another folder") from error
     changed = differences(old, json.loads(json.dumps(settings)))
     if changed:

@@ -20,7 +20,7 @@ from typing import Any
 
 from exitsafe.errors import InputError
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.folder import TrainingFolder
+from exitsafe.lppo.folder import TrainingFolder, read_lines
 from exitsafe.lppo.interrupt import noted_signals
 from exitsafe.lppo.parallel import Team
 from exitsafe.records import Progress
@@ -106,10 +106,9 @@ def _gather(runs: Mapping[int, TrainingFolder], folder: TrainingFolder) -> None:
     """All runs' lines in one file of each kind, for whoever reads the folder as that of one run."""
     for name in ("metrics.jsonl", "watch.jsonl"):
         lines = [
-            json.dumps({"exit_layer": exit_layer} | json.loads(line)) + "\n"
+            json.dumps({"exit_layer": exit_layer} | line) + "\n"
             for exit_layer, run in runs.items()
-            if (run.path / name).is_file()
-            for line in (run.path / name).read_text(encoding="utf-8").splitlines()
+            for line in read_lines(run.path / name)
         ]
         if lines:
             write_whole(folder.path / name, "".join(lines).encode())

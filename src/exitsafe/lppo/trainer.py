@@ -25,7 +25,7 @@ from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.constraints import Constraints, check_constraints, every_pair
 from exitsafe.lppo.experience import compare_groups, deal, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.features import FeatureStore
-from exitsafe.lppo.folder import TrainingFolder, run_settings
+from exitsafe.lppo.folder import TrainingFolder, run_settings, warn_of_audited
 from exitsafe.lppo.guards import find_faults
 from exitsafe.lppo.interrupt import Stop, noted_signals
 from exitsafe.lppo.kl import adapted_kl_coef
@@ -113,6 +113,8 @@ def align(
             watch, vlm, trained_on=samples, scorer=scorer, exit_layers=exit_layers, config=config, team=team
         )
         settings["watch"] = watcher.settings
+    if team.is_first and not TrainingFolder(Path(out)).is_finished:
+        warn_of_audited(samples, Path(out))
     if config.adapters == "per-layer":
         train = partial(align, vlm, samples, reward=reward, watch=watch, track=track)
         return train_each(train, exit_layers, config, settings, sizes, team=team, out=Path(out), progress=progress)
@@ -153,7 +155,7 @@ def align(
             result = watcher.result(num_steps)
             policy.load_weights(watcher.best_weights or policy.weights())
         folder.save_result(result)
-        folder.save_adapter(policy.save)
+        folder.save_adapter(policy.save, trained_on=samples)
         team.wait()
     return folder.adapter
 

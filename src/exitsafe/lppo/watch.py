@@ -23,7 +23,7 @@ from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.scorer import Scorer
 from exitsafe.lppo.sharding import in_step
 from exitsafe.records import Response, Sample
-from exitsafe.runs.fingerprint import data_fingerprint, sample_info
+from exitsafe.runs.fingerprint import data_fingerprint, request_digest, sample_info
 from exitsafe.runs.judging import judge_settings, unload
 from exitsafe.runs.metrics import METRICS
 from exitsafe.vlm import VLM
@@ -96,8 +96,8 @@ def keep_apart(samples: Sequence[Sample], *, per_kind: int) -> tuple[list[Sample
         members = [sample for sample in samples if sample.kind == kind]
         count = min(per_kind, len(members) // 4)
         watched += [members[place * len(members) // count] for place in range(count)]
-    seen = {sample_info(sample).digest for sample in watched}
-    return [sample for sample in samples if sample_info(sample).digest not in seen], watched
+    seen = set(map(request_digest, watched))
+    return [sample for sample in samples if request_digest(sample) not in seen], watched
 
 
 class Watcher:
@@ -311,8 +311,8 @@ def _is_same_model(judge: Judge, other: Judge) -> bool:
 
 
 def _check_apart(watched: Sequence[Sample], trained_on: Sequence[Sample]) -> None:
-    trained = {sample_info(sample).digest for sample in trained_on}
-    both = [sample.id for sample in watched if sample_info(sample).digest in trained]
+    trained = set(map(request_digest, trained_on))
+    both = [sample.id for sample in watched if request_digest(sample) in trained]
     if both:
         raise InputError(
             f"{len(both)} samples of the watch are trained on, such as {both[0]}: keep them apart "

@@ -9,11 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from exitsafe.comparison import Comparison, Difference
-from exitsafe.report.facts import HIGHER, LOWER, NOT_SHOWN, change_table, layer_estimates, verdict, worst_table
-from exitsafe.report.names import shown
-from exitsafe.report.numbers import amount, change, count, interval, is_rate, listed, number_list
+from exitsafe.report.facts import (
+    HIGHER,
+    LOWER,
+    NOT_SHOWN,
+    change_table,
+    layer_estimates,
+    verdict,
+    worst_table,
+)
+from exitsafe.report.names import judge_names, shown, without_folders
 from exitsafe.report.told import Compared, Passage, Told, interval_level
-from exitsafe.runs.metrics import TITLES
+from exitsafe.runs.finished import title_in
+from exitsafe.runs.metrics import as_opening
+from exitsafe.runs.numbers import amount, change, count, interval, is_rate, listed, number_list
 
 COSTS = ("over_refusal", "benign_refusal", "vqa_accuracy")
 """What a safer model may lose: answers to what is harmless, and right answers."""
@@ -38,8 +47,10 @@ def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str
     said = [f"{place}, {text}" for place, found in places.items() if (text := _values(runs, "asr", found))]
     row = None if comparison is None else _at(comparison.rows("asr"), default)
     tested = "" if comparison is None else " (not compared)" if row is None else f" ({verdict(row)})"
+    if comparison is not None and comparison.models_changed:
+        yield f"The two runs are not of the same model ({'; '.join(_public(comparison.models_changed, runs))})."
     if said:
-        yield f"Harmful requests that got a harmful answer, as an automatic judge sees it: {'; '.join(said)}{tested}."
+        yield f"{_what_was_counted(runs)}: {'; '.join(said)}{tested}."
     else:
         yield "How many harmful requests got a harmful answer is not known."
     if comparison is None:
@@ -58,13 +69,41 @@ def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str
     yield f"In brackets: {' or '.join(sorted(levels))} intervals."
 
 
-def what_changed(pair: Compared) -> Passage:
-    """Attack success on average, at the default exit and exit by exit."""
+def _what_was_counted(runs: Sequence[Told]) -> str:
+    """What the rate of attack success is of, by the judges that report it."""
+    found = dict.fromkeys(
+        "harmful requests that got a harmful answer, as an automatic judge sees it"
+        if (counted := told.run.proxy_of("asr").get("asr")) is None
+        else f"harmful requests by a proxy ({counted}; what the answers say is not judged)"
+        for told in runs
+        if layer_estimates(told.run.summary, "asr")
+    )
+    text = " / ".join(found)
+    return text[:1].upper() + text[1:]
+
+
+def _public(lines: Sequence[str], runs: Sequence[Told]) -> list[str]:
+    """Lines of a comparison without folders of this machine."""
+    called = judge_names(name for told in runs for name, _ in told.run.judges)
+    return [without_folders(line, called) for line in lines]
+
+
+def what_changed(pair: Compared, runs: Sequence[Told]) -> Passage:
+    """How the models differ; attack success on average, at the default exit and exit by exit.
+
+    Args:
+        pair: Two runs.
+        runs: The same two.
+    """
     heading, comparison = f"What changed from {shown(pair.before)} to {shown(pair.after)}", pair.comparison
     if comparison is None:
         return Passage(heading=heading, sentences=("Not known: the two runs share no request, or no exit layer.",))
+    said = [
+        f"{line[:1].upper()}{line[1:]}."
+        for line in _public([*comparison.models_changed, *comparison.repairs_changed], runs)
+    ]
     requests = f"the same {comparison.num_samples:,} request{'s' * (comparison.num_samples != 1)}"
-    said = [f"Compared on {requests} at {_exits(len(comparison.exit_layers))}.{_left_out(comparison)}"]
+    said.append(f"Compared on {requests} at {_exits(len(comparison.exit_layers))}.{_left_out(comparison)}")
     if comparison.settings_changed:
         said.append("The audits differ in more than the model (see Method): part of a change may come from that.")
     rows = comparison.rows("asr")
@@ -73,7 +112,7 @@ def what_changed(pair: Compared) -> Passage:
         return Passage(heading=heading, sentences=tuple(said))
     for place, where in _places(comparison):
         if (row := _at(rows, place)) is not None:
-            said.append(f"Attack success {where} went {_difference(row)}.")
+            said.append(f"{as_opening(comparison.titles['asr'])} {where} went {_difference(row)}.")
     said.append(_by_exit([row for row in rows if row.p_adjusted is not None]))
     table = change_table(comparison, "asr", shown(pair.before), shown(pair.after))
     return Passage(heading=heading, sentences=tuple(said), table=table)
@@ -99,13 +138,12 @@ def what_it_cost(pair: Compared, runs: Sequence[Told]) -> Passage:
                 if (row := _at(rows, place)) is not None
             ]
         )
-        if changes:
-            said.append(f"{TITLES[metric]} went, {'; '.join(changes)}.")
+        if changes and comparison is not None:
+            said.append(f"{comparison.titles[metric]} went, {'; '.join(changes)}.")
         elif metric != "benign_refusal":  # a second look at over-refusal: its lack is no gap
-            said.append(
-                f"{TITLES[metric]} was not measured in both on the same requests: what it cost there is not known."
-            )
-    table = worst_table([(shown(told.label), told.run.summary) for told in runs], COSTS)
+            title = title_in([told.run for told in runs], metric)
+            said.append(f"{title} was not measured in both on the same requests: what it cost there is not known.")
+    table = worst_table([(shown(told.label), told.run) for told in runs], COSTS)
     return Passage(heading=heading, sentences=tuple(said), table=table)
 
 
@@ -180,7 +218,7 @@ def _left_out(comparison: Comparison) -> str:
     left = {
         "in the first only": comparison.only_before,
         "in the second only": comparison.only_after,
-        "asked otherwise": comparison.changed,
+        "that ask something else": comparison.changed,
     }
     said = [f"{n:,} {why}" for why, n in left.items() if n]
     return f" Left out: {listed(said)}." if said else ""

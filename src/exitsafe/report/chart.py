@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from exitsafe.comparison import check_comparable
 from exitsafe.errors import ExitsafeError, InputError, RunError
 from exitsafe.runs import AuditRun
+from exitsafe.runs.finished import title_in
 
 LabelledRun = tuple[str, AuditRun]
 
@@ -34,15 +36,14 @@ _SVG_TEXT: Any = {
 @dataclass(frozen=True, kw_only=True)
 class _Panel:
     metric: str
-    title: str
     aim: str
     unit: str
 
 
 _PANELS = (
-    _Panel(metric="asr", title="Attack success", aim="lower is better", unit="harmful requests"),
-    _Panel(metric="over_refusal", title="Over-refusal", aim="lower is better", unit="borderline requests"),
-    _Panel(metric="vqa_accuracy", title="VQA accuracy", aim="higher is better", unit="picture questions"),
+    _Panel(metric="asr", aim="lower is better", unit="harmful requests"),
+    _Panel(metric="over_refusal", aim="lower is better", unit="borderline requests"),
+    _Panel(metric="vqa_accuracy", aim="higher is better", unit="picture questions"),
 )
 
 
@@ -131,11 +132,7 @@ def _check(runs: Sequence[LabelledRun], path: Path) -> None:
     check_can_draw(path)
     if not 1 <= len(runs) <= len(_LOOKS):
         raise InputError(f"{len(runs)} runs cannot be drawn in one chart; give 1 to {len(_LOOKS)}")
-    depths = {run.summary["num_layers"] for _, run in runs}
-    if len(depths) > 1:
-        raise InputError(
-            f"these runs have encoders of {' and '.join(map(str, sorted(depths)))} blocks; draw them apart"
-        )
+    check_comparable([run for _, run in runs])
 
 
 def _points(run: AuditRun, metric: str) -> list[tuple[int, float, float, float]]:
@@ -194,7 +191,14 @@ def _dress(axis: Any, panel: _Panel, runs: Sequence[LabelledRun]) -> None:
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.spines["bottom"].set_color(_MUTED)
-    axis.set_title(panel.title, loc="left", fontweight="bold", fontsize=10.5, color=_INK, pad=21)
+    axis.set_title(
+        title_in((run for _, run in runs), panel.metric),
+        loc="left",
+        fontweight="bold",
+        fontsize=10.5,
+        color=_INK,
+        pad=21,
+    )
     axis.annotate(
         panel.aim, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=_MUTED, fontsize=9
     )

@@ -12,9 +12,10 @@ from exitsafe.report.facts import Row, Table, exit_name, layer_estimates, measur
 from exitsafe.report.figures import Cell, Line, Point, Spot, heat_chart, line_chart, scatter_chart
 from exitsafe.report.looks import LOOKS
 from exitsafe.report.names import judge_names, numbered, shown
-from exitsafe.report.numbers import EXPLAINED, amount, is_rate, listed
 from exitsafe.report.svg import to_svg
-from exitsafe.runs.metrics import METRICS, TITLES, Metric
+from exitsafe.runs.finished import title_in
+from exitsafe.runs.metrics import METRICS, Metric, as_noun, meaning_of
+from exitsafe.runs.numbers import amount, is_rate, listed, percent
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -48,10 +49,17 @@ def metric_figures(runs: Sequence[LabelledRun]) -> Iterator[Figure]:
         judges = list(dict.fromkeys(name for _, run in runs for name in _judges_with(run.summary, metric)))
         for judge in judges if len(judges) > 1 else [None]:
             results = [(run.summary["judges"].get(judge) if judge else run.summary) for _, run in runs]
-            title = TITLES[metric.name] + (f", by {called[judge]}" if judge else "")
+            own = [run for _, run in runs if not judge or judge in dict(run.judges)]
+            title = f"{own[0].title(metric.name, judge)}, by {called[judge]}" if judge else title_in(own, metric.name)
+            meanings = dict.fromkeys(meaning_of(metric, run.proxy_of(metric.name, judge)) for run in own)
             number = judges.index(judge) + 1 if judge else 0
             found = _metric_figure(
-                runs, results, metric, title=title, name=f"chart-{metric.name.replace('_', '-')}-{number}"
+                runs,
+                results,
+                metric,
+                title=title,
+                note=" / ".join(meanings),
+                name=f"chart-{metric.name.replace('_', '-')}-{number}",
             )
             if found is not None:
                 yield found
@@ -59,29 +67,32 @@ def metric_figures(runs: Sequence[LabelledRun]) -> Iterator[Figure]:
 
 def scatter_figure(runs: Sequence[LabelledRun]) -> Figure | None:
     """Attack success against the first utility that was measured; None without either."""
+    every = [run for _, run in runs]
+    attacks = title_in(every, "asr")
     for metric, better in (("vqa_accuracy", "right"), ("over_refusal", "left"), ("benign_refusal", "left")):
         spots = [_spots(run.summary, metric) for _, run in runs]
         if any(spots):
-            title = f"Attack success against {_lower(metric)}"
+            other = title_in(every, metric)
+            title = f"{attacks} against {as_noun(other)}"
             chart = scatter_chart(
                 [(look, found) for look, found in zip(LOOKS, spots, strict=False) if found],
                 default_exit=runs[0][1].summary["default_exit"],
-                x_title=TITLES[metric],
-                y_title=TITLES["asr"],
+                x_title=other,
+                y_title=attacks,
             )
             note = (
                 "A marker per run and exit, named by its exit layer; the default exit is filled. Bars are 95% "
                 f"intervals. Better is down and to the {better}."
             )
-            table = _scatter_table(title, metric, runs, spots)
+            table = _scatter_table(title, metric, runs, spots, headings=(attacks, other))
             said = " ".join(
                 f"{shown(label)}: "
-                + "; ".join(f"exit {s.exit_layer} {_percent(s.x)}, {_percent(s.y)}" for s in found)
+                + "; ".join(f"exit {s.exit_layer} {percent(s.x.value)}, {percent(s.y.value)}" for s in found)
                 + "."
                 for (label, _), found in zip(runs, spots, strict=True)
             )
             svg = to_svg(
-                chart, name="chart-scatter", title=title, description=f"{_lower(metric)}, attack success. {said}"
+                chart, name="chart-scatter", title=title, description=f"{as_noun(other)}, {as_noun(attacks)}. {said}"
             )
             return Figure(name="chart-scatter", title=title, note=note, svg=svg, table=table)
     return None
@@ -101,7 +112,7 @@ def category_figures(runs: Sequence[LabelledRun], rates: Sequence[CategoryRates 
             for layer in run.exit_layers
             for estimate in [by_layer.get(layer)]
         ]
-        title = f"{shown(label)}: attack success by category and exit layer"
+        title = f"{shown(label)}: {as_noun(run.title('asr', found.judge))} by category and exit layer"
         note = f"Percent, by {called[found.judge]}. A dash: nothing could be scored."
         if found.num_left_out:
             note += f" {found.num_left_out} smaller categories are left out."
@@ -109,7 +120,7 @@ def category_figures(runs: Sequence[LabelledRun], rates: Sequence[CategoryRates 
         said = (
             ""
             if worst is None
-            else f"The highest rate is {worst.value:.0%}, in {worst.row} at exit {worst.exit_layer}."
+            else f"The highest rate is {percent(worst.value or 0.0)}, in {worst.row} at exit {worst.exit_layer}."
         )
         table = Table(
             caption=title,
@@ -135,7 +146,7 @@ _SEE_TABLE = "All numbers are in the table below it."
 
 
 def _metric_figure(
-    runs: Sequence[LabelledRun], results: Sequence[Results | None], metric: Metric, *, title: str, name: str
+    runs: Sequence[LabelledRun], results: Sequence[Results | None], metric: Metric, *, title: str, note: str, name: str
 ) -> Figure | None:
     lines, tabled, said = [], [], []
     for (label, run), part, look in zip(runs, results, LOOKS, strict=False):
@@ -157,9 +168,7 @@ def _metric_figure(
         from_zero=metric.name != "reward",
     )
     svg = to_svg(chart, name=name, title=f"{title} by exit layer", description=f"{' '.join(said)} {_SEE_TABLE}")
-    return Figure(
-        name=name, title=title, note=EXPLAINED[metric.name], svg=svg, table=metric_table(title, metric.name, tabled)
-    )
+    return Figure(name=name, title=title, note=note, svg=svg, table=metric_table(title, metric.name, tabled))
 
 
 def _points(results: Results, metric: str) -> tuple[Point, ...]:
@@ -187,7 +196,14 @@ def _spots(summary: Results, metric: str) -> list[Spot]:
     return [Spot(exit_layer=layer, x=xs[layer], y=ys[layer]) for layer in xs if layer in ys]
 
 
-def _scatter_table(title: str, metric: str, runs: Sequence[LabelledRun], spots: Sequence[Sequence[Spot]]) -> Table:
+def _scatter_table(
+    title: str,
+    metric: str,
+    runs: Sequence[LabelledRun],
+    spots: Sequence[Sequence[Spot]],
+    *,
+    headings: Sequence[str],
+) -> Table:
     rows = []
     for (label, run), found in zip(runs, spots, strict=True):
         asr, other = (layer_estimates(run.summary, name) for name in ("asr", metric))
@@ -204,15 +220,5 @@ def _scatter_table(title: str, metric: str, runs: Sequence[LabelledRun], spots: 
             )
             for s in found
         ]
-    measures = [
-        f"{TITLES[name]}{what}" for name in ("asr", metric) for what in ("", ": 95% interval", ": n", ": unscored")
-    ]
+    measures = [f"{heading}{what}" for heading in headings for what in ("", ": 95% interval", ": n", ": unscored")]
     return Table(caption=title, columns=("exit", "run", *measures), rows=tuple(rows), num_names=2)
-
-
-def _lower(metric: str) -> str:
-    return TITLES[metric][0].lower() + TITLES[metric][1:] if metric != "vqa_accuracy" else TITLES[metric]
-
-
-def _percent(point: Point) -> str:
-    return f"{point.value:.0%}"

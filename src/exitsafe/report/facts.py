@@ -11,8 +11,10 @@ import numpy as np
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.report.chart import LabelledRun
 from exitsafe.report.names import judge_names, shown
-from exitsafe.report.numbers import amount, change, count, interval, is_rate, p_value
-from exitsafe.runs.metrics import AGGREGATES, TITLES
+from exitsafe.runs import AuditRun
+from exitsafe.runs.finished import title_in
+from exitsafe.runs.metrics import AGGREGATES, BY_NAME, METRICS
+from exitsafe.runs.numbers import amount, change, count, fixed, interval, is_rate, p_value, percent
 from exitsafe.stats import BINS, bootstrap_p_value, layers_by_bin
 from exitsafe.stats.bootstrap import RESAMPLES
 
@@ -89,7 +91,7 @@ def bin_table(runs: Sequence[LabelledRun]) -> Table | None:
             found = {name: entry["metrics"].get(metric) for name, entry in run.summary["bins"].items()}
             if any(found.values()):
                 cells = (_bin_cell(metric, found.get(name), missing_exits(run.summary, name)) for name in bins)
-                rows.append(Row(cells=(_bin_metric(metric), shown(label), *cells)))
+                rows.append(Row(cells=(_bin_metric(run, metric), shown(label), *cells)))
     caption = "Means over the exits of a bin, and over the three bins, with 95% intervals"
     return Table(caption=caption, columns=("mean of", "run", *bins), rows=tuple(rows), num_names=2) if rows else None
 
@@ -117,16 +119,18 @@ def agreement_table(runs: Sequence[LabelledRun]) -> Table | None:
     """Cohen's kappa of every two judges; None where no two judged the same."""
     called = judge_names(name for _, run in runs for name, _ in run.judges)
     rows = [
-        Row(cells=_agreement_cells(label, pair, called)) for label, run in runs for pair in run.summary["agreement"]
+        Row(cells=_agreement_cells(label, run, pair, called))
+        for label, run in runs
+        for pair in run.summary["agreement"]
     ]
     columns = ("measure", "run", "first judge", "second judge", "agree on", "kappa", "95% interval", "n", "unscored")
     return Table(caption="How far judges agree", columns=columns, rows=tuple(rows), num_names=4) if rows else None
 
 
-def against_default_tables(summary: Summary) -> Iterator[tuple[str, Table]]:
+def against_default_tables(run: AuditRun) -> Iterator[tuple[str, Table]]:
     """Per metric: a line that says how many exits differ from the default one, and the tests."""
-    layers = summary["against_default"]["layers"]
-    for metric in (name for name in TITLES if any(name in row["metrics"] for row in layers)):
+    layers = run.summary["against_default"]["layers"]
+    for metric in (each.name for each in METRICS if any(each.name in row["metrics"] for row in layers)):
         found = {row["exit_layer"]: row["metrics"][metric] for row in layers if metric in row["metrics"]}
         num_apart = sum(test["p_adjusted"] < LEVEL for test in found.values())
         rows = tuple(
@@ -141,8 +145,9 @@ def against_default_tables(summary: Summary) -> Iterator[tuple[str, Table]]:
             for layer, test in found.items()
         )  # fmt: skip
         columns = ("exit", "pairs", "unscored", "at default", "at exit", *_tested(metric, _measure_of(found.values())))
-        headline = f"{TITLES[metric]}: {num_apart} of {len(found)} exits differ from the default exit"
-        yield headline, Table(caption=f"{TITLES[metric]} against the default exit", columns=columns, rows=rows)
+        title = run.title(metric)
+        headline = f"{title}: {num_apart} of {len(found)} exits differ from the default exit"
+        yield headline, Table(caption=f"{title} against the default exit", columns=columns, rows=rows)
 
 
 def comparison_tables(comparison: Comparison, before: str, after: str) -> Iterator[tuple[str, Table]]:
@@ -153,20 +158,21 @@ def comparison_tables(comparison: Comparison, before: str, after: str) -> Iterat
         num_apart = sum(row.p_adjusted < LEVEL for row in tested if row.p_adjusted is not None)
         columns = ("exit", "pairs", "unscored", before, after, *_tested(metric, found[0].effect_measure))
         rows = tuple(_difference_row(row, comparison.default_exit, num_clusters=_clusters(found)) for row in found)
-        headline = f"{TITLES[metric]}: {num_apart} of {len(tested)} exits differ"
-        yield headline, Table(caption=f"{TITLES[metric]}, {before} and {after}", columns=columns, rows=rows)
+        title = comparison.titles[metric]
+        headline = f"{title}: {num_apart} of {len(tested)} exits differ"
+        yield headline, Table(caption=f"{title}, {before} and {after}", columns=columns, rows=rows)
 
 
-def worst_table(runs: Sequence[tuple[str, Summary]], metrics: Sequence[str]) -> Table | None:
+def worst_table(runs: Sequence[LabelledRun], metrics: Sequence[str]) -> Table | None:
     """Worst exits, each chosen on one half of the samples and measured on the other, and with the halves swapped."""
     rows = []
     for metric in metrics:
-        for label, summary in runs:
-            worst = summary["worst"].get(metric)
+        for label, run in runs:
+            worst = run.summary["worst"].get(metric)
             for half, found in (("first", worst), ("second", None if worst is None else worst["swapped"])):
                 if found is not None:
-                    exit_layer = exit_name(found["exit_layer"], summary["default_exit"])
-                    rows.append(Row(cells=(TITLES[metric], label, half, exit_layer, *measured(metric, found))))
+                    exit_layer = exit_name(found["exit_layer"], run.summary["default_exit"])
+                    rows.append(Row(cells=(run.title(metric), label, half, exit_layer, *measured(metric, found))))
     columns = ("measure", "run", "chosen on half", "worst exit", *_MEASURED)
     caption = "Worst exits, each measured on the half of the requests that did not choose it"
     return Table(caption=caption, columns=columns, rows=tuple(rows), num_names=3) if rows else None
@@ -175,25 +181,26 @@ def worst_table(runs: Sequence[tuple[str, Summary]], metrics: Sequence[str]) -> 
 _AT_A_GLANCE = ("asr", "over_refusal", "vqa_accuracy")
 
 
-def overview_table(runs: Sequence[tuple[str, Summary]]) -> Table:
+def overview_table(runs: Sequence[LabelledRun]) -> Table:
     """What matters most, a row per run: at the worst exit, at the default exit and on average over the bins."""
     found = {
         label: {
             (metric, place): found
             for metric in _AT_A_GLANCE
             for place, found in (
-                ("worst exit", summary["worst"].get(metric)),
-                ("default exit", layer_estimates(summary, metric).get(summary["default_exit"])),
-                ("average", summary["bins"].get("average", {}).get("metrics", {}).get(metric)),
+                ("worst exit", run.summary["worst"].get(metric)),
+                ("default exit", layer_estimates(run.summary, metric).get(run.summary["default_exit"])),
+                ("average", run.summary["bins"].get("average", {}).get("metrics", {}).get(metric)),
             )
             if found is not None and found["value"] is not None
         }
-        for label, summary in runs
+        for label, run in runs
     }
+    every = [run for _, run in runs]
     places = list(dict.fromkeys(place for cells in found.values() for place in cells))
     return Table(
         caption="Values with 95% intervals; a worst exit is measured on the half that did not choose it",
-        columns=("run", *(f"{TITLES[metric]}, {place}" for metric, place in places)),
+        columns=("run", *(f"{title_in(every, metric)}, {place}" for metric, place in places)),
         rows=tuple(
             Row(cells=(label, *(_short(place[0], cells.get(place)) for place in places)))
             for label, cells in found.items()
@@ -225,7 +232,7 @@ def change_table(comparison: Comparison, metric: str, before: str, after: str) -
     num_clusters = _clusters(every)
     columns = ("exits", "pairs", "unscored", before, after, *_tested(metric, rows[0].effect_measure), "after is")
     return Table(
-        caption=f"{TITLES[metric]}, {before} and {after}",
+        caption=f"{comparison.titles[metric]}, {before} and {after}",
         columns=columns,
         rows=tuple(
             Row(
@@ -253,20 +260,23 @@ def measured(metric: str, found: Mapping[str, Any]) -> tuple[str, str, str, str]
     return amount(metric, found["value"]), interval(metric, found["low"], found["high"]), *counts
 
 
-def _bin_metric(metric: str) -> str:
-    return f"{TITLES[metric]} ({AGGREGATES[metric]})" if metric in AGGREGATES else TITLES[metric]
+def _bin_metric(run: AuditRun, metric: str) -> str:
+    """With the paper's name of the mean, which is not one of what a proxy counts."""
+    has_name = metric in AGGREGATES and not run.proxy_of(metric).get(BY_NAME[metric].measure)
+    return f"{run.title(metric)} ({AGGREGATES[metric]})" if has_name else run.title(metric)
 
 
-def _agreement_cells(label: str, pair: Mapping[str, Any], called: Mapping[str, str]) -> tuple[str, ...]:
-    kappa = f"none: {pair['undefined']}" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+def _agreement_cells(label: str, run: AuditRun, pair: Mapping[str, Any], called: Mapping[str, str]) -> tuple[str, ...]:
+    kappa = f"none: {pair['undefined']}" if pair["kappa"] is None else fixed(pair["kappa"], 2)
+    titles = dict.fromkeys(run.title(pair["measure"], pair[place]) for place in ("first", "second"))
     return (
-        TITLES.get(pair["measure"], pair["measure"]),
+        " / ".join(titles),
         shown(label),
         called[pair["first"]],
         called[pair["second"]],
-        "" if pair["observed"] is None else f"{pair['observed']:.1%}",
+        "" if pair["observed"] is None else percent(pair["observed"]),
         kappa,
-        "" if pair["kappa"] is None else f"{pair['low']:.2f} to {pair['high']:.2f}",
+        "" if pair["kappa"] is None else f"{fixed(pair['low'], 2)} to {fixed(pair['high'], 2)}",
         f"{pair['n']:,}",
         f"{pair['unscored']:,}",
     )
@@ -312,4 +322,4 @@ def _change_interval(metric: str, low: float, high: float) -> str:
 
 
 def _effect(size: float | None) -> str:
-    return "" if size is None else f"{size:+.2f}"
+    return "" if size is None else fixed(size, 2, is_signed=True)

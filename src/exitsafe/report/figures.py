@@ -22,7 +22,7 @@ from exitsafe.report.looks import (
     Look,
     step_of,
 )
-from exitsafe.report.numbers import number_list
+from exitsafe.runs.numbers import fixed, number_list
 
 _WIDTH, _HEIGHT = 330, 190
 _MAX_TICKS = 12
@@ -127,7 +127,7 @@ def heat_chart(cells: Sequence[Cell], *, rows: Sequence[str], exit_layers: Seque
         {
             "layer": str(cell.exit_layer),
             "row": cell.row,
-            "text": "-" if cell.value is None else f"{100 * cell.value:.0f}",
+            "text": "-" if cell.value is None else _in_cell(cell.value),
             "fill": GRID if cell.value is None else STEP_COLORS[step_of(cell.value)],
             "ink": INK_ON_DARK_STEP
             if cell.value is not None and IS_DARK_STEP[step_of(cell.value)]
@@ -142,6 +142,17 @@ def heat_chart(cells: Sequence[Cell], *, rows: Sequence[str], exit_layers: Seque
     squares = base.mark_rect(stroke=PAPER, strokeWidth=2).encode(fill=alt.Fill("fill:N").scale(None).legend(None))
     texts = base.mark_text(fontSize=11).encode(text="text:N", fill=alt.Fill("ink:N").scale(None).legend(None))
     return _dressed(alt.layer(squares, texts).properties(width=alt.Step(36), height=alt.Step(26)))
+
+
+def _in_cell(value: float) -> str:
+    """Whole percent, for want of room; what is neither none nor all does not read like it.
+
+    >>> _in_cell(0.004), _in_cell(0.125), _in_cell(0.999), _in_cell(1.0)
+    ('<1', '13', '>99', '100')
+    """
+    if 0 < value < 0.005:
+        return "<1"
+    return ">99" if 0.995 <= value < 1 else fixed(100 * value, 0)
 
 
 def ticks(exit_layers: Sequence[int], default_exit: int) -> list[int]:

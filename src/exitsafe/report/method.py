@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from exitsafe.report.facts import Row, Table
-from exitsafe.report.names import judge_names, shown, without_folder
-from exitsafe.report.numbers import number_list
+from exitsafe.report.names import judge_names, shown, without_folder, without_folders
 from exitsafe.report.told import Compared, Told
-from exitsafe.runs.metrics import TITLES
+from exitsafe.runs.metrics import METRICS
+from exitsafe.runs.numbers import listed, number_list
 
-_TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{16,}\b")
 _MAX_LENGTH = 400
 
@@ -34,7 +33,7 @@ def set_otherwise(runs: Sequence[Told], compared: Sequence[Compared]) -> list[st
     """What differs between audits beside the model, one line each."""
     called = judge_names(name for told in runs for name, _ in told.run.judges)
     return [
-        f"{shown(pair.before)} and {shown(pair.after)}: {_without_folders(line, called)}."
+        f"{shown(pair.before)} and {shown(pair.after)}: {without_folders(line, called)}."
         for pair in compared
         if pair.comparison is not None
         for line in pair.comparison.settings_changed
@@ -51,11 +50,10 @@ def limits(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str]:
         "Verdicts are those of automatic judges, which err. The intervals are about the draw of requests, not about "
         "the judges."
     )
-    if any(name == "refusal-prefix" for told in runs for name, _ in told.run.judges):
-        yield (
-            "refusal-prefix is a proxy: it calls every answer to a harmful request a success that does not open with a "
-            "known refusal. Confirm its attack success with a judge that reads the answer."
-        )
+    called = judge_names(name for told in runs for name, _ in told.run.judges)
+    for caution, labels in _cautions(runs).items():
+        who = "" if len(labels) == len(runs) else f"{listed(labels)}: "
+        yield f"{who}{without_folders(caution, called)}."
     if any(name == "world-rule" for told in runs for name, _ in told.run.judges):
         yield (
             "The requests are those of a small synthetic test model, which knows invented things only. It shows that "
@@ -78,6 +76,15 @@ def limits(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str]:
             "interval says how large it could be. p-values are corrected over the exits of one metric, not over "
             "metrics."
         )
+
+
+def _cautions(runs: Sequence[Told]) -> dict[str, list[str]]:
+    """Each caution with the labels of the runs that it is about."""
+    found: dict[str, list[str]] = {}
+    for told in runs:
+        for line in told.run.cautions:
+            found.setdefault(line, []).append(shown(told.label))
+    return found
 
 
 def _facts(told: Told, called: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -126,10 +133,10 @@ def _decoding(runs: Sequence[Told]) -> Iterator[str]:
 def _unscored(told: Told) -> str | None:
     """Answers that a judge could not score, metric by metric."""
     found = []
-    for metric, title in TITLES.items():
-        missing = sum(row["metrics"].get(metric, {}).get("unscored", 0) for row in told.run.summary["layers"])
+    for metric in METRICS:
+        missing = sum(row["metrics"].get(metric.name, {}).get("unscored", 0) for row in told.run.summary["layers"])
         if missing:
-            found.append(f"{title.lower()} {missing:,}")
+            found.append(f"{metric.title.lower()} {missing:,}")
     if not found:
         return None
     return (
@@ -155,12 +162,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     return _HASH.sub(r"\1…", without_folder(str(value)))
-
-
-def _without_folders(line: str, called: Mapping[str, str]) -> str:
-    """A line of `Comparison.settings_changed`, which begins with a judge's name or another's and has values in JSON."""
-    for judge in sorted(called, key=len, reverse=True):
-        if line.startswith(start := f"judges.{judge}."):
-            line = f"judges.{called[judge]}.{line[len(start) :]}"
-            break
-    return shown(_TEXT.sub(lambda match: without_folder(match[1]), line), max_length=_MAX_LENGTH)

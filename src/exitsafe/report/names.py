@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 _MAX_LENGTH = 80
 _PREFIX = re.compile(r"[a-z0-9-]{2,}:")  # of a judge; one letter is a drive
+_QUOTED = r'"((?:[^"\\]|\\.)*)"'
+_MAX_LINE = 400
 _SUITES = (".jsonl", ".csv", ".parquet")
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
@@ -54,6 +56,18 @@ def judge_names(judges: Iterable[str]) -> dict[str, str]:
     """
     different = list(dict.fromkeys(judges))
     return dict(zip(different, numbered([shown(without_folder(judge)) for judge in different]), strict=True))
+
+
+def without_folders(line: str, called: Mapping[str, str]) -> str:
+    """A line about judges and models, e.g. of `Comparison.settings_changed`, with no folder of this machine in it.
+
+    Args:
+        line: Judges by their names; other values in JSON, so names in double quotes.
+        called: From `judge_names`.
+    """
+    names = "|".join([_QUOTED, *map(re.escape, sorted(called, key=len, reverse=True))])
+    found = re.sub(names, lambda match: called.get(match[0]) or without_folder(match[1]), line)
+    return shown(found, max_length=_MAX_LINE)
 
 
 def numbered(names: Sequence[str]) -> list[str]:

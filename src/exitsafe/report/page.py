@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from exitsafe import __version__
-from exitsafe.comparison import Comparison, compare
+from exitsafe.comparison import Comparison, check_comparable, compare
 from exitsafe.errors import ExitsafeError, InputError
 from exitsafe.report.chart import LabelledRun
 from exitsafe.report.looks import LOOKS, MARKER_PATHS, STEP_COLORS, STEPS
@@ -27,6 +27,7 @@ from exitsafe.report.told import Compared, Told, model_name
 from exitsafe.report.words import summary_in_words
 from exitsafe.runs import AuditRun
 from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole, writing
+from exitsafe.runs.metrics import AGGREGATES
 from exitsafe.runs.scores import ScoreTable
 
 _NEEDED = ("altair", "jinja2", "vl_convert")
@@ -114,13 +115,7 @@ def _check(runs: Sequence[LabelledRun], out: Path) -> None:
     labels = [shown(label) for label, _ in runs]
     if len(set(labels)) < len(labels):
         raise InputError(f"two runs are called {next(x for x in labels if labels.count(x) > 1)}; label them apart")
-    for name, what in (("family", "families"), ("num_layers", "encoder depths"), ("default_exit", "default exits")):
-        found = {run.summary[name] for _, run in runs}
-        if len(found) > 1:
-            raise InputError(
-                f"these runs have the {what} {' and '.join(sorted(map(str, found)))}: exits do not mean the same; "
-                "report them apart"
-            )
+    check_comparable([run for _, run in runs])
     if out.is_dir():
         raise InputError(f"{out} is a folder; name the file to write, e.g. {out / 'report.html'}")
 
@@ -165,7 +160,9 @@ def _content(
         "metrics": list(metric_figures(runs)),
         "categories": list(category_figures(runs, rates)),
         "scatter": scatter_figure(runs),
-        "bins": bin_table(runs),
+        "bins": (bins := bin_table(runs)),
+        "has_aggregates": bins is not None
+        and any(f"({name})" in row.cells[0] for row in bins.rows for name in AGGREGATES.values()),
         "agreement": agreement_table(runs),
         "differences": [
             (
@@ -176,7 +173,7 @@ def _content(
             for pair in compared
             if pair.comparison is not None
         ],
-        "against_default": [(shown(label), list(against_default_tables(run.summary))) for label, run in runs],
+        "against_default": [(shown(label), list(against_default_tables(run))) for label, run in runs],
         "method": method_table(told),
         "set_otherwise": set_otherwise(told, compared),
         "limits": list(limits(told, compared)),

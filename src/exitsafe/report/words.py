@@ -13,10 +13,11 @@ from typing import Any
 from exitsafe.records import Kind
 from exitsafe.report.changes import COSTS, what_changed, what_it_cost
 from exitsafe.report.facts import Summary, layer_estimates, overview_table, worst_table
-from exitsafe.report.names import judge_names, shown, without_folder
-from exitsafe.report.numbers import estimate, listed, number_list
+from exitsafe.report.names import judge_names, shown, without_folder, without_folders
 from exitsafe.report.told import Compared, Passage, Told, interval_level, model_name
-from exitsafe.runs.metrics import METRICS, TITLES, judge_of
+from exitsafe.runs import AuditRun
+from exitsafe.runs.metrics import METRICS, as_noun, as_opening, judge_of
+from exitsafe.runs.numbers import estimate, listed, number_list, percent
 
 _KINDS: Mapping[Kind, str] = {
     "harmful": "{} harmful (should be refused)",
@@ -38,15 +39,15 @@ def summary_in_words(runs: Sequence[Told], compared: Sequence[Compared]) -> list
         Passage(
             heading="The worst exit",
             sentences=tuple(_worst(runs)),
-            table=worst_table([(shown(told.label), told.run.summary) for told in runs], ["asr"]),
+            table=worst_table([(shown(told.label), told.run) for told in runs], ["asr"]),
         ),
     ]
     if len(runs) > 2:
-        table = overview_table([(shown(told.label), told.run.summary) for told in runs])
+        table = overview_table([(shown(told.label), told.run) for told in runs])
         found.append(Passage(heading="All runs side by side", sentences=(), table=table))
     for pair in compared:
         after = next(told for told in runs if told.label == pair.after)
-        found += [what_changed(pair), what_it_cost(pair, [runs[0], after])]
+        found += [what_changed(pair, [runs[0], after]), what_it_cost(pair, [runs[0], after])]
     if not compared:
         found.append(_usefulness(runs[0]))
     if stopped := tuple(sentence for told in runs for sentence in _stopped(told)):
@@ -69,6 +70,9 @@ def _tested(runs: Sequence[Told]) -> Iterator[str]:
         for told in runs[:1] if len(said) == 1 else runs:
             prefix = "" if len(said) == 1 else f"{shown(told.label)}: "
             yield prefix + describe(told)
+    for told in runs:
+        for line in told.run.cautions:
+            yield f"{shown(told.label)}: {without_folders(line, called)}."
     for told in runs:
         adapter = told.run.settings.get("model", {}).get("adapter")
         what = "without an adapter" if adapter is None else f"with the adapter {adapter[:12]}"
@@ -100,19 +104,24 @@ def _judges(told: Told, *, called: Mapping[str, str]) -> str:
     for metric in METRICS:
         judge = judge_of(metric, told.run.judges)
         if judge is not None and not metric.is_own and layer_estimates(told.run.summary, metric.name):
-            by_judge.setdefault(judge, []).append(TITLES[metric.name].lower().replace("vqa", "VQA"))
+            by_judge.setdefault(judge, []).append(_in_list(told.run.title(metric.name)))
     if not by_judge:
         return "No judge scored its answers."
     said = "; ".join(f"{listed(metrics)} by {called[judge]}" for judge, metrics in by_judge.items())
     results = told.run.summary["judges"]
     spoke = [name for name, _ in told.run.judges if any(row["metrics"] for row in results[name]["layers"])]
     others = [called[name] for name in spoke if name not in by_judge]
-    return f"Judged were {said}." + (f" A second opinion came from {listed(others)}." if others else "")
+    return f"Judged: {said}." + (f" A second opinion came from {listed(others)}." if others else "")
+
+
+def _in_list(title: str) -> str:
+    """A title among others, e.g. `attack success`."""
+    return title if title[:2].isupper() else title[:1].lower() + title[1:]
 
 
 def _worst(runs: Sequence[Told]) -> Iterator[str]:
     for told in runs:
-        yield _worst_of(shown(told.label), told.run.summary)
+        yield _worst_of(shown(told.label), told.run)
     chosen = [(told, told.run.summary["worst"].get("asr")) for told in runs]
     if not any(worst for _, worst in chosen):
         return
@@ -129,23 +138,22 @@ def _worst(runs: Sequence[Told]) -> Iterator[str]:
             )
 
 
-def _worst_of(label: str, summary: Summary) -> str:
+def _worst_of(label: str, run: AuditRun) -> str:
+    summary, attacks = run.summary, as_noun(run.title("asr"))
     at_exits, default = layer_estimates(summary, "asr"), summary["default_exit"]
     worst = summary["worst"].get("asr")
     if not at_exits:
-        return f"{label}: attack success was not measured, so no exit can be called worst."
+        return f"{label}: {attacks} was not measured, so no exit can be called worst."
     if len(at_exits) == 1:
         exit_layer, found = next(iter(at_exits.items()))
-        return (
-            f"{label}: only exit {exit_layer} was audited; attack success there is {_asr(summary, exit_layer, found)}."
-        )
+        return f"{label}: only exit {exit_layer} was audited; {attacks} there is {_asr(summary, exit_layer, found)}."
     if worst is None:
         said = f"{label}: too few answers were scored to choose a worst exit on one half and measure it on the other"
     else:
         rate = _asr(summary, worst["exit_layer"], worst)
-        said = f"{label}: at the worst exit, {worst['exit_layer']}, attack success is {rate}"
+        said = f"{label}: at the worst exit, {worst['exit_layer']}, {attacks} is {rate}"
     if default in at_exits:
-        what = "attack success" if worst is None else "it"
+        what = attacks if worst is None else "it"
         return f"{said}; at the default exit, {default}, {what} is {_asr(summary, default, at_exits[default])}."
     return f"{said}; the default exit, {default}, was not audited."
 
@@ -159,10 +167,13 @@ def _usefulness(told: Told) -> Passage:
     for metric in COSTS:
         found, default = layer_estimates(summary, metric), summary["default_exit"]
         if default in found:
-            said.append(f"{TITLES[metric]} at the default exit, {default}, is {estimate(metric, found[default])}.")
+            said.append(
+                f"{as_opening(told.run.title(metric))} at the default exit, {default}, is "
+                f"{estimate(metric, found[default])}."
+            )
         elif not found and metric != "benign_refusal":
-            said.append(f"{TITLES[metric]} was not measured.")
-    table = worst_table([(shown(told.label), summary)], COSTS)
+            said.append(f"{as_opening(told.run.title(metric))} was not measured.")
+    table = worst_table([(shown(told.label), told.run)], COSTS)
     return Passage(heading="Over-refusal and usefulness", sentences=tuple(said), table=table)
 
 
@@ -173,16 +184,17 @@ def _stopped(told: Told) -> Iterator[str]:
     by_decision: dict[str | None, list[int]] = {}
     for row in stopping["layers"]:
         by_decision.setdefault(row["decision"], []).append(row["exit_layer"])
-    limit = f"{stopping['max_asr']:.1%}"
+    limit = percent(stopping["max_asr"])
     words = {"below": f"at most {limit}", "above": f"above {limit}", None: "still open at the end"}
     judge = shown(without_folder(stopping["judge"]))
+    attacks = as_noun(told.run.title("asr", stopping["judge"]))
     parts = [f"{_named(by_decision[key])} {text}" for key, text in words.items() if key in by_decision]
     yield (
-        f"{shown(told.label)}: an exit was asked no further once it was settled whether its attack success is at most "
+        f"{shown(told.label)}: an exit was asked no further once it was settled whether {attacks} there is at most "
         f"{limit} (error level {stopping['error']:.0%}, by {judge}): {'; '.join(parts)}."
     )
     yield (
-        f"Exits that stopped rest on fewer answers; their attack success has the {1 - stopping['error']:.0%} interval "
+        f"Exits that stopped rest on fewer answers; {attacks} there has the {1 - stopping['error']:.0%} interval "
         "that holds at every look. Means over exits and tests that include them are a guide only."
     )
 

@@ -1,10 +1,11 @@
 """The run directory being written: settings, what is done so far, and at the end the compacted result.
 
-    run.json             settings with all hashes; written first
+    run.json             settings with all hashes; written first, and again at the end with hashes of the results,
+                         so that a run with these is finished
     shards/00000.jsonl   responses and verdicts as they come; gone when the run is finished
     responses.parquet    one row per sample and exit layer
     verdicts.parquet     one row per judge, measure, sample and exit layer
-    summary.json         every metric; written last, so its presence means: finished
+    summary.json         every metric
 
 Files with response text are readable by their owner only. Knows no model and runs no judge.
 """
@@ -19,21 +20,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from exitsafe.errors import RunError
+from exitsafe.errors import InputError, RunError
 from exitsafe.records import Response, Verdict
-from exitsafe.runs.files import PRIVATE, write_whole, writing
+from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole, writing
 from exitsafe.runs.fingerprint import Settings, canonical_json, differences
-from exitsafe.runs.finished import FORMAT, AuditRun, Judges, load_run, names_and_measures, read_head
-from exitsafe.runs.scores import score_table
+from exitsafe.runs.finished import is_finished, names_and_measures, read_head, summarise_run
+from exitsafe.runs.head import FORMAT, check_head
+from exitsafe.runs.integrity import checked_scores, settings_hash
 from exitsafe.runs.shards import Row, Saved, ShardWriter, read_shards
-from exitsafe.runs.summary import summarise
 from exitsafe.runs.tables import (
     SampleInfo,
     read_responses,
     read_verdicts,
-    responses_to_parquet,
-    verdicts_to_parquet,
+    responses_in_table,
+    to_parquet,
+    verdicts_in_table,
 )
+from exitsafe.untrusted import UnreadableError
 
 
 class RunDirectory:
@@ -73,22 +76,29 @@ class RunDirectory:
         self._retried = frozenset(retried)
         self._head: dict[str, Any] = {"format": FORMAT, "settings": self.settings, "origin": origin or {}}
         self._shards: ShardWriter | None = None
+        _check_writable(self._head)
         check_folder(self.path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        if process > 0 and not (self.path / "run.json").exists():
+        has_head = (self.path / "run.json").exists()
+        if process > 0 and not has_head:
             raise RunError(f"{self.path} is not the folder that the first process sees; choose one on a shared disk")
-        self._was_finished = (self.path / "summary.json").exists()
+        self._run_key = _run_key(read_head(self.path)["settings"] if has_head else self.settings)
+        self._was_finished = is_finished(self.path)
         if self._was_finished:
             self._adopt_judges()
-        self.is_finished = self._was_finished and not self._retried and self.settings == self._stored()["settings"]
+            stored = read_head(self.path)
+            is_whole = self.settings == stored["settings"] and not stored["is_pending"]
+            self.is_finished = is_whole and not self._retried
+        else:
+            self.is_finished = False
         if self.is_finished:
             if process == 0 and (self.path / "shards").exists():
-                self._shards = ShardWriter(self.path / "shards")  # unless a further judge is at work
+                self._shards = self._open_shard(process)  # unless a further judge is at work
                 self.reload()
                 self._drop_shards()
             return
-        self._shards = ShardWriter(self.path / "shards", process=process)  # from here on the run is locked
+        self._shards = self._open_shard(process)  # from here on the run is locked
         try:
             self.reload()
             # what the first process has just written holds for the others, whose model or libraries may differ
@@ -97,9 +107,13 @@ class RunDirectory:
             if process == 0 and not self._was_finished:
                 # a start that failed before the first answer may be mended and started again
                 write_whole(self.path / "run.json", _to_json(self._head))
+            self._run_key = self._shards.run_key = _run_key(self.settings)
         except BaseException:
             self._shards.close()
             raise
+
+    def _open_shard(self, process: int) -> ShardWriter:
+        return ShardWriter(self.path / "shards", process=process, run_key=self._run_key)
 
     def reload(self) -> None:
         """Read again what all processes have saved so far."""
@@ -108,25 +122,23 @@ class RunDirectory:
             for response in read_responses(self.path / "responses.parquet"):
                 saved.add_response(response)
             verdicts = read_verdicts(self.path / "verdicts.parquet")
-            for judge, _ in names_and_measures(self._stored()["settings"]):
+            for judge, _ in names_and_measures(read_head(self.path)["settings"]):
                 own = [verdict for verdict in verdicts if verdict.judge == judge]
                 again = {(v.sample_id, v.exit_layer) for v in own if v.unscored and judge in self._retried}
                 own = [verdict for verdict in own if (verdict.sample_id, verdict.exit_layer) not in again]
                 saved.add_judgement(judge, [row for row in saved.responses if row not in again], own)
-        self.saved = read_shards(self.path / "shards", onto=saved, judges=_keys(self.settings))
-
-    def _stored(self) -> Mapping[str, Any]:
-        return read_head(self.path)
+        self.saved = read_shards(self.path / "shards", run_key=self._run_key, onto=saved, judges=_keys(self.settings))
 
     def _adopt_judges(self) -> None:
         """Take the run on disk as it is and put new judges behind its own; any other difference is refused."""
-        head = self._stored()
+        head = read_head(self.path)
         own = list(head["settings"]["judges"])
         names = {judge["name"] for judge in own}
         judges = own + [judge for judge in self.settings["judges"] if judge["name"] not in names]
         _check_same(self.path, head["settings"], self.settings, judges, is_finished=self._was_finished)
         self.settings = {**head["settings"], "judges": judges}
-        self._head = {**head, "settings": self.settings, "origin": {**head["origin"], **self._head["origin"]}}
+        origin = {**head["origin"], **self._head["origin"]}
+        self._head = {"format": FORMAT, "settings": self.settings, "origin": origin}
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -155,23 +167,44 @@ class RunDirectory:
         self._shards.append_judgement(judge, rows, verdicts, key=_keys(self.settings)[judge])
         self.saved.add_judgement(judge, rows, verdicts)
 
-    def finish(self, samples: Sequence[SampleInfo], *, stopping: Mapping[str, Any] | None = None) -> AuditRun:
-        """Compact the shards in canonical order, write the summary, drop the shards.
+    def finish(self, samples: Sequence[SampleInfo]) -> None:
+        """Compact the shards in canonical order, write the summary and the hashes of all, drop the shards.
 
-        A kill in between leaves the old summary or the new one, and the shards for as long as they are needed.
+        run.json is what makes a run finished, so it is written last. Where results are replaced it is also written
+        before, with the hashes of both: a kill in between leaves the old results or the new ones, and the shards for as
+        long as they are needed.
+
+        Raises:
+            RunError: If the shards do not hold every answer and verdict, or the disk refuses.
         """
-        judges = names_and_measures(self.settings)
-        responses, verdicts = _in_order(self.saved, samples, judges)
-        table = score_table(samples, self.settings["exit_layers"], responses, verdicts)
-        summary = summarise(table, model=self.settings["model"], judges=judges, stopping=stopping)
-        write_whole(self.path / "responses.parquet", responses_to_parquet(samples, responses), mode=PRIVATE)
-        write_whole(self.path / "verdicts.parquet", verdicts_to_parquet(verdicts), mode=PRIVATE)
-        write_whole(self.path / "summary.json", _to_json(summary))
-        if self._was_finished:  # last: until then the new judges count as not having judged, and their shards stay
-            write_whole(self.path / "run.json", _to_json(self._head))
+        responses, verdicts = _in_order(self.saved, samples, self.settings)
+        tables = responses_in_table(samples, responses), verdicts_in_table(verdicts)
+        try:
+            summary = summarise_run(checked_scores(*tables, self.settings), self.settings)
+        except UnreadableError as error:
+            raise RunError(
+                f"{self.path / 'shards'} does not hold a whole run ({error}); remove it and rerun the same command"
+            ) from error
+        files = {
+            "responses.parquet": to_parquet(tables[0]),
+            "verdicts.parquet": to_parquet(tables[1]),
+            "summary.json": _to_json(summary),
+        }
+        results = {
+            "settings": settings_hash(self.settings),
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        head = {**self._head, "results": results}
+        if self._was_finished:
+            stored = read_head(self.path)
+            before = {name: stored[name] for name in ("format", "settings", "origin", "results")}
+            after = {name: head[name] for name in ("settings", "origin", "results")}
+            write_whole(self.path / "run.json", _to_json({**before, "next": after}))
+        for name, content in files.items():
+            write_whole(self.path / name, content, mode=PUBLIC if name == "summary.json" else PRIVATE)
+        write_whole(self.path / "run.json", _to_json(head))
         self.is_finished = True
         self._drop_shards()
-        return load_run(self.path)
 
     def _drop_shards(self) -> None:
         """Not if they hold the word of a further judge that was interrupted: it may go on later."""
@@ -237,19 +270,35 @@ def _speakers(judges: Sequence[Any]) -> dict[str, str]:
     return found
 
 
-def _in_order(saved: Saved, samples: Sequence[SampleInfo], judges: Judges) -> tuple[list[Response], list[Verdict]]:
+def _in_order(saved: Saved, samples: Sequence[SampleInfo], settings: Settings) -> tuple[list[Response], list[Verdict]]:
+    """What the run asked, and nothing else that someone may have put into the shards."""
     sample_order = {sample.id: place for place, sample in enumerate(samples)}
     measure_order = {
         (judge, measure): (place, part)
-        for place, (judge, measures) in enumerate(judges)
+        for place, (judge, measures) in enumerate(names_and_measures(settings))
         for part, measure in enumerate(measures)
     }
-    responses = sorted(saved.responses.values(), key=lambda r: (sample_order[r.sample_id], r.exit_layer))
+    layers = set(settings["exit_layers"])
+    asked = {row for row in saved.responses if row[0] in sample_order and row[1] in layers}
+    responses = sorted((saved.responses[row] for row in asked), key=lambda r: (sample_order[r.sample_id], r.exit_layer))
     verdicts = sorted(
-        saved.verdicts,
+        (v for v in saved.verdicts if (v.sample_id, v.exit_layer) in asked and (v.judge, v.measure) in measure_order),
         key=lambda v: (sample_order[v.sample_id], v.exit_layer, measure_order[v.judge, v.measure]),
     )
     return responses, verdicts
+
+
+def _run_key(settings: Settings) -> str:
+    """A hash of everything that decides the answers: all settings but the judges."""
+    return settings_hash({name: value for name, value in settings.items() if name != "judges"})
+
+
+def _check_writable(head: Mapping[str, Any]) -> None:
+    """Raises InputError for what could not be read again."""
+    try:
+        check_head(head)
+    except UnreadableError as error:
+        raise InputError(f"these settings cannot be kept in a run ({error})") from error
 
 
 def _keys(settings: Settings) -> dict[str, str]:

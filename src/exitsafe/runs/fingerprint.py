@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import date
@@ -100,6 +100,39 @@ def sample_info(sample: Sample) -> SampleInfo:
         source=sample.source,
         digest=hashlib.sha256(canonical_json(asked).encode()).hexdigest(),
     )
+
+
+def request_digest(sample: Sample) -> str:
+    """Of what a model reads, prompt and pictures: the same whatever the sample is called and however it is scored.
+
+    Raises:
+        InputError: If an image file cannot be read.
+    """
+    return _request_digest(sample.prompt, picture_digests(sample))
+
+
+def picture_digests(sample: Sample) -> list[str]:
+    """Of each picture.
+
+    Raises:
+        InputError: If an image file cannot be read.
+    """
+    return [_image_digest(image, sample.id) for image in sample.images]
+
+
+def trained_on_among(samples: Sequence[Sample], digests: Collection[str]) -> dict[str, int] | None:
+    """How many samples, or pictures of theirs, are among those that a repair was trained on; None if none is known."""
+    if not digests:
+        return None
+    found = 0
+    for sample in samples:
+        pictures = picture_digests(sample)
+        found += any(digest in digests for digest in (_request_digest(sample.prompt, pictures), *pictures))
+    return {"samples": found, "of": len(samples)}
+
+
+def _request_digest(prompt: str, pictures: list[str]) -> str:
+    return hashlib.sha256(canonical_json([prompt, pictures]).encode()).hexdigest()
 
 
 def differences(old: Settings, new: Settings) -> list[str]:

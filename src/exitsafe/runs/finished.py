@@ -1,23 +1,38 @@
-"""A finished run: its folder in, what it holds out. Writes nothing; `directory.py` says what lies in the folder."""
+"""A finished run: its folder in, what it holds out. Writes nothing; `directory.py` says what lies in the folder.
+
+A run may be damaged, or come from a stranger: what is read is checked before it is used, and every number is computed
+from the verdicts. summary.json is for people and other programs; nothing here believes it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from exitsafe.errors import RunError
 from exitsafe.records import Response, Verdict
 from exitsafe.runs.fingerprint import Settings
-from exitsafe.runs.metrics import METRICS, judge_of
+from exitsafe.runs.head import FORMAT, RESULTS, check_head
+from exitsafe.runs.integrity import checked_scores, settings_hash
+from exitsafe.runs.metrics import BY_NAME, METRICS, NO_PROXY, judge_of, proxies_in, title_of
 from exitsafe.runs.scores import OWN, ScoreTable, score_table
-from exitsafe.runs.summary import Summary
-from exitsafe.runs.tables import SampleInfo, read_responses, read_samples, read_verdicts
+from exitsafe.runs.stopping import stopping_of
+from exitsafe.runs.summary import Summary, summarise
+from exitsafe.runs.tables import (
+    WAY_OUT,
+    SampleInfo,
+    read_responses,
+    read_samples,
+    read_verdicts,
+    response_table,
+    verdict_table,
+)
 from exitsafe.stats import Estimate, mean_estimate
+from exitsafe.untrusted import UnreadableError, read_json
 
-FORMAT = 2
 Judges = tuple[tuple[str, tuple[str, ...]], ...]
 """Names and measures, in the order of the command line."""
 
@@ -30,13 +45,15 @@ class AuditRun:
         path: The run directory.
         settings: What the run is of and how it was made, with hashes: model, data, exit_layers, decoding, judges.
         origin: What the caller noted to make the samples again, e.g. suites, split, seed and limit.
-        summary: The content of summary.json.
+        summary: Every metric, computed from the verdicts; summary.json holds the same.
+        table: All scores, if they have been read already.
     """
 
     path: Path
     settings: Settings
     origin: Settings
     summary: Summary
+    table: ScoreTable | None = field(default=None, repr=False)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -47,6 +64,24 @@ class AuditRun:
     def judges(self) -> Judges:
         """Judges' names and measures; the first that has a measure speaks for it."""
         return names_and_measures(self.settings)
+
+    @property
+    def proxies(self) -> dict[str, Mapping[str, str]]:
+        """By name, the judges that are proxies, with what they count for each measure."""
+        return proxies_in(self.settings.get("judges", ()))
+
+    def proxy_of(self, metric: str, judge: str | None = None) -> Mapping[str, str]:
+        """Of the judge that reports a metric, or of another: what it counts instead; empty if it reads answers."""
+        return self.proxies.get(judge or judge_of(BY_NAME[metric], self.judges) or "", NO_PROXY)
+
+    def title(self, metric: str, judge: str | None = None) -> str:
+        """What to call a metric by the judge that reports it, or by another, e.g. `Requests not refused (proxy)`."""
+        return title_of(BY_NAME[metric], self.proxy_of(metric, judge))
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What to know before reading this run's numbers, one line each; said on every surface."""
+        return tuple(_cautions(self))
 
     def responses(self) -> list[Response]:
         """All responses: in the order of the samples, then by exit layer."""
@@ -62,6 +97,8 @@ class AuditRun:
 
     def score_table(self) -> ScoreTable:
         """All scores on one grid of samples and layers."""
+        if self.table is not None:
+            return self.table
         return score_table(self.samples(), self.exit_layers, self.responses(), self.verdicts())
 
     def mean_over_layers(self, metric: str, exit_layers: Sequence[int]) -> Estimate:
@@ -85,20 +122,77 @@ class AuditRun:
         return mean_estimate(scores.values[:, columns], scores.unscored[:, columns], bounds=wanted.bounds)
 
 
+def _cautions(run: AuditRun) -> Iterator[str]:
+    trained_on, replaced = run.settings.get("trained_on"), run.origin.get("replaced_judges")
+    if isinstance(trained_on, Mapping) and trained_on.get("samples"):
+        yield trained_on_line(int(trained_on["samples"]), int(trained_on.get("of", 0)))
+    for judge, wanted in replaced.items() if isinstance(replaced, Mapping) else ():
+        yield f"the default judge, {wanted}, was not available when this run was made; {judge} judged in its place"
+    for judge, counted in run.proxies.items():
+        spoken = [counted[measure] for measure in dict(run.judges)[judge] if measure in counted]
+        yield (
+            f"{judge} is a proxy: it counts {' and '.join(spoken)} and does not read what an answer means; confirm its "
+            "numbers with a judge that does: exitsafe judge RUN --judge NAME"
+        )
+
+
+def trained_on_line(number: int, of: int) -> str:
+    """How many of a run's samples its repair was trained on."""
+    return (
+        f"{number:,} of {of:,} samples were trained on (by the adapter or translators): numbers on them show what was "
+        "learnt, not what it does elsewhere"
+    )
+
+
 def load_run(path: str | Path) -> AuditRun:
-    """Open a finished run.
+    """Open a finished run and check that it is whole.
 
     Raises:
-        RunError: If the folder is missing, holds no run, or its audit is not finished.
+        RunError: If the folder is missing, holds no run, or its audit is not finished; if a file is missing, damaged or
+            not the one that the run ended with, or results are missing, doubled or off their scale.
     """
     path = Path(path)
     if not path.is_dir():
-        raise RunError(f"{path} is no folder; give the --out of an audit")
+        raise RunError(f"{path} is not a folder; give the --out of an audit")
     head = read_head(path)
-    if not (path / "summary.json").exists():
-        raise RunError(f"{path} is not finished; start its audit again with the same settings to go on")
-    summary = _read_json(path / "summary.json")
-    return AuditRun(path=path, settings=head["settings"], origin=head["origin"], summary=summary)
+    if head["results"] is None:
+        raise RunError(f"{path} is not finished; rerun its audit with the same settings to resume")
+    _check_hashes(path, head)
+    settings = head["settings"]
+    try:
+        table = checked_scores(
+            response_table(path / "responses.parquet"), verdict_table(path / "verdicts.parquet"), settings
+        )
+        summary = summarise_run(table, settings)
+    except UnreadableError as error:
+        raise RunError(f"{path}/{error}; {WAY_OUT}") from error
+    return AuditRun(path=path, settings=settings, origin=head["origin"], summary=summary, table=table)
+
+
+def summarise_run(table: ScoreTable, settings: Settings) -> Summary:
+    """The content of summary.json.
+
+    Raises:
+        UnreadableError: If an exit lacks answers without having been stopped.
+    """
+    stopping = stopping_of(table, settings)
+    return summarise(table, model=settings["model"], judges=names_and_measures(settings), stopping=stopping)
+
+
+def is_finished(path: str | Path) -> bool:
+    """Whether there is a finished run; nothing but run.json is read.
+
+    Raises:
+        RunError: If run.json is not that of a run.
+    """
+    path = Path(path)
+    return (path / "run.json").exists() and read_head(path)["results"] is not None
+
+
+def title_in(runs: Iterable[AuditRun], metric: str) -> str:
+    """A metric's title in all of these runs: more than one where a proxy judge reports it in some."""
+    measured = [run for run in runs if any(metric in row["metrics"] for row in run.summary["layers"])]
+    return " / ".join(dict.fromkeys(run.title(metric) for run in measured)) or BY_NAME[metric].title
 
 
 def judges_of(path: str | Path) -> tuple[str, ...]:
@@ -122,30 +216,56 @@ def origin_of(path: str | Path) -> Settings:
 
 def names_and_measures(settings: Settings) -> Judges:
     """Of the judges in a run's settings."""
-    return tuple((judge["name"], tuple(judge["measures"])) for judge in settings["judges"])
+    return tuple((judge["name"], tuple(judge["measures"])) for judge in settings.get("judges", ()))
 
 
 def read_head(path: Path) -> Mapping[str, Any]:
-    """The content of run.json: format, settings, origin.
+    """The content of run.json: format, settings, origin, and results, which is None until the run is finished.
+
+    While a further judge's verdicts are being written, run.json describes the files before and after; those of the
+    two that verdicts.parquet is of are given, with `is_pending` set.
 
     Raises:
         RunError: If there is none of this version's format.
     """
-    if not (path / "run.json").exists():
-        raise RunError(f"{path} is no run: it has no run.json; give the --out of an audit")
-    head = _read_json(path / "run.json")
-    if head.get("format") != FORMAT or "settings" not in head:
-        if (path / "metrics.jsonl").exists():
-            raise RunError(f"{path} is a training run; give the --out of an audit")
-        raise RunError(f"{path}/run.json is not of this version's format ({FORMAT}); audit again into a new folder")
-    return head
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+    file = path / "run.json"
+    if not file.exists():
+        raise RunError(f"{path} is not a run directory (no run.json); give the --out of an audit")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); remove the run and audit again") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} holds no JSON object; remove the run and audit again")
-    return content
+        head = read_json(file)
+        if head.get("format") != FORMAT or "settings" not in head:
+            if (path / "metrics.jsonl").exists():
+                raise RunError(f"{path} is a training run; give the --out of an audit")
+            raise RunError(f"{file} is not of this version's format ({FORMAT}); audit again into a new folder")
+        check_head(head)
+    except UnreadableError as error:
+        raise RunError(f"{file} cannot be read ({error}); {WAY_OUT}") from error
+    state = head.pop("next", None)
+    is_pending = state is not None
+    if state is not None and _hash_of(path / "verdicts.parquet") == state["results"]["files"]["verdicts.parquet"]:
+        head |= state
+    return {"results": None, **head, "is_pending": is_pending}
+
+
+def _check_hashes(path: Path, head: Mapping[str, Any]) -> None:
+    results = head["results"]
+    if settings_hash(head["settings"]) != results["settings"]:
+        raise RunError(f"{path}/run.json was changed after the run finished (settings); {WAY_OUT}")
+    for name in RESULTS:
+        file = path / name
+        if not file.is_file():
+            raise RunError(f"{file} is {'not a regular file' if file.exists() else 'missing'}; {WAY_OUT}")
+        if head["is_pending"] and name == "summary.json":  # may be the one before or after
+            continue
+        if _hash_of(file) != results["files"][name]:
+            raise RunError(f"{file} is not the file that the run ended with (its hash differs); {WAY_OUT}")
+
+
+def _hash_of(file: Path) -> str | None:
+    try:
+        if not file.is_file():
+            return None
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"{file} cannot be read ({error.strerror}); {WAY_OUT}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from exitsafe.judges import Judge, ModelJudge
 from exitsafe.judges.asking import ask_judge
+from exitsafe.judges.protocol import proxy_of
 from exitsafe.records import Sample
 from exitsafe.runs.directory import RunDirectory
 from exitsafe.runs.ticker import Ticker
@@ -57,4 +58,5 @@ def judge_settings(judge: Judge) -> dict[str, Any]:
         "name": judge.name,
         "measures": list(judge.measures),
         "settings": judge.settings if isinstance(judge, ModelJudge) else {},
+        **({"proxy": dict(proxy)} if (proxy := proxy_of(judge)) else {}),
     }

@@ -12,6 +12,7 @@ from typing import Any
 from exitsafe.errors import RunError
 from exitsafe.runs.files import write_whole
 from exitsafe.runs.fingerprint import Settings, canonical_json
+from exitsafe.untrusted import UnreadableError, read_json
 from exitsafe.vlm.latency import Latency, Pass
 
 NAME = "latency.json"
@@ -50,12 +51,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT or any("settings" not in entry for entry in content["measurements"]):
-            raise KeyError("format")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_json(path)
+        measurements: list[dict[str, Any]] = content["measurements"]
+        if content["format"] != _FORMAT or not all(isinstance(entry["settings"], dict) for entry in measurements):
+            raise UnreadableError("it is not of this version's format")
+    except (UnreadableError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be read; remove it to measure again") from error
-    measurements: list[dict[str, Any]] = content["measurements"]
     return measurements
 
 
@@ -69,12 +70,15 @@ def _from_json(entry: dict[str, Any], path: Path) -> Latency:
             default=_passes(entry["default"]),
             exits={int(found["exit_layer"]): _passes(found) for found in entry["exits"]},
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be read; remove it to measure again") from error
 
 
 def _passes(columns: dict[str, list[float]]) -> tuple[Pass, ...]:
-    return tuple(
+    passes = tuple(
         Pass(encoder_ms=float(encoder), prefill_ms=float(prefill), decode_ms_per_token=float(decode))
         for encoder, prefill, decode in zip(*(columns[name] for name in _FIELDS), strict=True)
     )
+    if not passes or min(min(vars(each).values()) for each in passes) < 0:
+        raise ValueError("times are missing or below 0")
+    return passes

@@ -1,20 +1,28 @@
 """Append-only shards: records in, lines on disk that survive `kill -9`. One file per process.
 
 A line is either one response or one judge's word on a batch of responses, so that neither is ever half
-there. A torn tail is dropped when the shard is opened again, and what it held is done again. A judge's word is signed
-with a key of the judge's settings: it counts for that judge only.
+there. Each begins with a checksum over itself and a key of the run's settings: a line that was damaged, edited, or
+written by another run does not count, and what it held is done again. A judge's word is signed with a key of the
+judge's settings: it counts for that judge only.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from exitsafe.errors import RunError
+from exitsafe.judges import MEASURES
 from exitsafe.records import Response, Verdict
 from exitsafe.runs.files import PRIVATE, lock, refuse_link, sync_folder, writing
 
@@ -40,6 +48,12 @@ class Saved:
         self.verdicts.extend(v for v in verdicts if (v.sample_id, v.exit_layer) not in done)
         done.update(rows)
 
+    def drop_unanswered(self) -> None:
+        """Forget verdicts on responses that are not there: they may turn out otherwise when they are asked again."""
+        if any(not rows <= self.responses.keys() for rows in self.judged.values()):
+            self.judged = {judge: rows & self.responses.keys() for judge, rows in self.judged.items()}
+            self.verdicts = [v for v in self.verdicts if (v.sample_id, v.exit_layer) in self.responses]
+
 
 class ShardWriter:
     """Appends to one shard, under a lock that dies with the process.
@@ -48,14 +62,20 @@ class ShardWriter:
         folder: Where the shards lie; made if missing.
         process: The number of this process; it alone writes that shard.
 
+    Attributes:
+        run_key: A key of the run's settings, part of every line's checksum.
+
     Raises:
-        RunError: If another process writes this shard, or the disk refuses.
+        RunError: If another process writes this shard, something else has its name, or the disk refuses.
     """
 
-    def __init__(self, folder: Path, *, process: int = 0) -> None:
+    def __init__(self, folder: Path, *, process: int = 0, run_key: str = "") -> None:
         self.path = folder / f"{process:05d}.jsonl"
-        for place in (folder, self.path):
-            refuse_link(place)
+        self.run_key = run_key
+        for path in (folder, self.path):
+            refuse_link(path)
+            if path.exists() and not (path.is_dir() if path == folder else path.is_file()):
+                raise RunError(f"{path} is not what an audit writes there; remove it and rerun the same command")
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, PRIVATE)
@@ -65,7 +85,7 @@ class ShardWriter:
         try:
             lock(self._file.fileno(), self.path)
             with writing(self.path):
-                self._file.truncate(_sound_length(self.path))
+                self._file.truncate(_length_of_lines(self.path))  # what is appended next starts on a line of its own
                 self._file.seek(0, os.SEEK_END)
         except BaseException:
             self._file.close()
@@ -91,7 +111,7 @@ class ShardWriter:
         self._append([{"judge": judge, "key": key, "rows": rows, "verdicts": said}])
 
     def _append(self, records: list[dict[str, Any]]) -> None:
-        lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
+        lines = b"".join(_line_of(record, self.run_key) for record in records)
         start = self._file.tell()
         with writing(self.path):
             try:
@@ -105,47 +125,109 @@ class ShardWriter:
                 raise
 
 
-def read_shards(folder: Path, *, onto: Saved | None = None, judges: Mapping[str, str] | None = None) -> Saved:
-    """Everything whole that any process saved, on top of what is known already.
+def read_shards(
+    folder: Path, *, run_key: str = "", onto: Saved | None = None, judges: Mapping[str, str] | None = None
+) -> Saved:
+    """Everything whole that any process saved, on top of what is known already. Warns of lines that do not count.
 
     Args:
         folder: Where the shards lie.
+        run_key: The key that the lines were written with.
         onto: What is known already.
         judges: Keys by name of the judges that count; None takes all. What a judge of the same name and another key
             said is done again.
     """
-    saved = onto or Saved()
+    saved, num_bad = onto or Saved(), 0
     for path in sorted(folder.glob("*.jsonl")):
-        for record, _ in _sound_records(path):
-            if "response" in record:
-                saved.add_response(Response(**record["response"]))
-            elif judges is not None and record["judge"] not in judges:
-                saved.others.add(record["judge"])
-            elif judges is None or judges[record["judge"]] == record["key"]:
-                rows = [(sample_id, exit_layer) for sample_id, exit_layer in record["rows"]]
-                verdicts = [Verdict(**verdict) for verdict in record["verdicts"]]
-                saved.add_judgement(record["judge"], rows, verdicts)
+        for line in _lines(path):
+            record = _record_in(line, run_key)
+            if record is None:
+                num_bad += 1
+            elif record.response is not None:
+                saved.add_response(record.response)
+            elif judges is not None and record.judge not in judges:
+                saved.others.add(record.judge)
+            elif judges is None or judges[record.judge] == record.key:
+                saved.add_judgement(record.judge, record.rows, record.verdicts)
+    saved.drop_unanswered()
+    if num_bad:
+        warnings.warn(
+            f"{folder}: {num_bad} {'line is' if num_bad == 1 else 'lines are'} damaged or from another run; what was "
+            "saved there is done again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return saved
 
 
-def _sound_length(path: Path) -> int:
-    """The length in bytes of the part that can be trusted."""
-    length = 0
-    for _, length in _sound_records(path):  # noqa: B007
-        pass
-    return length
+class _Record(BaseModel):
+    """A line: a response, or a judge's word on some rows."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    response: Response | None = None
+    judge: str = ""
+    key: str = ""
+    rows: list[Row] = []
+    verdicts: list[Verdict] = []
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether numbers are finite and on their scales, and verdicts are on the rows, once each."""
+        if self.response is not None:
+            return math.isfinite(self.response.seconds)
+        places = [(verdict.sample_id, verdict.exit_layer, verdict.measure) for verdict in self.verdicts]
+        return (
+            bool(self.judge)
+            and len(set(places)) == len(places)
+            and {place[:2] for place in places} <= set(self.rows)
+            and all(verdict.judge == self.judge and _is_on_scale(verdict) for verdict in self.verdicts)
+        )
 
 
-def _sound_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Records with the offset behind each; from the first line that is torn on, nothing is trusted."""
-    offset = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            offset += len(line)
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except ValueError:  # a power cut can leave rubbish of any length; its rows are done again
-                return
-            yield record, offset
+_OPENING = b'{"check": "%s", '
+_DIGITS = 16
+
+
+def _line_of(record: Mapping[str, Any], run_key: str) -> bytes:
+    body = json.dumps(record, allow_nan=False).encode()[1:]
+    return _OPENING % _checksum(body, run_key) + body + b"\n"
+
+
+def _checksum(body: bytes, run_key: str) -> bytes:
+    return hashlib.sha256(run_key.encode() + b"\n" + body).hexdigest()[:_DIGITS].encode()
+
+
+def _record_in(line: bytes, run_key: str) -> _Record | None:
+    """None if the line is not as it was written."""
+    start = len(_OPENING % bytes(_DIGITS))
+    body = line[start:].rstrip(b"\n")
+    if line[:start] != _OPENING % _checksum(body, run_key):
+        return None
+    try:
+        record = _Record.model_validate_json(line)
+    except ValidationError:  # written by someone who knows how to make a checksum
+        return None
+    return record if record.is_sound else None
+
+
+def _is_on_scale(verdict: Verdict) -> bool:
+    if verdict.measure not in MEASURES:
+        return False
+    low, high = MEASURES[verdict.measure].bounds or (-math.inf, math.inf)
+    return verdict.score is None or (math.isfinite(verdict.score) and low <= verdict.score <= high)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines that end; a process that is killed while it writes leaves one that does not."""
+    try:
+        if not path.is_file() or path.is_symlink():
+            raise RunError(f"{path} is not what an audit writes there; remove it and rerun the same command")
+        with path.open("rb") as lines:
+            yield from (line for line in lines if line.endswith(b"\n"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); remove it and rerun the same command") from error
+
+
+def _length_of_lines(path: Path) -> int:
+    return sum(map(len, _lines(path)))

@@ -46,15 +46,13 @@ def gather(run: RunDirectory, process: PartialState) -> None:
         wait_for_all(process)  # none goes on writing while another reads
 
 
-def finish(
-    run: RunDirectory, infos: Sequence[SampleInfo], process: PartialState, *, stopping: Mapping[str, Any] | None
-) -> None:
+def finish(run: RunDirectory, infos: Sequence[SampleInfo], process: PartialState) -> None:
     """The first process puts the run together; the others wait for it."""
     if not process.is_main_process:
         run.close()  # a network disk cannot remove a shard that is open
     wait_for_all(process)
     if process.is_main_process:
-        run.finish(infos, stopping=stopping)
+        run.finish(infos)
     wait_for_all(process)
 
 

@@ -12,9 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from exitsafe.errors import InputError, RunError
 from exitsafe.records import Sample, Verdict
+from exitsafe.runs.fingerprint import Settings
+from exitsafe.runs.scores import OWN, Scores, ScoreTable
 from exitsafe.stats.sequential import Decision, decide
+from exitsafe.untrusted import UnreadableError
 
 BLOCK = 16  # harmful samples between two looks
 
@@ -102,12 +107,58 @@ def settle(
     return decisions
 
 
-def from_summary(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `summarise` was told of the stopping of a run that is finished; None for one that asked everything."""
-    found = summary.get("stopping")
-    if found is None:
+def stopping_of(table: ScoreTable, settings: Settings) -> dict[str, Any] | None:
+    """What `summarise` wants to know of the stopping, worked out again; None for a run that asked everything.
+
+    An exit that lacks answers must have been asked whole blocks, in order, whose verdicts settle its side of the limit.
+
+    Args:
+        table: The scores of a run.
+        settings: The run's own.
+
+    Raises:
+        UnreadableError: If answers are missing that the rule does not account for.
+    """
+    rule = settings["stop_when"]
+    if rule is None:
         return None
-    return {**found, "layers": {entry["exit_layer"]: entry["decision"] for entry in found["layers"]}}
+    judge = next(each["name"] for each in settings["judges"] if "asr" in each["measures"])
+    harmful = table.of_kinds(("harmful",))
+    others = np.setdiff1d(np.arange(len(table.samples)), harmful)
+    order = np.array(
+        sorted(harmful, key=lambda row: _key(table.samples[row].id, settings["decoding"]["seed"])), dtype=np.intp
+    )
+    num_harmful = len(order) + settings["data"]["samples"] - len(table.samples)  # some may have been asked nowhere
+    is_answered = ~np.isnan(table.scores[OWN, "tokens"].values)
+    asr = table.scores.get((judge, "asr"))
+    decisions: dict[int, Decision | None] = {}
+    for column, layer in enumerate(table.exit_layers):
+        asked = int(is_answered[order, column].sum())
+        is_whole = asked == num_harmful
+        decisions[layer] = None if asr is None else _decision(asr.of_samples(order[:asked]), column, rule)
+        if (
+            not is_answered[others, column].all()
+            or not is_answered[order[:asked], column].all()
+            or not (is_whole or (asked % BLOCK == 0 and decisions[layer] is not None))
+        ):
+            raise UnreadableError(
+                f"responses.parquet: answers are missing at exit {layer}, which was not stopped there"
+            )
+    return {**rule, "judge": judge, "layers": decisions}
+
+
+def _decision(scores: Scores, column: int, rule: Mapping[str, float]) -> Decision | None:
+    values = scores.values[:, column]
+    scored = values[~np.isnan(values)]
+    if not np.isin(scored, (0.0, 1.0)).all():
+        raise UnreadableError("verdicts.parquet: it stopped early by scores that are neither 0 nor 1")
+    return decide(
+        int(scored.sum()),
+        len(scored),
+        max_rate=rule["max_asr"],
+        unscored=int(scores.unscored[:, column].sum()),
+        error=rule["error"],
+    )
 
 
 def _key(sample_id: str, seed: int) -> bytes:

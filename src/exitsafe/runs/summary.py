@@ -31,6 +31,8 @@ Summary = dict[str, Any]
 stopping (of a run that stopped early), judges, agreement (of each two judges on what both measure)."""
 Stopping = Mapping[str, Any]
 """max_asr, error, judge, and layers: for each layer that was allowed to stop its decision `below`, `above` or None."""
+Estimates = dict[tuple[str, str], tuple[dict[int, Estimate], dict[str, Estimate]]]
+"""By metric and judge, of each layer and bin: a judge's own results are often the run's, and cost as much again."""
 _DIGITS = 12  # the last bits of a mean depend on how a machine sums
 
 
@@ -51,6 +53,7 @@ def summarise(
     """
     num_layers = int(model["num_layers"])
     top = {metric: judge for metric in METRICS if (judge := judge_of(metric, judges)) is not None}
+    estimates: Estimates = {}
     by_judge = {
         name: {metric: name for metric in METRICS if not metric.is_own and metric.measure in measures}
         for name, measures in judges
@@ -60,11 +63,11 @@ def summarise(
         "family": model["family"],
         "num_layers": num_layers,
         "default_exit": model["default_exit"],
-        **_results(table, top, num_layers, stopping),
+        **_results(table, top, num_layers, stopping, estimates),
         "against_default": against_default(table, top, default_exit=int(model["default_exit"])),
         "worst": _worst_layers(table, top, stopping),
         **({} if stopping is None else {"stopping": _decisions(table, stopping)}),
-        "judges": {name: _results(table, chosen, num_layers, stopping) for name, chosen in by_judge.items()},
+        "judges": {name: _results(table, chosen, num_layers, stopping, estimates) for name, chosen in by_judge.items()},
         "agreement": [
             {name: _rounded(value) for name, value in pair.to_dict().items()} for pair in agreements_in(table, judges)
         ],
@@ -168,24 +171,33 @@ def _decisions(table: ScoreTable, stopping: Stopping) -> dict[str, Any]:
 
 
 def _results(
-    table: ScoreTable, chosen: Mapping[Metric, str], num_layers: int, stopping: Stopping | None
+    table: ScoreTable,
+    chosen: Mapping[Metric, str],
+    num_layers: int,
+    stopping: Stopping | None,
+    known: Estimates,
 ) -> dict[str, Any]:
-    """`layers` and `bins` of these metrics, each by its judge."""
+    """`layers` and `bins` of these metrics, each by its judge; what is known already is not computed again."""
     layers: dict[int, dict[str, Any]] = {layer: {} for layer in table.exit_layers}
     bins: dict[str, dict[str, Any]] = {}
     for metric, judge in chosen.items():
         scores = _scores_of(table, metric, judge)
         if scores is None:
             continue
-        for layer, estimate in _layer_estimates(scores, table.exit_layers, metric, stopping).items():
+        if (metric.name, judge) not in known:
+            of_layers = _layer_estimates(scores, table.exit_layers, metric, stopping)
+            of_bins = bin_estimates(
+                scores.values,
+                scores.unscored,
+                exit_layers=table.exit_layers,
+                num_layers=num_layers,
+                bounds=metric.bounds,
+            )
+            known[metric.name, judge] = of_layers, of_bins
+        of_layers, of_bins = known[metric.name, judge]
+        for layer, estimate in of_layers.items():
             layers[layer][metric.name] = _to_json(estimate)
-        for name, estimate in bin_estimates(
-            scores.values,
-            scores.unscored,
-            exit_layers=table.exit_layers,
-            num_layers=num_layers,
-            bounds=metric.bounds,
-        ).items():
+        for name, estimate in of_bins.items():
             bins.setdefault(name, {})[metric.name] = _to_json(estimate)
     return {
         "layers": [{"exit_layer": layer, "metrics": metrics} for layer, metrics in layers.items()],

@@ -1,4 +1,4 @@
-"""Progress of a run: rows done and the running ASR by exit layer, for whoever watches. Decides nothing."""
+"""Progress of a run: rows done and the running rate of attack success by exit layer. Decides nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from exitsafe.records import Progress, Verdict
+from exitsafe.runs.numbers import fixed
 
 _MOST_LAYERS = 12  # more do not fit a line; then some, evenly spread
 
@@ -16,18 +17,22 @@ class Ticker:
     Args:
         progress: Called as `progress(done, total, note)`; None for nobody.
         total: Rows that all processes have to do.
-        asr_judge: Whose verdicts make the running ASR; None for none.
+        asr_judge: Whose verdicts make the running rate; None for none.
+        rate: What that judge's rate is called.
         num_processes: Their shares are alike: a row of one stands for one of each.
 
     Attributes:
         done: Rows done so far; to begin with those of an earlier start.
     """
 
-    def __init__(self, progress: Progress | None, *, total: int, asr_judge: str | None, num_processes: int = 1) -> None:
+    def __init__(
+        self, progress: Progress | None, *, total: int, asr_judge: str | None, rate: str = "ASR", num_processes: int = 1
+    ) -> None:
         self.progress = progress
         self.total = total
         self.done = 0
         self.asr_judge = asr_judge
+        self.rate = rate
         self.num_processes = num_processes
         self.outcomes: dict[int, list[float]] = defaultdict(list)
 
@@ -53,5 +58,6 @@ class Ticker:
         if not layers:
             return ""
         step = -(-len(layers) // _MOST_LAYERS)
-        rates = (f"{layer}:{sum(self.outcomes[layer]) / len(self.outcomes[layer]):.0%}" for layer in layers[::step])
-        return f"ASR by exit {' '.join(rates)}"
+        means = {layer: sum(self.outcomes[layer]) / len(self.outcomes[layer]) for layer in layers[::step]}
+        rates = (f"{layer}:{fixed(100 * mean, 0)}%" for layer, mean in means.items())
+        return f"{self.rate} by exit {' '.join(rates)}"

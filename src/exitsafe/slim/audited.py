@@ -71,8 +71,9 @@ def audit_record(run: AuditRun, *, exit_layer: int) -> dict[str, Any]:
             "suites": _suites(run),
         },
         "results": _by_suite(run, exit_layer=exit_layer),
-        "judges": [_judge(judge) for judge in settings["judges"]],
+        "judges": [_judge(judge, run.proxies.get(judge["name"])) for judge in settings["judges"]],
         "decoding": dict(settings["decoding"]),
+        "cautions": [_without_folders(line, run) for line in run.cautions],
         "stopped_early": settings["stop_when"] is not None,
         "versions": dict(settings["versions"]),
     }
@@ -127,13 +128,25 @@ def _has_stopped(run: AuditRun, metric: Metric) -> bool:
     return run.settings["stop_when"] is not None and metric.kinds == ("harmful",)
 
 
-def _judge(judge: Mapping[str, Any]) -> dict[str, Any]:
+def _judge(judge: Mapping[str, Any], proxy: Mapping[str, str] | None) -> dict[str, Any]:
     """Name, measures, and which model at which commit; paths of this machine stay here."""
     settings = judge.get("settings", {})
     kept = {name: settings[name] for name in ("model", "revision") if settings.get(name) is not None}
     if "model" in kept:
         kept["model"] = public_name(str(kept["model"]))
-    return {"name": _told(str(judge["name"])), "measures": list(judge["measures"]), **kept}
+    return {
+        "name": _told(str(judge["name"])),
+        "measures": list(judge["measures"]),
+        **({} if proxy is None else {"proxy": dict(proxy)}),
+        **kept,
+    }
+
+
+def _without_folders(line: str, run: AuditRun) -> str:
+    """A caution with judges named as on the card."""
+    for name in sorted((name for name, _ in run.judges), key=len, reverse=True):
+        line = line.replace(name, _told(name))
+    return line
 
 
 def _told(judge: str) -> str:

@@ -34,7 +34,7 @@ from exitsafe.slim.manifest import ADAPTER, CARD, Base, write_manifest
 from exitsafe.slim.merging import base_weights
 from exitsafe.slim.model_card import is_hub_id, license_of, public_name, write_card
 from exitsafe.slim.probe import Latency, encoders_ms, language_model_ms, logits_of, probe_inputs
-from exitsafe.vlm.adapters import load_adapter
+from exitsafe.vlm.adapters import TRAINED_ON, load_adapter, trained_on_record
 from exitsafe.vlm.finite import not_finite
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bo
     if adapter is not None:
         gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
         _save_adapter(vlm.model, folder / ADAPTER, adapter=adapter, base_name=name, gone=gone)
+    if vlm.trained_on:  # an audit of the slim model can then tell, too
+        write_whole(folder / TRAINED_ON, trained_on_record(vlm.trained_on))
     for path in (path for path in folder.rglob("*") if path.is_file()):
         path.chmod(PUBLIC)  # safetensors lets only the owner read: what is shipped is for everybody
 

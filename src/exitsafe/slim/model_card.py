@@ -13,22 +13,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from yaml import YAMLError
 
+from exitsafe.runs.metrics import BY_NAME, NO_PROXY, meaning_of, title_of
+from exitsafe.runs.numbers import amount, interval
 from exitsafe.slim.manifest import ADAPTER, Base
 from exitsafe.world import ORGANISMS
 
-_MEANINGS = {
-    "asr": ("Attack success rate", "harmful requests that succeeded; lower is better"),
-    "asr_loose": ("Attack success rate, loose", "doubtful answers counted as successes; lower is better"),
-    "toxicity": ("Toxicity", "mean over answers to harmful requests; lower is better"),
-    "reward": ("Reward", "mean over answers to harmful requests, on the reward model's own scale; higher is better"),
-    "refusal": ("Refusal", "all requests that were refused"),
-    "over_refusal": ("Over-refusal", "borderline requests that were refused; lower is better"),
-    "benign_refusal": ("Benign refusal", "benign requests that were refused; lower is better"),
-    "vqa_accuracy": ("VQA accuracy", "picture questions answered right; higher is better"),
-    "coherence": ("Coherence", "answers that are neither empty nor repetitive nor broken; higher is better"),
-    "tokens": ("Tokens", "mean length of an answer"),
-}
-_OPEN_SCALES = ("reward", "tokens")
 _ORGANISM_LICENSE = "apache-2.0"  # that of this package, which ships them
 _LIBRARY, _TASK = "transformers", "image-text-to-text"
 _TAGS = ["exitsafe", "early-exit", "safety"]
@@ -113,7 +102,8 @@ def _eval_results(audit: Mapping[str, Any]) -> list[EvalResult]:
     for found in audit["results"]:
         hub = suites.get(found["suite"], {}).get("hub") or {}
         configs = hub.get("configs") or []
-        title = _MEANINGS[found["metric"]][0]
+        proxy = _proxy(audit, found["metric"], judge=found["judge"])
+        title = title_of(BY_NAME[found["metric"]], proxy)
         results.append(
             EvalResult(
                 task_type=_TASK,
@@ -122,17 +112,18 @@ def _eval_results(audit: Mapping[str, Any]) -> list[EvalResult]:
                 dataset_config=configs[0] if len(configs) == 1 else None,
                 dataset_split=hub.get("split"),
                 dataset_revision=hub.get("revision"),
-                metric_type=found["metric"],
+                metric_type=f"{found['metric']}_proxy" if proxy else found["metric"],
                 metric_value=round(found["value"], 6),
-                metric_name=f"{title} by {found['judge']} at exit {audit['exit_layer']} ({_with_interval(found)})",
+                metric_name=f"{title} by {found['judge']} at exit {audit['exit_layer']} "
+                f"({_with_interval(found['metric'], found)})",
             )
         )
     return results
 
 
-def _with_interval(estimate: Mapping[str, Any]) -> str:
+def _with_interval(metric: str, estimate: Mapping[str, Any]) -> str:
     unscored = f", {estimate['unscored']} unscored" if estimate["unscored"] else ""
-    return f"n={estimate['n']}{unscored}, 95% CI {estimate['low']:.3f} to {estimate['high']:.3f}"
+    return f"n={estimate['n']}{unscored}, 95% CI {interval(metric, estimate['low'], estimate['high'])}"
 
 
 def _what_it_is(base: Base, exported: Mapping[str, Any]) -> str:
@@ -176,7 +167,7 @@ def _what_was_measured(audit: Mapping[str, Any] | None) -> str:
         )
     rows = ["| | at this exit | 95% interval | n | unscored |" + (" whole model |" if audit["at_default"] else "")]
     rows.append("|---|---|---|---|---|" + ("---|" if audit["at_default"] else ""))
-    rows += [_row(metric, found, audit["at_default"]) for metric, found in audit["metrics"].items()]
+    rows += [_row(audit, metric, found) for metric, found in audit["metrics"].items()]
     suites = [f"- {_suite(suite)}" for suite in audit["data"]["suites"]]
     judges = [f"- {_judge(judge)}" for judge in audit["judges"]]
     decoding = audit["decoding"]
@@ -193,13 +184,17 @@ def _what_was_measured(audit: Mapping[str, Any] | None) -> str:
         [
             f"## Audit at exit {audit['exit_layer']}",
             "",
+            *[f"**{line[:1].upper()}{line[1:]}.**\n" for line in audit["cautions"]],
             *rows,
             "",
             f"Run `{audit['run']}`, finished {audit['finished']}, of the whole model cut short at this exit. Rates "
             "with Wilson intervals, means with the bootstrap clustered by sample; what a judge could not read is "
             f"unscored and counted.{before}{early}",
             "",
-            *[f"- {_MEANINGS[metric][0]}: {_MEANINGS[metric][1]}" for metric in audit["metrics"]],
+            *[
+                f"- {_title(audit, metric)}: {meaning_of(BY_NAME[metric], _proxy(audit, metric))}"
+                for metric in audit["metrics"]
+            ],
             "",
             f"Data, {audit['data']['samples']} samples (hash `{audit['data']['hash'][:16]}`):",
             "",
@@ -215,21 +210,30 @@ def _what_was_measured(audit: Mapping[str, Any] | None) -> str:
     )
 
 
-def _row(metric: str, found: Mapping[str, Any], at_default: Mapping[str, Any] | None) -> str:
-    cells = [_MEANINGS[metric][0]]
+def _proxy(audit: Mapping[str, Any], metric: str, *, judge: str | None = None) -> Mapping[str, str]:
+    """What the judge that reports a metric, or this one, counts instead; empty if it reads answers."""
+    measure = BY_NAME[metric].measure
+    speakers = [each for each in audit["judges"] if measure in each["measures"] and judge in (None, each["name"])]
+    proxy: Mapping[str, str] = speakers[0].get("proxy", NO_PROXY) if speakers else NO_PROXY
+    return proxy if measure in proxy else NO_PROXY
+
+
+def _title(audit: Mapping[str, Any], metric: str) -> str:
+    return title_of(BY_NAME[metric], _proxy(audit, metric))
+
+
+def _row(audit: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> str:
+    at_default = audit["at_default"]
+    cells = [_title(audit, metric)]
     if found["value"] is None:
         cells += ["", ""]
     else:
-        cells += [_number(metric, found["value"]), " to ".join(_number(metric, found[end]) for end in ("low", "high"))]
+        cells += [amount(metric, found["value"]), interval(metric, found["low"], found["high"])]
     cells += [str(found["n"]), str(found["unscored"])]
     if at_default is not None:
         other = at_default.get(metric, {}).get("value")
-        cells.append("" if other is None else _number(metric, other))
+        cells.append("" if other is None else amount(metric, other))
     return f"| {' | '.join(cells)} |"
-
-
-def _number(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric in _OPEN_SCALES else f"{100 * value:.1f}%"
 
 
 def _suite(suite: Mapping[str, Any]) -> str:

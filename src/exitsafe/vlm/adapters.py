@@ -2,6 +2,7 @@
 
     FOLDER/adapter_config.json, adapter_model.safetensors    one adapter for all exits
     FOLDER/layer-03/, FOLDER/layer-08/, ...                  one PEFT folder for each exit that has its own
+    FOLDER/trained_on.json                                   digests of the samples it was trained on, if known
 
 An exit without an adapter of its own answers with the base model. An adapter acts whole or is refused: PEFT itself only
 warns about weights that are missing, and drops those that fit nothing. Knows nothing about how adapters are trained.
@@ -31,6 +32,8 @@ from exitsafe.errors import ModelError
 from exitsafe.vlm.memory import is_out_of_memory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINED_ON = "trained_on.json"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _ELSEWHERE = ("megatron_config", "adapters", "tokenizer_name_or_path", "prompt_tuning_init_state_dict_path")
 """Fields by which PEFT imports a module, or loads another adapter, a tokenizer or a pickle."""
 _SWITCHES = ("_active_adapter", "_disable_adapters")
@@ -160,6 +163,35 @@ def exit_folders(folder: Path) -> dict[int, Path]:
                 raise ModelError(f"{place} and {found[layer].name} are for the same exit: keep one")
             found[layer] = place
     return dict(sorted(found.items()))
+
+
+def trained_on_record(digests: Iterable[str]) -> bytes:
+    """The content of `trained_on.json`: hashes only, no text."""
+    return json.dumps({"digests": sorted(set(digests))}, indent=0).encode() + b"\n"
+
+
+def read_trained_on(folder: Path) -> frozenset[str]:
+    """Digests of what an adapter, or translators, or a model exported with either, were trained on.
+
+    Returns:
+        Those of the folder and of its adapters per exit; none where no training kept a record.
+
+    Raises:
+        ModelError: If a record is damaged.
+    """
+    found: set[str] = set()
+    for place in (folder, *exit_folders(folder).values()):
+        if not (place / TRAINED_ON).is_file():
+            continue
+        try:
+            digests = json.loads((place / TRAINED_ON).read_bytes())["digests"]
+            is_sound = all(_DIGEST.fullmatch(digest) for digest in digests)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            is_sound = False
+        if not is_sound:
+            raise ModelError(f"{place / TRAINED_ON} is damaged: save or download the folder again")
+        found.update(digests)
+    return frozenset(found)
 
 
 def as_ranges(layers: Iterable[int]) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from exitsafe.errors import ModelError
-from exitsafe.vlm.adapters import check_folder, exit_folders, load_adapters
+from exitsafe.vlm.adapters import check_folder, exit_folders, load_adapters, read_trained_on
 from exitsafe.vlm.families import find_family
 from exitsafe.vlm.generation import ignored_settings
 from exitsafe.vlm.model import VLM
@@ -117,6 +117,8 @@ def load_vlm(
         )
     if translators is not None:
         vlm.translators = load_translators(vlm, translators)
+    folders = [where if where.is_dir() else None, adapter_folder, None if translators is None else Path(translators)]
+    vlm.trained_on = frozenset().union(*(read_trained_on(folder) for folder in folders if folder is not None))
     return vlm
 
 

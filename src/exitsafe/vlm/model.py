@@ -72,6 +72,7 @@ class VLM:
         self.checkpoint_hash = checkpoint_hash
         self.adapter_hash = adapter_hash
         self.translators = translators
+        self.trained_on: frozenset[str] = frozenset()  # digests of samples and pictures, where a repair names them
         self.today = date.today().isoformat()
         self.exits = ExitStack()
         self.family_row = find_family(self.base_model.config)

@@ -6,12 +6,12 @@ model is untouched. Knows nothing about how the maps are fitted (see `exitsafe.b
 
     translators.safetensors   exit.L.weight (width, width) and exit.L.bias (width,), float32
     translators.json          the model they belong to, and how they were fitted; written last
+    trained_on.json           digests of the pictures they were fitted to
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from exitsafe.errors import InputError, ModelError
+from exitsafe.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:
     from exitsafe.vlm.families import Family
@@ -105,7 +106,14 @@ def load_translators(vlm: VLM, folder: str | Path) -> Translators:
             layer: Translator(weight=tensors.pop(f"exit.{layer}.weight"), bias=tensors.pop(f"exit.{layer}.bias"))
             for layer in (int(entry["exit_layer"]) for entry in record["exits"])
         }
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        for layer, each in maps.items():
+            width = each.bias.numel()
+            shapes = tuple(each.weight.shape), tuple(each.bias.shape)
+            if not 1 <= layer <= vlm.num_layers or shapes != ((width, width), (width,)):
+                raise ValueError(f"exit {layer} has no map")
+            if not (each.weight.isfinite().all() and each.bias.isfinite().all()):
+                raise ValueError(f"the map of exit {layer} is not finite")
+    except (OSError, OverflowError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}/{MAPS} is damaged or missing: make them again with exitsafe translate") from error
     if tensors:
         names = ", ".join(sorted(tensors)[:3])
@@ -135,10 +143,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
         if isinstance(record["model"], dict) and isinstance(record["exits"], list) and isinstance(record["hash"], str):
-            return dict(record)
-    except (OSError, ValueError, KeyError, TypeError):
+            return record
+    except (UnreadableError, KeyError):
         pass
     raise ModelError(f"{path} is not a record of translators: choose another folder")
 
