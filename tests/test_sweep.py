@@ -18,10 +18,11 @@ from transformers import BitsAndBytesConfig
 
 import exitsafe
 from exitsafe.errors import ExitLayerError, InputError, RunError
-from exitsafe.judges import Judge, choose_judges, load_judges
+from exitsafe.judges import Judge, choose_judges, load_judges, registry
 from exitsafe.records import KINDS, Response, Sample, Verdict
 from exitsafe.runs import directory, shards
 from exitsafe.runs.files import write_whole
+from exitsafe.runs.fingerprint import request_digest
 from exitsafe.runs.shards import ShardWriter
 from exitsafe.vlm import VLM, Prompt, resolve_layers
 from tests.fake_vlm import NUM_ROWS, PHRASES, SAMPLES, FakeVLM, audit_fake, content
@@ -76,7 +77,7 @@ def test_progress_counts_rows_and_notes_the_running_asr(tmp_path: Path) -> None:
     asr = [v.score or 0.0 for v in run.verdicts() if v.measure == "asr"]
     assert calls[0] == (0, NUM_ROWS, "")
     rates = " ".join(f"{layer}:{sum(asr[layer - 1 :: 6]) / 3:.0%}" for layer in range(1, 7))
-    assert calls[-1][1:] == (NUM_ROWS, f"ASR by exit {rates}")
+    assert calls[-1][1:] == (NUM_ROWS, f"requests not refused (proxy) by exit {rates}")
 
 
 def test_an_interrupt_loses_nothing_that_was_finished(tmp_path: Path, expected: dict[str, Any]) -> None:
@@ -414,3 +415,28 @@ def test_killed_between_any_two_writes_a_further_judge_leaves_a_run_that_reads(t
         assert json.loads((out / "run.json").read_text()).keys() == {"format", "settings", "origin", "results"}
         assert not (out / "shards").exists()
     raise AssertionError("a further judge writes more files than were tried")
+
+
+def test_a_judge_that_stands_in_for_the_default_is_recorded_and_kept_when_the_run_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(registry, "why_no_default_judge", lambda: "no such model here")
+    with pytest.warns(UserWarning, match="qwen3guard, is not available"), pytest.raises(KeyboardInterrupt):
+        audit_fake(tmp_path, FakeVLM(fails_after=20))
+    monkeypatch.setattr(registry, "why_no_default_judge", lambda: None)  # by now it is there: the run keeps its judge
+    run = audit_fake(tmp_path)
+    assert [name for name, _ in run.judges] == ["refusal-prefix", "vqa", "coherence"]
+    assert run.origin["replaced_judges"] == {"refusal-prefix": "qwen3guard"}
+    assert any("qwen3guard, was not available" in line for line in run.cautions)
+    named = audit_fake(tmp_path / "named", judges=["refusal-prefix"])
+    assert "replaced_judges" not in named.origin
+    assert not any("not available" in line for line in named.cautions)
+
+
+def test_samples_that_were_trained_on_are_counted_whatever_they_are_called(tmp_path: Path) -> None:
+    trained = frozenset(request_digest(sample) for sample in SAMPLES[:5])
+    renamed = [replace(sample, id=f"new-{sample.id}", kind="harmful", source="other") for sample in SAMPLES]
+    with pytest.warns(UserWarning, match=r"10 of 12 samples were trained on"):  # five prompts, each in more samples
+        run = audit_fake(tmp_path / "seen", FakeVLM(trained_on=trained), samples=renamed, judges=["refusal-prefix"])
+    assert run.settings["trained_on"] == {"samples": 12, "of": 12}

@@ -119,6 +119,14 @@ def test_bad_input(tmp_path: Path) -> None:
     assert not (tmp_path / "half").exists()
 
 
+def test_gradients_that_are_not_finite_stop_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
+    config = replace(CONFIG, num_steps=2)
+    with pytest.raises(RunError, match="stopped after step 2 of 2: no gradient of the last 2 steps was finite"):
+        sft(make_vlm("llava"), make_samples(), with_benign=True, config=config, refusal=REFUSAL, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_numbers_that_are_not_finite_stop_it(tmp_path: Path) -> None:
     vlm = make_vlm("llava")
     with torch.no_grad():

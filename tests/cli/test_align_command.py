@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from exitsafe.cli.defaults import ORGANISM_TOKENS
-from exitsafe.cli.main import run
+from exitsafe.cli.main import FAILED, run
 from exitsafe.lppo import LPPOConfig
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
 
@@ -42,11 +42,13 @@ def test_an_adapter_that_audit_takes(
     assert (out / "metrics.jsonl").read_bytes() == written
     output = capsys.readouterr()
     assert "--adapter" in output.out
+    assert "Skipped minibatches: 0 of 8. Unscored answers: 0 of 16. Steps without a difference" in output.out
     assert f"{out} was finished already: nothing was done" in output.err
     assert run([*align, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert (document["was_finished"], again["was_finished"]) == (False, True)
-    assert document["result"] == {"steps": 2, "adapter_step": 2, "why": "the last step"}
+    wanted = {"steps": 2, "adapter_step": 2, "why": "the last step", "minibatches": 8, "skipped_minibatches": 0}
+    assert document["result"] | wanted == document["result"]
     assert again == document | {"was_finished": True}
 
     after = ["audit", str(tiny_llava), "--adapter", str(out / "adapter"), "--like", str(audited)]
@@ -119,6 +121,50 @@ def test_a_tracker_by_name(tiny_llava: Path, suite: Path, tmp_path: Path, fail: 
     out = tmp_path / "lppo"
     assert run([str(x) for x in ("align", tiny_llava, *flags, "--track", "tensorboard", "--out", out)]) == 0
     assert list((out / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_training_that_skips_everything_fails(
+    tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("lppo: {max_ratio: 0.5}\n")
+    flags = ["--suite", suite, "--steps", "2", "--batch-size", "4", "--max-new-tokens", "2", "--layers", "1"]
+    flags += ["--reward", "refusal-prefix", "--config", settings]
+    assert run([str(word) for word in ("align", tiny_llava, *flags, "--out", tmp_path / "lppo")]) == FAILED
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "nothing was learnt: 4 of 4 minibatches were skipped" in line
+    assert not (tmp_path / "lppo" / "adapter").exists()
+
+
+def test_completions_in_a_private_file_and_on_a_page(
+    tiny_llava: Path, suite: Path, audited: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fail: Any
+) -> None:
+    out, page = tmp_path / "lppo", tmp_path / "training.html"
+    flags = ["--steps", "2", "--batch-size", "4", "--max-new-tokens", "2", "--limit", "4", "--layers", "1"]
+    flags += ["--reward", "refusal-prefix", "--save-completions", "3"]
+    assert run(["align", str(tiny_llava), "--suite", str(suite), *flags, "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert (out / "completions.jsonl").stat().st_mode & 0o777 == 0o600
+    rows[0]["text"] = "<script>a zorb</script>"
+    (out / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert run(["report", str(out), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "Step 1: 3 answers" in text
+    assert rows[0]["sample_id"] in text
+    assert "final_score" in text
+    assert "zorb" not in text
+    assert page.stat().st_mode & 0o777 == 0o644
+    assert run(["report", str(out), "--out", str(page), "--include-unsafe-text", "--title", "Mine"]) == 0
+    text = page.read_text()
+    assert "&lt;script&gt;a zorb&lt;/script&gt;" in text
+    assert "<title>Mine</title>" in text
+    assert page.stat().st_mode & 0o777 == 0o600
+
+    assert "report it alone" in fail("report", audited, out, "--out", page)
+    (out / "completions.jsonl").write_text("[1]\n")
+    assert "completions.jsonl is damaged in line 1" in fail("report", out, "--out", page)
 
 
 def test_a_proxy_is_warned_of_before_it_is_optimised(

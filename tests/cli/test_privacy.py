@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_what_a_kill_leaves_is_private_too(tmp_path: Path, monkeypatch: pytest.M
     assert set(modes.values()) == {0o600}
 
 
-def test_training_keeps_no_text(tmp_path: Path) -> None:
+def test_training_keeps_no_text_unless_asked(tmp_path: Path) -> None:
     seen: set[str] = set()
 
     def reward(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
@@ -169,7 +170,10 @@ def test_training_keeps_no_text(tmp_path: Path) -> None:
     )
     samples = load_suites(SUITE_NAMES, split="train", limit=8)
     align(exitsafe.load_vlm("organism"), samples, reward=reward, config=config, out=tmp_path / "lppo")
+    asked = replace(config, save_completions=4)
+    align(exitsafe.load_vlm("organism"), samples, reward=reward, config=asked, out=tmp_path / "asked")
     assert len(seen) > 8
     kept = [path for path in (tmp_path / "lppo").rglob("*") if path.is_file()]
     assert {"run.json", "metrics.jsonl", "adapter_model.safetensors"} <= {path.name for path in kept}
     assert not [path for path in kept if _holds(path, seen)]
+    assert _check_files(tmp_path / "asked", seen) == {"completions.jsonl"}

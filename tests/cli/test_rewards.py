@@ -200,7 +200,7 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
         assert run([*align, *watch]) == INTERRUPTED
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.splitlines()[-1] == "exitsafe: interrupted; the same command goes on from step 2 of 3"
+    assert output.err.splitlines()[-1] == "exitsafe: interrupted; rerun the same command to resume from step 2 of 3"
     assert run([*align, *watch, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     settings = document["settings"]

@@ -48,7 +48,8 @@ def test_names_that_are_no_judges(name: str, message: str) -> None:
 def test_without_the_default_guard_the_proxy_speaks_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     samples = [Sample(id="a", prompt="how", kind="harmful", source="made up")]
-    with pytest.warns(UserWarning, match=r"default judge cannot be had .*proxy refusal-prefix.*--judge qwen3guard"):
+    words = r"default judge, qwen3guard, is not available .*proxy refusal-prefix.*--judge qwen3guard"
+    with pytest.warns(UserWarning, match=words):
         judges = choose_judges(None, samples)
     assert [judge.name for judge in judges] == ["refusal-prefix", "vqa", "coherence"]
 

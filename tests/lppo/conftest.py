@@ -58,6 +58,7 @@ def tiny_config(**changes: object) -> LPPOConfig:
         "minibatch_size": 4,
         "microbatch_tokens": 40,
         "max_new_tokens": 5,
+        "missing_eos_penalty": 1.0,
         "incoherence_penalty": 0.0,  # random weights only babble
         "value_warmup_steps": 1,
         "lora_rank": 4,

@@ -6,8 +6,10 @@ from typing import Literal
 
 import pytest
 
+from exitsafe.cli.defaults import MODEL_TOKENS
 from exitsafe.lppo import LPPOConfig
 from exitsafe.lppo.guards import Faults, find_faults
+from exitsafe.lppo.reward import final_scores
 from exitsafe.records import Kind, Response, Sample
 
 
@@ -55,3 +57,17 @@ def test_the_organism_pays_for_no_gibberish_and_nobody_for_short_answers_unless_
     assert gibberish.penalty(LPPOConfig()) == 1.0
     assert gibberish.penalty(LPPOConfig.for_organism()) == 0.0  # as its runs were measured
     assert LPPOConfig().min_answer_tokens == LPPOConfig.for_organism().min_answer_tokens == 0
+
+
+def test_by_default_a_right_answer_that_is_cut_scores_no_less_than_a_short_one() -> None:
+    config = LPPOConfig()
+    asked = [Sample(id="s", prompt="p", kind="benign")] * 2
+    texts = ["Press the two parts together, then wait until", "ok"]
+    said = [
+        Response(sample_id="s", exit_layer=1, text=texts[0], num_tokens=9, finish_reason="length", seconds=0.0),
+        Response(sample_id="s", exit_layer=1, text=texts[1], num_tokens=2, finish_reason="stop", seconds=0.0),
+    ]
+    penalties = [found.penalty(config) for found in find_faults(asked, said, config=config)]
+    cut, short = final_scores([1.0, 1.0], penalties, config=config).tolist()
+    assert cut >= short
+    assert config.max_new_tokens == MODEL_TOKENS  # as audits

@@ -84,7 +84,7 @@ def test_a_signal_saves_the_step_under_way_and_the_run_ends_the_same(
     config: LPPOConfig = tiny_config(checkpoint_every=100, num_steps=5)
     align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
     before = handlers()
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on from step 3 of 5"):
+    with pytest.raises(KeyboardInterrupt, match="rerun the same command to resume from step 3 of 5"):
         align(vlm, samples, reward=CountRed(2, lambda: send(number)), config=config, out=tmp_path / "cut")
     assert handlers() == before
     assert len(metrics_of(tmp_path / "cut")) == 3

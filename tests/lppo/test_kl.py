@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from exitsafe.lppo import LPPOConfig
 from exitsafe.lppo.kl import adapted_kl_coef, k1, k3
 
 MASK = torch.tensor([[True, True, False]])
@@ -37,11 +38,27 @@ def test_both_estimates_have_the_divergence_as_their_mean_and_k3_is_never_negati
     ("kl", "expected"),
     [
         (6.0, 0.1),  # on target: no change
-        (6.6, 0.1 * (1 + 0.1 * 0.5)),  # 10% above
-        (60.0, 0.1 * (1 + 0.2 * 0.5)),  # far above: held at 20%
-        (0.0, 0.1 * (1 - 0.2 * 0.5)),  # far below
+        (6.6, 0.1 * (1 + 0.1 / 5)),  # 10% above
+        (60.0, 0.1 * (1 + 0.2 / 5)),  # far above: held at 20%
+        (0.0, 0.1 * (1 - 0.2 / 5)),  # far below
     ],
 )
 def test_adapted_kl_coef_by_hand(kl: float, expected: float) -> None:
-    adapted = adapted_kl_coef(0.1, kl, target=6.0, horizon=100, num_samples=50)
+    adapted = adapted_kl_coef(0.1, kl, target=6.0, horizon=5, initial=0.1)
     assert adapted == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kl", "after_35", "at_last"), [(7.5, 0.1, 0.5), (4.5, 0.0247, 0.005)])
+def test_the_default_controller_can_act_within_a_run(kl: float, after_35: float, at_last: float) -> None:
+    config, trace = LPPOConfig(), [LPPOConfig().kl_coef]
+    assert config.kl_target is not None
+    for _ in range(config.num_steps):
+        trace.append(
+            adapted_kl_coef(trace[-1], kl, target=config.kl_target, horizon=config.kl_horizon, initial=config.kl_coef)
+        )
+    assert trace[35] == pytest.approx(after_35, rel=0.01)  # twice or half of 0.05
+    assert trace[-1] == pytest.approx(at_last)  # not further, or the way back would be as long
+
+
+def test_a_coefficient_of_0_stays_there() -> None:
+    assert adapted_kl_coef(0.0, 60.0, target=6.0, horizon=10, initial=0.0) == 0.0

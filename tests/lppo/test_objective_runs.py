@@ -16,7 +16,7 @@ from exitsafe.lppo.constraints import Constraints
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.vlm import VLM
 from tests.lppo.conftest import count_red, make_vlm, tiny_config
-from tests.lppo.test_trainer import CountRed, adapter_of, assert_same_run, interrupt, metrics_of
+from tests.lppo.test_trainer import CountRed, adapter_of, assert_same_run, interrupt, metrics_of, result_of
 
 CPU = torch.device("cpu")
 GRPO: dict[str, object] = {"algorithm": "grpo", "group_size": 4, "max_new_tokens": 4}
@@ -105,7 +105,8 @@ def test_a_batch_of_equal_groups_moves_nothing_but_the_kl_term_does(samples: lis
         return [1.0] * len(responses)
 
     still: dict[str, object] = {"missing_eos_penalty": 0.0, "incoherence_penalty": 0.0, "num_steps": 2}
-    lines = run(samples, tmp_path / "run", reward=equal, **GRPO, **still)
+    with pytest.warns(RuntimeWarning, match="nothing was learnt"):
+        lines = run(samples, tmp_path / "run", reward=equal, **GRPO, **still)
     assert [line["num_equal_groups"] for line in lines] == [2, 2]
     assert [line["grad_norm"] for line in lines] == [0.0, 0.0]  # the policy is the reference: k3's gradient is 0 too
     assert [line["kl"] for line in lines] == [0.0, 0.0]
@@ -180,7 +181,7 @@ def test_a_constraint_turns_the_policy_away_from_its_cost(samples: list[Sample],
     """The score wants the word red, the constraint sees a refusal in it: red becomes rare, whatever it earns."""
     long: dict[str, object] = {"num_steps": 16, "batch_size": 32, "minibatch_size": 16, "microbatch_tokens": 1000}
     long |= {"learning_rate": 1e-2, "mix": {"benign": 1.0}, "kl_coef": 0.0, "max_new_tokens": 3}
-    long |= {"constraints": {"over_refusal": 0.05}, "constraint_rate": 4.0}
+    long |= {"constraints": {"over_refusal": 0.05}, "constraint_rate": 4.0, "calibration_samples": 0}
     lines = run(samples, tmp_path / "run", reward=Grumpy(wants_red=False, score_of_red=1.0), **long)
     first, last = (sum(line["costs"]["over_refusal"] for line in part) / 3 for part in (lines[:3], lines[-3:]))
     assert last < 0.5 * first
@@ -211,3 +212,13 @@ def test_bad_layer_settings_leave_no_folder_behind(vlm: VLM, samples: list[Sampl
     with pytest.raises(InputError, match="layer_weights names exit 9"):
         align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_scores_that_differ_between_groups_alone_teach_grpo_nothing(samples: list[Sample], tmp_path: Path) -> None:
+    def by_sample(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        return [float(sample.kind == "vqa") for sample in samples]
+
+    with pytest.warns(RuntimeWarning, match="nothing was learnt: the final scores of every step were equal"):
+        run(samples, tmp_path / "run", reward=by_sample, **GRPO, num_steps=2, missing_eos_penalty=0.0)
+    result = result_of(tmp_path / "run")
+    assert (result["learnt"], result["constant_steps"]) == (False, 2)

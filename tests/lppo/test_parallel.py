@@ -301,7 +301,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(vlm: VLM, tmp_path
     calls: list[int] = []
 
     def work(number: int) -> None:
-        with pytest.raises(KeyboardInterrupt, match="goes on from step 2 of 6"):
+        with pytest.raises(KeyboardInterrupt, match="resume from step 2 of 6"):
             align(vlm, make_samples(), reward=reward, config=tiny_config(checkpoint_every=100), out=tmp_path / "run")
 
     together(2, work)

@@ -76,8 +76,11 @@ def test_the_folder_says_what_was_done(whole: Path) -> None:
     assert not all(torch.equal(first[name], second[name]) for name in first)
     wanted = [{"exit_layer": layer} | step for layer in EXITS for step in steps_of(whole / f"layer-{layer:02}")]
     assert steps_of(whole) == wanted
-    result = {"steps": 3, "adapter_step": 3, "why": "the last step"}
-    assert json.loads((whole / "result.json").read_text()) == {"exits": {"2": result, "4": result}}
+    results = json.loads((whole / "result.json").read_text())["exits"]
+    assert results.keys() == {"2", "4"}
+    said = {"steps": 3, "adapter_step": 3, "why": "the last step", "learnt": True}
+    for result in results.values():
+        assert result | said == result
 
 
 def test_the_model_is_given_back_and_takes_the_folder(whole: Path, tmp_path: Path) -> None:
@@ -113,7 +116,9 @@ def test_an_interrupted_run_goes_on_with_the_exit_under_way(
         return count_red(samples, responses)
 
     out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt, match="interrupted at exit 4; the same command goes on from step 2 of 3"):
+    with pytest.raises(
+        KeyboardInterrupt, match="interrupted at exit 4; rerun the same command to resume from step 2 of 3"
+    ):
         align(vlm, samples, reward=renamed(interrupting), config=per_layer(), out=out)
     assert not (out / "adapter").exists()
     done = (out / "layer-02" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
@@ -167,3 +172,19 @@ def test_weights_that_are_cut_up_are_refused(
 def test_shared_runs_say_nothing_of_it_so_older_ones_go_on(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
     align(vlm, samples, reward=count_red, config=tiny_config(num_steps=2), out=tmp_path / "run")
     assert "adapters" not in json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["config"]
+
+
+def test_a_run_that_learns_nothing_says_at_which_exit(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"^exit 2: nothing was learnt"):
+        align(
+            make_vlm("llava"), make_samples(), reward=count_red, config=per_layer(max_ratio=0.5), out=tmp_path / "run"
+        )
+
+
+def test_completions_of_all_exits_are_gathered(tmp_path: Path) -> None:
+    config = per_layer(save_completions=1, num_steps=2)
+    align(make_vlm("llava"), make_samples(), reward=count_red, config=config, out=tmp_path / "run")
+    file = tmp_path / "run" / "completions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["exit_layer"], row["step"]) for row in rows] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    assert file.stat().st_mode & 0o777 == 0o600

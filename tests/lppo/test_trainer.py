@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from exitsafe.lppo import LPPOConfig, align
 from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.lppo.policy import attached_policy
 from exitsafe.lppo.sampler import draw_schedule
-from exitsafe.records import Response, Sample
+from exitsafe.records import Response, Sample, Verdict
 from exitsafe.vlm import VLM, Completion, Row
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
 from tests.lppo.conftest import count_red, make_vlm, tiny_config
@@ -49,6 +50,11 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in NEVER_TWICE} for line in lines]
 
 
+def result_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return found
+
+
 def adapter_of(out: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(out / "adapter" / "adapter_model.safetensors"))
 
@@ -72,6 +78,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert not (tmp_path / "broken" / "adapter").exists()
     align(make_vlm("llava"), samples, reward=CountRed(), config=config, out=tmp_path / "broken")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    assert result_of(tmp_path / "whole") == result_of(tmp_path / "broken")
 
 
 def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_the_same(
@@ -219,8 +226,9 @@ def test_a_sample_that_comes_twice_in_a_step_is_drawn_twice(vlm: VLM, samples: l
         texts.extend(response.text for response in responses)
         return [0.0] * len(responses)
 
-    config = tiny_config(num_steps=2, exit_layers=(5,))
-    align(vlm, samples[1:2], reward=keep, config=config, out=tmp_path / "run")
+    config = tiny_config(num_steps=2, exit_layers=(5,), missing_eos_penalty=0.0)
+    with pytest.warns(RuntimeWarning, match="nothing was learnt"):
+        align(vlm, samples[1:2], reward=keep, config=config, out=tmp_path / "run")
     assert len(set(texts)) > 8  # 16 answers to one sample at one exit
 
 
@@ -260,7 +268,7 @@ def test_metrics_hold_every_layer_and_kind_and_the_adaptive_coefficient(
     vlm: VLM, samples: list[Sample], tmp_path: Path
 ) -> None:
     config = tiny_config(
-        num_steps=3, batch_size=64, minibatch_size=64, exit_layers=(2, 4), kl_target=1.0, kl_horizon=640
+        num_steps=3, batch_size=64, minibatch_size=64, exit_layers=(2, 4), kl_target=1.0, kl_horizon=10
     )
     align(vlm, samples, reward=None, config=config, out=tmp_path / "run")
     metrics = metrics_of(tmp_path / "run")
@@ -277,9 +285,9 @@ def test_metrics_hold_every_layer_and_kind_and_the_adaptive_coefficient(
         assert line["skipped_minibatches"] == line["num_unscored"] == 0
     # the policy is the reference until the step after the value head's own: value_warmup_steps is 1
     assert metrics[0]["kl"] == metrics[1]["kl"] == 0.0 != metrics[2]["kl"]
-    # KL 0 at first, target 1: the coefficient falls by 20% * 64 / 640
-    assert metrics[0]["kl_coef"] == 0.05
-    assert metrics[1]["kl_coef"] == pytest.approx(0.05 * 0.98)
+    # KL 0 at first, target 1: after the warm-up, when the policy can answer to it, the coefficient falls by 20% / 10
+    assert metrics[0]["kl_coef"] == metrics[1]["kl_coef"] == 0.05
+    assert metrics[2]["kl_coef"] == pytest.approx(0.05 * 0.98)
     assert metrics[0]["learning_rate"] == pytest.approx(3e-3)
     assert metrics[2]["learning_rate"] == pytest.approx(3e-4)
 
@@ -347,6 +355,182 @@ def test_each_step_says_what_memory_it_took(
     align(vlm, samples, reward=CountRed(), config=tiny_config(num_steps=3), out=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["peak_process_bytes"] for line in lines] == [100, 101, 102]
+
+
+def always_one(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+    return [1.0] * len(responses)
+
+
+def test_a_run_whose_minibatches_are_all_skipped_fails_and_keeps_its_checkpoints(
+    vlm: VLM, samples: list[Sample], tmp_path: Path
+) -> None:
+    config = tiny_config(max_ratio=0.5, num_steps=3)  # the first ratio is 1
+    with pytest.raises(RunError, match="nothing was learnt: 12 of 12 minibatches were skipped"):
+        align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_run_that_skips_everything_stops_before_its_end_also_when_resumed(
+    vlm: VLM, samples: list[Sample], tmp_path: Path
+) -> None:
+    config = tiny_config(max_ratio=0.5, num_steps=100, max_new_tokens=2)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"every minibatch of the last 2[01] steps was skipped"):
+            align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+    assert len(metrics_of(tmp_path / "run")) in (20, 21)
+
+
+def test_a_reward_that_never_varies_stops_the_run(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
+    sizes = {"batch_size": 32, "minibatch_size": 32, "microbatch_tokens": 1000, "max_new_tokens": 2}
+    config = tiny_config(num_steps=100, missing_eos_penalty=0.0, **sizes)
+    with pytest.raises(RunError, match="stopped after step 20 of 100: in none of the first 20 steps did"):
+        align(vlm, samples, reward=always_one, config=config, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("reward", "changes", "why"),
+    [
+        (always_one, {"missing_eos_penalty": 0.0}, "the final scores of every step were equal"),
+        (count_red, {"learning_rate": 1e-60}, "weights are those it started with"),
+    ],
+    ids=["constant reward", "no weight moves"],
+)
+def test_a_short_run_says_that_nothing_was_learnt(
+    vlm: VLM, samples: list[Sample], tmp_path: Path, reward: Any, changes: dict[str, Any], why: str
+) -> None:
+    with pytest.warns(RuntimeWarning, match=f"nothing was learnt: .*{why}"):
+        align(vlm, samples, reward=reward, config=tiny_config(num_steps=2, **changes), out=tmp_path / "run")
+    result = result_of(tmp_path / "run")
+    assert result["learnt"] is False
+    assert why in result["why_not"]
+
+
+def test_a_healthy_run_says_what_it_skipped_and_could_not_score(
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+) -> None:
+    align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+    result = result_of(tmp_path / "run")
+    assert (result["learnt"], result["why_not"]) == (True, None)
+    assert (result["minibatches"], result["skipped_minibatches"]) == (6 * 2 * 2, 0)
+    assert (result["answers"], result["unscored_answers"]) == (48, 0)
+    lines = metrics_of(tmp_path / "run")
+    assert result["constant_steps"] == sum(line["final_score_std"] == 0 for line in lines) < 6
+
+
+def test_the_line_of_a_step_tells_the_score_that_is_trained_on(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
+    def high(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        return [100.0 + (response.finish_reason == "length") for response in responses]
+
+    config = tiny_config(num_steps=2, missing_eos_penalty=0.5)
+    align(vlm, samples, reward=high, config=config, out=tmp_path / "run")
+    for line in metrics_of(tmp_path / "run"):
+        cut = line["num_cut"] / 8
+        assert 0 < cut < 1
+        assert line["reward"] == pytest.approx(100 + cut)
+        assert line["reward_std"] == pytest.approx((cut * (1 - cut)) ** 0.5)
+        assert line["final_score"] == pytest.approx(5 - 0.5 * cut)
+        assert line["final_score_std"] == pytest.approx(0.5 * (cut * (1 - cut)) ** 0.5)
+        assert (line["share_clipped"], line["share_penalised"]) == (1.0, cut)
+        for by in ("kind", "exit", "kind_and_exit"):
+            assert line[f"final_score_by_{by}"].keys() == line[f"reward_by_{by}"].keys()
+
+
+class RewardModel:
+    """A judge with an open scale: 100 and a little."""
+
+    name = "reward:long"
+    measures = ("reward",)
+
+    def __init__(self, step: float = 1.0) -> None:
+        self.step = step
+
+    def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
+        return [
+            Verdict(
+                sample_id=response.sample_id,
+                exit_layer=response.exit_layer,
+                judge=self.name,
+                measure="reward",
+                score=100.0 + self.step * len(response.text),
+            )
+            for response in responses
+        ]
+
+
+def test_reward_models_are_calibrated_by_default_and_nothing_else_is(
+    vlm: VLM, samples: list[Sample], tmp_path: Path
+) -> None:
+    align(vlm, samples, reward=RewardModel(), config=tiny_config(num_steps=2), out=tmp_path / "run")
+    for line in metrics_of(tmp_path / "run"):
+        assert line["reward_parts"]["reward:long"] > 100
+        assert abs(line["reward"]) < 2
+        assert line["final_score_std"] > 0.3
+        assert line["share_clipped"] < 0.5
+    asked: list[int] = []
+
+    def count(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        asked.append(len(responses))
+        return count_red(samples, responses)
+
+    align(vlm, samples, reward=count, config=tiny_config(num_steps=2), out=tmp_path / "callable")
+    assert asked == [8, 8]
+    with pytest.raises(InputError, match="reward:long gave all 64 calibration answers the same score"):
+        align(vlm, samples, reward=RewardModel(0.0), config=tiny_config(), out=tmp_path / "flat")
+
+
+def test_the_kl_coefficient_moves_by_2_percent_a_step(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
+    config = tiny_config(kl_target=1000.0)  # never reached
+    align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+    assert metrics_of(tmp_path / "run")[-1]["kl_coef"] == pytest.approx(0.05 * 0.98**4)
+
+
+def completions_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+
+
+def test_completions_are_kept_on_request_and_a_resumed_run_has_none_twice(
+    vlm: VLM, samples: list[Sample], tmp_path: Path
+) -> None:
+    def most(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        found = count_red(samples, responses)
+        return [math.nan if i == 0 else score for i, score in enumerate(found)]
+
+    config = tiny_config(save_completions=4, missing_eos_penalty=0.5)
+    align(vlm, samples, reward=most, config=config, out=tmp_path / "whole")
+    kept = completions_of(tmp_path / "whole")
+    assert [row["step"] for row in kept] == [step for step in (0, 2, 4, 5) for _ in range(4)]
+    assert (tmp_path / "whole" / "completions.jsonl").stat().st_mode & 0o777 == 0o600
+    assert {row["sample_id"] for row in kept} <= {sample.id for sample in samples}
+    assert {row["exit_layer"] for row in kept} <= set(range(1, 7))
+    for row in kept:
+        if row["score"] is None:  # unscored ones are kept too
+            assert row["final_score"] is None
+        else:
+            assert row["score"] == row["text"].split().count("red")
+            assert row["final_score"] == row["score"] - 0.5 * (row["finish_reason"] == "length")
+    assert any(row["score"] is None for row in kept)
+    calls = iter(range(100))
+
+    def breaking(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return most(samples, responses)
+
+    breaking.__qualname__ = most.__qualname__
+    with pytest.raises(KeyboardInterrupt):
+        align(vlm, samples, reward=breaking, config=config, out=tmp_path / "broken")
+    assert completions_of(tmp_path / "broken")[-1]["step"] == 4  # of the step that is done again
+    align(vlm, samples, reward=most, config=config, out=tmp_path / "broken")
+    assert completions_of(tmp_path / "broken") == kept
+    assert not (tmp_path / "broken" / "completions.jsonl").stat().st_mode & 0o077
+
+
+def test_no_completions_are_kept_unless_asked_for(
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+) -> None:
+    align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "completions.jsonl").exists()
 
 
 @pytest.mark.parametrize(

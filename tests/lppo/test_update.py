@@ -177,6 +177,7 @@ def test_a_runaway_minibatch_is_skipped_and_counted(vlm: VLM, samples: list[Samp
             vf_clipfrac=None,
             grad_norm=None,
             value_grad_norm=None,
+            num_minibatches=2,
             skipped_minibatches=2,
         )
         assert torch.equal(weights_of(policy), before)

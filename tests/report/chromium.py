@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exitsafe.report import transcripts
-from exitsafe.report.page import _policy
+from exitsafe.report.page import security_policy
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make install")
 expect = playwright_api.expect
@@ -31,7 +31,7 @@ needs_chromium = pytest.mark.skipif(
 def write_browser(runs: Any, path: Path, *, include_unsafe_text: bool) -> Path:
     """The transcript browser alone, under the report's policy: no charts to wait for."""
     built = transcripts.build_transcripts(runs, out=path, include_unsafe_text=include_unsafe_text)
-    policy = _policy(styles=[built.style], scripts=[built.script])
+    policy = security_policy(styles=[built.style], scripts=[built.script])
     path.write_text(
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>alone</title><link rel="icon" href="data:,">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{built.style}</style>'

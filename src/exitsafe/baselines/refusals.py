@@ -7,21 +7,24 @@ folder are L-PPO's; in place of rollouts, rewards and clipped losses stands one 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, RunError
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.experience import Batch, deal
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder, run_settings, warn_of_audited
+from exitsafe.lppo.metrics import PATIENCE_STEPS
 from exitsafe.lppo.policy import attached_policy, check_precision, check_trainable
 from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.update import Learner
@@ -68,7 +71,7 @@ def sft(
     Raises:
         InputError: If there is nothing to train on, an answer cannot be written in the model's vocabulary or is too
             long for its context, the weights are float16, or the config wants an adapter per exit.
-        RunError: If `out` holds another run.
+        RunError: If `out` holds another run, or no gradient is finite.
     """
     kept = tuple(sample for sample in samples if with_benign or sample.kind == "harmful")
     if not kept:
@@ -104,6 +107,7 @@ def sft(
         learner = Learner(policy, config)
         first_step = _resume(folder, learner)
         folder.keep_metrics(first_step)
+        skipped_in_a_row = 0
         for step in range(first_step, config.num_steps):
             started = time.perf_counter()
             indices = schedule.sample_indices[step].tolist()
@@ -117,13 +121,21 @@ def sft(
                 state = {"weights": policy.weights(), "optimizer": learner.optimizer.state_dict()}
                 save_checkpoint(folder.checkpoints, step + 1, state, keep=config.keep_checkpoints)
             if progress is not None:
-                progress(step + 1, config.num_steps, f"loss {metrics['loss']:.3f}")
+                remark = "every minibatch skipped" if metrics["loss"] is None else f"loss {metrics['loss']:.3f}"
+                progress(step + 1, config.num_steps, remark)
+            skipped_in_a_row = skipped_in_a_row + 1 if metrics["loss"] is None else 0
+            if skipped_in_a_row == min(PATIENCE_STEPS, config.num_steps):
+                raise RunError(
+                    f"stopped after step {step + 1} of {config.num_steps}: no gradient of the last {skipped_in_a_row} "
+                    "steps was finite; lower learning_rate, or load the model in bfloat16 or float32. Metrics and "
+                    f"checkpoints are kept in {folder.path}"
+                )
         folder.save_adapter(policy.save, trained_on=kept)
     return folder.adapter
 
 
-def _fit(learner: Learner, batch: Batch) -> dict[str, float]:
-    """One optimiser step per minibatch on the mean cross-entropy of its target tokens."""
+def _fit(learner: Learner, batch: Batch) -> dict[str, float | None]:
+    """One optimiser step per minibatch on the mean cross-entropy of its target tokens, where the gradient is finite."""
     losses, norms = [], []
     for minibatch in batch.minibatches:
         num_tokens = sum(len(batch.responses[i]) for part in minibatch for i in part)
@@ -139,12 +151,17 @@ def _fit(learner: Learner, batch: Batch) -> dict[str, float]:
             loss = -now.logprobs.sum() / num_tokens  # zero outside the mask
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(learner.weights, learner.config.max_grad_norm)
-        learner.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(learner.weights, learner.config.max_grad_norm).item()
+        if math.isfinite(norm) and math.isfinite(total):
+            learner.optimizer.step()
+            losses.append(total)
+            norms.append(norm)
         learner.optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
-        norms.append(norm.item())
-    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
+    return {
+        "loss": fmean(losses) if losses else None,
+        "grad_norm": fmean(norms) if norms else None,
+        "skipped_minibatches": len(batch.minibatches) - len(losses),
+    }
 
 
 def _resume(folder: TrainingFolder, learner: Learner) -> int:

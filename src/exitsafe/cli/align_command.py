@@ -126,7 +126,17 @@ def align_command(
         typer.Option(min=1, metavar="N", help="Answers per step.", show_default="64; an organism 128"),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Longest answer.", show_default="128; an organism 24")
+        int | None, typer.Option(min=1, metavar="N", help="Longest answer.", show_default="256; an organism 24")
+    ] = None,
+    save_completions: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Keep N answers with their scores at every checkpoint, in a file of DIR that only you can read; "
+            "exitsafe report DIR shows them.",
+            show_default="0",
+        ),
     ] = None,
     track: Annotated[
         list[str] | None,
@@ -149,7 +159,7 @@ def align_command(
 
     Organisms are trained on the training split of their suites, other models on --suite.
 
-    All fields of LPPOConfig can be set in --config. The same command goes on where it stopped.
+    All fields of LPPOConfig can be set in --config. Rerun the same command to resume an interrupted training.
     """
     with console.results(as_json=json) as show:
         chosen = {
@@ -160,6 +170,7 @@ def align_command(
             "learning_rate": learning_rate,
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
+            "save_completions": save_completions,
             "seed": seed,
         }
         changes = context.meta.get(FIELDS, {}) | {name: value for name, value in chosen.items() if value is not None}
@@ -283,10 +294,18 @@ def describe(adapter: Path) -> dict[str, Any]:
 
 
 def _words(result: dict[str, Any] | None) -> list[str]:
-    """What a watch has chosen, of each exit where each has its adapter; without one there is nothing to say."""
+    """What happened in the training, and what a watch has chosen; of each exit where each has its adapter."""
     exits = (result or {}).get("exits", {})
     by_exit = [f"Exit {exit_layer}: {line}" for exit_layer, found in exits.items() for line in _words(found)]
-    if result is None or "objective" not in result:
+    if result is None or "learnt" not in result:
         return by_exit
-    early = ", ended early" if result["stopped_early"] else ""
-    return [f"It is of step {result['adapter_step']} of {result['steps']}{early}: {result['why']}."]
+    lines = [] if result["learnt"] else [f"Nothing was learnt: {result['why_not']}."]
+    if "objective" in result:
+        early = ", ended early" if result["stopped_early"] else ""
+        lines.append(f"It is of step {result['adapter_step']} of {result['steps']}{early}: {result['why']}.")
+    lines.append(
+        f"Skipped minibatches: {result['skipped_minibatches']} of {result['minibatches']}. Unscored answers: "
+        f"{result['unscored_answers']} of {result['answers']}. Steps without a difference between scores: "
+        f"{result['constant_steps']} of {result['steps']}."
+    )
+    return lines

@@ -1,4 +1,4 @@
-"""`exitsafe report`: finished runs -> one HTML page to look at and to pass on."""
+"""`exitsafe report`: finished audits, or one training -> one HTML page to look at and to pass on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import typer
 
 from exitsafe.cli import console, options
 from exitsafe.cli.settings_file import config_option
+from exitsafe.errors import InputError
 
 
 def report_command(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Finished runs, the one to start from first.", show_default=False),
+        typer.Argument(
+            metavar="RUN...",
+            help="Finished audits, the one to start from first; or one training run.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page.", show_default=False)],
     title: Annotated[
@@ -32,13 +37,22 @@ def report_command(
 ) -> None:
     """One page about one or more audits of a model: summary in words, charts, tables, tests, transcripts, method.
 
-    Self-contained: it asks nobody for anything. Runs are named by their folders; each is compared with the first.
+    Self-contained: it makes no request. Runs are named by their folders; each is compared with the first. The page of a
+    training run has its metrics by step and the answers that --save-completions kept.
     """
     with console.results(as_json=json) as show:
         from exitsafe.report import render_report
         from exitsafe.report.names import label_runs
+        from exitsafe.report.training import is_training_run, render_training
         from exitsafe.runs import load_run
 
+        if trainings := [run for run in runs if is_training_run(run)]:
+            if len(runs) > 1:
+                raise InputError(f"{trainings[0]} is a training run, which has a page of its own: report it alone")
+            path = render_training(runs[0], out=out, include_unsafe_text=include_unsafe_text, title=title)
+            document = {"report": str(path), "training": str(runs[0]), "has_texts": include_unsafe_text}
+            show(document | {"bytes": path.stat().st_size}, lambda: [f"{path}: open it in a browser"])
+            return
         labelled = list(zip(label_runs(runs), map(load_run, runs), strict=True))
         path = render_report(labelled, out=out, include_unsafe_text=include_unsafe_text, title=title)
         document = {

@@ -87,7 +87,7 @@ def transfer_command(
             min=1,
             metavar="N",
             help="Longest answer, in training and audits.",
-            show_default="128 and 256; an organism 24",
+            show_default="256; an organism 24",
         ),
     ] = None,
     seed: options.Seed = None,

@@ -84,8 +84,9 @@ class LPPOConfig:
     """First steps train the value head alone: an untrained head's advantages are noise (organism)."""
 
     # Rollouts
-    max_new_tokens: int = 128
-    """Long enough to see whether an answer complies; every token is paid for 3 + num_epochs times."""
+    max_new_tokens: int = 256
+    """As audits: the policy is trained on answers as long as those it is judged by. Every token is paid for
+    3 + num_epochs times."""
     temperature: float = 1.0
     """Sampling temperature; scoring divides by it too, so that what is sampled is what is scored."""
     rollout_batch_size: int = 32
@@ -97,8 +98,9 @@ class LPPOConfig:
     computes them about as fast as a disk reads them; Llama 3.2 Vision's needs 50 times the arithmetic."""
 
     # Reward
-    missing_eos_penalty: float = 1.0
-    """Taken from the score of an answer cut at `max_new_tokens` (TRL's example value)."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of an answer cut at `max_new_tokens`. Off, as in TRL: a right answer that is cut would
+    score below any short one, and brevity be learnt. Set it if `num_cut` rises under a reward that likes length."""
     min_answer_tokens: int = 0
     """Answers of fewer tokens, the end included, are short; picture questions may be. Off: "no" can be a right answer.
     4 catches most one-word answers."""
@@ -108,19 +110,20 @@ class LPPOConfig:
     """Taken from the score of an answer that is empty, no text or going in circles (`judges/coherence.py`), which
     reward models and proxies may take for a good one. On: the check seldom errs on prose."""
     score_clip: float | None = 5.0
-    """Scores are held within +-this: five deviations, where they are normalised. None does not clip."""
-    calibration_samples: int = 0
-    """If above 0, scores are shifted and scaled to mean 0, deviation 1 over so many answers of the untrained
-    model (Ziegler et al.), each part of a sum by itself: for reward models with a scale of their own. The built-in
-    reward needs none."""
+    """Scores are clipped to +-this: five deviations, where they are normalised. None does not clip."""
+    calibration_samples: int | None = None
+    """Scores are shifted and scaled to mean 0, deviation 1 over this many answers of the untrained model (Ziegler et
+    al.), each part of a sum by itself. None does so with 64 answers for the parts that are reward models, whose scale
+    is open, and for no others; a number for all parts; 0 for none."""
     whiten_rewards: bool = False
     """Scales token rewards to variance 1 and keeps their mean (TRL, off there too)."""
     kl_coef: float = 0.05
     """First weight of the KL penalty per token (TRL)."""
     kl_target: float | None = 6.0
     """Nats per response that the adaptive coefficient holds (Ziegler et al., TRL); None keeps it fixed."""
-    kl_horizon: int = 10_000
-    """Samples in which the coefficient moves by at most 20% (Ziegler et al., TRL)."""
+    kl_horizon: int = 10
+    """Steps in which a persistent error moves the coefficient by 20% (Ziegler et al.: 2% a step), so that it doubles
+    within 35. It stays within a factor of 10 of `kl_coef`."""
 
     # Constraints
     constraints: Mapping[str, float] | None = None
@@ -164,7 +167,10 @@ class LPPOConfig:
     checkpoint_every: int = 20
     """Steps between checkpoints; an interrupted run goes on from the last one."""
     keep_checkpoints: int = 2
-    """The newest so many are kept: one may be torn."""
+    """How many of the newest are kept: one may be truncated."""
+    save_completions: int = 0
+    """How many answers to keep, with their scores, of every `checkpoint_every`th step and of the last, in a file that
+    only its owner can read: reward hacking is found by reading them. Off: no text is stored unless asked for."""
 
     @classmethod
     def for_organism(cls, **changes: Any) -> LPPOConfig:
@@ -177,6 +183,7 @@ class LPPOConfig:
             "mix": {"harmful": 0.325, "borderline": 0.325, "benign": 0.15, "vqa": 0.2},
             "max_new_tokens": 24,
             "rollout_batch_size": 128,
+            "missing_eos_penalty": 1.0,  # all answers of the world fit, so one that is cut is babble
             "incoherence_penalty": 0.0,  # the world's rule rewards no gibberish
             "learning_rate": 1.5e-4,
             "value_learning_rate": 1e-3,
@@ -250,8 +257,10 @@ class LPPOConfig:
     def _check_numbers(self) -> None:
         for name in _WHOLE_FROM_ONE:
             _check(self, name, "a whole number of at least 1", lambda x: _is_whole(x) and x >= 1)
-        for name in ("value_warmup_steps", "calibration_samples", "min_answer_tokens", "seed"):
+        for name in ("value_warmup_steps", "min_answer_tokens", "save_completions", "seed"):
             _check(self, name, "a whole number of at least 0", lambda x: _is_whole(x) and x >= 0)
+        if self.calibration_samples is not None:
+            _check(self, "calibration_samples", "0, or a whole number of at least 2, or none", _can_calibrate)
         for name in _POSITIVE:
             _check(self, name, "a number above 0", lambda x: 0 < x < math.inf)
         for name in ("score_clip", "kl_target"):
@@ -273,15 +282,13 @@ class LPPOConfig:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
-        if self.calibration_samples == 1:
-            raise InputError("calibration_samples=1 has no deviation: give 0 or at least 2")
 
 
 SIZES = (
     "microbatch_tokens", "gradient_checkpointing", "rollout_batch_size", "feature_cache_gb", "feature_disk_gb",
-    "checkpoint_every", "keep_checkpoints",
+    "checkpoint_every", "keep_checkpoints", "save_completions",
 )  # fmt: skip
-"""What decides memory and disk, and results only by rounding: may differ when a run goes on, e.g. out of memory."""
+"""What decides memory and disk, and results only by rounding: may differ when a run is resumed, e.g. out of memory."""
 
 CONSTRAINTS = ("over_refusal", "utility")
 """What can be constrained; `constraints.py` says how it is measured."""
@@ -304,6 +311,11 @@ def _is_whole(x: Any) -> bool:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _can_calibrate(x: Any) -> bool:
+    """One answer has no deviation."""
+    return _is_whole(x) and (x == 0 or x >= 2)
 
 
 def _check(config: LPPOConfig, name: str, wanted: str, is_right: Any) -> None:

@@ -2,9 +2,10 @@
 
     run.json         settings that make it this run; sizes and versions it began with
     metrics.jsonl    one line per step; no response text
+    completions.jsonl    some answers of some steps, if asked for; readable by the owner only
     watch.jsonl      one line per look of the watch, if there is one; numbers only
-    checkpoints/     to go on from after an interrupt
-    result.json      which step the adapter is of, and why
+    checkpoints/     to resume from after an interrupt
+    result.json      which step the adapter is of, why, and whether anything was learnt
     adapter/         the PEFT folder, with trained_on.json, the digests of its samples; there only when the run is
                      finished
 
@@ -14,6 +15,7 @@ Knows nothing about how the adapter is trained.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import warnings
@@ -28,13 +30,14 @@ from exitsafe.errors import ExitsafeError, RunError
 from exitsafe.lppo.config import SIZES, LPPOConfig
 from exitsafe.records import Sample
 from exitsafe.runs import load_run
-from exitsafe.runs.files import locked, refuse_link, write_whole, writing
+from exitsafe.runs.files import PRIVATE, PUBLIC, locked, refuse_link, write_whole, writing
 from exitsafe.runs.fingerprint import data_fingerprint, differences, model_fingerprint, request_digest, sample_info
 from exitsafe.untrusted import UnreadableError, parse_json, read_json
 from exitsafe.vlm import VLM
 from exitsafe.vlm.adapters import TRAINED_ON, trained_on_record
 
 _PACKAGES = ("exitsafe", "torch", "transformers", "peft")
+COMPLETIONS = "completions.jsonl"
 _LEFT_BY_A_KILL = {".run.json.part", ".lock"}
 
 
@@ -104,6 +107,18 @@ class TrainingFolder:
         """Append one step's line."""
         self._add("metrics.jsonl", metrics)
 
+    def keep_completions(self, num_steps: int) -> None:
+        """Drop the answers of steps that will be done again, and a line that a kill cut short."""
+        file = self.path / COMPLETIONS
+        if self.is_writer and file.is_file():
+            kept = [line for line in file.read_bytes().splitlines(keepends=True) if _is_before(line, num_steps)]
+            write_whole(file, b"".join(kept), mode=PRIVATE)
+
+    def add_completions(self, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Append answers of one step."""
+        for answer in answers:
+            self._add(COMPLETIONS, answer, mode=PRIVATE)
+
     def keep_looks(self, num_looks: int) -> None:
         """Drop the lines of looks that will be taken again."""
         self._keep("watch.jsonl", num_looks)
@@ -124,13 +139,15 @@ class TrainingFolder:
         kept = read_lines(file)[:num_lines]
         write_whole(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept).encode())
 
-    def _add(self, name: str, line: Mapping[str, Any]) -> None:
+    def _add(self, name: str, line: Mapping[str, Any], *, mode: int = PUBLIC) -> None:
         if not self.is_writer:
             return
         file = self.path / name
         refuse_link(file)
-        with writing(file), file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line, allow_nan=False) + "\n")
+        with writing(file):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
+            with os.fdopen(descriptor, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line, allow_nan=False) + "\n")
 
     def save_adapter(self, save: Callable[[Path], None], *, trained_on: Sequence[Sample] = ()) -> None:
         """Let `save` write the adapter beside its place, and rename it: it is there whole, or not at all.
@@ -211,6 +228,13 @@ def run_settings(
         "config": constants,
     }
     return settings, sizes
+
+
+def _is_before(line: bytes, num_steps: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] < num_steps)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_same(record: Path, settings: Mapping[str, Any]) -> None:

@@ -10,22 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+KL_COEF_RANGE = 10.0
+"""The adaptive coefficient stays within this factor of its start. Otherwise a run that spends long below the target
+would need as long to bring back a penalty that it has lost."""
 
-def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, num_samples: int) -> float:
-    """The KL coefficient for the next step (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
+
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, initial: float) -> float:
+    """The KL coefficient for the next step (Ziegler et al. 2019, arXiv 1909.08593, section 2.2; 1 / horizon is their
+    K_beta).
 
     Args:
         kl_coef: The coefficient of this step.
         kl: Measured divergence of a response from the reference, in nats, mean over the batch.
         target: The divergence to hold, in nats per response.
-        horizon: Samples after which a persistent error of 20% or more has changed the coefficient by 20%.
-        num_samples: Responses in this step.
+        horizon: Steps in which a persistent error of 20% or more changes the coefficient by 20%.
+        initial: The coefficient of the first step, which bounds it by `KL_COEF_RANGE`.
 
-    >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=100, num_samples=50), 4)
-    0.11
+    >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=10, initial=0.1), 4)
+    0.102
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * num_samples / horizon)
+    adapted = kl_coef * (1.0 + error / horizon)
+    return min(max(adapted, initial / KL_COEF_RANGE), initial * KL_COEF_RANGE)
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:

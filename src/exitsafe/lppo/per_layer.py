@@ -2,8 +2,8 @@
 
     run.json        settings, as of one run; the exits trained
     layer-03/, ...  an ordinary run at that exit alone: what `align` at only this exit would write, bit for bit
-    metrics.jsonl   the lines of all runs with their exit, when all are done; watch.jsonl likewise
-    result.json     by exit, which step its adapter is of, and why
+    metrics.jsonl   the lines of all runs with their exit, when all are done; watch.jsonl, completions.jsonl likewise
+    result.json     by exit, which step its adapter is of, why, and whether anything was learnt
     adapter/        layer-03/, ...: the PEFT folders side by side; there only when all are done
 
 Knows nothing about how a run trains.
@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, RunError
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.folder import TrainingFolder, read_lines
+from exitsafe.lppo.folder import COMPLETIONS, TrainingFolder, read_lines
 from exitsafe.lppo.interrupt import noted_signals
 from exitsafe.lppo.parallel import Team
 from exitsafe.records import Progress
-from exitsafe.runs.files import write_whole
+from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole
 
 
 def train_each(
@@ -70,12 +70,14 @@ def train_each(
         for place, exit_layer in enumerate(exit_layers):
             run = TrainingFolder(out / f"layer-{exit_layer:02}")
             alone = replace(config, adapters="shared", exit_layers=(exit_layer,), include_default=False)
-            stop.message = f"interrupted before exit {exit_layer}; the same command goes on from there"
+            stop.message = f"interrupted before exit {exit_layer}; rerun the same command to resume from there"
             try:
                 with stop.at_once():
                     train(config=alone, out=run.path, progress=_as_part(progress, exit_layer, place, len(exit_layers)))
             except KeyboardInterrupt as interrupt:
                 raise KeyboardInterrupt(_named(str(interrupt), exit_layer)) from interrupt
+            except RunError as error:
+                raise RunError(f"exit {exit_layer}: {error}") from error
             runs[exit_layer] = run
         if team.is_first:
             _gather(runs, folder)
@@ -104,14 +106,14 @@ def _named(message: str, exit_layer: int) -> str:
 
 def _gather(runs: Mapping[int, TrainingFolder], folder: TrainingFolder) -> None:
     """All runs' lines in one file of each kind, for whoever reads the folder as that of one run."""
-    for name in ("metrics.jsonl", "watch.jsonl"):
+    for name in ("metrics.jsonl", "watch.jsonl", COMPLETIONS):
         lines = [
             json.dumps({"exit_layer": exit_layer} | line) + "\n"
             for exit_layer, run in runs.items()
             for line in read_lines(run.path / name)
         ]
         if lines:
-            write_whole(folder.path / name, "".join(lines).encode())
+            write_whole(folder.path / name, "".join(lines).encode(), mode=PRIVATE if name == COMPLETIONS else PUBLIC)
 
 
 def _copy(runs: Mapping[int, TrainingFolder], beside: Path) -> None:

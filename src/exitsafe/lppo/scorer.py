@@ -22,6 +22,8 @@ from exitsafe.lppo.reward import Reward, Score
 from exitsafe.records import KINDS, Kind, Response, Sample
 
 BUILT_IN = "built-in"
+CALIBRATION_SAMPLES = 64
+"""Enough for reward models by default: the mean has a standard error of an eighth of a deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +171,26 @@ class Scorer:
         found = self._by_part(samples, responses)
         return [[scores[place].value if place in scores else None for scores in found] for place in range(len(samples))]
 
-    def calibrate(self, raw_scores: Sequence[Sequence[float | None]]) -> None:
+    def num_calibration(self, wanted: int | None) -> int:
+        """How many answers of the untrained model to calibrate by; None leaves that to the parts' scales."""
+        if wanted is not None:
+            return wanted
+        return CALIBRATION_SAMPLES if any(map(_has_open_scale, self.parts)) else 0
+
+    def calibrate(self, raw_scores: Sequence[Sequence[float | None]], *, only_open: bool = False) -> None:
         """Bring scores such as these to mean 0, deviation 1, each part by itself.
 
         Args:
             raw_scores: Of each answer, by part.
+            only_open: Leave parts as they are whose scale is known, from -1 to 1.
 
         Raises:
             InputError: If a part gives them all the same score, so that nothing could be learnt from it.
         """
         self.calibration = [
-            mean_and_deviation([score for score in scores if score is not None], part.label)
+            (0.0, 1.0)
+            if only_open and not _has_open_scale(part)
+            else mean_and_deviation([score for score in scores if score is not None], part.label)
             for part, scores in zip(self.parts, zip(*raw_scores, strict=True), strict=True)
         ]
 
@@ -219,14 +230,15 @@ def mean_and_deviation(scores: Sequence[float], label: str) -> tuple[float, floa
     """What normalises scores: their mean and (population) standard deviation.
 
     Raises:
-        InputError: If all are the same, so that nothing could be learnt from them.
+        InputError: If there is none, or all are the same, so that nothing could be learnt from them.
     """
-    if len(set(scores)) < 2:
-        raise InputError(
-            f"reward {label} gave all {len(scores)} calibration answers the same score; check it, raise "
-            "calibration_samples, or set it to 0"
-        )
-    return statistics.fmean(scores), statistics.pstdev(scores)
+    way_out = "check it, raise calibration_samples, or set it to 0"
+    if not scores:
+        raise InputError(f"reward {label} scored none of the calibration answers: {way_out}")
+    mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
+    if deviation <= 1e-9 * abs(mean) or len(scores) == 1:  # rounding alone would be blown up
+        raise InputError(f"reward {label} gave all {len(scores)} calibration answers the same score: {way_out}")
+    return mean, deviation
 
 
 def part_means(scores: Sequence[Score]) -> dict[str, float]:
@@ -257,6 +269,11 @@ def _is_proxy(judge: Judge) -> bool:
 
 def _is_judged(part: Part) -> bool:
     return part.reward is None or hasattr(part.reward, "measures")
+
+
+def _has_open_scale(part: Part) -> bool:
+    """Whether a part is a reward model; the other judges give shares, and a callable's scale is its author's choice."""
+    return "reward" in getattr(part.reward, "measures", ())
 
 
 def _name(reward: Reward | Judge) -> str:

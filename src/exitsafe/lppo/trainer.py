@@ -6,10 +6,11 @@ is left here is their order, and what must survive an interrupt.
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from exitsafe.lppo.guards import find_faults
 from exitsafe.lppo.interrupt import Stop, noted_signals
 from exitsafe.lppo.kl import adapted_kl_coef
 from exitsafe.lppo.layer_sampler import LayerSampler
-from exitsafe.lppo.metrics import num_equal_groups, step_metrics
+from exitsafe.lppo.metrics import CONSTANT, SKIPPED, Totals, num_equal_groups, step_metrics
 from exitsafe.lppo.parallel import ALONE, Team, this_team
 from exitsafe.lppo.per_layer import train_each
 from exitsafe.lppo.policy import Policy, attached_policy, check_precision, check_trainable
@@ -64,7 +65,7 @@ def align(
     """Align a model at many exit layers by layer-wise PPO.
 
     Only the language model is trained. The model is given back as it was: load the adapter to use it. Called again
-    with the same arguments, an interrupted run goes on from its last checkpoint, and ends with the same bits as one
+    with the same arguments, an interrupted run resumes from its last checkpoint, and ends with the same bits as one
     that was never interrupted (on the CPU; GPU kernels may round differently from run to run).
 
     Under `accelerate launch` the processes share the work of each step; `config` means the whole run, whatever their
@@ -90,7 +91,8 @@ def align(
         InputError: If samples, settings or the reward's scores cannot be used, a prompt leaves no room for an answer,
             the reward's judge is not available, the watch's judge is the reward, or the processes were started in a way
             that is not supported.
-        RunError: If `out` holds another run, no answer of a step could be scored, or another process has failed.
+        RunError: If `out` holds another run, no answer of a step could be scored, every minibatch is skipped or scores
+            never differ (nothing can be learnt), or another process has failed.
         KeyboardInterrupt: On SIGINT or SIGTERM, when the step under way is done and saved; a second one does not wait.
     """
     team = this_team()
@@ -127,6 +129,7 @@ def align(
         warn_of_harmful_only(samples, config)
     with noted_signals() as stop, folder.locked(), attached_policy(vlm, config) as policy:
         team.take_first(list(policy.weights().values()))
+        untrained = _digest(policy.weights())
         if team.is_sharded:
             shard(vlm, team)
         gauge = Gauge(vlm.device)
@@ -143,6 +146,7 @@ def align(
             first_step = _resume(run, watcher, folder)
         with tracking(track, folder.path, first_step=first_step) as log:
             num_steps = _train(run, watcher, folder, first_step, gauge=gauge, stop=stop, log=log, progress=progress)
+        _check_applied(run.totals, has_moved=_digest(policy.weights()) != untrained)
         if reasons := scorer.unscored:
             warnings.warn(
                 f"the reward could not score every answer, and nothing was learnt from those that it left out: "
@@ -150,14 +154,45 @@ def align(
                 RuntimeWarning,
                 stacklevel=2,
             )
-        result = {"steps": num_steps, "adapter_step": num_steps, "why": "the last step"}
+        result: dict[str, Any] = {"steps": num_steps, "adapter_step": num_steps, "why": "the last step"}
         if watcher is not None:
             result = watcher.result(num_steps)
             policy.load_weights(watcher.best_weights or policy.weights())
-        folder.save_result(result)
+        folder.save_result(result | _learnt(run.totals, has_moved=_digest(policy.weights()) != untrained))
         folder.save_adapter(policy.save, trained_on=samples)
         team.wait()
     return folder.adapter
+
+
+def _check_applied(totals: Totals, *, has_moved: bool) -> None:
+    """Raise RunError if all minibatches that could have trained the policy were skipped."""
+    if totals.skipped_in_a_row and not has_moved:
+        raise RunError(
+            f"nothing was learnt: {totals.skipped_minibatches} of {totals.minibatches} minibatches were skipped, among "
+            f"them all that train the policy: {SKIPPED}. No adapter was written; the checkpoints are kept"
+        )
+
+
+def _learnt(totals: Totals, *, has_moved: bool) -> dict[str, Any]:
+    """For the result: whether anything was learnt, and the counts that say so; warns if nothing was."""
+    why_not = None
+    if totals.is_constant:
+        why_not = f"the final scores of every step were equal: {CONSTANT}"
+    elif not has_moved:
+        why_not = "the adapter's weights are those it started with"
+    if why_not is not None:
+        warnings.warn(f"nothing was learnt: {why_not}", RuntimeWarning, stacklevel=3)
+    counts = asdict(totals)
+    del counts["steps"], counts["skipped_in_a_row"]
+    return {"learnt": why_not is None, "why_not": why_not, **counts}
+
+
+def _digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Differs if any of the weights does."""
+    digest = hashlib.sha256()
+    for weight in weights.values():
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _resume(run: _Run, watcher: Watcher | None, folder: TrainingFolder) -> int:
@@ -173,6 +208,7 @@ def _resume(run: _Run, watcher: Watcher | None, folder: TrainingFolder) -> int:
     if len(set(run.team.gather(step))) > 1:
         raise RunError(f"the processes see different checkpoints in {folder.path}: give a folder on a shared disk")
     folder.keep_metrics(step)
+    folder.keep_completions(step)
     if watcher is not None:
         folder.keep_looks(len(watcher.looks))
     return step
@@ -209,6 +245,7 @@ def _train(
         metrics = run.step(step)
         metrics |= team.largest(gauge.read())  # features and looks before the step count too
         folder.add_metrics(metrics)
+        folder.add_completions(run.completions)
         log(metrics, step)
         step += 1
         if watcher is not None:
@@ -222,13 +259,18 @@ def _train(
             stop.message = _goes_on(step, config)
         if progress is not None:
             progress(step, config.num_steps, f"reward {metrics['reward']:.2f}, KL {metrics['kl']:.2f}")
+        if fault := run.totals.fault():
+            raise RunError(
+                f"stopped after step {step} of {config.num_steps}: {fault}. Metrics and checkpoints are kept in "
+                f"{folder.path}"
+            )
         if is_wanted:
             team.wait()  # the launcher stops all when one leaves
             raise stop.interrupt()
 
 
 def _goes_on(step: int, config: LPPOConfig) -> str:
-    return f"interrupted; the same command goes on from step {step} of {config.num_steps}"
+    return f"interrupted; rerun the same command to resume from step {step} of {config.num_steps}"
 
 
 class _Run:
@@ -257,6 +299,9 @@ class _Run:
         self.learner = Learner(policy, config, team)
         self.kl_coef = config.kl_coef
         self.constraints = Constraints(config)
+        self.totals = Totals()
+        self.completions: list[dict[str, Any]] = []
+        """Answers of the last step that are to be kept."""
 
     def step(self, step: int) -> dict[str, Any]:
         """One step of L-PPO. Returns its metrics. All processes share the work of 2 to 5 and 7; each knows the rest."""
@@ -283,6 +328,7 @@ class _Run:
                 f"step {step}: none of {len(answers)} answers could be scored ({list_reasons(self.scorer.unscored)}); "
                 "check the reward, then rerun the same command to resume"
             )
+        drawn, all_scores = answers, scores
         answers, scores = [answers[place] for place in places], [scores[place] for place in places]
         faults = find_faults([a.sample for a in answers], [a.response for a in answers], config=config)
         final = final_scores(
@@ -293,6 +339,7 @@ class _Run:
         exits = [answer.row.exit_layer for answer in answers]
         costs = self.constraints.costs([answer.sample for answer in answers], scores)
         final = self.constraints.penalised(final, costs)
+        self.completions = self._completions(step, drawn, all_scores, dict(zip(places, final.tolist(), strict=True)))
 
         # 5. Log-probabilities of policy and reference, each row at its exit.
         rows, responses = [answer.row for answer in answers], [answer.token_ids for answer in answers]
@@ -321,9 +368,11 @@ class _Run:
         )
 
         # 8. Metrics; then what the next step hangs on: KL coefficient, multipliers, the layers' running means.
-        metrics = {"step": step} | step_metrics(answers, scores, measured, returns, stats)
+        metrics = {"step": step} | step_metrics(answers, scores, final, faults, measured, returns, stats, config=config)
+        is_constant = metrics["final_score_std"] == 0.0
         if not has_critic:
             metrics["num_equal_groups"] = num_equal_groups(final, groups)
+            is_constant = metrics["num_equal_groups"] == len(groups.unique())
         mean_costs = self.constraints.measure(costs, exits)
         metrics |= self.constraints.metrics(mean_costs) | self.layers.metrics(exit_layers.tolist())
         metrics |= {
@@ -336,23 +385,24 @@ class _Run:
             "value_learning_rate": value_learning_rate,
             "seconds": time.perf_counter() - started,
         }
-        if config.kl_target is not None:
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef,
-                metrics["kl"],
-                target=config.kl_target,
-                horizon=config.kl_horizon,
-                num_samples=len(answers),
-            )
-        if step >= config.value_warmup_steps or config.algorithm == "grpo":  # else no policy could answer to it
+        self.totals.add(metrics, num_answers=len(samples), is_constant=is_constant)
+        if step >= config.value_warmup_steps or not has_critic:  # else no policy could answer to it
+            if config.kl_target is not None:
+                self.kl_coef = adapted_kl_coef(
+                    self.kl_coef,
+                    metrics["kl"],
+                    target=config.kl_target,
+                    horizon=config.kl_horizon,
+                    initial=config.kl_coef,
+                )
             self.constraints.ascend(mean_costs)
         self.layers.observe(exits, [score.attack_success for score in scores], [score.value for score in scores])
         return metrics
 
     def begin(self) -> None:
         """What comes before the first step."""
-        if self.config.calibration_samples:
-            self._calibrate()
+        if num := self.scorer.num_calibration(self.config.calibration_samples):
+            self._calibrate(num)
         if self.constraints.needs_reference:
             self._measure_reference()
 
@@ -365,6 +415,7 @@ class _Run:
         self.kl_coef = state["kl_coef"]
         self.constraints.load_state(state["constraints"])
         self.layers.load_state(state["layers"])
+        self.totals = Totals(**state["totals"])
         self.scorer.calibration = [(mean, deviation) for mean, deviation in state["calibration"]]
         torch.set_rng_state(state["rng"][self.team.number % len(state["rng"])].cpu())
 
@@ -379,6 +430,7 @@ class _Run:
             "kl_coef": self.kl_coef,
             "constraints": self.constraints.state(),
             "layers": self.layers.state(),
+            "totals": asdict(self.totals),
             "calibration": self.scorer.calibration,
             "rng": self.team.gather(torch.get_rng_state()),
         }
@@ -389,9 +441,30 @@ class _Run:
         scores = self.scorer([answers[i].sample for i in own], [answers[i].response for i in own])
         return self.team.merge(dict(zip(own, scores, strict=True)))
 
-    def _calibrate(self) -> None:
+    def _completions(
+        self, step: int, answers: Sequence[Trajectory], scores: Sequence[Score], final: Mapping[int, float]
+    ) -> list[dict[str, Any]]:
+        """Some answers of a step, evenly spaced over the batch, with what they scored; `final` is by place."""
+        config, num = self.config, min(self.config.save_completions, len(answers))
+        if step % config.checkpoint_every and step + 1 < config.num_steps:
+            return []
+        return [
+            {
+                "step": step,
+                "sample_id": answers[place].sample.id,
+                "kind": answers[place].sample.kind,
+                "exit_layer": answers[place].row.exit_layer,
+                "text": answers[place].response.text,
+                "finish_reason": answers[place].response.finish_reason,
+                "num_tokens": answers[place].response.num_tokens,
+                "score": scores[place].value,
+                "final_score": final.get(place),
+            }
+            for place in (number * len(answers) // num for number in range(num))
+        ]
+
+    def _calibrate(self, num: int) -> None:
         """Bring the scores of the untrained model to one scale, on the first samples at the exits drawn for them."""
-        num = self.config.calibration_samples
         drawn = [self.layers.draw(step, uniform) for step, uniform in enumerate(self.schedule.exit_layers)]
         indices = np.resize(self.schedule.sample_indices, num).tolist()
         exit_layers = np.resize(np.stack(drawn), num).tolist()
@@ -400,7 +473,8 @@ class _Run:
         samples = [self.samples[i] for i in indices]
         answers = rollout(self.vlm, samples, rows, config=self.config, draw=-1, team=self.team)
         scores = self.scorer.raw_scores([samples[i] for i in places], [answers[i].response for i in places])
-        self.scorer.calibrate(self.team.merge(dict(zip(places, scores, strict=True))))
+        only_open = self.config.calibration_samples is None
+        self.scorer.calibrate(self.team.merge(dict(zip(places, scores, strict=True))), only_open=only_open)
 
     def _measure_reference(self) -> None:
         """How often the untrained model answers picture questions wrongly at each exit: all exits in turn."""

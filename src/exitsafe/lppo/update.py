@@ -37,6 +37,7 @@ class UpdateStats:
     vf_clipfrac: float | None
     grad_norm: float | None
     value_grad_norm: float | None
+    num_minibatches: int
     skipped_minibatches: int
 
 
@@ -165,5 +166,6 @@ def _summary(done: Sequence[dict[str, float]], *, has_critic: bool) -> UpdateSta
         vf_clipfrac=mean("vf_clipfrac") if has_critic else None,
         grad_norm=mean("grad_norm"),
         value_grad_norm=mean("value_grad_norm") if has_critic else None,
+        num_minibatches=len(done),
         skipped_minibatches=len(done) - len(kept),
     )

@@ -66,12 +66,12 @@ def render_report(
         out.parent.mkdir(parents=True, exist_ok=True)
     transcripts = build_transcripts(runs, out=out, include_unsafe_text=include_unsafe_text)
     content = _content(runs, tables, told, compared)
-    template = _environment().get_template("page.html.j2")
+    template = page_environment().get_template("page.html.j2")
     page = template.render(
         title=shown(title or f"{model_name(runs[0][1])}: safety by exit layer", max_length=200),
-        policy=_policy(styles=[_style(), transcripts.style], scripts=[transcripts.script]),
+        policy=security_policy(styles=[page_style(), transcripts.style], scripts=[transcripts.script]),
         # no name from a run gets here: styles, script and data are what is not escaped
-        style=Markup(_style()),  # noqa: S704
+        style=Markup(page_style()),  # noqa: S704
         transcripts_style=Markup(transcripts.style),  # noqa: S704
         transcripts_script=Markup(transcripts.script),  # noqa: S704
         transcripts_data=Markup(transcripts.data),  # noqa: S704
@@ -206,7 +206,7 @@ def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, heading) for name, heading in _SECTIONS.items() if is_there.get(name, True)]
 
 
-def _policy(*, styles: Sequence[str], scripts: Sequence[str]) -> str:
+def security_policy(*, styles: Sequence[str], scripts: Sequence[str]) -> str:
     """The content security policy: nothing from anywhere, and of what is inline only these."""
     named = {"style-src": styles, "script-src": scripts}
     parts = [" ".join([name, *(f"'sha256-{_hash(text)}'" for text in texts)]) for name, texts in named.items()]
@@ -219,12 +219,12 @@ def _hash(text: str) -> str:
 
 
 @cache
-def _style() -> str:
+def page_style() -> str:
     return (files("exitsafe.report") / "templates" / "style.css").read_text(encoding="utf-8")
 
 
 @cache
-def _environment() -> Any:
+def page_environment() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
