@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from exitsafe.errors import InputError, RunError
-from exitsafe.judges.endpoint import MOST_BAD_BODIES, MOST_FAILURES, Endpoint, Pace, Reply
+from exitsafe.judges.endpoint import MOST_FAILURES, Endpoint, Pace, Reply
 
 SECRET = "zorb-secret-text"
 TALK = [{"role": "user", "content": SECRET}]
@@ -101,8 +101,13 @@ def serving(server: ChatServer) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            """A client that stops early breaks connections; that is no news."""
+
+    http = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
@@ -304,12 +309,10 @@ def test_bodies_without_a_completion_stop_before_all_is_paid_for(body: str, has_
         sent += 1
         return Answer() if number == 0 and has_answered else Answer(body=BAD_BODIES[body])
 
-    with pytest.raises(
-        RunError, match=rf"^http://127\.0\.0\.1:\d+/v1 .*{body}.*{MOST_BAD_BODIES} times in a row"
-    ) as caught:
+    with pytest.raises(RunError, match=rf"^http://127\.0\.0\.1:\d+/v1 .*{body}.*8 times in a row") as caught:
         ask(script, num=40, max_retries=0, concurrency=1)
     assert SECRET not in str(caught.value)
-    assert sent == MOST_BAD_BODIES + has_answered
+    assert sent == 8 + has_answered
 
 
 @pytest.mark.parametrize("body", ["error", "empty body", "truncated"])

@@ -144,7 +144,8 @@ def audit_command(
         from exitsafe.judges.asking import unscored_reasons
 
         unscored = unscored_reasons(run.verdicts())
-        show({"run": str(run.path), **run.summary, "unscored": unscored}, lambda: audit_tables(run))
+        document = {"run": str(run.path), **run.summary, **({"unscored": unscored} if unscored else {})}
+        show(document, lambda: audit_tables(run))
 
 
 def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> str | None:

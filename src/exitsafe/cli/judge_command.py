@@ -70,4 +70,5 @@ def judge_command(
         from exitsafe.judges.asking import unscored_reasons
 
         unscored = unscored_reasons(judged.verdicts())
-        show({"run": str(judged.path), **judged.summary, "unscored": unscored}, lambda: audit_tables(judged))
+        document = {"run": str(judged.path), **judged.summary, **({"unscored": unscored} if unscored else {})}
+        show(document, lambda: audit_tables(judged))
