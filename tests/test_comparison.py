@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import asin, pi, sqrt
@@ -242,8 +242,7 @@ def test_judges_are_never_mixed(tmp_path: Path) -> None:
 )
 def test_models_whose_exits_do_not_mean_the_same_are_refused(name: str, value: Any, words: str, tmp_path: Path) -> None:
     before, after = (_run(tmp_path / folder, BEFORE) for folder in ("before", "after"))
-    _change(after, "summary.json", lambda summary: {**summary, name: value})
-    _change(after, "run.json", lambda head: _with_model(head, **{name: value}))
+    edit_head(after, lambda head: head["settings"]["model"].update({name: value}))
     with pytest.raises(InputError, match=f"these runs have the {words}: exits do not mean the same"):
         exitsafe.compare(before, after)
 
@@ -251,10 +250,9 @@ def test_models_whose_exits_do_not_mean_the_same_are_refused(name: str, value: A
 def test_a_changed_model_is_named_the_weights_first_and_a_repair_by_itself(tmp_path: Path) -> None:
     before, after = (_run(tmp_path / folder, BEFORE) for folder in ("before", "after"))
     model = {"checkpoint": "aa" * 32, "adapter": None, "dtype": "float32"}
-    _change(before, "run.json", lambda head: _with_model(head, **model))
-    _change(
-        after, "run.json", lambda head: _with_model(head, **model | {"adapter": "cc" * 32, "translators": "dd" * 32})
-    )
+    edit_head(before, lambda head: head["settings"]["model"].update(model))
+    repair = {"adapter": "cc" * 32, "translators": "dd" * 32}
+    edit_head(after, lambda head: head["settings"]["model"].update(model | repair))
     repaired = exitsafe.compare(before, after)
     assert repaired.models_changed == ()
     assert repaired.repairs_changed == (
@@ -263,7 +261,7 @@ def test_a_changed_model_is_named_the_weights_first_and_a_repair_by_itself(tmp_p
     )
     assert repaired.settings_changed == ()
     other = model | {"checkpoint": "bb" * 32, "name": "other", "dtype": "bfloat16", "quantization": {"bits": 4}}
-    _change(after, "run.json", lambda head: _with_model(head, **other, translators=None))
+    edit_head(after, lambda head: head["settings"]["model"].update(other | {"translators": None}))
     assert exitsafe.compare(before, after).models_changed == (
         "base checkpoint: aaaaaaaaaaaa before, bbbbbbbbbbbb after",
         'model name: "m" before, "other" after',
@@ -272,14 +270,6 @@ def test_a_changed_model_is_named_the_weights_first_and_a_repair_by_itself(tmp_p
     )
     lines = [line.plain for line in comparison_tables(exitsafe.compare(before, after))[0].renderables]
     assert lines[0] == "Base checkpoint: aaaaaaaaaaaa before, bbbbbbbbbbbb after."
-
-
-def _change(run: Path, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    (run / name).write_text(json.dumps(change(json.loads((run / name).read_text()))))
-
-
-def _with_model(head: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**head, "settings": {**head["settings"], "model": {**head["settings"]["model"], **changes}}}
 
 
 def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:

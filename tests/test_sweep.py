@@ -334,7 +334,7 @@ def test_a_tiny_real_model_gives_what_generate_gives_and_resumes(tmp_path: Path)
     vlm = VLM(tiny_model("llava"), tiny_processor("llava"), name="tiny")
     samples = [
         replace(sample, prompt="what colour is the left shape", images=(noise_image(number, (28, 30)),) * (number % 3))
-        for number, sample in enumerate(SAMPLES[:5])
+        for number, sample in enumerate(SAMPLES[:4])
     ]
     options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 1.0, "seed": 3}
 
@@ -435,8 +435,8 @@ def test_a_judge_that_stands_in_for_the_default_is_recorded_and_kept_when_the_ru
 
 
 def test_samples_that_were_trained_on_are_counted_whatever_they_are_called(tmp_path: Path) -> None:
-    trained = frozenset(request_digest(sample) for sample in SAMPLES[:5])
+    trained = frozenset(request_digest(sample) for sample in SAMPLES[:4])
     renamed = [replace(sample, id=f"new-{sample.id}", kind="harmful", source="other") for sample in SAMPLES]
-    with pytest.warns(UserWarning, match=r"10 of 12 samples were trained on"):  # five prompts, each in more samples
+    with pytest.warns(UserWarning, match=r"10 of 12 samples were trained on"):
         run = audit_fake(tmp_path / "seen", FakeVLM(trained_on=trained), samples=renamed, judges=["refusal-prefix"])
-    assert run.settings["trained_on"] == {"samples": 12, "of": 12}
+    assert run.settings["trained_on"] == {"samples": 10, "of": 12}

@@ -10,10 +10,11 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:  # heavy: commands that read JSON alone do without
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _MAX_TEXT_BYTES = 64 * 2**20
 _MAX_DEPTH = 100
@@ -101,6 +102,9 @@ def parquet_batches(path: Path, *, columns: Sequence[str] | None = None, size: i
             more than 256 MB).
         UnicodeDecodeError: If a text is not UTF-8.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         if not path.is_file():
             raise UnreadableError("it is not a regular file" if path.exists() else "it is missing")
@@ -123,6 +127,8 @@ def parquet_batches(path: Path, *, columns: Sequence[str] | None = None, size: i
 
 def to_python(values: pa.Array) -> list[Any]:
     """An array as Python values; entries of one dictionary share their text or bytes."""
+    import pyarrow as pa
+
     kind = values.type
     if pa.types.is_dictionary(kind):
         known = values.dictionary.to_pylist()

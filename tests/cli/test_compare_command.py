@@ -44,7 +44,7 @@ def test_one_metric_on_a_scale_of_its_own(audited: Path, capsys: pytest.CaptureF
 
 def test_what_is_refused(audited: Path, tmp_path: Path, fail: Any) -> None:
     assert "is not a folder" in fail("compare", audited, tmp_path / "nowhere")
-    assert "is no run" in fail("compare", tmp_path, audited)
+    assert "is not a run directory" in fail("compare", tmp_path, audited)
     assert "metric 'charm' is not in both runs; choose asr" in fail("compare", audited, audited, "--metric", "charm")
     gif = tmp_path / "chart.gif"
     assert ".svg or .png" in fail("compare", "never", "read", "--chart", gif)

@@ -111,9 +111,9 @@ def test_the_words_say_what_the_numbers_say(audited: Path) -> None:
     shown = _shown(audited, audited)
     words = dict(paragraphs(shown))
     # this model never refuses, and nothing was repaired
-    assert "they succeed in 100.0% (n=2, 95% CI 34 to 100)" in words["Before"]
+    assert "they succeed in 100.0% (n=2, 95% CI 34.2 to 100.0%)" in words["Before"]
     assert words["After"].startswith("L-PPO made no clear difference: the mean of the exits other than the default")
-    assert "from 100.0% (n=4, 95% CI 34 to 100) to 100.0% (n=4, 95% CI 34 to 100)" in words["After"]
+    assert "from 100.0% (n=4, 95% CI 34.2 to 100.0%) to 100.0% (n=4, 95% CI 34.2 to 100.0%)" in words["After"]
     assert "VQA accuracy at the default exit went from" in words["Cost"]
 
 

@@ -58,7 +58,7 @@ def test_bad_input(tiny_llava: Path, audited: Path, tmp_path: Path, fail: Fail) 
         *export, "--exit-layer", "2", "--keep-adapter"
     )
     assert "no global blocks" in fail(*export, "--exit-layer", "2", "--skip-global")
-    assert "is no folder" in fail(*export, "--exit-layer", "2", "--audit", tmp_path / "none")
+    assert "is not a folder" in fail(*export, "--exit-layer", "2", "--audit", tmp_path / "none")
     assert "has no exit layer 3" in fail(*export, "--exit-layer", "3", "--audit", audited)
     assert "is a run of another model" in fail(
         "export", "organism", "--out", out, "--exit-layer", "2", "--audit", audited

@@ -152,7 +152,7 @@ def test_limits_from_a_file_and_the_tables(copied: Path, tmp_path: Path, capsys:
     assert run(["frontier", str(copied), "--config", str(settings)]) == 0
     output = capsys.readouterr().out
     assert "No exit qualifies, at 95% confidence over all exits." in output
-    assert "refusal-prefix is a proxy" in output
+    assert "Refusal-prefix is a proxy" in output
     assert "operations" in output and "encoder" not in output.splitlines()[1]
     assert run(["frontier", str(copied), "--config", str(settings), "--max-asr", "1"]) == 0
     assert "the cheapest that qualifies" in capsys.readouterr().out

@@ -35,7 +35,7 @@ def test_settings_from_a_file_and_texts(audited: Path, tmp_path: Path, capsys: p
 def test_what_is_refused(audited: Path, tmp_path: Path, fail: Any) -> None:
     out = tmp_path / "report.html"
     assert "is not a folder" in fail("report", tmp_path / "nowhere", "--out", out)
-    assert "is no run" in fail("report", tmp_path, "--out", out)
+    assert "is not a run directory" in fail("report", tmp_path, "--out", out)
     assert "name the file to write" in fail("report", audited, "--out", tmp_path)
     assert "Missing option '--out'" in fail("report", audited)
     assert not out.exists()

@@ -14,6 +14,7 @@ import pytest
 from exitsafe.cli.main import run
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
+from tests.finished_runs import edit_head
 from tests.judges.test_endpoint import Answer, ChatServer, serving
 
 CODE = """
@@ -94,10 +95,10 @@ def test_a_model_that_cannot_load_without_its_code_says_so(stranger: WithCode, f
     assert not stranger.mark.exists()
 
 
-def test_what_else_a_run_says_of_loading_is_not_passed_on(stranger: WithCode, monkeypatch: pytest.MonkeyPatch) -> None:
-    change(stranger.run, loading={"trust_remote_code": True, "token": "x", "anything": 1, "dtype": "float32"})
-    assert run(["frontier", str(stranger.run), "--no-latency"]) == 0
-    assert run(["rerun", str(stranger.run)]) == 0
+def test_what_else_a_run_says_of_loading_is_refused(stranger: WithCode, fail: Fail) -> None:
+    change(stranger.run, loading={"trust_remote_code": True, "token": "x"})
+    for command in (["frontier", stranger.run, "--no-latency"], ["rerun", stranger.run]):
+        assert "run.json cannot be read (origin.loading.token" in fail(*command)
     assert not stranger.mark.exists()
 
 
@@ -158,10 +159,7 @@ def test_commands_that_ask_a_runs_judges_again(
         change(graded, judging={})
     address = server[1]
     if recorded == "nowhere":  # and so the key would go to OpenAI, by the word of the run alone
-        head = json.loads((graded / "run.json").read_text())
-        for judge in head["settings"]["judges"]:
-            judge["settings"].pop("endpoint", None)
-        (graded / "run.json").write_text(json.dumps(head))
+        edit_head(graded, lambda head: [each["settings"].pop("endpoint", None) for each in head["settings"]["judges"]])
         address = "https://api.openai.com/v1"
     for command in (
         ("rerun", graded),
@@ -211,11 +209,13 @@ def test_a_runs_own_rubric_is_a_file_of_this_call(
 
 
 def test_what_is_harmless_is_still_taken_from_the_run(copied: Path, server: tuple[ChatServer, str], fail: Fail) -> None:
-    change(copied, judging={"requests_per_minute": 6000, "prices": [1.0, 2.0], "device": "cpu", "else": 1})
+    change(copied, judging={"requests_per_minute": 6000, "prices": [1.0, 2.0], "device": "cpu"})
     assert run(["judge", str(copied), "--judge", JUDGE, "--judge-url", server[1]]) == 0
     assert load_run(copied).origin["judging"]["prices"] == [1.0, 2.0]
     change(copied, judging={"requests_per_minute": "often"})
-    assert "run.json is damaged (origin.judging)" in fail("judge", copied, "--judge", "world-rule")
+    assert "run.json cannot be read (origin.judging.requests_per_minute" in fail(
+        "judge", copied, "--judge", "world-rule"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from exitsafe.cli.main import run
 from exitsafe.slim.manifest import MANIFEST, hash_each
 from exitsafe.vlm import load_vlm
 from tests.cli.conftest import Fail
+from tests.judges.test_endpoint import Answer, ChatServer, serving
 from tests.slim.slim_models import save_adapter
 
 
@@ -112,19 +113,18 @@ def test_with_an_adapter(
 
 
 def test_a_judge_behind_an_address_of_the_run_is_left_out(
-    slim: Path, audited: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slim: Path, audited: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied = Path(shutil.copytree(audited, tmp_path / "run"))
-    head = json.loads((copied / "run.json").read_text())
-    settings = {"model": "m", "endpoint": "http://somebody.example/v1"}
-    head["settings"]["judges"].append({"name": "rubric:m", "measures": ["asr"], "settings": settings})
-    head["origin"]["judging"] = {"url": "http://somebody.example/v1"}
-    (copied / "run.json").write_text(json.dumps(head))
+    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(ChatServer(lambda body, number: Answer(text="score: none"))) as url:
+        assert run(["judge", str(copied), "--judge", "rubric:m", "--judge-url", url]) == 0
     _tamper(slim / "model.safetensors", amount=2.0)
     _forge(slim)
     found, errors = _verify(slim, "--against", copied, "--tolerance", "1", capsys=capsys)
     assert found["answers_same"] < found["answers"]  # judges are asked only where answers differ
-    assert "rubric:m is not asked again" in errors and "add --judge-url http://somebody.example/v1" in errors
+    assert "rubric:m is not asked again" in errors and f"add --judge-url {url}" in errors
 
 
 def test_what_cannot_be_verified(slim: Path, audited: Path, tiny_llava: Path, tmp_path: Path, fail: Fail) -> None:

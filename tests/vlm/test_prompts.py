@@ -133,7 +133,6 @@ def test_a_run_goes_on_with_the_date_it_began_with(tmp_path: Path) -> None:
     vlm.today = "2026-01-31"
     run = audit(vlm, tmp_path / "run")
     assert run.settings["prompts"]["today"] == "2026-01-31"
-    (tmp_path / "run" / "summary.json").unlink()  # as if it had been interrupted
     tomorrow = tiny(template=DATED)
     tomorrow.today = "2026-02-01"
     assert audit(tomorrow, tmp_path / "run").settings["prompts"] == run.settings["prompts"]
@@ -174,5 +173,4 @@ def test_a_template_that_doubles_memory_stops_the_load(tmp_path: Path) -> None:
     )
     with pytest.raises(exitsafe.errors.ModelError, match=r"^the chat template .*replace its chat_template\.jinja"):
         load_vlm(folder)
-    with pytest.raises(exitsafe.errors.ModelError, match=r"^the chat template .*replace its chat_template\.jinja"):
-        load_blueprint(folder)
+    assert str(load_blueprint(folder).processor_problem).startswith("the chat template ")

@@ -25,7 +25,7 @@ from exitsafe.lppo.experience import Batch, deal
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder, run_settings, warn_of_audited
 from exitsafe.lppo.metrics import PATIENCE_STEPS
-from exitsafe.lppo.policy import attached_policy, check_precision, check_trainable
+from exitsafe.lppo.policy import attached_policy, check_end_token, check_precision, check_trainable
 from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.update import Learner
 from exitsafe.records import Progress, Sample
@@ -85,6 +85,7 @@ def sft(
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(kept, exit_layers, config)
     check_trainable(vlm, config)
+    check_end_token(vlm)
     check_precision(vlm)
     pin_today(vlm, out)
     settings, sizes = run_settings("sft", vlm, kept, exit_layers, config)

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, ValidationError
-
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.memory_check import MemoryCheck, check_audit
 from exitsafe.cli.models import load_model
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import InputError
 from exitsafe.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:
@@ -234,12 +232,8 @@ def make_judges(names: Sequence[str] | None, judging: Mapping[str, Any]) -> list
     return judges
 
 
-class _Harmless(BaseModel):
-    """What of a run's `judging` may be followed."""
-
-    device: str | None = None
-    requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    prices: tuple[float, float] | None = None
+_HARMLESS = ("device", "requests_per_minute", "prices")
+"""What of a run's `judging` may be followed."""
 
 
 def judging_like(
@@ -261,11 +255,8 @@ def judging_like(
 
     for judge in judges:
         check_reach(run, given, judge=judge, is_named=judge in named)
-    try:
-        recorded = _Harmless.model_validate(origin_of(run).get("judging") or {})
-    except ValidationError as error:
-        raise RunError(f"{run}/run.json is damaged (origin.judging): restore it or audit again") from error
-    return recorded.model_dump(exclude_none=True) | dict(given)
+    recorded = origin_of(run).get("judging") or {}
+    return {name: recorded[name] for name in _HARMLESS if recorded.get(name) is not None} | dict(given)
 
 
 def check_reach(run: Path, given: Mapping[str, Any], *, judge: str, is_named: bool) -> None:

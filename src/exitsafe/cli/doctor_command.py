@@ -192,8 +192,9 @@ def _about_judge(document: dict[str, Any]) -> list[str]:
     if document["judge_problem"] is None:
         return []
     return [
-        f"The default judge, {document['judge']}, is not available ({document['judge_problem']}). Without --judge an "
-        "audit would use refusal-prefix, a proxy that counts requests not refused and does not read the answers."
+        f"The default judge, {document['judge']}, is not available ({document['judge_problem']}).",
+        "Without --judge an audit would use refusal-prefix, a proxy that counts requests not refused and does not read "
+        "the answers.",
     ]
 
 

@@ -114,7 +114,7 @@ def load_blueprint(
         trust_remote_code: Whether code from the checkpoint may run.
 
     Raises:
-        ModelError: If there is no config, the family is not supported, or the chat template does harm.
+        ModelError: If there is no config, or the family is not supported.
         InputError: If the type or the quantisation is unknown.
     """
     if dtype not in ("auto", *DTYPES):

@@ -34,7 +34,7 @@ from exitsafe.lppo.layer_sampler import LayerSampler
 from exitsafe.lppo.metrics import CONSTANT, SKIPPED, Totals, num_equal_groups, step_metrics
 from exitsafe.lppo.parallel import ALONE, Team, this_team
 from exitsafe.lppo.per_layer import train_each
-from exitsafe.lppo.policy import Policy, attached_policy, check_precision, check_trainable
+from exitsafe.lppo.policy import Policy, attached_policy, check_end_token, check_precision, check_trainable
 from exitsafe.lppo.reward import Reward, Score, final_scores
 from exitsafe.lppo.rollout import Trajectory, rollout
 from exitsafe.lppo.sampler import Schedule, draw_schedule, trained_exits, warn_of_harmful_only
@@ -100,6 +100,7 @@ def align(
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(samples, exit_layers, config)
     check_trainable(vlm, config)
+    check_end_token(vlm)
     check_precision(vlm)
     check_launch(vlm, config)
     check_trackers(track)

@@ -257,8 +257,6 @@ def _read_config(folder: Path) -> PeftConfig:
             f"{folder / CONFIG} names the peft_type {kind!r}, which this version of PEFT does not know: upgrade peft, "
             "or save or download the adapter again"
         )
-    if stored.get("megatron_config"):  # PEFT would import the module that the file names
-        raise ModelError(f"{folder / CONFIG} is for Megatron layers, which no supported model has: use another adapter")
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         value = stored.get(field, 1)
         numbers = value.values() if isinstance(value, dict) else [value]

@@ -90,7 +90,9 @@ def check_processor(vlm: VLM) -> list[str]:
         _check_tokens(vlm, prompt)
         _check_placeholders(vlm, prompt, size)
     if not vlm.eos_token_ids:
-        return [f"{vlm.name} names no end-of-sequence token: every answer runs to max_new_tokens"]
+        return [
+            f"{vlm.name} names no end-of-sequence token: every answer runs to max_new_tokens, and it cannot be trained"
+        ]
     return []
 
 

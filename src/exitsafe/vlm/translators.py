@@ -106,13 +106,8 @@ def load_translators(vlm: VLM, folder: str | Path) -> Translators:
             layer: Translator(weight=tensors.pop(f"exit.{layer}.weight"), bias=tensors.pop(f"exit.{layer}.bias"))
             for layer in (int(entry["exit_layer"]) for entry in record["exits"])
         }
-        for layer, each in maps.items():
-            width = each.bias.numel()
-            shapes = tuple(each.weight.shape), tuple(each.bias.shape)
-            if not 1 <= layer <= vlm.num_layers or shapes != ((width, width), (width,)):
-                raise ValueError(f"exit {layer} has no map")
-            if not (each.weight.isfinite().all() and each.bias.isfinite().all()):
-                raise ValueError(f"the map of exit {layer} is not finite")
+        if beyond := [layer for layer in maps if not 1 <= layer <= vlm.num_layers]:
+            raise ValueError(f"there is no exit {beyond[0]}")
     except (OSError, OverflowError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}/{MAPS} is damaged or missing: make them again with exitsafe translate") from error
     if tensors:
@@ -121,8 +116,9 @@ def load_translators(vlm: VLM, folder: str | Path) -> Translators:
             f"{folder}/{MAPS} holds {len(tensors)} tensors that {RECORD} does not name ({names}): make them again"
         )
     for layer, translator in maps.items():
-        width = len(translator.bias)
-        if translator.weight.shape != (width, width) or not _is_finite(translator):
+        width = translator.bias.numel()
+        shapes = tuple(translator.weight.shape), tuple(translator.bias.shape)
+        if shapes != ((width, width), (width,)) or not _is_finite(translator):
             raise ModelError(
                 f"{folder}/{MAPS}: the map of exit {layer} is not a square matrix of finite numbers; make them again "
                 "with exitsafe translate --dtype float32"
