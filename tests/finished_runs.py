@@ -10,12 +10,10 @@ from typing import Any
 from exitsafe.judges import MEASURES
 from exitsafe.records import Response, Verdict
 from exitsafe.runs import AuditRun, SampleInfo, load_run
-from exitsafe.runs.directory import RunDirectory, _run_key
+from exitsafe.runs.directory import RunDirectory
 from exitsafe.runs.fingerprint import data_fingerprint
-from exitsafe.runs.finished import read_head
 from exitsafe.runs.integrity import settings_hash
 from exitsafe.runs.scores import score_table
-from exitsafe.runs.shards import Saved, read_shards
 from exitsafe.runs.summary import summarise
 
 MODEL = {"name": "m", "family": "llava", "num_layers": 3, "default_exit": 2, "checkpoint": None, "adapter": None}
@@ -95,15 +93,8 @@ def _owed(
 
 
 def edit_head(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change run.json as a forger would: with the hash of the settings made anew."""
+    """Change run.json as a forger would: with the hashes of settings and origin made anew."""
     head = json.loads((path / "run.json").read_text())
     change(head)
-    head["results"]["settings"] = settings_hash(head["settings"])
+    head["results"] |= {part: settings_hash(head[part]) for part in ("settings", "origin")}
     (path / "run.json").write_text(json.dumps(head))
-
-
-def saved_in(path: Path) -> Saved:
-    """What the shards of an unfinished run hold."""
-    if not path.exists():
-        return Saved()
-    return read_shards(path / "shards", run_key=_run_key(read_head(path)["settings"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exitsafe.records import Kind, Response, Verdict
 from exitsafe.runs.finished import AuditRun
-from exitsafe.runs.tables import SampleInfo, responses_to_parquet, verdicts_to_parquet
+from exitsafe.runs.tables import SampleInfo, responses_in_table, to_parquet, verdicts_in_table
 
 Answers = Mapping[str, list[str]]
 Scores = Mapping[tuple[str, str], Mapping[str, list[float | None]]]
@@ -47,8 +47,8 @@ def make_run(
         for i, values in by_sample.items()
         for exit_layer, score in enumerate(values, 1)
     ]
-    (path / "responses.parquet").write_bytes(responses_to_parquet(samples, responses))
-    (path / "verdicts.parquet").write_bytes(verdicts_to_parquet(verdicts))
+    (path / "responses.parquet").write_bytes(to_parquet(responses_in_table(samples, responses)))
+    (path / "verdicts.parquet").write_bytes(to_parquet(verdicts_in_table(verdicts)))
     measures: dict[str, list[str]] = {}
     for judge, measure in scores or {}:
         measures.setdefault(judge, []).append(measure)

@@ -243,7 +243,7 @@ def test_judges_are_never_mixed(tmp_path: Path) -> None:
 def test_models_whose_exits_do_not_mean_the_same_are_refused(name: str, value: Any, words: str, tmp_path: Path) -> None:
     before, after = (_run(tmp_path / folder, BEFORE) for folder in ("before", "after"))
     edit_head(after, lambda head: head["settings"]["model"].update({name: value}))
-    with pytest.raises(InputError, match=f"these runs have the {words}: exits do not mean the same"):
+    with pytest.raises(InputError, match=f"these runs have the {words}: their exits are not comparable"):
         exitsafe.compare(before, after)
 
 
@@ -295,6 +295,21 @@ def test_what_else_was_set_otherwise_is_named(tmp_path: Path) -> None:
 
     edit_head(paths[1], change)
     assert exitsafe.compare(*paths).settings_changed == ("decoding.temperature was 0.0, is now 0.7",)
+
+
+def test_cautions_of_two_folders_of_the_same_name_are_both_kept(tmp_path: Path) -> None:
+    runs = [
+        _run(tmp_path / side / "run", {("rule", "asr"): {"h1": (0.0, 1.0, 1.0)}}, judges=JUDGES[:1])
+        for side in ("before", "after")
+    ]
+    for run, number in zip(runs, (1, 2), strict=True):
+        edit_head(run, partial(_set_trained_on, samples=number))
+    lines = exitsafe.compare(*runs).cautions
+    assert [line.partition(" samples ")[0] for line in lines] == ["before/run: 1 of 9", "after/run: 2 of 9"]
+
+
+def _set_trained_on(head: dict[str, Any], *, samples: int) -> None:
+    head["settings"]["trained_on"] = {"samples": samples, "of": 9}
 
 
 def test_a_judge_that_rests_on_something_else_is_named(tmp_path: Path) -> None:

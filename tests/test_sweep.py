@@ -434,6 +434,21 @@ def test_a_judge_that_stands_in_for_the_default_is_recorded_and_kept_when_the_ru
     assert not any("not available" in line for line in named.cautions)
 
 
+def test_a_stand_in_is_still_known_when_the_first_start_saved_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "why_no_default_judge", lambda: "no such model here")
+    with pytest.warns(UserWarning, match="qwen3guard, is not available"), pytest.raises(KeyboardInterrupt):
+        audit_fake(tmp_path / "run", FakeVLM(fails_after=0))
+    run = audit_fake(tmp_path / "run", batch_size=2)  # which may be what it takes to get further
+    assert run.origin["replaced_judges"] == {"refusal-prefix": "qwen3guard"}
+    assert any("qwen3guard, was not available" in line for line in run.cautions)
+    with pytest.warns(UserWarning, match="qwen3guard, is not available"), pytest.raises(KeyboardInterrupt):
+        audit_fake(tmp_path / "other", FakeVLM(fails_after=0))
+    other = audit_fake(tmp_path / "other", judges=["vqa"])
+    assert not any("not available" in line for line in other.cautions)
+
+
 def test_samples_that_were_trained_on_are_counted_whatever_they_are_called(tmp_path: Path) -> None:
     trained = frozenset(request_digest(sample) for sample in SAMPLES[:4])
     renamed = [replace(sample, id=f"new-{sample.id}", kind="harmful", source="other") for sample in SAMPLES]

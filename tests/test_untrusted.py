@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,85 @@ def test_nested_values_come_back_as_they_were(tmp_path: Path) -> None:
     ]
     assert found == rows
     assert [batch.num_rows for batch in batches] == [2, 2]
+
+
+def test_a_file_of_several_row_groups_is_read_whole(tmp_path: Path) -> None:
+    """As image suites are saved: each row group has its own dictionary, and a batch may not span two."""
+    images = [{"bytes": bytes([number]) * 9, "path": f"{number}.png"} for number in range(10)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=4)
+    batches = list(parquet_batches(tmp_path / "a.parquet", size=3))
+    assert [image for batch in batches for image in to_python(batch.column("image"))] == images
+
+
+def _texts(path: Path) -> None:
+    with pq.ParquetWriter(path, pa.schema({"a": pa.string()}), compression="zstd", use_dictionary=False) as writer:
+        for _ in range(80):
+            writer.write_table(pa.table({"a": ["x" * 4_000_000]}))
+
+
+def _list(path: Path) -> None:
+    pq.write_table(pa.table({"a": pa.ListArray.from_arrays([0, 20_000_000], pa.nulls(20_000_000, pa.int8()))}), path)
+
+
+def _fixed_width(path: Path) -> None:
+    values = pa.array([bytes(4000)], pa.binary(4000))
+    pq.write_table(pa.table({"a": pa.DictionaryArray.from_arrays(pa.array([0] * 80_000), values)}), path)
+
+
+@pytest.mark.parametrize("make", [_texts, _list, _fixed_width])
+@pytest.mark.parametrize("is_forged", [False, True])
+def test_a_small_file_that_unpacks_to_much_is_refused_whatever_its_footer_says(
+    tmp_path: Path, make: Callable[[Path], None], is_forged: bool
+) -> None:
+    path = tmp_path / "a.parquet"
+    make(path)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    if is_forged:
+        column = group.column(0)
+        forge(path, {column.total_uncompressed_size, group.total_byte_size, column.num_values})
+        assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size < 200
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UnreadableError, match="it unpacks to more than 256 MB, which is out of proportion"):
+        next(parquet_batches(path))
+
+
+def forge(path: Path, numbers: set[int]) -> None:
+    """Make these numbers small where the footer holds them."""
+    content = path.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    footer = content[start:]
+    for number in numbers - set(range(200)):  # as variable-length integers of more than one byte
+        digits = [(2 * number >> shift) & 127 for shift in range(0, 2 * number.bit_length(), 7)]
+        while digits[-1] == 0:
+            digits.pop()
+        old = bytes([digit | 128 for digit in digits[:-1]] + [digits[-1]])
+        footer = footer.replace(old, b"\x94" + b"\x80" * (len(old) - 2) + b"\x00")  # 10, as long as before
+    path.write_bytes(content[:start] + footer)
+
+
+def test_damaged_page_headers_and_old_writers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": ["x", "y"] * 50, "b": range(100)}), path)
+    content = path.read_bytes()
+    refused = set()
+    for place in range(4, 60):
+        for value in (0x00, 0x1C, 0x5C, 0x7F, 0xFF):
+            path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+            try:
+                list(parquet_batches(path))
+            except UnreadableError as error:
+                refused.add(str(error))
+    assert {"it is damaged: a page has no size", "it is damaged: a page header is out of order"} <= refused
+
+    writer = re.search(rb"parquet-cpp-arrow version [0-9.]+", content)
+    assert writer is not None
+    for name, is_refused in ((b"1.2.8", True), (b"1.2.9", False), (b"1.13.1", False)):
+        path.write_bytes(content.replace(writer[0], (b"parquet-mr version " + name).ljust(len(writer[0]))))
+        if is_refused:
+            with pytest.raises(UnreadableError, match=r"written by parquet-mr before 1\.2\.9"):
+                list(parquet_batches(path))
+        else:
+            assert sum(batch.num_rows for batch in parquet_batches(path)) == 100
 
 
 @pytest.mark.parametrize(

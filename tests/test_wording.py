@@ -15,6 +15,7 @@ from exitsafe.cli.frontier_tables import frontier_tables
 from exitsafe.cli.main import run as main
 from exitsafe.cli.tables import audit_tables
 from exitsafe.frontier import find_frontier
+from exitsafe.judges.refusal_prefix import RefusalPrefix
 from exitsafe.runs import AuditRun
 from exitsafe.slim.audited import audit_record
 from exitsafe.slim.model_card import _eval_results, _what_was_measured
@@ -117,6 +118,14 @@ def test_a_judge_of_ones_own_may_say_that_it_is_a_proxy(tmp_path: Path) -> None:
     assert run.title("asr", "vqa") == "Attack success"
     _check(_printed(audit_tables(run)).replace("Answers of more than five words", "not refused"))
     assert len(SAMPLES) == 12
+
+
+@pytest.mark.parametrize("said", [{}, {"asr": "harmful answers"}, {"refusal": "refusals"}])
+def test_a_run_cannot_rename_what_the_built_in_proxy_counts(said: dict[str, str], runs: list[AuditRun]) -> None:
+    judges = [{**judge, "proxy": said} for judge in runs[0].settings["judges"]]
+    run = replace(runs[0], settings={**runs[0].settings, "judges": judges})
+    assert run.title("asr", "refusal-prefix") == "Requests not refused (proxy)"
+    assert run.proxies["refusal-prefix"] == RefusalPrefix.proxy
 
 
 def test_a_number_is_written_in_one_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
 """Before against after, paired: two finished runs in, differences with intervals and tests out.
 
 Only what both runs asked is compared: samples with the same id and the same content, at the same exit
-layers, by the same judge. Everything else is counted and left out. Models whose exits do not mean the same are
-refused; a changed model is named.
+layers, by the same judge. Everything else is counted and left out. Models whose exits do not mean the same thing are
+refused; a changed model is reported.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from exitsafe.errors import InputError, RunError
 from exitsafe.runs import AuditRun, load_run
 from exitsafe.runs.files import write_whole
 from exitsafe.runs.fingerprint import differences
+from exitsafe.runs.finished import label_runs
 from exitsafe.runs.metrics import METRICS, Metric, judge_of
 from exitsafe.runs.scores import Scores, ScoreTable
 from exitsafe.stats import PairedDifference, PairedScores, holm
@@ -32,7 +33,7 @@ _MODEL = {
     "quantization": "quantization",
     "skip_global": "skip_global",
 }
-"""What is the same model's unless somebody changed it, the weights first."""
+"""What stays the same unless somebody changed the model, the weights first."""
 _REPAIR = {"adapter": "adapter", "translators": "translators"}
 _SAID_ELSEWHERE = (
     *(f"{prefix}{name}{end}" for name in (*_MODEL, *_REPAIR) for prefix in ("", "model.") for end in (" ", ".")),
@@ -79,7 +80,7 @@ class Comparison:
             the same, but part of a change may come from that.
         repairs_changed: How the adapters and translators differ, which is what a comparison is usually about.
         cautions: What to know before reading the numbers of either run, e.g. samples that were trained on.
-        titles: What each metric compared is called by its judge.
+        titles: The title of each compared metric, which depends on its judge.
         exit_layers: Layers audited in both.
         num_samples: Samples in both.
         only_before, only_after: Samples left out because the other run lacks them.
@@ -144,7 +145,7 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
         before, after: Finished runs or their directories. Weights may differ; samples and layers should not.
 
     Raises:
-        InputError: If the models' exits do not mean the same: another family, depth or default exit.
+        InputError: If the models' exits do not mean the same thing: another family, depth or default exit.
         RunError: If a directory holds no finished run, or the runs share no sample or no exit layer.
     """
     before = before if isinstance(before, AuditRun) else load_run(before)
@@ -187,7 +188,7 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
 
 
 def check_comparable(runs: Sequence[AuditRun]) -> None:
-    """Whether an exit layer means the same in all runs.
+    """Check that an exit layer means the same thing in all runs.
 
     Raises:
         InputError: If they are of different families, encoder depths or default exits.
@@ -196,13 +197,13 @@ def check_comparable(runs: Sequence[AuditRun]) -> None:
         found = sorted({str(run.summary.get(name)) for run in runs})
         if len(found) > 1:
             raise InputError(
-                f"these runs have the {what} {' and '.join(found)}: exits do not mean the same, so the runs cannot be "
-                "compared; give runs of one model, or report each by itself"
+                f"these runs have the {what} {' and '.join(found)}: their exits are not comparable; "
+                "give runs of one model, or report each separately"
             )
 
 
 def _changes(before: AuditRun, after: AuditRun, names: Mapping[str, str]) -> Iterator[str]:
-    """What is not the same in two models, one line each, e.g. `adapter: none before, 9f86d081884c after`."""
+    """Differences between two models, one line each, e.g. `adapter: none before, 9f86d081884c after`."""
     was, now = (
         {**run.settings.get("model", {}), "skip_global": run.settings.get("skip_global", False)}
         for run in (before, after)
@@ -213,19 +214,18 @@ def _changes(before: AuditRun, after: AuditRun, names: Mapping[str, str]) -> Ite
 
 
 def _brief(name: str, value: Any) -> str:
-    """A setting in a few words: hashes cut; names in quotes, as `differences` writes them."""
+    """A setting in a few words: hashes shortened, names in quotes, as `differences` writes them."""
     if value is None:
         return "unknown (not loaded from files)" if name == "checkpoint" else "none"
     return str(value)[:12] if name in ("checkpoint", *_REPAIR) else json.dumps(value)
 
 
 def _cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
-    """Of both runs, each with the run's name unless both have it."""
-    found = {run.path.resolve().name: run.cautions for run in (before, after)}
+    """Cautions of both runs; one that only one run has starts with that run's label."""
     shared = [line for line in before.cautions if line in after.cautions]
     yield from shared
-    for name, lines in found.items():
-        yield from (f"{name}: {line}" for line in lines if line not in shared)
+    for label, run in zip(label_runs([before.path, after.path]), (before, after), strict=True):
+        yield from (f"{label}: {line}" for line in run.cautions if line not in shared)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -270,7 +270,7 @@ def _pair(before: AuditRun, after: AuditRun) -> _Pairing:
 
 
 def _settings_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
-    """Differences beside the models, which are named apart, and the samples, which pairing compares."""
+    """Differences other than the models, which are reported separately, and the samples, which pairing compares."""
     lines = differences(before.settings, after.settings)
     return (*(line for line in lines if not line.startswith(_SAID_ELSEWHERE)), *_judges_changed(before, after))
 

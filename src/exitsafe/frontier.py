@@ -114,7 +114,7 @@ class Frontier:
     """All exits audited, the best of them, and the one to ship.
 
     Attributes:
-        titles: What each metric is called by its judge.
+        titles: The title of each metric, which depends on its judge.
         cautions: What to know before reading the run's numbers.
         recommended: The cheapest exit that keeps every limit; None if there is none, or no limit.
         nearest: If none does, the exit that misses least.

@@ -50,11 +50,11 @@ class Sample:
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(self.images))
         answers: object = self.answers
-        if isinstance(answers, str):  # a tuple of its letters is what nobody means
+        if isinstance(answers, str):  # nobody means a tuple of its letters
             raise InputError(f"sample {self.id}: answers is a single text; give a list of texts")
         object.__setattr__(self, "answers", tuple(self.answers))
         for name, text in (("id", self.id), *(("answers", answer) for answer in self.answers)):
-            if not isinstance(text, str):  # pandas hands out 7.0 for 7, and no answer would equal that
+            if not isinstance(text, str):  # pandas may turn 7 into 7.0, which no answer would equal
                 raise InputError(f"sample {self.id}: {name} has a {type(text).__name__}; give text")
         if not self.id:
             raise InputError("a sample needs a non-empty id")

@@ -237,7 +237,7 @@ def _judges_there(out: str | Path) -> list[str] | None:
     """The judges of a run that is resumed, which the defaults of today must not change; None for a new run."""
     if not (Path(out) / "run.json").is_file():
         return None
-    # a judge of somebody's own has to be given again
+    # a custom judge has to be given again
     return [name for name in judges_of(out) if is_known(name)] or None
 
 

@@ -1,4 +1,4 @@
-"""Files that anyone may have written: JSON, YAML and Parquet in, plain values out, with bounds on what they unpack to.
+"""Untrusted files: JSON, YAML and Parquet in, plain values out, with bounds on what they unpack to.
 
 What cannot be read raises `UnreadableError`, whose message is a reason in a few words; callers add the file and the way
 out.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 if TYPE_CHECKING:  # heavy: commands that read JSON alone do without
     import pyarrow as pa
@@ -19,8 +20,9 @@ if TYPE_CHECKING:  # heavy: commands that read JSON alone do without
 _MAX_TEXT_BYTES = 64 * 2**20
 _MAX_DEPTH = 100
 _MIN_UNPACKED, _MAX_RATIO = 256 * 2**20, 256
-_BYTES_PER_VALUE = 16
-_MAX_FIXED_WIDTH = 4096  # a value of fixed width is never dictionary-encoded in memory
+_BYTES_PER_VALUE, _BYTES_PER_PAGE = 16, 1024  # in memory, beside the page's own content
+_PADDED = re.compile(r"\s*parquet-mr(?! version (1\.2\.(9|\d\d)|1\.([3-9]|\d\d)|[2-9])\b)", re.IGNORECASE)
+"""Writers whose footers count too few bytes: Arrow reads on behind their columns, where no header is checked."""
 
 
 class UnreadableError(ValueError):
@@ -59,7 +61,7 @@ def read_yaml(path: Path) -> Any:
         raise UnreadableError("it is not UTF-8 text") from error
     except UnreadableError:
         raise
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # a date that no calendar has, say
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # e.g. an impossible date
         raise UnreadableError(f"it is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -95,7 +97,7 @@ def parquet_batches(path: Path, *, columns: Sequence[str] | None = None, size: i
     Args:
         path: The file.
         columns: Those to read; None reads all.
-        size: Rows per batch.
+        size: Rows per batch, at most.
 
     Raises:
         UnreadableError: If it is not a Parquet file, lacks a column, or unpacks to more than 256 times its size (and
@@ -111,15 +113,24 @@ def parquet_batches(path: Path, *, columns: Sequence[str] | None = None, size: i
         limit = max(_MIN_UNPACKED, _MAX_RATIO * path.stat().st_size)
         with pq.ParquetFile(path) as file:
             leaves = [file.schema.column(number) for number in range(len(file.schema))]
-            wanted = [leaf for leaf in leaves if columns is None or leaf.path.split(".")[0] in columns]
+            wanted = {
+                number: leaf
+                for number, leaf in enumerate(leaves)
+                if columns is None or leaf.path.split(".")[0] in columns
+            }
             if missing := set(columns or ()) - set(file.schema_arrow.names):
                 raise UnreadableError(f"it has no column {min(missing)!r}")
-            _check_size(file.metadata, {leaf.path for leaf in wanted}, limit)
-            if any(leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.length > _MAX_FIXED_WIDTH for leaf in wanted):
-                raise UnreadableError(f"it has values of more than {_MAX_FIXED_WIDTH} bytes of fixed width")
-        texts = [leaf.path for leaf in wanted if leaf.physical_type == "BYTE_ARRAY"]
+            widths = {number: _width(leaf) for number, leaf in wanted.items()}
+            groups = [group for group in range(file.num_row_groups) if file.metadata.row_group(group).num_rows > 0]
+            with path.open("rb") as content:
+                _check_size(content, map(file.metadata.row_group, groups), widths, limit)
+            if _PADDED.match(file.metadata.created_by or ""):
+                raise UnreadableError("it was written by parquet-mr before 1.2.9")
+        texts = [leaf.path for leaf in wanted.values() if leaf.physical_type == "BYTE_ARRAY"]
         with pq.ParquetFile(path, read_dictionary=texts) as file:
-            yield from file.iter_batches(batch_size=size, columns=None if columns is None else list(columns))
+            names = None if columns is None else list(columns)
+            for group in groups:  # one at a time: each has a dictionary of its own, and Arrow cannot join them
+                yield from file.iter_batches(batch_size=size, row_groups=[group], columns=names)
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise UnreadableError(reason.rstrip(".")) from error
@@ -154,16 +165,105 @@ def to_python(values: pa.Array) -> list[Any]:
     return list(values.to_pylist())
 
 
-def _check_size(metadata: pq.FileMetaData, paths: set[str], limit: int) -> None:
-    """By the file's own footer, before anything is unpacked."""
+def _width(leaf: pq.ColumnSchema) -> int:
+    """Bytes that a value takes in memory; those of fixed width are never dictionary-encoded there."""
+    return _BYTES_PER_VALUE + (leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0)
+
+
+def _check_size(
+    content: BinaryIO, groups: Iterable[pq.RowGroupMetaData], widths: Mapping[int, int], limit: int
+) -> None:
+    """By the headers of the pages, before any is unpacked: Arrow goes by them, and the footer may say anything.
+
+    Args:
+        content: The file.
+        groups: Its footer's row groups.
+        widths: Bytes per value in memory, by the column's number.
+        limit: Bytes of all columns together.
+    """
+    size = content.seek(0, 2)
     unpacked = 0
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            if column.path_in_schema in paths:
-                unpacked += column.total_uncompressed_size + _BYTES_PER_VALUE * column.num_values
-    if unpacked > limit:
-        raise UnreadableError(f"it unpacks to more than {limit // 2**20} MB, which is out of proportion to its size")
+    for group in groups:
+        if group.num_columns <= max(widths, default=-1):
+            raise UnreadableError("it is damaged: a row group lacks columns")
+        for number, width in widths.items():
+            column = group.column(number)
+            # where Arrow begins to read
+            start = min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)
+            end = start + column.total_compressed_size
+            if not 0 <= start <= end <= size:
+                raise UnreadableError("it is damaged: a column lies outside the file")
+            unpacked += end - start
+            for page_bytes, num_values in _pages(content, start, end):
+                unpacked += page_bytes + width * num_values + _BYTES_PER_PAGE
+                if unpacked > limit:
+                    raise UnreadableError(
+                        f"it unpacks to more than {limit // 2**20} MB, which is out of proportion to its size"
+                    )
+
+
+def _pages(content: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Unpacked bytes and number of values of each page, of data or a dictionary, between two places in the file.
+
+    The fields are those of PageHeader in https://github.com/apache/parquet-format, `src/main/thrift/parquet.thrift`.
+    """
+    while start < end:
+        content.seek(start)
+        header = _thrift_struct(content)
+        kinds = [found for number in (5, 7, 8) if isinstance(found := header.get(number), dict)]
+        unpacked, packed, *counts = (header.get(2, -1), header.get(3, -1), *(kind.get(1, -1) for kind in kinds))
+        for number in (unpacked, packed, *counts):
+            if not isinstance(number, int) or not 0 <= number < 2**31:
+                raise UnreadableError("it is damaged: a page has no size")
+        start = content.tell() + packed
+        yield unpacked, sum(counts)
+    if start > end:
+        raise UnreadableError("it is damaged: a page lies outside its column")
+
+
+def _thrift_struct(content: BinaryIO, depth: int = 0) -> dict[int, Any]:
+    """Integers and inner structs by field number, of a struct in Thrift's compact protocol; other values are skipped.
+
+    Whatever Arrow's reader may understand in another way is refused: numbers out of order or of too many bits, lists.
+    """
+    found: dict[int, Any] = {}
+    field = 0
+    while (kind := (byte := _byte(content)) & 15) != 0:
+        before, field = field, field + (byte >> 4) if byte >> 4 else _integer(content)
+        if not before < field < 2**15:
+            raise UnreadableError("it is damaged: a page header is out of order")
+        if kind in (4, 5, 6):
+            found[field] = _integer(content)
+        elif kind == 12 and depth < 4:
+            found[field] = _thrift_struct(content, depth + 1)
+        elif kind == 8 and (length := _varint(content)) < 2**31:
+            content.seek(length, 1)
+        elif kind in (3, 7):
+            content.seek(1 if kind == 3 else 8, 1)
+        elif kind not in (1, 2):  # true and false are kinds of their own
+            raise UnreadableError("it is damaged: a page header cannot be read")
+    return found
+
+
+def _integer(content: BinaryIO) -> int:
+    value = _varint(content)
+    return (value >> 1) ^ -(value & 1)
+
+
+def _varint(content: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = _byte(content)
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+    raise UnreadableError("it is damaged: a page header cannot be read")
+
+
+def _byte(content: BinaryIO) -> int:
+    if not (byte := content.read(1)):
+        raise UnreadableError("it is truncated")
+    return byte[0]
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -109,7 +109,7 @@ def test_bad_input(tmp_path: Path) -> None:
     vlm, samples = make_vlm("llava"), make_samples()
     with pytest.raises(InputError, match="no harmful samples to learn refusals from"):
         sft(vlm, samples[1:3], with_benign=False, config=CONFIG, out=tmp_path / "run")
-    with pytest.raises(InputError, match="has words that the model does not know"):
+    with pytest.raises(InputError, match="has words outside the model's vocabulary"):
         sft(vlm, samples, with_benign=True, refusal="nevermore", config=CONFIG, out=tmp_path / "run")
     with pytest.raises(InputError, match="sft trains one adapter for all exits"):
         sft(vlm, samples, with_benign=True, config=replace(CONFIG, adapters="per-layer"), out=tmp_path / "run")

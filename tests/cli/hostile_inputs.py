@@ -116,7 +116,7 @@ def _parquet_with_lists_for_images(place: Place) -> Sequence[str | Path]:
     return _parquet(place, {name: [value] for name, value in (ROW | {"images": [[1, 2]]}).items()})
 
 
-@_case("bad.parquet: a value behind row 0 has no place in Python", "drop its column")
+@_case("bad.parquet: a value after row 0 cannot be represented in Python", "drop its column")
 def _parquet_with_a_date_beyond_all_calendars(place: Place) -> Sequence[str | Path]:
     columns = {name: [value] for name, value in ROW.items()}
     return _parquet(place, columns | {"when": pa.array([2**63 - 1], pa.timestamp("ms"))})
@@ -283,7 +283,7 @@ def _model_without_processor(place: Place) -> Sequence[str | Path]:
     return place.audit()
 
 
-@_case("the processor of", "makes pictures of 42x42 pixels, and the image encoder reads 28x28: set size and crop_size")
+@_case("the processor of", "makes pictures of 42x42 pixels, but the image encoder reads 28x28: set size and crop_size")
 def _processor_with_another_crop(place: Place) -> Sequence[str | Path]:
     record = json.loads((place.model / "processor_config.json").read_text())
     record["image_processor"]["crop_size"] = {"height": 42, "width": 42}
@@ -332,7 +332,7 @@ def _adapter_config_with_wrong_types(place: Place) -> Sequence[str | Path]:
     return place.audit("--adapter", adapter)
 
 
-@_case("adapter does not fit this model", "weights have another shape", "it was made for some/larger-model")
+@_case("adapter does not fit this model", "weights have a different shape", "it was made for some/larger-model")
 def _adapter_of_another_model(place: Place) -> Sequence[str | Path]:
     adapter = _adapter(place)
     record = json.loads((adapter / "adapter_config.json").read_text())
@@ -357,7 +357,7 @@ def _out_holds_something_else(place: Place) -> Sequence[str | Path]:
     return place.audit()
 
 
-@_case("new/run.json is not of this version's format", "into a new folder")
+@_case("new/run.json is not in this version's format", "into a new folder")
 def _out_is_of_another_program(place: Place) -> Sequence[str | Path]:
     place.new.mkdir()
     place.file("new/run.json", '{"program": "other"}')
@@ -409,7 +409,7 @@ def _torn_settings(place: Place) -> Sequence[str | Path]:
     return place.audit(out=place.run)
 
 
-@_case("summary.json is not the file that the run ended with", "restore the run", "audit again")
+@_case("summary.json has changed since the run finished", "restore the run", "audit again")
 def _torn_summary(place: Place) -> Sequence[str | Path]:
     place.tear("run", "summary.json")
     return ["compare", place.run, place.run]
@@ -420,27 +420,27 @@ def _torn_answers(place: Place, *command: str) -> list[str | Path]:
     return [command[0], place.run, *command[1:]]
 
 
-@_case("responses.parquet is not the file that the run ended with", "restore the run", "audit again")
+@_case("responses.parquet has changed since the run finished", "restore the run", "audit again")
 def _torn_answers_compared(place: Place) -> Sequence[str | Path]:
     return _torn_answers(place, "compare", str(place.run))
 
 
-@_case("responses.parquet is not the file that the run ended with", "restore the run", "audit again")
+@_case("responses.parquet has changed since the run finished", "restore the run", "audit again")
 def _torn_answers_judged(place: Place) -> Sequence[str | Path]:
     return _torn_answers(place, "judge", "--judge", "world-rule")
 
 
-@_case("responses.parquet is not the file that the run ended with", "restore the run", "audit again")
+@_case("responses.parquet has changed since the run finished", "restore the run", "audit again")
 def _torn_answers_labelled(place: Place) -> Sequence[str | Path]:
     return _torn_answers(place, "label")
 
 
-@_case("responses.parquet is not the file that the run ended with", "restore the run", "audit again")
+@_case("responses.parquet has changed since the run finished", "restore the run", "audit again")
 def _torn_answers_repeated(place: Place) -> Sequence[str | Path]:
     return _torn_answers(place, "rerun")
 
 
-@_case("verdicts.parquet is not the file that the run ended with", "restore the run", "audit again")
+@_case("verdicts.parquet has changed since the run finished", "restore the run", "audit again")
 def _torn_verdicts(place: Place) -> Sequence[str | Path]:
     place.tear("run", "verdicts.parquet")
     return ["compare", place.run, place.run]

@@ -103,7 +103,7 @@ def test_a_small_batch_and_a_short_run_need_no_other_setting(
     output = capsys.readouterr()
     config = json.loads(output.out)["settings"]["config"]
     assert (config["minibatch_size"], config["value_warmup_steps"]) == (4, 1)
-    assert "judge both audits by another model as well, e.g. exitsafe judge RUN --judge harmbench" in output.err
+    assert "also judge both audits with another model, e.g. exitsafe judge RUN --judge harmbench" in output.err
 
 
 def test_a_seed_that_is_no_number(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) -> None:
@@ -167,6 +167,33 @@ def test_completions_in_a_private_file_and_on_a_page(
     assert "completions.jsonl is damaged in line 1" in fail("report", out, "--out", page)
 
 
+NESTED = "[" * 100_000 + "]" * 100_000 + "\n"
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json", "metrics.jsonl", "completions.jsonl"])
+def test_a_hostile_file_of_a_training_is_one_line_of_its_report(tmp_path: Path, fail: Any, name: str) -> None:
+    training, page = tmp_path / "lppo", tmp_path / "training.html"
+    training.mkdir()
+    for file in ("run.json", "metrics.jsonl"):
+        (training / file).write_text("{}\n")
+    (training / name).write_text(NESTED)
+    assert f"{name} " in (line := fail("report", training, "--out", page))
+    assert "it is nested too deeply" in line
+    assert not page.exists()
+
+
+def test_a_hostile_file_of_a_finished_training_is_one_line_of_align(
+    tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any
+) -> None:
+    flags = ["--suite", suite, "--steps", "1", "--batch-size", "4", "--max-new-tokens", "2", "--limit", "4"]
+    flags += ["--layers", "1", "--reward", "refusal-prefix", "--out", tmp_path / "lppo"]
+    assert run([str(word) for word in ("align", tiny_llava, *flags)]) == 0
+    for name in ("memory.json", "result.json", "metrics.jsonl"):  # the last is read first
+        (tmp_path / "lppo" / name).write_text(NESTED)
+        assert f"{name} " in (line := fail("align", tiny_llava, *flags))
+        assert "it is nested too deeply" in line
+
+
 def test_a_proxy_is_warned_of_before_it_is_optimised(
     tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,4 +204,4 @@ def test_a_proxy_is_warned_of_before_it_is_optimised(
     flags = ["--suite", str(suite), "--reward", "refusal-prefix", "--steps", "2", "--out", str(tmp_path / "run")]
     run(["align", str(tiny_llava), *flags])
     words = " ".join(capsys.readouterr().err.split())
-    assert "the reward refusal-prefix is a proxy that reads no meaning" in words
+    assert "the reward refusal-prefix is a proxy that does not read meaning" in words

@@ -71,7 +71,7 @@ def test_what_a_watch_chose_is_said_of_each_exit(
     flags += ["--adapters", "per-layer", "--layers", "1-2", "--out", str(tmp_path / "run")]
     assert run(["align", str(tiny_llava), "--suite", str(suite), *flags]) == 0
     said = capsys.readouterr().out
-    assert said.count("Exit 1: It is of step ") == said.count("Exit 2: It is of step ") == 1
+    assert said.count("Exit 1: The adapter is from step ") == said.count("Exit 2: The adapter is from step ") == 1
 
 
 def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) -> None:

@@ -16,6 +16,7 @@ from exitsafe.cli.main import FAILED, run
 from exitsafe.errors import InputError
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
+from tests.finished_runs import edit_head
 from tests.tiny_models import noise_image
 
 SETTINGS = {
@@ -81,8 +82,7 @@ def test_flags_win_over_like(audited: Path) -> None:
 def test_like_a_run_of_the_python_api_needs_suites(audited: Path, tmp_path: Path) -> None:
     for file in audited.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    head = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(head | {"origin": {}}))
+    edit_head(tmp_path, lambda head: head.update(origin={}))
     with pytest.raises(InputError, match="does not say which suites"):
         make_plan("m", {"suites": None}, like=tmp_path)
     assert make_plan("m", {"suites": ["organism-vqa"]}, like=tmp_path).exit_layers == (1, 2, 5)

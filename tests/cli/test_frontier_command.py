@@ -12,6 +12,7 @@ from exitsafe.cli import frontier_command
 from exitsafe.cli.main import run
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail, write_suite
+from tests.finished_runs import edit_head
 from tests.tiny_models import save_tiny
 
 Ask = Callable[..., tuple[dict[str, Any], str]]
@@ -55,7 +56,7 @@ def test_times_are_measured_once_and_kept(copied: Path, ask: Ask, monkeypatch: p
 
 
 def test_a_run_that_was_loaded_without_flags_is_timed(copied: Path, ask: Ask) -> None:
-    _change(copied, lambda head: head["origin"].update(loading={}))  # as the demo's are
+    edit_head(copied, lambda head: head["origin"].update(loading={}))  # as the demo's are
     found, _ = ask(copied, "--samples", "1")
     assert found["num_passes"] == 3 and found["points"][0]["bytes_saved"] > 0
 
@@ -90,7 +91,7 @@ def test_without_latency_the_model_may_be_gone(copied: Path, ask: Ask, tmp_path:
     assert there["points"][0]["flops_saved"] > 0 and there["is_prompt_measured"] is False
     assert there["num_answer_tokens"] == 8
     assert said == ""
-    _change(copied, move)
+    edit_head(copied, move)
     gone, said = ask(copied, "--no-latency", "--max-asr", "0.5")
     assert gone["points"][0]["flops_saved"] is None
     assert gone["points"][0]["metrics"] == there["points"][0]["metrics"]
@@ -98,7 +99,7 @@ def test_without_latency_the_model_may_be_gone(copied: Path, ask: Ask, tmp_path:
 
 
 def test_a_run_of_the_python_api(copied: Path, ask: Ask, fail: Fail) -> None:
-    _change(copied, lambda head: head.update(origin={}))
+    edit_head(copied, lambda head: head.update(origin={}))
     assert "give --no-latency, or call exitsafe.frontier.find_frontier" in fail("frontier", copied)
     found, _ = ask(copied, "--no-latency")
     assert found["points"][0]["bytes_saved"] is None
@@ -108,21 +109,21 @@ def test_another_model_is_not_timed(copied: Path, fail: Fail, tiny_llava: Path, 
     other = Path(shutil.copytree(tiny_llava, tmp_path / "other"))
     settings = json.loads((other / "generation_config.json").read_text())
     (other / "generation_config.json").write_text(json.dumps(settings | {"max_length": 7}))
-    _change(copied, lambda head: head["origin"].update(model=str(other)))
+    edit_head(copied, lambda head: head["origin"].update(model=str(other)))
     assert "this is not the model of" in fail("frontier", copied)
     assert not (copied / "latency.json").exists()
 
 
 def test_another_familys_config_is_not_counted(copied: Path, ask: Ask, tmp_path: Path) -> None:
     other = save_tiny("mllama", tmp_path / "other")
-    _change(copied, lambda head: head["origin"].update(model=str(other)))
+    edit_head(copied, lambda head: head["origin"].update(model=str(other)))
     found, said = ask(copied, "--no-latency")
     assert found["points"][0]["flops_saved"] is None
     assert "its family or its exits differ" in said
 
 
 def test_changed_suites_are_not_timed(copied: Path, fail: Fail) -> None:
-    _change(copied, lambda head: head["origin"].update(limit=3))
+    edit_head(copied, lambda head: head["origin"].update(limit=3))
     assert "have changed since; restore them" in fail("frontier", copied)
 
 
@@ -170,9 +171,3 @@ def test_other_families(family: str, flags: list[str], tmp_path: Path, ask: Ask)
     assert found["skip_global"] is bool(flags)
     assert (deep["bytes_saved"] > 0) is bool(flags)
     assert (deep["flops_saved"] > 0) is bool(flags)
-
-
-def _change(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    head = json.loads((path / "run.json").read_text())
-    change(head)
-    (path / "run.json").write_text(json.dumps(head))

@@ -20,11 +20,12 @@ import pytest
 from exitsafe.cli.main import DONE, FAILED, run
 from exitsafe.records import Response, Verdict
 from exitsafe.runs import load_run
+from exitsafe.runs.directory import saved_in
 from tests.cli.conftest import write_suite
 from tests.cli.hostile_inputs import CASES, SAID
 from tests.cli.hostile_place import Broken, Place, judged_by
 from tests.fake_vlm import content
-from tests.finished_runs import edit_head, saved_in
+from tests.finished_runs import edit_head
 from tests.tiny_models import noise_image, save_tiny
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from exitsafe.cli.audit_plan import make_plan
-from exitsafe.cli.main import run
+from exitsafe.cli.main import FAILED, run
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
+from tests.finished_runs import edit_head
 from tests.judges.test_endpoint import Answer, ChatServer, serving
 
 
@@ -31,9 +32,8 @@ def test_a_judge_is_added_and_how_it_was_reached_is_kept(copied: Path, capsys: p
 
 
 def test_a_run_like_another_reaches_judges_as_that_one_did_but_for_their_address(copied: Path) -> None:
-    head = json.loads((copied / "run.json").read_text())
-    head["origin"] |= {"judging": {"url": "http://localhost:8000/v1", "device": "cpu"}, "judge_pass": "second"}
-    (copied / "run.json").write_text(json.dumps(head))
+    judging = {"url": "http://localhost:8000/v1", "device": "cpu"}
+    edit_head(copied, lambda head: head["origin"].update(judging=judging, judge_pass="second"))
     plan = make_plan("m", {"judging": {"device": "cuda:1"}}, like=copied)
     assert plan.judging == {"device": "cuda:1"}
     assert plan.settings["judge_pass"] == "second"
@@ -56,9 +56,7 @@ def test_a_flag_that_no_judge_reads_is_refused(fail: Fail, audited: Path, flag: 
 
 
 def test_a_suite_that_has_changed_is_refused(copied: Path, fail: Fail, tmp_path: Path) -> None:
-    head = json.loads((copied / "run.json").read_text())
-    head["origin"] |= {"limit": 3}
-    (copied / "run.json").write_text(json.dumps(head))
+    edit_head(copied, lambda head: head["origin"].update(limit=3))
     assert "asked other samples than these" in fail("judge", copied, "--judge", "world-rule")
 
 
@@ -77,13 +75,13 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_end_says_why_answers_are_unscored(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = ChatServer(lambda _, number: Answer(text="score: none", usage=None, finish_reason="stop"))
     with serving(server) as url:
-        assert run(["judge", str(copied), "--judge", "rubric:m", "--judge-url", url, "--json"]) == 0
+        assert run(["judge", str(copied), "--judge", "rubric:m", "--judge-url", url, "--json"]) == FAILED
     output = capsys.readouterr()
     count = sum(verdict.judge == "rubric:m" for verdict in load_run(copied).verdicts())
     reason = "the reply is not in the judge's format"
     assert json.loads(output.out)["unscored"] == {"rubric:m": {reason: count}}
     assert f"judge rubric:m could not score {count} of {count} answers: {reason} ({count})" in output.err
-    assert f"tokens of {len(server.requests)} replies not reported" in output.err
+    assert f"{len(server.requests)} replies did not report their tokens" in output.err
 
 
 @pytest.mark.usefixtures("no_proxy")

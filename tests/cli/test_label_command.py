@@ -13,6 +13,7 @@ import pytest
 import exitsafe
 from exitsafe.cli.defaults import make_origin, read_samples
 from exitsafe.cli.main import run
+from tests.finished_runs import edit_head
 
 Rows = list[dict[str, str]]
 
@@ -135,7 +136,7 @@ def test_requests_that_cannot_be_had_are_blank_and_said(audited_run: Path, capsy
     head = json.loads((audited_run / "run.json").read_text())
 
     def label(origin: dict[str, Any]) -> tuple[str, list[str]]:
-        (audited_run / "run.json").write_text(json.dumps(head | {"origin": origin}))
+        edit_head(audited_run, lambda head: head.update(origin=origin))
         assert run(["label", str(audited_run), "--rows", "10"]) == 0
         with (audited_run / "labels.csv").open(encoding="utf-8-sig", newline="") as lines:
             return capsys.readouterr().err, [row["prompt"] for row in csv.DictReader(lines)]

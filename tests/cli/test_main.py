@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,13 @@ def test_an_unforeseen_error_is_one_line_and_the_way_to_its_traceback(
     monkeypatch.setenv("EXITSAFE_DEBUG", "1")
     assert run(["work"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_path_that_is_too_long_is_said(fail: Any, tmp_path: Path) -> None:
+    name = "a" * 300
+    for command in (["audit", "organism", "--suite", name], ["audit", name, "--suite", "organism-vqa"]):
+        assert fail(*command, "--out", tmp_path / "run").startswith("a path is too long (aaaa")
+    assert "a path is too long" in fail("gate", name, "--max-asr", "0.5")
 
 
 def test_an_interrupt_is_130_and_says_that_nothing_is_lost(raising: Any, capsys: pytest.CaptureFixture[str]) -> None:

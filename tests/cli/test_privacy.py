@@ -18,8 +18,8 @@ from exitsafe.judges import registry
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.runs import load_run
+from exitsafe.runs.directory import saved_in
 from tests.fake_vlm import FakeVLM, audit_fake
-from tests.finished_runs import saved_in
 
 SUITES = ("organism-harmful", "organism-benign")
 FLAGS = ("--limit", "4", "--layers", "1,3", *(word for suite in SUITES for word in ("--suite", suite)))

@@ -219,4 +219,7 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
     warn_of_own_reward(out / "adapter", [Stub("harmbench", "asr")])
     assert capsys.readouterr().err == ""
     assert run([*align, *watch]) == 0
-    assert f"It is of step {document['result']['adapter_step']} of 3: the lowest objective" in capsys.readouterr().out
+    assert (
+        f"The adapter is from step {document['result']['adapter_step']} of 3: the lowest objective"
+        in capsys.readouterr().out
+    )

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from exitsafe.cli.audit_plan import judging_like
 from exitsafe.cli.main import run
+from exitsafe.judges.perspective import Perspective
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
@@ -31,9 +33,7 @@ SECRET = "sk-zorb"
 
 def change(folder: Path, **origin: Any) -> Path:
     """Edit what a run says of where it is from."""
-    head = json.loads((folder / "run.json").read_text())
-    head["origin"] |= origin
-    (folder / "run.json").write_text(json.dumps(head))
+    edit_head(folder, lambda head: head["origin"].update(origin))
     return folder
 
 
@@ -177,6 +177,24 @@ def test_commands_that_ask_a_runs_judges_again(
         assert server[0].requests
         again = load_run(graded.with_name("run-again"))
         assert again.origin["judging"] == {"url": server[1]}
+
+
+def test_a_run_does_not_choose_that_answers_are_sent_to_google(
+    copied: Path, tiny_llava: Path, fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(*_: Any) -> None:
+        raise AssertionError("an answer was sent")
+
+    monkeypatch.setattr(Perspective, "__call__", send)
+    monkeypatch.setenv("PERSPECTIVE_API_KEY", SECRET)
+    inherited = {"name": "perspective", "measures": [], "settings": {}}
+    edit_head(copied, lambda head: head["settings"]["judges"].append(inherited))
+    for command in (("rerun", copied), ("audit", tiny_llava, "--like", copied, "--out", tmp_path / "new")):
+        line = fail(*command)
+        assert f"{copied} names the judge perspective, which sends answers to https://commentanalyzer." in line
+        assert f"use exitsafe audit with --judge perspective, and with --like {copied} to repeat the run" in line
+    assert not (tmp_path / "new").exists() and not copied.with_name("run-again").exists()
+    assert judging_like(copied, {}, judges=["perspective"], named=["perspective"]) == {}
 
 
 def test_a_run_that_goes_on_asks_the_address_of_the_call(

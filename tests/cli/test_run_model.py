@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of
 from exitsafe.errors import RunError
 from exitsafe.runs import AuditRun, load_run
+from tests.finished_runs import edit_head
 
 
 @pytest.fixture
@@ -18,9 +18,7 @@ def copied(audited: Path, tmp_path: Path) -> Path:
 
 
 def changed(path: Path, **origin: Any) -> AuditRun:
-    head = json.loads((path / "run.json").read_text())
-    head["origin"].update(origin)
-    (path / "run.json").write_text(json.dumps(head))
+    edit_head(path, lambda head: head["origin"].update(origin))
     return load_run(path)
 
 

@@ -14,6 +14,7 @@ from exitsafe.cli.main import run
 from exitsafe.slim.manifest import MANIFEST, hash_each
 from exitsafe.vlm import load_vlm
 from tests.cli.conftest import Fail
+from tests.finished_runs import edit_head
 from tests.judges.test_endpoint import Answer, ChatServer, serving
 from tests.slim.slim_models import save_adapter
 
@@ -118,13 +119,14 @@ def test_a_judge_behind_an_address_of_the_run_is_left_out(
     copied = Path(shutil.copytree(audited, tmp_path / "run"))
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with serving(ChatServer(lambda body, number: Answer(text="score: none"))) as url:
+    grade = "#scores\n1.a x\n1.b 0\n2.a x\n2.b 5\n3.a x\n3.b 5"
+    with serving(ChatServer(lambda body, number: Answer(text=grade))) as url:
         assert run(["judge", str(copied), "--judge", "rubric:m", "--judge-url", url]) == 0
     _tamper(slim / "model.safetensors", amount=2.0)
     _forge(slim)
     found, errors = _verify(slim, "--against", copied, "--tolerance", "1", capsys=capsys)
     assert found["answers_same"] < found["answers"]  # judges are asked only where answers differ
-    assert "rubric:m is not asked again" in errors and f"add --judge-url {url}" in errors
+    assert "rubric:m was skipped" in errors and f"add --judge-url {url}" in errors
 
 
 def test_what_cannot_be_verified(slim: Path, audited: Path, tiny_llava: Path, tmp_path: Path, fail: Fail) -> None:
@@ -134,8 +136,7 @@ def test_what_cannot_be_verified(slim: Path, audited: Path, tiny_llava: Path, tm
     other = exitsafe.export(load_vlm(tiny_llava), exit_layer=3, out=tmp_path / "other")
     assert "has no exit layer 3, only 1, 2, 5" in fail("verify", other, "--against", audited)
     copied = Path(shutil.copytree(audited, tmp_path / "run"))
-    head = json.loads((copied / "run.json").read_text())
-    (copied / "run.json").write_text(json.dumps(head | {"origin": {}}))
+    edit_head(copied, lambda head: head.update(origin={}))
     assert "was not made by the command line" in fail("verify", slim, "--against", copied)
     (slim / MANIFEST).write_text("{}")
     assert "cannot be read: export again" in fail("verify", slim, "--against", audited)

@@ -43,7 +43,8 @@ def test_samples_with_pictures_keep_them(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path, count=2)
     sample = replace(_samples(1)[0], images=(b"own",))
     assert pair_with_images([sample], folder, seed=0) == [sample]
-    assert pair_with_images([sample], tmp_path / "nowhere", seed=0) == [sample]
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        pair_with_images([sample], tmp_path / "nowhere", seed=0)
 
 
 def test_only_pictures_count_in_any_depth(tmp_path: Path) -> None:

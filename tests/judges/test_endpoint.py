@@ -315,6 +315,14 @@ def test_bodies_without_a_completion_stop_before_all_is_paid_for(body: str, has_
     assert sent == 8 + has_answered
 
 
+@pytest.mark.parametrize("answer", [Answer(text=""), Answer(text="half a", finish_reason="length")])
+def test_a_model_that_says_nothing_usable_is_not_paid_for_to_the_end(answer: Answer) -> None:
+    with pytest.raises(RunError, match="8 times in a row"):
+        ask(lambda _, number: answer, num=40, concurrency=1)
+    replies, _, _ = ask(lambda _, number: answer if number else Answer(), num=12, concurrency=1)
+    assert len([reply for reply in replies if reply.failure]) == 11  # after a good one it may be these requests
+
+
 @pytest.mark.parametrize("body", ["error", "empty body", "truncated"])
 def test_a_body_that_may_be_better_next_time_is_asked_for_again(body: str) -> None:
     replies, _, endpoint = ask(lambda _, number: Answer() if number else Answer(body=BAD_BODIES[body]))
@@ -363,6 +371,7 @@ COUNTED = {"prompt_tokens": 7, "completion_tokens": 3}
     ("body", "uncounted"),
     [
         (completion(usage=COUNTED, error=None), 0),
+        (completion(usage=COUNTED, error={"message": None, "code": None}), 0),
         (completion(usage={"prompt_tokens": 7.0, "completion_tokens": "3"}), 0),
         (completion(usage=None), 1),
         (completion(), 1),
@@ -383,6 +392,7 @@ COUNTED = {"prompt_tokens": 7, "completion_tokens": 3}
                 message={
                     "content": [
                         {"type": "thinking", "thinking": [{"type": "text", "text": "score: 1"}]},
+                        {"type": "reasoning", "text": None},
                         {"type": "text", "text": "fi"},
                         {"type": "output_text", "text": "ne"},
                     ]

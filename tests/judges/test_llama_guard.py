@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from exitsafe.errors import ModelError
 from exitsafe.judges.asking import ask_judge
 from exitsafe.judges.guard_prompts import render_answer
 from exitsafe.judges.llama_guard import LlamaGuard, read_reply
@@ -208,6 +209,10 @@ def test_a_template_where_processors_kept_it_is_found(folders: dict[str, Path], 
     save_guard(tiny_guard("mllama", tokenizer), tokenizer, tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert LlamaGuard(str(tmp_path))._weights.load()[1].chat_template == template
+    for content, reason in (("[" * 100_000, "it is nested too deeply"), ("{}", "it has no chat_template")):
+        (tmp_path / "chat_template.json").write_text(content)
+        with pytest.raises(ModelError, match=f"chat_template.json cannot be read .{reason}"):
+            LlamaGuard(str(tmp_path))._weights.load()
 
 
 def test_names_and_settings(folders: dict[str, Path]) -> None:

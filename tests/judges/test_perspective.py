@@ -126,16 +126,16 @@ def test_other_kinds_are_not_sent(kind: Kind) -> None:
         ("moss", refused(429), "Perspective failed (status 429)"),
         ("moss", refused(503), "Perspective failed (status 503)"),
         ("moss", refused(429, wait="999"), "Perspective failed (status 429)"),
-        ("moss", scored(1.5), "Perspective's answer is not in its format"),
-        ("moss", scored("high"), "Perspective's answer is not in its format"),
-        ("moss", (200, b"<html>", {}), "Perspective's answer is not in its format"),
-        ("moss", (200, b'{"attributeScores": {}}', {}), "Perspective's answer is not in its format"),
+        ("moss", scored(1.5), "Perspective's answer is not in the expected format"),
+        ("moss", scored("high"), "Perspective's answer is not in the expected format"),
+        ("moss", (200, b"<html>", {}), "Perspective's answer is not in the expected format"),
+        ("moss", (200, b'{"attributeScores": {}}', {}), "Perspective's answer is not in the expected format"),
         ("moss", (200, b'{"attributeScores": {"TOXICITY": {"summaryScore": {"value": NaN}}}}', {}), None),
     ],
 )
 def test_what_has_no_score_has_a_reason(text: str, answer: Any, reason: str | None) -> None:
     (verdict,) = judged(lambda _, number: answer, text, max_retries=1)
-    assert (verdict.score, verdict.unscored) == (None, reason or "Perspective's answer is not in its format")
+    assert (verdict.score, verdict.unscored) == (None, reason or "Perspective's answer is not in the expected format")
 
 
 def test_passing_faults_are_tried_again_after_the_wait_asked_for() -> None:
@@ -211,5 +211,7 @@ def test_settings_show_what_is_missing_before_any_work(monkeypatch: pytest.Monke
 
 
 def test_answers_without_a_score_stop_though_their_status_is_200() -> None:
-    with pytest.raises(RunError, match=rf"not in its format, {MOST_FAILURES} times in a row; the responses are saved"):
+    with pytest.raises(
+        RunError, match=rf"not in the expected format, {MOST_FAILURES} times in a row; the responses are saved"
+    ):
         judged(lambda text, _: (200, b"<html>moss</html>", {}), *map(str, range(MOST_FAILURES + 5)))

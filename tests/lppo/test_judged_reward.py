@@ -141,7 +141,7 @@ def test_only_a_proxy_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
     as_scorer(None, [sample("harmful")]).warn_of_proxies()
     assert not recwarn.list
     proxy = Part(reward=load_judges(["refusal-prefix"])[0], kinds=("harmful",))
-    with pytest.warns(UserWarning, match="reward refusal-prefix is a proxy that reads no meaning"):
+    with pytest.warns(UserWarning, match="reward refusal-prefix is a proxy that does not read meaning"):
         as_scorer(WeightedSum(parts=(proxy, Part(reward=constant))), asked).warn_of_proxies()
 
 

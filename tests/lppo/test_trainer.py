@@ -387,7 +387,7 @@ def test_a_run_that_skips_everything_stops_before_its_end_also_when_resumed(
 def test_a_reward_that_never_varies_stops_the_run(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
     sizes = {"batch_size": 32, "minibatch_size": 32, "microbatch_tokens": 1000, "max_new_tokens": 2}
     config = tiny_config(num_steps=100, missing_eos_penalty=0.0, **sizes)
-    with pytest.raises(RunError, match="stopped after step 20 of 100: in none of the first 20 steps did"):
+    with pytest.raises(RunError, match="stopped after step 20 of 100: the final scores did not differ"):
         align(vlm, samples, reward=always_one, config=config, out=tmp_path / "run")
 
 
@@ -569,5 +569,5 @@ def test_a_checkpoint_of_other_weights_is_refused(vlm: VLM, config: LPPOConfig) 
         weights = policy.weights()
         name = min(weights)
         for changed in ({**weights, name: weights[name][:1]}, {k: w for k, w in weights.items() if k != name}):
-            with pytest.raises(ModelError, match="1 weights of the checkpoint are not those of this adapter"):
+            with pytest.raises(ModelError, match="1 weights of the checkpoint do not belong to this adapter"):
                 policy.load_weights(changed)

@@ -19,9 +19,10 @@ from exitsafe.report.facts import (
     worst_table,
 )
 from exitsafe.report.method import limits, method_table, set_otherwise
-from exitsafe.report.names import label_runs, shown
+from exitsafe.report.names import shown
 from exitsafe.report.told import Compared, Told
 from exitsafe.runs import AuditRun
+from exitsafe.runs.finished import label_runs
 from exitsafe.stats import wilson_interval
 from tests.report.page_runs import write_run
 

@@ -187,7 +187,7 @@ def test_what_it_cost_names_gains_losses_and_gaps() -> None:
         "Over-refusal went, averaged over all 3 exits, each third of the encoder counting alike, from 10.0% to 12.0%: "
         "no difference could be shown (change +2.0 points, 95% interval -3.0 to +7.0, n=100); at the default exit, 2, "
         "from 10.0% to 30.0%: higher (change +20.0 points, 95% interval +15.0 to +25.0, n=100, 2 more unscored).",
-        "VQA accuracy was not measured in both on the same requests: what it cost there is not known.",
+        "VQA accuracy was not measured in both runs on the same requests: any cost there is unknown.",
     )
     table = next(passage.table for passage in passages if passage.heading.startswith("What it cost"))
     assert table is not None
@@ -274,7 +274,7 @@ def test_stopped_exits_are_told_with_what_they_rest_on() -> None:
     )
     assert list(in_short([told], []))[-1] == "In brackets: 99% intervals."
     assert said(passages, "Stopped early") == (
-        "before: an exit was asked no further once it was settled whether attack success there is at most 5.0% (error "
+        "before: an exit was stopped once it was settled whether attack success there is at most 5.0% (error "
         "level 1%, by guard): exit 3 at most 5.0%; exits 1, 2 above 5.0%; exit 4 still open at the end.",
         "Exits that stopped rest on fewer answers; attack success there has the 99% interval that holds at every look. "
         "Means over exits and tests that include them are a guide only.",

@@ -9,7 +9,7 @@ from exitsafe.records import KINDS, Response, Verdict
 from exitsafe.runs.finished import AuditRun
 from exitsafe.runs.scores import score_table
 from exitsafe.runs.summary import summarise
-from exitsafe.runs.tables import SampleInfo, responses_to_parquet, verdicts_to_parquet
+from exitsafe.runs.tables import SampleInfo, responses_in_table, to_parquet, verdicts_in_table
 
 Answer = Callable[[str, int], str | None]
 CATEGORIES = ("weapons & <b>traps</b>", "stones", "")
@@ -96,8 +96,8 @@ def write_run(
         "stop_when": None,
         "batch_size": "auto",
     }
-    (path / "responses.parquet").write_bytes(responses_to_parquet(samples, responses))
-    (path / "verdicts.parquet").write_bytes(verdicts_to_parquet(verdicts))
+    (path / "responses.parquet").write_bytes(to_parquet(responses_in_table(samples, responses)))
+    (path / "verdicts.parquet").write_bytes(to_parquet(verdicts_in_table(verdicts)))
     table = score_table(samples, settings["exit_layers"], responses, verdicts)  # type: ignore[arg-type]
     summary = summarise(table, model=settings["model"], judges=JUDGES)  # type: ignore[arg-type]
     return AuditRun(path=path, settings=settings, origin={}, summary=summary)

@@ -164,7 +164,7 @@ def test_loading_what_is_no_run(tmp_path: Path) -> None:
     [
         ("{", r"run\.json cannot be read"),
         ("[]", r"run\.json cannot be read \(it is not a JSON object\)"),
-        (json.dumps({"format": 99, "settings": {}}), r"run\.json is not of this version's format \(3\)"),
+        (json.dumps({"format": 99, "settings": {}}), r"run\.json is not in this version's format \(3\)"),
     ],
 )
 def test_a_damaged_head_is_one_line(tmp_path: Path, content: str, message: str) -> None:
@@ -178,7 +178,7 @@ def test_a_damaged_head_is_one_line(tmp_path: Path, content: str, message: str) 
 def test_another_programs_run_json_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"settings": {"method": "lppo"}}\n')
     (tmp_path / "adapter").mkdir()
-    with pytest.raises(RunError, match="not of this version's format"):
+    with pytest.raises(RunError, match="not in this version's format"):
         RunDirectory(tmp_path, settings=SETTINGS)
     assert (tmp_path / "run.json").read_text() == '{"settings": {"method": "lppo"}}\n'
     assert not (tmp_path / "shards").exists()

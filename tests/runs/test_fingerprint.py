@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from PIL import Image
 
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
-from exitsafe.runs.fingerprint import canonical_json, data_fingerprint, differences, sample_info
+from exitsafe.runs.fingerprint import canonical_json, data_fingerprint, differences, pin_today, sample_info
+from exitsafe.vlm import VLM
+from tests.fake_vlm import FakeVLM
 
 SAMPLE = Sample(id="a", prompt="how", kind="benign", images=(Image.new("RGB", (4, 4), "red"),), source="mine")
 
@@ -78,6 +81,14 @@ def test_an_opened_image_that_is_torn_is_said(tmp_path: Path) -> None:
         pytest.raises(InputError, match=r"sample a: image .* cannot be read \(.*truncated"),
     ):
         sample_info(replace(SAMPLE, images=(image,)))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"settings": 7}', '{"settings": {"prompts": {"today": 7}}}'])
+def test_a_date_that_cannot_be_read_is_left_to_the_one_who_opens_the_run(content: str, tmp_path: Path) -> None:
+    vlm = FakeVLM()
+    (tmp_path / "run.json").write_text(content)
+    pin_today(cast(VLM, vlm), tmp_path)
+    assert vlm.today == FakeVLM.today
 
 
 def test_the_data_fingerprint_counts_and_sees_the_order() -> None:

@@ -26,7 +26,7 @@ SAMPLES = [
     for number in range(8)
 ]
 JUDGES = [{"name": "rule", "measures": ["asr", "refusal"]}, {"name": "guard", "measures": ["asr"]}]
-WAY_OUT = "restore the run from where it came, or audit again"
+WAY_OUT = "restore the run from its source, or audit again"
 
 
 def _responses(samples: list[SampleInfo]) -> list[Response]:
@@ -67,7 +67,7 @@ def test_a_file_that_is_not_the_runs_is_named_with_the_way_out(run: Path, name: 
     content = path.read_bytes()
     for damaged in (content[:-1], content + b" ", content[:50] + bytes([content[50] ^ 1]) + content[51:], b""):
         path.write_bytes(damaged)
-        assert f"{path} is not the file that the run ended with" in _complaint(run)
+        assert f"{path} has changed since the run finished" in _complaint(run)
         assert WAY_OUT in _complaint(run)
     path.unlink()
     assert f"{path} is missing; {WAY_OUT}" in _complaint(run)
@@ -94,6 +94,27 @@ def test_a_setting_that_was_edited_is_noticed(run: Path, change: Callable[[dict[
     assert "run.json was changed after the run finished (settings)" in _complaint(run)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda origin: origin.pop("replaced_judges"),
+        lambda origin: origin.update(hub={"suite": {"id": "a/b", "configs": [], "split": "test", "revision": "c"}}),
+        lambda origin: origin.update(note="x"),
+    ],
+)
+def test_an_origin_that_was_edited_is_noticed(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Cautions and cards are made of it."""
+    head = json.loads((run / "run.json").read_text())
+    head["origin"] = {"replaced_judges": {"rule": "qwen3guard"}, "suites": ["suite"]}
+    (run / "run.json").write_text(json.dumps(head))
+    edit_head(run, lambda _: None)
+    assert any("rule judged in its place" in line for line in load_run(run).cautions)
+    head = json.loads((run / "run.json").read_text())
+    change(head["origin"])
+    (run / "run.json").write_text(json.dumps(head))
+    assert "run.json was changed after the run finished (origin)" in _complaint(run)
+
+
 def _forge(run: Path, name: str, change: Callable[[list[dict[str, Any]]], object]) -> None:
     """Edit the rows of a table and mend its hash."""
     table = pq.read_table(run / name)
@@ -114,9 +135,9 @@ FORGED_VERDICTS: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]]
     "doubled": (lambda rows: rows.append(rows[0]), "2 verdicts of 'rule' on asr for sample 's0' at exit 1"),
     "nan": (lambda rows: rows[0].update(score=math.nan), "a value of score is not a number"),
     "infinite": (lambda rows: rows[0].update(score=math.inf), "a value of score is not a number"),
-    "off the scale": (lambda rows: rows[0].update(score=-50.0), "a score of 'rule' is off the scale of asr"),
-    "no score, no reason": (lambda rows: rows[0].update(score=None), "both a score and a reason for none, or neither"),
-    "score and reason": (lambda rows: rows[0].update(unscored="x"), "both a score and a reason for none, or neither"),
+    "off the scale": (lambda rows: rows[0].update(score=-50.0), "a score of 'rule' is out of range for asr"),
+    "no score, no reason": (lambda rows: rows[0].update(score=None), "both a score and an unscored reason, or neither"),
+    "score and reason": (lambda rows: rows[0].update(unscored="x"), "both a score and an unscored reason, or neither"),
     "another judge": (lambda rows: rows[0].update(judge="me"), "no verdicts of 'rule' on asr"),
     "one more judge": (lambda rows: rows.append({**rows[0], "judge": "me"}), "names no judge 'me' that measures 'asr'"),
     "another measure": (lambda rows: rows.append({**rows[0], "measure": "wit"}), "'rule' that measures 'wit'"),
@@ -207,6 +228,27 @@ HEADS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "loading": (lambda head: head["origin"].update(loading={"eval": "x"}), "origin.loading.eval: Extra inputs"),
     "suites": (lambda head: head["origin"].update(suites="x"), "origin.suites: Input should be a valid list"),
     "null character": (lambda head: head["origin"].update(images="a\x00b"), "must not hold a null character"),
+    "prompts": (lambda head: head["settings"].update(prompts=7), "settings.prompts: Input should be"),
+    "no date": (
+        lambda head: head["settings"].update(prompts={"hash": "x", "today": "tomorrow"}),
+        "settings.prompts.today: Value error, must be a date such as 2026-01-31",
+    ),
+    "a number for a date": (
+        lambda head: head["settings"].update(prompts={"hash": "x", "today": 7}),
+        "settings.prompts.today: Input should be a valid string",
+    ),
+    "trained on": (
+        lambda head: head["settings"].update(trained_on={"samples": "x", "of": 1}),
+        "settings.trained_on.samples: Input should be a valid integer",
+    ),
+    "proxy": (lambda head: head["settings"]["judges"][0].update(proxy=7), "judges.0.proxy: Input should be"),
+    "list for a proxy": (
+        lambda head: head["settings"]["judges"][0].update(proxy={"asr": ["a"]}),
+        "judges.0.proxy.asr: Input should be a valid string",
+    ),
+    "replaced judges": (lambda head: head["origin"].update(replaced_judges=5), "origin.replaced_judges: Input should"),
+    "a long suite": (lambda head: head["origin"].update(suites=["a" * 5000]), "should have at most 4096 characters"),
+    "a long model": (lambda head: head["origin"].update(model="a" * 5000), "should have at most 4096 characters"),
     "hashes": (lambda head: head["results"].update(files={}), "it has no hash of"),
     "pending": (lambda head: head.update(next={"settings": 1}), "next.settings: Input should be"),
 }

@@ -11,8 +11,9 @@ from exitsafe.runs.tables import (
     read_responses,
     read_samples,
     read_verdicts,
-    responses_to_parquet,
-    verdicts_to_parquet,
+    responses_in_table,
+    to_parquet,
+    verdicts_in_table,
 )
 
 SAMPLES = [
@@ -32,27 +33,29 @@ VERDICTS = [
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
-    path.write_bytes(responses_to_parquet(SAMPLES, RESPONSES))
+    path.write_bytes(to_parquet(responses_in_table(SAMPLES, RESPONSES)))
     assert read_responses(path) == RESPONSES
     assert read_samples(path) == SAMPLES
-    path.write_bytes(verdicts_to_parquet(VERDICTS))
+    path.write_bytes(to_parquet(verdicts_in_table(VERDICTS)))
     assert read_verdicts(path) == VERDICTS
 
 
 def test_no_verdicts_are_a_table_too(tmp_path: Path) -> None:
     path = tmp_path / "v.parquet"
-    path.write_bytes(verdicts_to_parquet([]))
+    path.write_bytes(to_parquet(verdicts_in_table([])))
     assert read_verdicts(path) == []
 
 
 def test_the_same_records_give_the_same_bytes() -> None:
-    assert verdicts_to_parquet(VERDICTS) == verdicts_to_parquet(list(VERDICTS))
-    assert responses_to_parquet(SAMPLES, RESPONSES) == responses_to_parquet(SAMPLES, list(RESPONSES))
+    assert to_parquet(verdicts_in_table(VERDICTS)) == to_parquet(verdicts_in_table(list(VERDICTS)))
+    assert to_parquet(responses_in_table(SAMPLES, RESPONSES)) == to_parquet(
+        responses_in_table(SAMPLES, list(RESPONSES))
+    )
 
 
 def test_a_damaged_table_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "v.parquet"
-    path.write_bytes(verdicts_to_parquet(VERDICTS)[:-20])
+    path.write_bytes(to_parquet(verdicts_in_table(VERDICTS))[:-20])
     with pytest.raises(RunError, match=r"v\.parquet cannot be read") as caught:
         read_verdicts(path)
     assert "\n" not in str(caught.value)

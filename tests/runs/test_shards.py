@@ -75,7 +75,7 @@ def _edit(path: Path, before: bytes, after: bytes) -> None:
 def test_an_edited_answer_does_not_count(tmp_path: Path) -> None:
     _edit(_fill(tmp_path), b'"text": "t"', b'"text": "T"')
     with pytest.warns(
-        RuntimeWarning, match="1 line is damaged or from another run; what was saved there is done again"
+        RuntimeWarning, match="1 line is damaged or from another run; the work saved there will be redone"
     ):
         saved = read_shards(tmp_path)
     assert list(saved.responses) == [("b", 1)]
@@ -128,12 +128,9 @@ def test_a_line_that_no_audit_wrote_does_not_count(tmp_path: Path, record: dict[
 def test_something_else_in_the_place_of_a_shard_is_one_line(tmp_path: Path, what: str) -> None:
     path = tmp_path / "00000.jsonl"
     {"folder": path.mkdir, "link": lambda: path.symlink_to("/etc/hostname"), "pipe": lambda: os.mkfifo(path)}[what]()
-    words = "is not what an audit writes there; remove it and rerun|is a symbolic link, and is not written through"
+    words = "was not written by an audit; remove it and rerun|is a symbolic link"
     for use in (lambda: ShardWriter(tmp_path), lambda: read_shards(tmp_path)):
-        with pytest.raises(
-            RunError,
-            match=words,
-        ):
+        with pytest.raises(RunError, match=words):
             use()
 
 
@@ -177,6 +174,6 @@ def test_a_run_is_not_written_through_a_symbolic_link(link: str, tmp_path: Path)
     place = tmp_path / "run" / link
     place.parent.mkdir(parents=True)
     place.symlink_to(mine if link == "shards" else target)
-    with pytest.raises(RunError, match="is a symbolic link, and is not written through"):
+    with pytest.raises(RunError, match="is a symbolic link, which is not written through"):
         ShardWriter(tmp_path / "run" / "shards")
     assert target.read_text() == "not a shard"

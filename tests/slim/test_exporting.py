@@ -21,6 +21,7 @@ from exitsafe.slim.checkpoint import cut
 from exitsafe.slim.exporting import _command
 from exitsafe.slim.manifest import read_manifest
 from exitsafe.vlm import VLM, load_vlm
+from exitsafe.vlm.adapters import TRAINED_ON
 from tests.slim.slim_models import SAMPLES, adapted_vlm, difference, load_stock, logits, real_inputs, save_adapter
 from tests.tiny_models import (
     noise_image,
@@ -94,6 +95,7 @@ def test_lists_of_feature_layers(
 @pytest.mark.parametrize("keep_adapter", (False, True))
 def test_adapters_are_merged_or_kept(family: str, keep_adapter: bool, tmp_path: Path) -> None:
     vlm = adapted_vlm(family, tmp_path)
+    vlm.trained_on = frozenset({"ab" * 32})
     bare = load_vlm(tmp_path / "model")
     before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
     for exit_layer in (1, 3, 6):
@@ -103,6 +105,9 @@ def test_adapters_are_merged_or_kept(family: str, keep_adapter: bool, tmp_path: 
         assert difference(bare, out, exit_layer=exit_layer, family=family) > 0.05, "the adapter must matter here"
         assert isinstance(load_stock(out), PeftModel) == keep_adapter
         assert read_manifest(out).adapter == ("kept" if keep_adapter else "merged")
+        assert [place for place in (out, out / "adapter") if (place / TRAINED_ON).is_file()] == (
+            [out, out / "adapter"] if keep_adapter else [out]
+        )
         assert read_manifest(out).sizes["before"]["parameters"] == sum(p.numel() for p in bare.model.parameters())
     after = vlm.model.state_dict()
     assert before.keys() == after.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from exitsafe.slim.audited import _by_suite, _judge
 from exitsafe.slim.manifest import Base, read_manifest
 from exitsafe.slim.model_card import is_hub_id, license_of, write_card
 from exitsafe.vlm import VLM, load_vlm
+from tests.finished_runs import edit_head
 from tests.gate.gate_runs import rows, write_run
 from tests.slim.slim_models import save_adapter
 from tests.tiny_models import noise_image, save_tiny, tiny_llava
@@ -99,6 +101,15 @@ def test_no_text_of_prompts_or_answers_anywhere(model: Path, run: AuditRun, tmp_
     texts = {response.text for response in run.responses() if len(response.text.split()) > 1}
     assert len(texts) > 5
     assert not [text for text in {SECRET, *texts} if text in shipped]
+
+
+def test_what_a_run_says_cannot_format_the_card(model: Path, run: AuditRun, tmp_path: Path) -> None:
+    hostile = "x\n\n# Safe <img src=x> `|[a](b) \x1b[2J\u202e"
+    path = Path(shutil.copytree(run.path, tmp_path / "run"))
+    edit_head(path, lambda head: head["settings"]["versions"].update({"torch": hostile}))
+    text = (exitsafe.export(load_vlm(model), exit_layer=2, out=tmp_path / "slim", audit=path) / "README.md").read_text()
+    assert "x # Safe" in text
+    assert not [word for word in ("<img", "\n# Safe", "[a](b)", "\x1b", "\u202e") if word in text]
 
 
 def test_without_an_audit_the_card_says_so(model: Path, tmp_path: Path) -> None:

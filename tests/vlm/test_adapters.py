@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exitsafe.errors import ModelError
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, Row, load_vlm
+from exitsafe.vlm import VLM, Row, adapters, load_vlm
 from exitsafe.vlm.adapters import as_ranges
 from tests.tiny_models import noise_image, save_tiny, tiny_model
 
@@ -320,7 +320,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         (_remove_weights, r"layer-02 has no adapter_model\.safetensors"),
         (_remove_config, r"layer-02 has no adapter_config\.json"),
         (_tear, r"layer-02: adapter_model\.safetensors is truncated or corrupt \(.*save or download it again"),
-        (_other_rank, r"layer-02 does not fit this model: \d+ weights have another shape .* made for llava"),
+        (_other_rank, r"layer-02 does not fit this model: \d+ weights have a different shape .* made for llava"),
         (_fewer_weights, r"layer-02 does not fit this model: 1 of 28 adapter weights are missing"),
         (_base_weights, r"1 of 29 weights in the file match nothing in the model's adapter \(lm_head\.weight\)"),
         (_not_finite, r"1 of 28 weights of .*layer-02 hold NaN or infinite numbers \(model\.language_model"),
@@ -332,7 +332,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         (_twice, r"layer-2 and layer-02 are for the same exit: keep one"),
         (_both, r"holds an adapter for all exits and layer-01 too: keep one"),
         (_in_the_encoder, r"outside the language model, at model\.vision_tower"),
-        (_no_json, r"adapter_config\.json is not valid JSON"),
+        (_no_json, r"adapter_config\.json cannot be read \(it is not JSON: "),
     ],
 )
 def test_what_cannot_be_used_is_one_line(
@@ -371,7 +371,7 @@ def _none_at_all(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         (_names_of_nothing, r"28 of 28 adapter weights are missing .*; 28 of 28 weights in the file match nothing"),
         (_half_of_it, r"14 of 28 adapter weights are missing from the file \(model\.language_model\.layers\.1\.\S+ "),
         (_one_too_many, r"1 of 29 weights in the file match nothing .*layers\.7\."),
-        (_twice_as_wide, r"weights have another shape .*made for llava; use the adapter's own model"),
+        (_twice_as_wide, r"weights have a different shape .*made for llava; use the adapter's own model"),
         (_none_at_all, r"holds no weights"),
         (_first_infinite, r"1 of 28 weights of .* hold NaN or infinite numbers"),
     ],
@@ -402,15 +402,18 @@ def test_biases_and_copies_of_modules_belong_to_an_adapter_too(llava: Path, tmp_
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is not valid JSON"),
-        ("[" * 100_000, "is not valid JSON"),
-        ("[1]", "is not a JSON object"),
+        ("{", "cannot be read \\(it is not JSON: "),
+        ("[" * 100_000, "cannot be read \\(it is nested too deeply\\)"),
+        ('{"a": ' + "[" * 200 + "]" * 200 + "}", "cannot be read \\(it is nested too deeply\\)"),
+        ("[1]", "cannot be read \\(it is not a JSON object\\)"),
         ({"peft_type": "LORRA"}, r"names the peft_type 'LORRA', which this version of PEFT does not know"),
         ({"peft_type": ["LORA"]}, r"does not know"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}, r"PREFIX_TUNING adapter, which changes the prompt"),
         ({"r": "4"}, r"r is not a finite number"),
-        ({"lora_alpha": float("nan")}, r"lora_alpha is not a finite number"),
-        ({"r": 10**9}, r"says rank 1000000000, and no weight in the file has more than \d+ rows"),
+        ({"lora_alpha": 10**400}, r"does not fit this model: "),
+        ({"lora_alpha": float("nan")}, r"cannot be read \(it holds NaN, which is not a number\)"),
+        ({"r": 10**9}, r"says rank 1000000000, but no weight in the file has more than \d+ rows"),
+        ({"rank_pattern": 4}, r"does not fit this model"),
         ({"rank_pattern": {"q_proj": 10**9}}, r"says rank 1000000000"),
         ({"target_modules": ["zorb"]}, r"does not fit this model: Target modules"),
         ({"target_modules": 7}, r"does not fit this model"),
@@ -428,13 +431,49 @@ def test_a_damaged_config_is_one_line(llava: Path, folder: Path, content: Any, w
     assert "\n" not in str(error.value)
 
 
+SLOW = r"(([a-z_.0-9]+)+)+!"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"target_modules": SLOW + r"|.*language_model\..*_proj"},
+        {"exclude_modules": "(.|.)" * 40 + "!"},
+        {"rank_pattern": {SLOW: 4}},
+        {"alpha_pattern": {SLOW: 4}},
+        {"modules_to_save": [SLOW]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": [SLOW]},
+    ],
+    ids=lambda content: next(reversed(content)),
+)
+def test_a_pattern_that_never_ends_is_refused_in_time(
+    llava: Path, folder: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "PATTERN_SECONDS", 1.0)
+    change_config(folder / "layer-01", **content)
+    with pytest.raises(ModelError, match=r"adapter_config\.json names modules by a pattern that takes more than 1 sec"):
+        load_vlm(llava, adapter=folder / "layer-01")
+
+
+def test_an_alarm_while_an_adapter_is_loaded_is_no_fault_of_its_file(
+    llava: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ring(*_: Any, **__: Any) -> None:
+        raise TimeoutError("too late")
+
+    monkeypatch.setattr(PeftModel, "load_adapter", ring)
+    with pytest.raises(ModelError, match=r"^cannot load [^ ]*/llava: too late$"):
+        load_vlm(llava, adapter=folder / "layer-01")
+
+
 def test_an_adapter_without_effect_and_one_of_another_model_are_pointed_out(llava: Path, folder: Path) -> None:
     adapter = folder / "layer-01"
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         load_vlm(llava, adapter=adapter)
     change_config(adapter, base_model_name_or_path="somebody/llava-larger")
-    with pytest.warns(UserWarning, match=r"layer-01 was made for somebody/llava-larger, and the model is .*/llava:"):
+    with pytest.warns(UserWarning, match=r"layer-01 was made for somebody/llava-larger, but the model is .*/llava:"):
         load_vlm(llava, adapter=adapter)
     change_weights(adapter, lambda weights: {name: w * (".lora_A" in name) for name, w in weights.items()})
     with pytest.warns(UserWarning, match=r"changes nothing: every lora_B weight is zero"):

@@ -210,7 +210,8 @@ def test_paths_that_do_not_exist_and_adapters_of_other_models(tmp_path: Path) ->
     settings |= {"r": 4, "base_model_name_or_path": "another/model"}
     (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(
-        ModelError, match=r"does not fit this model: \d+ weights have another shape .* it was made for another/model"
+        ModelError,
+        match=r"does not fit this model: \d+ weights have a different shape .* it was made for another/model",
     ):
         load_vlm(folder, adapter=tmp_path / "other")
 

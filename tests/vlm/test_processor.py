@@ -146,7 +146,7 @@ def _larger_tokenizer(folder: Path) -> None:
         ("llava", _no_tokenizer, "cannot load the processor of .* put the processor and tokenizer files"),
         ("llava", lambda f: (f / "processor_config.json").write_text("{"), "cannot load the processor of"),
         ("llava", lambda f: processor(f, image_processor=7), "cannot load the processor of"),
-        ("llava", _larger_tokenizer, r"makes token 35, and the model has 30 embeddings"),
+        ("llava", _larger_tokenizer, r"makes token 35, but the model has 30 embeddings"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
@@ -168,14 +168,14 @@ def test_without_an_end_token_answers_have_the_full_length_and_that_is_said_once
 ) -> None:
     folder = save_tiny("llava", tmp_path)
     without_token(folder, "pad_token", "eos_token")
-    with pytest.warns(UserWarning, match="names no end-of-sequence token: every answer runs to max_new_tokens"):
+    with pytest.warns(UserWarning, match="has no end-of-sequence token: every answer runs to max_new_tokens"):
         vlm = load_vlm(folder)
     assert vlm.eos_token_ids == ()
     assert vlm.pad_token_id != vlm.base_model.config.image_token_id
     for response in vlm.generate(SAMPLES, 3, max_new_tokens=5, batch_size=2):
         assert (response.num_tokens, response.finish_reason) == (5, "length")
     assert run(["doctor", str(folder)]) == 0
-    assert "names no end-of-sequence token" in capsys.readouterr().out
+    assert "has no end-of-sequence token" in capsys.readouterr().out
 
 
 def test_the_tokenizer_may_know_the_end_token_alone(tmp_path: Path) -> None:

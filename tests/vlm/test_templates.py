@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -43,13 +46,13 @@ def test_the_text_is_that_of_transformers(template: str, opens: bool) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (LOOP, r"does not end within 1 seconds; use a checkpoint that you trust"),
-        (DOUBLING, "(needs too much memory|does not end within 1 seconds); use a checkpoint that you trust"),
+        (LOOP, r"does not finish within 1 seconds; use a checkpoint that you trust"),
+        (DOUBLING, "(needs too much memory|does not finish within 1 seconds); use a checkpoint that you trust"),
         ("{{ 'a' * 5000000 }}", "needs too much memory"),
-        ("{{ ''.__class__.__mro__ }}", r"tries what a template must not do \(access to attribute '__class__'"),
+        ("{{ ''.__class__.__mro__ }}", r"attempts a forbidden operation \(access to attribute '__class__'"),
         (" ", "writes nothing; use a checkpoint"),
-        ("{% if %}", r"cannot write this conversation \(Expected an expression"),
-        ("{{ raise_exception('never') }}", r"cannot write this conversation \(never\)"),
+        ("{% if %}", r"cannot render this conversation \(Expected an expression"),
+        ("{{ raise_exception('never') }}", r"cannot render this conversation \(never\)"),
     ],
 )
 def test_a_template_that_does_harm_is_stopped(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +84,7 @@ def test_a_template_may_refuse_some_conversations() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no pictures') }}", r"sample s: the chat template cannot write .*no pictures"),
+        ("{{ raise_exception('no pictures') }}", r"sample s: the chat template cannot render .*no pictures"),
         ("USER: hello", "sample s: the chat template leaves out the prompt"),
         (
             "{{ messages[0]['content'][-1]['text'] }}",
@@ -111,3 +114,26 @@ def test_rendering_is_fast() -> None:
     for number in range(200):
         render(processor, [{"role": "user", "content": [{"type": "text", "text": str(number)}]}], today="2026-01-31")
     assert time.perf_counter() - started < 10
+
+
+def test_an_interrupt_does_not_leave_a_reply_for_the_next_prompt() -> None:
+    slow = with_template("{% for i in range(500) %}{% for j in range(9999) %}{% endfor %}{% endfor %}FIRST")
+    render(with_template("warm"), MESSAGES, today="2026-01-31")
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        render(slow, MESSAGES, today="2026-01-31")
+    for text in ("SECOND", "THIRD"):
+        assert render(with_template(text), MESSAGES, today="2026-01-31") == text
+
+
+def test_a_reply_to_another_request_is_an_error_and_the_next_is_right() -> None:
+    process = templates._RENDERER.start()
+    assert process.stdin is not None
+    stray = {"template": "STRAY", "variables": {}, "messages": [], "today": "2026-01-31", "seconds": 9, "number": 0}
+    process.stdin.write(json.dumps({**stray, "add_generation_prompt": True}) + "\n")
+    with pytest.raises(ModelError, match="its process replied to another request"):
+        render(with_template("OWN"), MESSAGES, today="2026-01-31")
+    assert render(with_template("OWN"), MESSAGES, today="2026-01-31") == "OWN"

@@ -188,9 +188,9 @@ def _targets(vlm: VLM, samples: Sequence[Sample], refusal: str, config: LPPOConf
 def _encode(vlm: VLM, sample: Sample, text: str, config: LPPOConfig) -> Tensor:
     ids: list[int] = vlm.tokenizer.encode(text, add_special_tokens=False)
     if set(ids) & set(vlm.special_token_ids):
-        raise InputError(f"sample {sample.id}: its answer has words that the model does not know; change the answer")
+        raise InputError(f"sample {sample.id}: its answer has words outside the model's vocabulary; change it")
     target = torch.tensor([*ids, vlm.turn_end_token_id])
-    if len(target) > config.max_new_tokens:  # nothing of a reference is cut off, so that it needs room of its own
+    if len(target) > config.max_new_tokens:  # references are not truncated, so a long one needs more room
         vlm.read_ahead([sample], max_new_tokens=len(target))
     return target
 

@@ -57,7 +57,7 @@ def align_command(
             help="Judge that scores the answers, or built-in; built-in also scores what the judge does not measure. "
             "Repeatable, with weights and for kinds of samples, e.g. reward:hh@harmful=0.5: the score is the weighted "
             "sum.",
-            show_default="built-in: qwen3guard; an organism its world's rule",
+            show_default="built-in: qwen3guard; for an organism, its world's rule",
         ),
     ] = None,
     watch_every: Annotated[
@@ -74,7 +74,7 @@ def align_command(
         typer.Option(
             metavar="JUDGE",
             help="Judge for held-out evaluations; must differ from the reward.",
-            show_default="harmbench, or qwen3guard if the reward has none; an organism refusal-prefix",
+            show_default="qwen3guard, or harmbench if the reward uses it; refusal-prefix for an organism",
         ),
     ] = None,
     watch_suite: Annotated[
@@ -203,10 +203,10 @@ def align_command(
             loading=loading,
             title="L-PPO",
         )
-        if is_finished:
-            console.note(f"{out} was finished already: nothing was done")
         audit = f"exitsafe audit {model} --adapter {adapter} --like BEFORE --out AFTER"
         found = describe(adapter) | {"was_finished": is_finished}
+        if is_finished:
+            console.note(f"{out} was finished already: nothing was done")
         show(found, lambda: [f"Adapter: {adapter}", *_words(found["result"]), f"Audit it as before: {audit}"])
 
 
@@ -250,7 +250,7 @@ def run_align(
         check.keep(out, peaks=largest_peaks(out))
     if any(judge.name == DEFAULT_JUDGE for judge in scorer.judges):
         console.note(
-            f"{DEFAULT_JUDGE} was the reward, and audits use it too: judge both audits by another model as well, e.g. "
+            f"{DEFAULT_JUDGE} was the reward, and audits use it too: also judge both audits with another model, e.g. "
             f"exitsafe judge RUN --judge {SECOND_JUDGE}"
         )
     return adapter
@@ -275,26 +275,23 @@ def make_config(model: str, changes: dict[str, Any]) -> LPPOConfig:
 
 def describe(adapter: Path) -> dict[str, Any]:
     """The finished run in numbers: its settings, what became the adapter, and the metrics of its last step."""
-    from json import loads
-
-    from exitsafe.lppo.folder import TrainingFolder
+    from exitsafe.lppo.folder import TrainingFolder, read_lines, read_record
 
     folder = adapter.parent
-    settings = loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
-    last = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    lines = read_lines(folder / "metrics.jsonl")
     memory = folder / RECORD
     return {
         "run": str(folder),
         "adapter": str(adapter),
-        "settings": settings,
+        "settings": read_record(folder / "run.json")["settings"],
         "result": TrainingFolder(folder).result,
-        "last_step": loads(last),
-        "memory": loads(memory.read_bytes()) if memory.is_file() else None,
+        "last_step": lines[-1] if lines else None,
+        "memory": read_record(memory) if memory.is_file() else None,
     }
 
 
 def _words(result: dict[str, Any] | None) -> list[str]:
-    """What happened in the training, and what a watch has chosen; of each exit where each has its adapter."""
+    """What happened in training and which step was chosen; for each exit if each has its own adapter."""
     exits = (result or {}).get("exits", {})
     by_exit = [f"Exit {exit_layer}: {line}" for exit_layer, found in exits.items() for line in _words(found)]
     if result is None or "learnt" not in result:
@@ -302,7 +299,7 @@ def _words(result: dict[str, Any] | None) -> list[str]:
     lines = [] if result["learnt"] else [f"Nothing was learnt: {result['why_not']}."]
     if "objective" in result:
         early = ", ended early" if result["stopped_early"] else ""
-        lines.append(f"It is of step {result['adapter_step']} of {result['steps']}{early}: {result['why']}.")
+        lines.append(f"The adapter is from step {result['adapter_step']} of {result['steps']}{early}: {result['why']}.")
     lines.append(
         f"Skipped minibatches: {result['skipped_minibatches']} of {result['minibatches']}. Unscored answers: "
         f"{result['unscored_answers']} of {result['answers']}. Steps without a difference between scores: "

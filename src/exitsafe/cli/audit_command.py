@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from exitsafe.cli import console, options
-from exitsafe.cli.audit_plan import make_plan, run_plan
+from exitsafe.cli.audit_plan import make_plan, run_plan, show_results
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError
 
@@ -140,12 +140,7 @@ def audit_command(
             "trust_remote_code": trust_remote_code,
         }
         run = run_plan(plan, out=out, loading=loading)
-        from exitsafe.cli.tables import audit_tables
-        from exitsafe.judges.asking import unscored_reasons
-
-        unscored = unscored_reasons(run.verdicts())
-        document = {"run": str(run.path), **run.summary, **({"unscored": unscored} if unscored else {})}
-        show(document, lambda: audit_tables(run))
+        show_results(run, show)
 
 
 def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> str | None:

@@ -1,7 +1,7 @@
 """What an audit is of and how it is made: flags, another run or a run's own record in, a plan out, and its run.
 
-Flags win over the run to be like, which wins over the defaults. A run may be a stranger's: where judges send texts,
-and by which rubric, is not taken from it.
+Flags override the run given as --like, which overrides the defaults. A run may come from a stranger: judge addresses
+and rubrics are not taken from it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.memory_check import MemoryCheck, check_audit
 from exitsafe.cli.models import load_model
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, RunError
 from exitsafe.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:
     from exitsafe.judges import Judge
     from exitsafe.runs import AuditRun
     from exitsafe.vlm import VLM
+
+
+DECODING = ("max_new_tokens", "temperature", "seed")
+"""Arguments of `audit` that are taken from the `decoding` of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class AuditPlan:
     judging: dict[str, Any]
     settings: dict[str, Any]
     today: str | None = None
-    """The date that a chat template is told; None is the day of loading."""
+    """The date given to chat templates; None is the day of loading."""
 
 
 def make_plan(model: str, given: Mapping[str, Any], *, like: Path | None = None) -> AuditPlan:
@@ -80,7 +84,6 @@ def make_plan(model: str, given: Mapping[str, Any], *, like: Path | None = None)
     suites = defaults.choose_suites(model, chosen["suites"], otherwise="--suite NAME_OR_FILE or --like RUN")
     drawn = {name: chosen[name] for name in ("split", "seed", "limit", "images", "categories", "hub")}
     origin = defaults.make_origin(model, suites=suites, **drawn)
-    decoding = ("max_new_tokens", "temperature", "seed", "skip_global", "batch_size", "judge_pass", "stop_when")
     return AuditPlan(
         model=model,
         # samples of an organism's suites stay that organism's, whatever model is asked now
@@ -88,13 +91,13 @@ def make_plan(model: str, given: Mapping[str, Any], *, like: Path | None = None)
         exit_layers=chosen["exit_layers"],
         judges=None if chosen["judges"] is None else tuple(chosen["judges"]),
         judging=dict(judging),
-        settings={name: chosen[name] for name in decoding},
+        settings={name: chosen[name] for name in (*DECODING, "skip_global", "batch_size", "judge_pass", "stop_when")},
         today=chosen["today"],
     )
 
 
 def _as_wanted(judges: Sequence[str], replaced: Collection[str]) -> list[str] | None:
-    """A run's judges, where one only stood in for the default judge: the default is tried again."""
+    """A run's judges, with any stand-in replaced by the default judge, which is tried again."""
     from exitsafe.judges.registry import DEFAULT_JUDGE, FREE_JUDGES
 
     wanted = list(dict.fromkeys(DEFAULT_JUDGE if name in replaced else name for name in judges))
@@ -118,7 +121,7 @@ def settings_of(run: Path, *, needs_suites: bool) -> dict[str, Any]:
         "batch_size": None if settings["batch_size"] == "auto" else settings["batch_size"],
         "stop_when": settings["stop_when"],
         "today": today_of(settings),
-        **settings["decoding"],
+        **{name: settings["decoding"][name] for name in DECODING},
     }
 
 
@@ -178,6 +181,34 @@ def audit_as_planned(
     return run
 
 
+def show_results(run: AuditRun, show: console.Show, *, asked: Collection[str] | None = None) -> None:
+    """Print a run's tables; then fail if a judge scored nothing at all.
+
+    Args:
+        run: A finished run.
+        show: From `console.results`.
+        asked: The judges that this call asked; None for all of the run's.
+
+    Raises:
+        RunError: If one of them left every answer unscored. The answers are kept.
+    """
+    from exitsafe.cli.tables import audit_tables
+    from exitsafe.judges.asking import tell_unscored, unscored_reasons
+
+    verdicts = run.verdicts()
+    unscored = unscored_reasons(verdicts)
+    document = {"run": str(run.path), **run.summary, **({"unscored": unscored} if unscored else {})}
+    show(document, lambda: audit_tables(run))
+    scored = {verdict.judge for verdict in verdicts if verdict.score is not None}
+    for judge in unscored.keys() - scored:
+        if asked is None or judge in asked:
+            line = tell_unscored([verdict for verdict in verdicts if verdict.judge == judge])[0]
+            raise RunError(
+                f"{line}; the answers are kept: mend the cause, then exitsafe judge {run.path} --judge {judge} "
+                "--retry-unscored"
+            )
+
+
 def origin_of_run(
     origin: Mapping[str, Any],
     model: str,
@@ -198,7 +229,7 @@ def origin_of_run(
 
 
 def _resumed(plan: AuditPlan, out: Path) -> AuditPlan:
-    """The plan of a run that is there already: without names its own judges are asked."""
+    """The plan of a run that exists already: unless judges are named, its own judges are used."""
     from exitsafe.judges import is_known
     from exitsafe.runs.finished import judges_of
 
@@ -233,7 +264,7 @@ def make_judges(names: Sequence[str] | None, judging: Mapping[str, Any]) -> list
 
 
 _HARMLESS = ("device", "requests_per_minute", "prices")
-"""What of a run's `judging` may be followed."""
+"""The fields of a run's `judging` that are safe to reuse."""
 
 
 def judging_like(
@@ -243,12 +274,12 @@ def judging_like(
 
     Args:
         run: A run, finished or not.
-        given: What flags say.
-        judges: Who will be asked.
+        given: Fields set by flags.
+        judges: The judges that will be used.
         named: Those of them that this call names; the others come from the run.
 
     Raises:
-        InputError: If a judge would send texts to an address, or by a rubric, that the run alone names.
+        InputError: If only the run, not this call, names a judge's address or rubric.
         RunError: If the run's record cannot be read.
     """
     from exitsafe.runs.finished import origin_of
@@ -260,10 +291,10 @@ def judging_like(
 
 
 def check_reach(run: Path, given: Mapping[str, Any], *, judge: str, is_named: bool) -> None:
-    """Whether this call, not the run, says where a judge sends requests and answers, and by which rubric.
+    """Check that this call, not the run, says where a judge sends requests and answers, and with which rubric.
 
     Raises:
-        InputError: If not; it names what the run recorded, and the flag.
+        InputError: If not; the message names what the run recorded, and the flag.
     """
     from exitsafe.judges.endpoint import OPENAI_URL, public_address
     from exitsafe.judges.perspective import URL as PERSPECTIVE_URL
@@ -271,7 +302,10 @@ def check_reach(run: Path, given: Mapping[str, Any], *, judge: str, is_named: bo
 
     kind = judge.partition(":")[0]
     if kind == "perspective" and not is_named:
-        console.note(f"{run} names the judge perspective: answers are sent to {PERSPECTIVE_URL}")
+        raise InputError(
+            f"{run} names the judge perspective, which sends answers to {PERSPECTIVE_URL}: they are sent only if you "
+            f"name that judge; use exitsafe audit with --judge perspective, and with --like {run} to repeat the run"
+        )
     if kind != "rubric":
         return
     head = read_head(run)
@@ -286,11 +320,11 @@ def check_reach(run: Path, given: Mapping[str, Any], *, judge: str, is_named: bo
         )
     if own.get("format") == "own" and "rubric" not in given:
         file = f" (it was {recorded['rubric']})" if recorded.get("rubric") else ""
-        raise InputError(f"{run} was graded by {judge} with a rubric of its own{file}; add --judge-rubric FILE")
+        raise InputError(f"{run} was graded by {judge} with a custom rubric{file}; add --judge-rubric FILE")
 
 
 def recorded_judging(run: Path) -> dict[str, Any]:
-    """What a run recorded of how its judges were reached, to keep with it; {} if there is no run."""
+    """A run's record of how its judges were reached, to be kept; {} if there is no run."""
     from exitsafe.judges.endpoint import public_address
     from exitsafe.runs.finished import origin_of
 
@@ -309,7 +343,7 @@ def say_costs(judges: list[Judge]) -> None:
             note = f"{judge.name}: {used.requests} requests, {used.tokens_in} tokens in, {used.tokens_out} out"
             note += "" if cost is None else f", ${cost:.2f}"
             if used.uncounted:  # tokens and cost are then too low
-                note += f"; tokens of {used.uncounted} replies not reported"
+                note += f"; {used.uncounted} replies did not report their tokens"
             console.note(note)
 
 
@@ -331,7 +365,7 @@ def warn_of_own_reward(adapter: Any, judges: list[Judge]) -> None:
         if (judge.name in rewards and not is_free) or getattr(judge, "settings", {}).get("model") in models:
             console.note(
                 f"warning: judge {judge.name} was the reward that {adapter} was trained on, so its verdicts show how "
-                "well that was optimised, not whether the model is safe: judge the runs before and after training by "
+                "well that was optimised, not whether the model is safe: judge the runs before and after training with "
                 f"another model too, e.g. exitsafe judge RUN --judge {SECOND_JUDGE}"
             )
 

@@ -215,7 +215,7 @@ class SideBySide:
 
 
 def _spaced(text: str) -> str:
-    """A model's line ends and tabs as a terminal has them; what else is not printable the console replaces."""
+    """Convert a model's line ends and tabs for a terminal; the console replaces other unprintable characters."""
     return text.expandtabs(4).replace("\r\n", "\n")
 
 

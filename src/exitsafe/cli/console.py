@@ -32,8 +32,12 @@ _USER = re.compile(r"""(?<=://)[^\s/?#"'<>]*@""")
 _QUERY = re.compile(r"""(https?://[^\s?#"'<>]*)\?[^\s"'<>)]*""")
 
 
+Show = Callable[[dict[str, Any], Callable[[], list[Any]]], None]
+"""Prints a result: the document for `--json`, and what makes the tables for people."""
+
+
 @contextmanager
-def results(*, as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[], list[Any]]], None]]:
+def results(*, as_json: bool) -> Iterator[Show]:
     """Gives `show(document, tables)`, to be called once, with the document for `--json` and what is for people.
 
     `tables()` makes rich renderables; it is called only if they are shown.
@@ -120,7 +124,7 @@ def one_line(message: str) -> str:
 
 
 def _without_secrets(message: str) -> str:
-    """Errors of HTTP libraries quote the URL that was asked, with all that it holds."""
+    """HTTP libraries quote the requested URL in their errors, secrets included."""
     return _QUERY.sub(r"\1", _USER.sub("", message))
 
 
@@ -140,7 +144,7 @@ def _say(message: str) -> None:
 
 
 def show_traceback(text: str) -> None:
-    """A traceback, whose lines stay lines."""
+    """A traceback with its line breaks kept."""
     _write(printable(_without_secrets(text.rstrip())))
 
 
@@ -234,7 +238,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 
 def quieten_libraries() -> None:
-    """Silence what is known and no user can mend; every other warning stays, and is made printable."""
+    """Silence known warnings that no user can fix; keep all others, and make them printable."""
     logging.setLogRecordFactory(_PrintableRecord)
     # PEFT reads a name that transformers has renamed
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -246,7 +250,7 @@ def quieten_libraries() -> None:
 
 
 class _PrintableRecord(logging.LogRecord):
-    """What libraries log: transformers quotes configs and names of weights, the Hub's client quotes URLs."""
+    """A library's log record: transformers quotes configs and names of weights, the Hub's client quotes URLs."""
 
     def getMessage(self) -> str:  # noqa: N802  # the name in logging
         return printable(_without_secrets(_COLOURS.sub("", super().getMessage())))

@@ -86,7 +86,7 @@ def make_origin(
     Args:
         model: MODEL.
         suites, split, seed, limit, images, categories: As for `load_suites`.
-        hub: Of another run: the commits of its suites, which are read again. Other suites are looked up.
+        hub: Suite commits of another run, to read the same again. Other suites are looked up.
     """
     from exitsafe.data import absolute_names, resolve_suites
 

@@ -79,7 +79,7 @@ def doctor_command(
 ) -> None:
     """Say whether a model is supported and what it will need, before any weight is read or downloaded.
 
-    Runs the check of the processor that every audit begins with, on shapes.
+    Also runs the processor check that starts every audit, without weights.
 
     The memory plan of align is that of LPPOConfig's defaults, or of the fields in --config.
     """
@@ -188,7 +188,7 @@ def examine(
 
 
 def _about_judge(document: dict[str, Any]) -> list[str]:
-    """What an audit will be judged by where the default judge is not available."""
+    """Which judge an audit will use if the default judge is not available."""
     if document["judge_problem"] is None:
         return []
     return [
@@ -227,7 +227,7 @@ def _notes(
         notes.append(f"{reason}. Only the config was read: prompts and image placeholders are not checked.")
     else:
         notes += [f"{remark}." for remark in blueprint.remarks]
-        notes.append("Processor, tokens and image placeholders are checked as before an audit; weights are not read.")
+        notes.append("Processor, tokens and image placeholders passed the checks of an audit; weights were not read.")
     if blueprint.processor is not None and getattr(blueprint.processor, "chat_template", None) is None:
         notes.append("The processor has no chat template: prompts are written in the family's plain format.")
     if not typical.is_measured:
@@ -236,7 +236,7 @@ def _notes(
 
 
 def _is_out_of_reach(blueprint: Blueprint) -> bool:
-    """Whether the processor is on the Hub and was not read, so that nothing is known of it."""
+    """Whether the processor is on the Hub and was not read, so it could not be checked."""
     problem = blueprint.processor_problem
     is_local = defaults.organism_of(blueprint.name) is not None or Path(blueprint.name).is_dir()
     return problem is not None and not is_local and isinstance(problem.__cause__, OSError)

@@ -17,7 +17,7 @@ from exitsafe.runs.metrics import as_noun, as_opening
 from exitsafe.runs.numbers import beside_limit, interval, percent, significant
 
 _WAYS = {"max_asr": "at most", "max_over_refusal": "at most", "min_vqa": "at least", "max_ms": "at most"}
-"""By limit, which way its bound points."""
+"""For each limit, the side that its bound is on."""
 _METRICS = {"asr": "max_asr", "over_refusal": "max_over_refusal", "vqa_accuracy": "min_vqa"}
 
 
@@ -93,7 +93,7 @@ def _notes(frontier: Frontier) -> Iterator[str]:
         yield f"Answers without a score ({unscored} in all) count against their exit in the bounds."
     if frontier.has_stopped:
         yield (
-            f"The audit stopped exits early: bounds of {as_noun(frontier.titles['asr'])} hold at every look, and are "
+            f"The audit stopped exits early: bounds on {as_noun(frontier.titles['asr'])} hold at every look, and are "
             "wider for it."
         )
     yield "Pareto set: no shallower, so cheaper exit has bounds as good; with few samples also by luck."

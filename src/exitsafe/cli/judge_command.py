@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from exitsafe.cli import console, defaults, options
-from exitsafe.cli.audit_plan import judging_like, make_judges, recorded_judging, say_costs
+from exitsafe.cli.audit_plan import judging_like, make_judges, recorded_judging, say_costs, show_results
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError, RunError
 
@@ -66,9 +66,4 @@ def judge_command(
                 origin={"judging": recorded_judging(run) | judging},
             )
         say_costs(judges)
-        from exitsafe.cli.tables import audit_tables
-        from exitsafe.judges.asking import unscored_reasons
-
-        unscored = unscored_reasons(judged.verdicts())
-        document = {"run": str(judged.path), **judged.summary, **({"unscored": unscored} if unscored else {})}
-        show(document, lambda: audit_tables(judged))
+        show_results(judged, show, asked=judge)

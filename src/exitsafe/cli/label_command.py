@@ -194,7 +194,7 @@ def _agreement_tables(document: dict[str, Any], pairs: Sequence[Agreement]) -> l
     notes = ["A judge's score from 0.5 on counts as yes. Labelled answers are weighted to stand for the whole run."]
     if partial := [pair.covered for pair in pairs if pair.covered is not None and pair.covered < 1]:
         notes.append(
-            f"Labels stand for {percent(min(partial))} of the answers at least: verdict groups without labels are out."
+            f"Labels represent at least {percent(min(partial))} of the answers: unlabelled verdict groups are left out."
         )
     stored = ", ".join(entry["stored"] for entry in document["labels"])
     return [table, *notes, f"Labels: {stored}"]

@@ -6,6 +6,7 @@ about what the commands do.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -105,11 +106,13 @@ def run(arguments: Sequence[str]) -> int:
         # the reader (head, less) has left; the interpreter must not complain about it on closing stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        # only the commands know which of their words are paths; from a run or a settings file they come unchecked
+        if error.errno != errno.ENAMETOOLONG:
+            return _fail_unforeseen(error)
+        return _fail(f"a path is too long ({str(error.filename)[:40]}...); give a shorter one")
     except Exception as error:  # noqa: BLE001  # the outermost edge: reported, with the way to the traceback
-        return _fail(
-            f"{type(error).__name__} in {_place(error)} (not foreseen; EXITSAFE_DEBUG=1 shows its message and "
-            "traceback, which may quote requests and answers)"
-        )
+        return _fail_unforeseen(error)
     return DONE
 
 
@@ -150,6 +153,13 @@ def _place(error: Exception) -> str:
     package = str(Path(__file__).parent.parent)
     own = [frame for frame in frames if frame.filename.startswith(package)] or frames
     return f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
+
+
+def _fail_unforeseen(error: Exception) -> int:
+    return _fail(
+        f"{type(error).__name__} in {_place(error)} (not foreseen; EXITSAFE_DEBUG=1 shows its message and "
+        "traceback, which may quote requests and answers)"
+    )
 
 
 def _fail(message: str, *, status: int = FAILED) -> int:

@@ -1,4 +1,4 @@
-"""`exitsafe report`: finished audits, or one training -> one HTML page to look at and to pass on."""
+"""`exitsafe report`: finished audits, or one training run -> one HTML page to read and to share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def report_command(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Finished audits, the one to start from first; or one training run.",
+            help="Finished audits, the baseline first; or one training run.",
             show_default=False,
         ),
     ],
@@ -37,18 +37,18 @@ def report_command(
 ) -> None:
     """One page about one or more audits of a model: summary in words, charts, tables, tests, transcripts, method.
 
-    Self-contained: it makes no request. Runs are named by their folders; each is compared with the first. The page of a
-    training run has its metrics by step and the answers that --save-completions kept.
+    The page is self-contained and makes no requests. Runs are named by their folders; each is compared with the first.
+    The page of a training run shows its metrics by step and the answers that --save-completions kept.
     """
     with console.results(as_json=json) as show:
         from exitsafe.report import render_report
-        from exitsafe.report.names import label_runs
         from exitsafe.report.training import is_training_run, render_training
         from exitsafe.runs import load_run
+        from exitsafe.runs.finished import label_runs
 
         if trainings := [run for run in runs if is_training_run(run)]:
             if len(runs) > 1:
-                raise InputError(f"{trainings[0]} is a training run, which has a page of its own: report it alone")
+                raise InputError(f"{trainings[0]} is a training run, which gets its own page: report it alone")
             path = render_training(runs[0], out=out, include_unsafe_text=include_unsafe_text, title=title)
             document = {"report": str(path), "training": str(runs[0]), "has_texts": include_unsafe_text}
             show(document | {"bytes": path.stat().st_size}, lambda: [f"{path}: open it in a browser"])

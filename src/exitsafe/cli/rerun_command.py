@@ -1,21 +1,27 @@
-"""`exitsafe rerun`: a finished run -> the same audit once more, and what differs in answers, verdicts and metrics."""
+"""`exitsafe rerun`: a finished run -> the same audit once more, and what differs in answers, verdicts and metrics.
+
+Only what this call generated or judged is called the same: whoever forged a run can put a matching repeat beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from exitsafe.cli import console, options
-from exitsafe.cli.audit_plan import AuditPlan, audit_as_planned, judging_like, make_judges, settings_of
+from exitsafe.cli.audit_plan import DECODING, AuditPlan, audit_as_planned, judging_like, make_judges, settings_of
 from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of, remote_code_named
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from exitsafe.runs import AuditRun
+    from exitsafe.runs.shards import Saved
 
 _MOST_SHOWN = 5
 
@@ -24,7 +30,12 @@ def rerun_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The new run's folder.", show_default="RUN-again", file_okay=False),
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the repeat. An unfinished repeat is resumed only if it is named here.",
+            show_default="RUN-again, or RUN-again-2 and so on",
+            file_okay=False,
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="auto, cpu or cuda:N.", show_default="as then")
@@ -37,46 +48,66 @@ def rerun_command(
 ) -> None:
     """Repeat an audit from its run.json and compare answers, verdicts and metrics with those of the run.
 
-    Exit status 0 if all are the same (times aside), 2 if not.
+    Exit status 0 if all are the same (times aside), 2 if not, or if this call generated no answer.
     """
     with console.results(as_json=json) as show:
         from exitsafe.runs import load_run
+        from exitsafe.runs.directory import saved_in
         from exitsafe.runs.finished import is_finished
+        from exitsafe.vlm.processes import this_process, wait_for_all
 
         before = load_run(run)
-        recorded = _rows(before)  # before the audit: hours may pass until they are compared
-        out = out or run.with_name(f"{run.name}-again")
+        recorded = _rows(before)  # read before the audit, which may take hours
+        out = out or _new_folder(run)
         if out.resolve() == run.resolve():
             raise InputError(f"{out} is the run that is to be repeated; choose another folder for --out")
         if is_finished(out):
-            console.note(f"{out} is finished already and is compared as it is; remove it to repeat the audit once more")
+            raise InputError(f"{out} is finished, so nothing would be repeated; choose a new folder for --out")
+        earlier = saved_in(out)
+        wait_for_all(this_process())  # no process makes the folder before all have looked at it
         judging = options.judging(url=judge_url, rubric=judge_rubric)
         again = _repeat(before, out=out, device=device, trust_remote_code=trust_remote_code, judging=judging)
-        found = compare_runs(before, again, recorded=recorded)
+        found = compare_runs(before, again, recorded=recorded, earlier=earlier)
         show({"run": str(before.path), "again": str(again.path), **found}, lambda: _words(found, again))
         if difference := _first_difference(found):
-            raise RunError(f"{again.path} does not repeat {before.path}: {difference}")
+            raise RunError(f"{again.path} does not match {before.path}: {difference}")
+        if not found["answers_generated"]:
+            raise RunError(
+                f"every answer was already in {again.path}, so nothing was repeated; choose a new folder for --out"
+            )
+
+
+def _new_folder(run: Path) -> Path:
+    """A free name beside the run: whatever is there already may have come with the run."""
+    run = run.resolve() if run.name in ("", "..") else run
+    names = (f"{run.name}-again{'' if number == 1 else f'-{number}'}" for number in count(1))
+    return next(run.with_name(name) for name in names if not os.path.lexists(run.with_name(name)))
 
 
 Rows = tuple[dict[Any, Any], dict[Any, Any]]
-"""Answers and verdicts by what they are of."""
+"""Answers and verdicts, each by its key."""
 
 
-def compare_runs(before: AuditRun, again: AuditRun, *, recorded: Rows | None = None) -> dict[str, Any]:
-    """What two runs of the same audit share; times aside, they may share everything.
+def compare_runs(
+    before: AuditRun, again: AuditRun, *, recorded: Rows | None = None, earlier: Saved | None = None
+) -> dict[str, Any]:
+    """Compare two runs of the same audit; apart from times, they may agree in everything.
 
     Args:
         before, again: The runs.
         recorded: Answers and verdicts of the first, if they have been read already.
+        earlier: What the second held before this call: it may differ, but is not counted as repeated or the same.
     """
     from exitsafe.runs.fingerprint import differences
 
     texts, verdicts = zip(recorded or _rows(before), _rows(again), strict=True)
+    known: tuple[set[Any], set[Any]] = (set(), set())
+    if earlier is not None:
+        said = {(v.sample_id, v.exit_layer, v.judge, v.measure) for v in earlier.verdicts}
+        known = (set(earlier.responses), said)
     return {
-        "answers": len(texts[0] | texts[1]),
-        "answers_same": _num_same(*texts),
-        "verdicts": len(verdicts[0] | verdicts[1]),
-        "verdicts_same": _num_same(*verdicts),
+        **_counts("answers", "generated", *texts, known[0]),
+        **_counts("verdicts", "judged", *verdicts, known[1]),
         "metrics_changed": [
             line for line in differences(_metrics(before.summary), _metrics(again.summary)) if ".seconds." not in line
         ],
@@ -92,8 +123,18 @@ def _rows(run: AuditRun) -> Rows:
     return texts, verdicts
 
 
-def _num_same(before: Mapping[Any, Any], again: Mapping[Any, Any]) -> int:
-    return sum(row in again and again[row] == value for row, value in before.items())
+def _counts(
+    what: str, how: str, before: Mapping[Any, Any], again: Mapping[Any, Any], known: Collection[Any]
+) -> dict[str, int]:
+    """All rows, those that this call made, those of them that are as before, and all that are not."""
+    changed = {row for row in before.keys() | again.keys() if row not in before or before[row] != again.get(row)}
+    made = again.keys() - known
+    return {
+        what: len(before.keys() | again.keys()),
+        f"{what}_{how}": len(made),
+        f"{what}_same": len(made - changed),
+        f"{what}_different": len(changed),
+    }
 
 
 def _repeat(
@@ -112,7 +153,7 @@ def _repeat(
         judging=judging_like(before.path, judging, judges=settings["judges"]),
         settings={
             name: settings.get(name, "beside" if name == "judge_pass" else None)
-            for name in (*before.settings["decoding"], "skip_global", "batch_size", "stop_when", "judge_pass")
+            for name in (*DECODING, "skip_global", "batch_size", "stop_when", "judge_pass")
         },
         today=settings["today"],
     )
@@ -135,11 +176,11 @@ def _judges_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_difference(found: Mapping[str, Any]) -> str:
-    """What explains the rest is named: settings before answers, answers before verdicts. Nothing if all is the same."""
+    """The differences, causes first: settings, then answers, then verdicts. Empty if all is the same."""
     changed = [
-        f"{found[what] - found[f'{what}_same']} of {found[what]} {what}"
+        f"{found[f'{what}_different']} of {found[what]} {what}"
         for what in ("answers", "verdicts")
-        if found[what] != found[f"{what}_same"]
+        if found[f"{what}_different"]
     ]
     if found["metrics_changed"]:
         changed.append(f"{len(found['metrics_changed'])} metrics")
@@ -152,12 +193,16 @@ def _first_difference(found: Mapping[str, Any]) -> str:
 
 
 def _words(found: Mapping[str, Any], again: AuditRun) -> list[str]:
-    same = (f"{found[f'{what}_same']} of {found[what]} {what}" for what in ("answers", "verdicts"))
-    lines = [f"{' and '.join(same)} are the same. Files: {again.path}"]
+    made = {"answers": found["answers_generated"], "verdicts": found["verdicts_judged"]}
+    earlier = [f"{found[what] - number} {what}" for what, number in made.items() if number < found[what]]
+    same = (f"{found[f'{what}_same']} of {number} {what}" for what, number in made.items())
+    lines = [f"{' and '.join(same)} of this call are the same. Files: {again.path}"]
+    if earlier:
+        lines.append(f"Not repeated by this call: {' and '.join(earlier)}, which were already there.")
     if found["settings_changed"]:
         lines.append(f"Settings that differ: {'; '.join(found['settings_changed'])}.")
     changed = found["metrics_changed"]
     if not changed:
-        return [*lines, "Every metric is the same."]
+        return [*lines, "No metric differs." if earlier else "Every metric is the same."]
     more = f"; and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
     return [*lines, f"Metrics that differ: {'; '.join(changed[:_MOST_SHOWN])}{more}."]

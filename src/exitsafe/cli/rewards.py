@@ -91,7 +91,7 @@ def make_watch(
 
 
 def other_judge(reward: Judge | WeightedSum | None, samples: Sequence[Sample]) -> str:
-    """The judge that a watch takes by default: the usual one for these samples, if it is not in the reward.
+    """The default judge for held-out evaluations: the usual one for these samples, if it is not in the reward.
 
     Raises:
         InputError: If a judge of the reward is not available.

@@ -1,7 +1,7 @@
-"""The model and the samples of a finished run, made again from its run.json; what is not the same is refused.
+"""The model and the samples of a finished run, rebuilt from its run.json; whatever differs is refused.
 
-A run may be a stranger's. Which model, adapter and suites it is of is data; whether code of a checkpoint may run is
-not read from it, but given by the caller.
+A run may come from a stranger. Its model, adapter and suites are taken from it as data; whether a checkpoint's code may
+run is decided by the caller alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_samples_of(run: AuditRun) -> list[Sample]:
 
 
 def loading_of(run: AuditRun, *, device: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The arguments of `load_vlm` beside the model's name: as recorded, at the recorded commit.
+    """The arguments of `load_vlm` other than the model's name: as recorded, at the recorded commit.
 
     Args:
         run: A finished run.
@@ -70,7 +70,7 @@ def loading_of(run: AuditRun, *, device: str | None = None, trust_remote_code: b
 
 @contextmanager
 def remote_code_named(run: AuditRun, loading: Mapping[str, Any]) -> Iterator[None]:
-    """Say, around the loading of a run's model, that the run was made with code which this call does not allow."""
+    """While a run's model is loaded: report that the run was made with code that this call does not allow."""
     origin = origin_of_model(run)
     if not (origin.get("loading") or {}).get("trust_remote_code") or loading.get("trust_remote_code"):
         yield

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from exitsafe.data import KnownSuite
 
 _HINTS = (
-    'Sets of the Hub need pip install "exitsafe[hub]"; a copy of one is given as --suite NAME=PATH.',
+    'Suites on the Hub need pip install "exitsafe[hub]"; to use a local copy, pass --suite NAME=PATH.',
     "exitsafe suites NAME shows an entry in full.",
 )
 

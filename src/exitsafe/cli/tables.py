@@ -195,7 +195,7 @@ def comparison_tables(comparison: Comparison, metrics: Sequence[str] | None = No
 
 
 def _dim(line: str) -> Text:
-    """A note; a line break in a name out of a file adds no line."""
+    """A note on one line, even if a name from a file contains line breaks."""
     return Text(" ".join(line.splitlines()), style="dim")
 
 

@@ -60,7 +60,7 @@ def transfer_command(
         typer.Option(
             metavar="JUDGE",
             help="Judge that scores the answers in training, as for align.",
-            show_default="built-in: qwen3guard; an organism its world's rule",
+            show_default="built-in: qwen3guard; for an organism, its world's rule",
         ),
     ] = None,
     judge: Annotated[

@@ -100,7 +100,7 @@ def _judges(run: AuditRun, given: Mapping[str, Any]) -> list[Judge]:
         try:
             check_reach(run.path, given, judge=name, is_named=False)
         except InputError as error:  # answers can be compared without its verdicts
-            console.note(f"{name} is not asked again: {error}")
+            console.note(f"{name} was skipped: {error}")
         else:
             names.append(name)
     return make_judges(names, judging_like(run.path, given, judges=())) or []

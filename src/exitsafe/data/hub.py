@@ -74,7 +74,7 @@ def resolve_commit(suite: KnownSuite) -> str | None:
 
 
 def is_commit(revision: object) -> bool:
-    """Whether a revision is a whole commit hash, and no branch that somebody may move."""
+    """Whether a revision is a full commit hash, not a branch that somebody may move."""
     return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 

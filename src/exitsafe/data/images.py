@@ -56,7 +56,7 @@ def check_image(image: Path | bytes, *, where: str) -> None:
     """Decode an image once and forget it, so that a broken file is found before the model is loaded.
 
     Raises:
-        InputError: If it is missing, no file, no PNG, JPEG or WebP, too large or too long to be a picture, or cannot be
+        InputError: If it is missing, not a file, not PNG, JPEG or WebP, implausibly large or elongated, or cannot be
             decoded.
     """
     name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
@@ -84,7 +84,7 @@ def check_image(image: Path | bytes, *, where: str) -> None:
 
 
 def open_image(source: Image.Image | Path | str | bytes, sample_id: str) -> Image.Image:
-    """Open a picture `as_seen`; of an animation the first frame.
+    """Open a picture `as_seen`; for an animation, its first frame.
 
     Raises:
         InputError: If it cannot be opened or decoded.
@@ -94,7 +94,7 @@ def open_image(source: Image.Image | Path | str | bytes, sample_id: str) -> Imag
 
 
 def num_pixels(source: Image.Image | Path | str | bytes, sample_id: str) -> int:
-    """Width times height, from the head of the file.
+    """Width times height, from the file's header.
 
     Raises:
         InputError: If it cannot be opened.
@@ -110,7 +110,7 @@ def as_seen(image: Image.Image) -> Image.Image:
     ignored, as viewers do. 16 bits are scaled to 8. A picture that has none of these is `image.convert("RGB")`.
 
     Raises:
-        ValueError: If pixels have 32 bits, which no viewer agrees on.
+        ValueError: If pixels have 32 bits, which viewers do not show alike.
     """
     turn = _TURNS.get(_orientation(image) or 1)
     image = _with_8_bits(image)
@@ -125,7 +125,7 @@ def as_seen(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(source: Image.Image | Path | str | bytes, sample_id: str) -> Iterator[Image.Image]:
-    """The picture, not yet decoded; what fails meanwhile is said of its sample."""
+    """The picture, not yet decoded; errors meanwhile name its sample."""
     name = f"of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         if isinstance(source, Image.Image):
@@ -149,7 +149,7 @@ def _orientation(image: Image.Image) -> int | None:
 def _with_8_bits(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode in ("I", "F") and image.format != "PNG":
-        raise ValueError("32 bits per pixel have no agreed brightness; save it with 8 or 16")
+        raise ValueError("32 bits per pixel have no agreed brightness scale; save it with 8 or 16")
     if image.mode == "I" or image.mode.startswith("I;16"):  # which of the two a 16-bit PNG is depends on Pillow
         deep = np.asarray(image).astype(np.int64)
         levels = Image.fromarray(((deep * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
@@ -172,7 +172,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
             )
             if found is not None:
                 return found
-    # RGBa has no direct way to RGB
+    # RGBa cannot be converted to RGB directly
     return image.convert("RGBA").convert("RGB") if image.has_transparency_data else image.convert("RGB")
 
 

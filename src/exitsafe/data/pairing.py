@@ -19,14 +19,13 @@ def pair_with_images(samples: Sequence[Sample], folder: Path, *, seed: int) -> l
     more samples, fewer or another order change no pair.
 
     Raises:
-        InputError: If the folder has no pictures, or one that is taken cannot be read.
+        InputError: If the folder has no pictures, needed or not, or one that is taken cannot be read.
     """
-    names: list[str] = []
+    names = list_images(folder)
     checked: set[str] = set()
     paired = []
     for sample in samples:
         if not sample.images:
-            names = names or list_images(folder)
             name = names[_draw(seed, sample.id, len(names))]
             if name not in checked:
                 check_image(folder / name, where=f"--images {folder}")

@@ -45,8 +45,8 @@ def load_suites(
         organism: Whose suites: `organism` or `organism:text`.
         images: A folder of benign pictures: every sample without a picture gets one of them.
         categories: Keep only samples of these.
-        hub: What `resolve_suites` returned, to read the same commits again. Only commits are taken from it: where a
-            known suite lies is known here.
+        hub: What `resolve_suites` returned, to read the same commits again. Only commits are taken from it: the
+            location of a known suite is defined here.
 
     Raises:
         InputError: On no name or an unknown one, a limit below 1, a suite that cannot be had or read, an id in
@@ -164,7 +164,7 @@ def _as_kept(suite: KnownSuite, kept: Mapping[str, Any] | None) -> KnownSuite:
     """The entry at the commit that a run was made of.
 
     Raises:
-        InputError: If the run names another place, or no commit: a run is data, and sends nobody elsewhere.
+        InputError: If the run names another location, or no commit: a run is data and must not redirect reads.
     """
     if kept is None:
         return suite

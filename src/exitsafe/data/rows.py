@@ -28,7 +28,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     if reader is None:
         raise InputError(f"{path} has an unknown ending; suites are {', '.join(_READERS)} files")
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device never ends
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe blocks, a device never ends
             raise InputError(f"{path} is not a regular file; give the path of one")
         yield from reader(path)
     except FileNotFoundError as error:
@@ -43,7 +43,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def as_integer(value: object) -> object:
-    """A whole number that is kept as a float, as pandas does beside a missing value, as the integer it was.
+    """An integer stored as a float, as pandas does next to a missing value, as the integer it was.
 
     >>> as_integer(7.0), as_integer(7.5), as_integer("7.0")
     (7, 7.5, '7.0')
@@ -88,7 +88,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 def _float_columns(path: Path) -> set[str]:
     """Columns whose every cell is empty or a whole number such as 7.0: integers that a table library made floats.
 
-    One such cell says nothing, since "2.0" may be a text; a whole column does. Faults are left to the real reading.
+    One such cell proves nothing, since "2.0" may be text; a whole column does. Errors are left to the actual read.
     """
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         table = csv.DictReader(lines)
@@ -110,9 +110,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             columns = {name: to_python(batch.column(name)) for name in batch.schema.names}
         except UnicodeDecodeError:
             raise
-        except (ValueError, OverflowError) as error:  # a date beyond Python's, say
+        except (ValueError, OverflowError) as error:  # e.g. a date outside Python's range
             raise InputError(
-                f"{path}: a value behind row {number} has no place in Python ({error}); drop its column"
+                f"{path}: a value after row {number} cannot be represented in Python ({error}); drop its column"
             ) from error
         for row in range(batch.num_rows):
             number += 1

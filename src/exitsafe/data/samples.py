@@ -69,7 +69,7 @@ def _as_list(value: object) -> list[object]:
 
 
 def _as_texts(value: object) -> list[object]:
-    """As `_as_list`; places that a table fills with None or NaN are dropped."""
+    """As `_as_list`; entries that a table fills with None or NaN are dropped."""
     return [as_integer(each) for each in _as_list(value) if not is_missing(each)]
 
 

@@ -36,9 +36,9 @@ class Blueprint(VLM):
 
     quantization: str | None = None
     processor_problem: ModelError | None = None
-    """Why the processor is not there, or does not fit: what `load_vlm` will say."""
+    """Why the processor is missing or does not fit: the error that `load_vlm` will raise."""
     remarks: Sequence[str] = ()
-    """What is unusual, from `check_processor`."""
+    """Remarks from `check_processor`."""
 
     def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """As of a `VLM`: the language model itself computes, on embeddings of the right shape."""

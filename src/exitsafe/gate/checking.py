@@ -116,7 +116,7 @@ def check_run(
     Raises:
         RunError: If a run's files cannot be read, or the two runs share no sample or no exit.
         InputError: If a rule names an exit that the encoder does not have, or the exits of the two runs do not mean
-            the same.
+            the same thing.
     """
     assert rules and (against is not None or all(rule.side != "max_regression" for rule in rules))
     if against is not None:

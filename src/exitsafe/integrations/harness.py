@@ -99,8 +99,8 @@ class ExitLM(HFMultimodalLM):
         return {**super().get_model_info(), "exit_layer": self.exit_layer, "exitsafe_model": self.state}
 
     def tok_batch_multimodal_encode(self, strings: list[str], images: list[list[Any]], **options: Any) -> Any:
-        """As lm-eval, but for a second start token, which some tokenizers put in front of what the chat template wrote,
-        and with pictures as a viewer shows them."""
+        """As in lm-eval, but without the second start token that some tokenizers add to the chat template's own, and
+        with pictures as a viewer shows them."""
         images = [[open_image(image, "of lm-eval") for image in row] for row in images]
         bos = self.tokenizer.bos_token
         if bos and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
@@ -116,7 +116,7 @@ class ExitLM(HFMultimodalLM):
             check.remove()
 
     def _check_finite(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """lm-eval would score whatever token NaN gives."""
+        """Without this, lm-eval would score whatever token NaN yields."""
         if not output.logits[:, -1].amax(dim=-1).isfinite().all():
             raise not_finite("logits", exit_layer=self.exit_layer, dtype=self.vlm.base_model.dtype)
 

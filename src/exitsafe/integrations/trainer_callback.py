@@ -114,7 +114,7 @@ class AuditCallback(TrainerCallback):
             name=f"{self.vlm.name} at training step {step}",
             translators=self.vlm.translators,
         )
-        now.today = self.vlm.today  # audits of one training read the same
+        now.today = self.vlm.today  # all audits of a training run read the same prompts
         with undisturbed(self.vlm.model):
             run = audit(
                 now,

@@ -56,7 +56,7 @@ def check_judges(judges: Sequence[Judge]) -> None:
 
 
 def unscored_reasons(verdicts: Sequence[Verdict]) -> dict[str, dict[str, int]]:
-    """By judge, how many answers each reason left without a score, the most frequent first.
+    """By judge, how many answers each reason left without a score, most frequent first.
 
     An answer that a judge could not score on several measures counts once.
     """
@@ -85,7 +85,7 @@ def tell_unscored(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def list_reasons(reasons: Mapping[str, int]) -> str:
-    """Reasons with their counts in a line; a judge of the user's own may have one for each answer."""
+    """Reasons with their counts in a line; a custom judge may have a different one for each answer."""
     shown = [f"{' '.join(reason.split())[:_LONGEST_REASON]} ({count:,})" for reason, count in reasons.items()]
     more = len(shown) - _MOST_REASONS
     return ", ".join(shown[:_MOST_REASONS] + ([f"and {more:,} other reasons"] if more > 0 else []))

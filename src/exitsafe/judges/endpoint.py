@@ -3,7 +3,7 @@
 Retries, backoff and timeouts are the official `openai` client's. What fails all the same is a `Reply` with the reason;
 what would fail for every request (a wrong key, an unknown model, an endpoint that is down) stops with one line. Status
 200 proves nothing: gateways and wrong addresses send errors, web pages and empty bodies with it, and charge for some. A
-body without a chat completion is therefore a failure like any other, while whatever surrounds a sound completion (token
+body without a chat completion is therefore a failure like any other, while anything around a valid completion (token
 counts in odd types, a byte-order mark, a closing `[DONE]`) is read leniently.
 Reasons and errors hold no text that was sent or received. Knows nothing about samples, rubrics or verdicts.
 """
@@ -40,7 +40,7 @@ MOST_FAILURES = 16  # in a row; then the endpoint is down, and going on would on
 MOST_BAD_BODIES = 8  # in a row: fewer, since an answer with status 200 may have been paid for
 BODY_RETRIES = 1  # further tries after a body that may be better next time; each try counts as a failure
 BODY_RETRY_DELAY = 0.5  # seconds
-MOST_TOKENS = 10**9  # of one reply; a larger count is no count
+MOST_TOKENS = 10**9  # per reply; larger counts are ignored
 
 UNREACHABLE = "the endpoint could not be reached"
 TIMED_OUT = "the endpoint timed out"
@@ -74,7 +74,7 @@ class Usage:
     Args:
         requests: HTTP requests, retries included.
         tokens_in, tokens_out: As the endpoint counted them.
-        uncounted: Replies without a readable count: the tokens are then too few.
+        uncounted: Replies without a readable token count; the totals are then too low.
     """
 
     requests: int = 0
@@ -88,7 +88,7 @@ class Endpoint:
 
     Args:
         model: The model's name as the endpoint knows it.
-        base_url: Up to and with `/v1`, without user, password or query; None takes OPENAI_BASE_URL, else OpenAI's own.
+        base_url: Up to and including `/v1`, without user, password or query; None is OPENAI_BASE_URL, else OpenAI's.
         requests_per_minute: At most so many, evenly spread, retries included; None for no limit.
         concurrency: Requests on their way at a time.
         timeout: Seconds without an answer before a try is given up.
@@ -120,7 +120,7 @@ class Endpoint:
         self.usage = Usage()
         if not re.match(r"https?://[^/\s]", self.base_url):
             raise InputError("the endpoint's base URL must begin with http:// or https://")
-        if self.base_url != self.where:  # the message holds nothing of it
+        if self.base_url != self.where:  # the message must not quote it
             raise InputError(
                 "the endpoint's base URL must not contain a user name, password, query or spaces: runs record it. "
                 "Set the key in OPENAI_API_KEY"
@@ -213,7 +213,7 @@ class Endpoint:
         )
 
     async def _ask(self, client: AsyncOpenAI, conversation: Conversation) -> Reply:
-        """One reply; a body that says nothing of the request is asked for again."""
+        """One reply; a bad body that may be temporary is requested again."""
         for tries_left in reversed(range(1 + min(self.max_retries, BODY_RETRIES))):
             answer = await self._send(client, conversation)
             reply = answer if isinstance(answer, Reply) else self._read(answer)
@@ -262,23 +262,26 @@ class Endpoint:
                 self._count(content.get("usage"), is_reply=False)
                 return self._failed(NO_CHOICES, most=MOST_BAD_BODIES)
             completion = _Completion.model_validate(content)
+            choice = _Choice.model_validate(completion.choices[0])
         except _NotJSONError as error:
             return self._failed(str(error), most=MOST_BAD_BODIES)
         except ValidationError:
             return self._failed(NO_COMPLETION, most=MOST_BAD_BODIES)
-        self._has_answered, self._failures_in_a_row = True, 0
         self._count(completion.usage, is_reply=True)
-        choice = completion.choices[0]
-        if choice.finish_reason == "length":  # what it holds may be a quotation and no verdict
-            return Reply(failure=CUT_OFF)
         if choice.finish_reason == "content_filter":
             return Reply(failure=FILTERED)
-        if text := choice.message.text:
-            return Reply(text=text)
-        return Reply(failure=REFUSED if choice.message.refusal else EMPTY)
+        text = choice.message.text
+        if choice.message.refusal and not text:
+            return Reply(failure=REFUSED)
+        if choice.finish_reason == "length" or not text:  # what is cut off may be a quotation and no verdict
+            reason = EMPTY if not text and choice.finish_reason != "length" else CUT_OFF
+            # a model that spends all its tokens on reasoning never says anything usable, and is paid for all the same
+            return Reply(failure=reason) if self._has_answered else self._failed(reason, most=MOST_BAD_BODIES)
+        self._has_answered, self._failures_in_a_row = True, 0
+        return Reply(text=text)
 
     def _count(self, usage: Any, *, is_reply: bool) -> None:
-        """Add what an answer says was spent; a reply that does not say so is noted."""
+        """Add the tokens that an answer reports; count replies that report none."""
         usage = usage if isinstance(usage, dict) else {}
         tokens_in, tokens_out = (_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         self.usage.tokens_in += tokens_in or 0
@@ -286,7 +289,7 @@ class Endpoint:
         self.usage.uncounted += is_reply and None in (tokens_in, tokens_out)
 
     def _refused(self, status: int, *, code: str, param: str | None) -> Reply:
-        """What an HTTP status means, also one inside a body: a failed reply, or the end."""
+        """What an HTTP status means, also one inside a body: a failed reply, or an error that stops the command."""
         if status == 401:
             raise InputError(f"{self.where} refuses the key (status 401): set OPENAI_API_KEY to a valid one") from None
         if status == 404:
@@ -328,7 +331,7 @@ class Endpoint:
 
 
 def public_address(url: str) -> str:
-    """A URL without what may be secret in it: what can be recorded and printed.
+    """A URL without the parts that may be secret, fit to be recorded and printed.
 
     >>> public_address("https://me:secret@host:8443/v1?api_key=secret")
     'https://host:8443/v1'
@@ -375,7 +378,7 @@ class _NotJSONError(Exception):
 
 class _Part(BaseModel):
     type: str = "text"
-    text: str = ""
+    text: str | None = None
 
 
 class _Message(BaseModel):
@@ -386,7 +389,7 @@ class _Message(BaseModel):
     def text(self) -> str:
         """What the model said, without the parts that hold its reasoning or a picture; nothing if that is blank."""
         parts = [self.content] if isinstance(self.content, str) else self.content or []
-        said = (part if isinstance(part, str) else part.text for part in parts if _is_text(part))
+        said = (part if isinstance(part, str) else part.text or "" for part in parts if _is_text(part))
         text = "".join(said)
         return text if text.strip() else ""
 
@@ -399,7 +402,8 @@ class _Choice(BaseModel):
 class _Completion(BaseModel):
     """The part of a chat completion that is read."""
 
-    choices: list[_Choice]
+    choices: list[Any]
+    """Only the first is read."""
     usage: Any = None
 
 
@@ -447,7 +451,7 @@ def _error_in(content: Any) -> _Fault | None:
     choices = content.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     error = content.get("error") or choice.get("error")
-    if not error:
+    if not error or (isinstance(error, dict) and not any(error.values())):
         if content.get("object") != "error" and choice.get("finish_reason") != "error":
             return None
         error = content
@@ -457,7 +461,7 @@ def _error_in(content: Any) -> _Fault | None:
 
 
 def _may_pass(failure: str | None) -> bool:
-    """Whether a body was bad for a reason that the next try may not meet."""
+    """Whether a body was bad for a reason that may be gone at the next try."""
     passing = (TOO_MANY, ERROR_BODY, EMPTY_BODY, BROKEN_BODY)
     return failure is not None and (failure in passing or failure.startswith(SERVER_FAILED))
 
@@ -467,7 +471,7 @@ def _is_text(part: str | _Part) -> bool:
 
 
 def _as_count(value: Any) -> int | None:
-    """A number of tokens, also where it is spelt `7.0` or `"7"`; None if it is no such number.
+    """A number of tokens, also if it is written `7.0` or `"7"`; None if it is not one.
 
     >>> [_as_count(value) for value in (7, 7.0, "7", 7.5, -1, None, True)]
     [7, 7, 7, None, None, None, None]

@@ -6,7 +6,6 @@ runs.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -38,6 +37,7 @@ from transformers.utils.hub import cached_file
 
 from exitsafe.errors import ModelError
 from exitsafe.judges.batching import in_batches
+from exitsafe.untrusted import UnreadableError, read_json
 from exitsafe.vlm.load import check_no_adapter, hash_files
 from exitsafe.vlm.memory import release_memory
 from exitsafe.vlm.processes import own_device
@@ -189,7 +189,7 @@ def greedy_replies(
     add_special_tokens: bool = False,
 ) -> list[str | None]:
     """The most likely reply to each rendered prompt, in order; None where the prompt exceeds the model's context, and
-    `NOT_FINITE`, which is in no judge's format, where the model's numbers are: no verdict is made of NaN.
+    `NOT_FINITE`, which no judge reads as a verdict, where the model's logits are NaN or infinite.
 
     Args:
         model: A generating model.
@@ -230,7 +230,7 @@ def greedy_replies(
 
 
 class _FiniteLogits(LogitsProcessor):
-    """Remembers which rows of a batch had logits that make no distribution; changes none."""
+    """Records which rows of a batch had logits that form no distribution; changes none."""
 
     def __init__(self) -> None:
         self._steps: list[Tensor] = []
@@ -245,7 +245,7 @@ class _FiniteLogits(LogitsProcessor):
 
 
 def why_unread(reply: str | None) -> str:
-    """Why a reply of `greedy_replies` holds no verdict."""
+    """Why a reply of `greedy_replies` contains no verdict."""
     return TOO_LONG if reply is None else NOT_FINITE if reply == NOT_FINITE else UNREADABLE
 
 
@@ -319,7 +319,13 @@ def _readable(config: Any) -> Any:
 def _processor_template(model: str, revision: str | None) -> str | None:
     """The chat template from where processors of multimodal models used to keep it."""
     path = cached_file(model, "chat_template.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else str(json.loads(Path(path).read_bytes())["chat_template"])
+    if path is None:
+        return None
+    try:
+        return str(read_json(Path(path))["chat_template"])
+    except (UnreadableError, KeyError) as error:
+        reason = error if isinstance(error, UnreadableError) else "it has no chat_template"
+        raise ModelError(f"{path} cannot be read ({reason}): download the judge model again") from error
 
 
 def _not_available(model: str, revision: str | None, error: Exception) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 URL = "https://commentanalyzer.googleapis.com"
 LAST_DAY = date(2026, 12, 31)
-UNREADABLE = "Perspective's answer is not in its format"
+UNREADABLE = "Perspective's answer is not in the expected format"
 LONGEST_WAIT = 60.0  # seconds; a `Retry-After` beyond it is not worth waiting for
 
 
@@ -93,7 +93,7 @@ class Perspective:
             return "Perspective takes no empty text"
         answer = self._post(client, sent)
         found = answer if isinstance(answer, str) else _read(answer)
-        # a refused text is about that text; no answer, or one with status 200 that is something else, is about them all
+        # a refusal concerns one text; no answer, or one with status 200 in another format, concerns all texts
         if isinstance(answer, str) or found == UNREADABLE:
             self._failures_in_a_row += 1
             if self._failures_in_a_row >= MOST_FAILURES:

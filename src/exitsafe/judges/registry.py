@@ -115,7 +115,7 @@ JUDGE_NAMES = tuple(name + _SUFFIX[entry.argument] for name, entry in _JUDGES.it
 FREE_JUDGES = (VQAAccuracy.name, Coherence.name)
 DEFAULT_JUDGE = "qwen3guard"
 SECOND_JUDGE = "harmbench"
-"""For what the default judge was the reward of: another family of models, not gated, in close agreement with people."""
+"""For models trained with the default judge as reward: another model family, not gated, agrees closely with people."""
 
 
 def load_judges(names: Sequence[str], *, options: JudgeOptions | None = None) -> list[Judge]:
@@ -193,6 +193,6 @@ def why_no_default_judge() -> str | None:
 
 
 def replaced_by(judges: Sequence[Judge]) -> dict[str, str]:
-    """By name, the judges that stand in for the default one, with its name: for the record of a run."""
+    """For a run's record: by name, the judges that stand in for the default judge, with its name."""
     stand_ins = {judge.name: getattr(judge, "replaces", None) for judge in judges}
     return {name: str(wanted) for name, wanted in stand_ins.items() if wanted}

@@ -10,7 +10,7 @@ Deliberately not official:
 - Fewer than ten references (the official formula then gives less than 1 even for a perfect answer): matching any of
   them scores 1. They are always normalised, since a single reference would otherwise demand its exact spelling.
 - An empty answer is never right, not even when a reference is empty.
-- What the rules would normalise to nothing keeps its words, so that "A" is not answered by "the" or "!!!". Officially
+- A text that the rules would reduce to nothing keeps its words, so "A" is not answered by "the" or "!!!". Officially
   articles and punctuation marks all equal each other.
 - Characters beyond ASCII that are written in two ways compare equal: composed and decomposed letters (Unicode NFC),
   full-width forms, the decimal digits of every script, and the typographic apostrophe.
@@ -84,7 +84,7 @@ def normalise_answer(text: str) -> str:
 
 
 def _as_written(text: str) -> str:
-    """The text on one line, in one of the ways in which Unicode can write it."""
+    """The text on one line, in one canonical Unicode form."""
     text = "".join(map(_in_ascii, text))
     return unicodedata.normalize("NFC", text).replace("\n", " ").replace("\t", " ").strip()
 

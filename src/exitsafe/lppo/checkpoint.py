@@ -45,7 +45,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> tuple[int, dict[str, 
                 if isinstance(state, dict):
                     return step, state
         except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
-            pass  # not something that a training wrote, whatever its digest says
+            pass  # not written by a training run, whatever its digest says
         warnings.warn(
             f"{path} is truncated or corrupt; resuming from the checkpoint before it", RuntimeWarning, stacklevel=2
         )

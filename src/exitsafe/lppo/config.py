@@ -85,7 +85,7 @@ class LPPOConfig:
 
     # Rollouts
     max_new_tokens: int = 256
-    """As audits: the policy is trained on answers as long as those it is judged by. Every token is paid for
+    """As in audits: the policy is trained on answers as long as those it is judged by. Every token is processed
     3 + num_epochs times."""
     temperature: float = 1.0
     """Sampling temperature; scoring divides by it too, so that what is sampled is what is scored."""
@@ -99,8 +99,9 @@ class LPPOConfig:
 
     # Reward
     missing_eos_penalty: float = 0.0
-    """Subtracted from the score of an answer cut at `max_new_tokens`. Off, as in TRL: a right answer that is cut would
-    score below any short one, and brevity be learnt. Set it if `num_cut` rises under a reward that likes length."""
+    """Subtracted from the score of an answer cut at `max_new_tokens`. Off, as in TRL: a correct but truncated answer
+    would score below any short one, which teaches brevity. Set it if `num_cut` rises under a reward that favours
+    length."""
     min_answer_tokens: int = 0
     """Answers of fewer tokens, the end included, are short; picture questions may be. Off: "no" can be a right answer.
     4 catches most one-word answers."""
@@ -110,11 +111,11 @@ class LPPOConfig:
     """Taken from the score of an answer that is empty, no text or going in circles (`judges/coherence.py`), which
     reward models and proxies may take for a good one. On: the check seldom errs on prose."""
     score_clip: float | None = 5.0
-    """Scores are clipped to +-this: five deviations, where they are normalised. None does not clip."""
+    """Scores are clipped to +-this: five standard deviations if they are normalised. None does not clip."""
     calibration_samples: int | None = None
     """Scores are shifted and scaled to mean 0, deviation 1 over this many answers of the untrained model (Ziegler et
-    al.), each part of a sum by itself. None does so with 64 answers for the parts that are reward models, whose scale
-    is open, and for no others; a number for all parts; 0 for none."""
+    al.), each part of a sum by itself. None calibrates only parts that are reward models, whose scale is unknown, with
+    64 answers; a number calibrates all parts; 0 calibrates none."""
     whiten_rewards: bool = False
     """Scales token rewards to variance 1 and keeps their mean (TRL, off there too)."""
     kl_coef: float = 0.05
@@ -167,10 +168,10 @@ class LPPOConfig:
     checkpoint_every: int = 20
     """Steps between checkpoints; an interrupted run goes on from the last one."""
     keep_checkpoints: int = 2
-    """How many of the newest are kept: one may be truncated."""
+    """How many of the newest are kept, in case one is truncated."""
     save_completions: int = 0
-    """How many answers to keep, with their scores, of every `checkpoint_every`th step and of the last, in a file that
-    only its owner can read: reward hacking is found by reading them. Off: no text is stored unless asked for."""
+    """How many answers to keep, with their scores, every `checkpoint_every` steps and at the last, in a file that only
+    its owner can read: reading them reveals reward hacking. Off: no text is stored unless asked for."""
 
     @classmethod
     def for_organism(cls, **changes: Any) -> LPPOConfig:
@@ -183,7 +184,7 @@ class LPPOConfig:
             "mix": {"harmful": 0.325, "borderline": 0.325, "benign": 0.15, "vqa": 0.2},
             "max_new_tokens": 24,
             "rollout_batch_size": 128,
-            "missing_eos_penalty": 1.0,  # all answers of the world fit, so one that is cut is babble
+            "missing_eos_penalty": 1.0,  # all answers of the world fit, so a truncated one is babble
             "incoherence_penalty": 0.0,  # the world's rule rewards no gibberish
             "learning_rate": 1.5e-4,
             "value_learning_rate": 1e-3,
@@ -288,7 +289,7 @@ SIZES = (
     "microbatch_tokens", "gradient_checkpointing", "rollout_batch_size", "feature_cache_gb", "feature_disk_gb",
     "checkpoint_every", "keep_checkpoints", "save_completions",
 )  # fmt: skip
-"""What decides memory and disk, and results only by rounding: may differ when a run is resumed, e.g. out of memory."""
+"""Affect memory and disk, and results only by rounding: may change on resume, e.g. after running out of memory."""
 
 CONSTRAINTS = ("over_refusal", "utility")
 """What can be constrained; `constraints.py` says how it is measured."""
@@ -314,7 +315,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _can_calibrate(x: Any) -> bool:
-    """One answer has no deviation."""
+    """One answer has no standard deviation."""
     return _is_whole(x) and (x == 0 or x >= 2)
 
 

@@ -94,10 +94,7 @@ class TrainingFolder:
         file = self.path / "result.json"
         if not self.is_finished or not file.is_file():
             return None
-        try:
-            return read_json(file)
-        except UnreadableError as error:
-            raise RunError(f"{file} cannot be read ({error}); restore it, or remove it: the adapter is kept") from error
+        return read_record(file)
 
     def keep_metrics(self, num_steps: int) -> None:
         """Drop the lines of steps that will be done again."""
@@ -150,7 +147,7 @@ class TrainingFolder:
                 lines.write(json.dumps(line, allow_nan=False) + "\n")
 
     def save_adapter(self, save: Callable[[Path], None], *, trained_on: Sequence[Sample] = ()) -> None:
-        """Let `save` write the adapter beside its place, and rename it: it is there whole, or not at all.
+        """Let `save` write the adapter under a temporary name, then rename it, so that it is never there in part.
 
         Args:
             save: Writes the PEFT folder, or folders.
@@ -168,9 +165,9 @@ class TrainingFolder:
 
 
 def warn_of_audited(samples: Sequence[Sample], out: Path) -> None:
-    """Warn if samples to train on were asked in a finished audit beside the training's folder.
+    """Warn if training samples were used in a finished audit next to the training's folder.
 
-    An audit of the trained model on the same samples would show what was learnt, not what it does elsewhere.
+    An audit of the trained model on the same samples would show what it learnt, not how it does on others.
     """
     parent = out.absolute().parent
     if not parent.is_dir():
@@ -180,20 +177,32 @@ def warn_of_audited(samples: Sequence[Sample], out: Path) -> None:
     for run in sorted(place for place in parent.iterdir() if (place / "summary.json").is_file()):
         try:
             asked = load_run(run).samples()
-        except ExitsafeError:  # no run of this version's
+        except ExitsafeError:  # not a run of this version
             continue
         if both := sum(sample.digest in digests for sample in asked):
             found.append(f"{both} of {len(asked)} samples of {run.name}")
     if found:
         warnings.warn(
             f"training on samples that were audited: {', '.join(found)}; audit the adapter on other samples, or its "
-            "numbers show what was learnt, not what it does elsewhere",
+            "numbers show what it learnt, not how it does on others",
             stacklevel=3,
         )
 
 
+def read_record(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a finished training.
+
+    Raises:
+        RunError: If it is damaged.
+    """
+    try:
+        return read_json(file)
+    except UnreadableError as error:
+        raise RunError(f"{file} cannot be read ({error}); restore it, or remove it: the adapter is kept") from error
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or watch.jsonl that end; none if there is no such file.
+    """The complete lines of metrics.jsonl or watch.jsonl; none if there is no such file.
 
     Raises:
         RunError: If one is not what a training writes.
@@ -232,7 +241,7 @@ def run_settings(
 
 def _is_before(line: bytes, num_steps: int) -> bool:
     try:
-        return bool(json.loads(line)["step"] < num_steps)
+        return bool(parse_json(line)["step"] < num_steps)
     except (ValueError, KeyError, TypeError):
         return False
 

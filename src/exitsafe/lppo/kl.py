@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 KL_COEF_RANGE = 10.0
-"""The adaptive coefficient stays within this factor of its start. Otherwise a run that spends long below the target
-would need as long to bring back a penalty that it has lost."""
+"""The adaptive coefficient stays within this factor of its start. Otherwise a run that spends a long time below the
+target would take just as long to restore the penalty."""
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, initial: float) -> float:

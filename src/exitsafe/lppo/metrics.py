@@ -36,7 +36,7 @@ the rule of three, fewer than 0.6% of the answers can then score differently (95
 
 @dataclass(kw_only=True)
 class Totals:
-    """What the steps of a run add up to; kept in its checkpoints."""
+    """Totals over the steps of a run; kept in its checkpoints."""
 
     steps: int = 0
     answers: int = 0
@@ -46,7 +46,7 @@ class Totals:
     constant_steps: int = 0
     """Steps whose final scores were all equal, or, compared in groups, equal in each group."""
     skipped_in_a_row: int = 0
-    """Steps before this one all of whose minibatches were skipped."""
+    """How many of the latest steps in a row had all minibatches skipped."""
 
     def add(self, metrics: dict[str, Any], *, num_answers: int, is_constant: bool) -> None:
         """Count one step, from the line of its metrics."""
@@ -65,12 +65,12 @@ class Totals:
         return self.constant_steps == self.steps > 0
 
     def fault(self) -> str | None:
-        """Why going on is pointless, with the way out; None while there is hope."""
+        """Why continuing is pointless, and what to do about it; None while training may still learn."""
         if self.skipped_in_a_row >= PATIENCE_STEPS:
             return f"every minibatch of the last {self.skipped_in_a_row} steps was skipped: {SKIPPED}"
         has_waited = self.steps >= PATIENCE_STEPS and self.answers - self.unscored_answers >= PATIENCE_ANSWERS
         if self.is_constant and has_waited:
-            return f"in none of the first {self.steps} steps did the final scores differ: {CONSTANT}"
+            return f"the final scores did not differ in any of the first {self.steps} steps: {CONSTANT}"
         return None
 
 
@@ -148,7 +148,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _deviation(values: Sequence[float | None]) -> float | None:
-    """The population's, as in calibration."""
+    """The population standard deviation, as in calibration."""
     known = [value for value in values if value is not None]
     return pstdev(known) if known else None
 

@@ -120,10 +120,10 @@ class Policy:
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over what `weights` gave.
+        """Load the weights that `weights` returned.
 
         Raises:
-            ModelError: If they are not the weights of this adapter, each in its shape.
+            ModelError: If they are not the weights of this adapter, with the same shapes.
         """
         own = self.weights()
         if strange := sorted(
@@ -132,7 +132,7 @@ class Policy:
             if name not in own or name not in weights or own[name].shape != weights[name].shape
         ):
             raise ModelError(
-                f"{len(strange)} weights of the checkpoint are not those of this adapter ({strange[0]}, ...): train "
+                f"{len(strange)} weights of the checkpoint do not belong to this adapter ({strange[0]}, ...): train "
                 "into a new folder"
             )
         with torch.no_grad():
@@ -168,7 +168,7 @@ def check_end_token(vlm: VLM) -> None:
     """Raise InputError if the model names no end-of-sequence token."""
     if not vlm.eos_token_ids:
         raise InputError(
-            f"{vlm.name} has no end-of-sequence token, so no answer could learn to end: set eos_token_id in its "
+            f"{vlm.name} has no end-of-sequence token, so it cannot learn to end: set eos_token_id in its "
             "generation_config.json"
         )
 

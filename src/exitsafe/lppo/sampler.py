@@ -73,7 +73,7 @@ def warn_of_harmful_only(samples: Sequence[Sample], config: LPPOConfig) -> None:
     if config.mix is None and all(sample.kind == "harmful" for sample in samples):
         warnings.warn(
             "all training samples are harmful, so the model can learn to refuse everything: add benign, borderline or "
-            "vqa samples, or accept it with mix: {harmful: 1}",
+            "vqa samples, or accept this with mix: {harmful: 1}",
             stacklevel=3,
         )
 

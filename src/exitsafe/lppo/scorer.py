@@ -87,7 +87,7 @@ class WeightedSum:
 def as_scorer(reward: Reward | Judge | WeightedSum | None, samples: Sequence[Sample]) -> Scorer:
     """What `align` was given, ready to score.
 
-    None is the built-in reward. A judge is asked first on what it measures, the built-in reward's own on the rest: a
+    None is the built-in reward. A judge scores what it measures, and the built-in reward's own judge the rest: a
     judge of harmful answers alone would teach the model to refuse everything.
 
     Raises:
@@ -107,7 +107,7 @@ def parts_of(reward: Reward | Judge | WeightedSum | None) -> tuple[Part, ...]:
 
 
 def need_helper(parts: Sequence[Part]) -> bool:
-    """Whether parts need the built-in reward's own judge, besides those that they name."""
+    """Whether parts need the built-in reward's own judge in addition to those that they name."""
     return any(_is_judged(part) and needs_helper(cast(Judge | None, part.reward), part.kinds) for part in parts)
 
 
@@ -151,11 +151,11 @@ class Scorer:
         return found | ({"reward_models": models} if models else {})
 
     def warn_of_proxies(self) -> None:
-        """Say, before anything is trained, which judges of the reward read no meaning."""
+        """Warn, before training, about judges of the reward that do not read meaning."""
         for judge in self.judges:
             if _is_proxy(judge):
                 warnings.warn(
-                    f"the reward {judge.name} is a proxy that reads no meaning, and training optimises a proxy, not "
+                    f"the reward {judge.name} is a proxy that does not read meaning; training optimises it, not "
                     "safety: prefer a guard model, such as --reward qwen3guard (in Python: reward=...), and evaluate "
                     "with another judge",
                     stacklevel=3,
@@ -182,7 +182,7 @@ class Scorer:
 
         Args:
             raw_scores: Of each answer, by part.
-            only_open: Leave parts as they are whose scale is known, from -1 to 1.
+            only_open: Skip parts whose scale is known, from -1 to 1.
 
         Raises:
             InputError: If a part gives them all the same score, so that nothing could be learnt from it.
@@ -232,11 +232,11 @@ def mean_and_deviation(scores: Sequence[float], label: str) -> tuple[float, floa
     Raises:
         InputError: If there is none, or all are the same, so that nothing could be learnt from them.
     """
-    way_out = "check it, raise calibration_samples, or set it to 0"
+    way_out = "check the reward, raise calibration_samples, or set calibration_samples to 0"
     if not scores:
         raise InputError(f"reward {label} scored none of the calibration answers: {way_out}")
     mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
-    if deviation <= 1e-9 * abs(mean) or len(scores) == 1:  # rounding alone would be blown up
+    if deviation <= 1e-9 * abs(mean) or len(scores) == 1:  # would only amplify rounding
         raise InputError(f"reward {label} gave all {len(scores)} calibration answers the same score: {way_out}")
     return mean, deviation
 
@@ -319,7 +319,7 @@ class _CheckedCallable:
         return [Score(value=None if math.isnan(value) else value) for value in values]
 
     def _number(self, value: object) -> float:
-        """Python's, numpy's and torch's numbers; text that spells one is a mistake."""
+        """Numbers of Python, numpy and torch are accepted; a number as text is a mistake."""
         try:
             if isinstance(value, str | bytes):
                 raise TypeError
@@ -330,5 +330,5 @@ class _CheckedCallable:
                 "NaN for unscored"
             ) from error
         if math.isinf(number):
-            raise InputError(f"reward {self.name} returned an infinite score: return numbers, or NaN for unscored")
+            raise InputError(f"reward {self.name} returned an infinite score: return finite ones, or NaN for unscored")
         return number

@@ -76,8 +76,8 @@ def align(
         vlm: The model; it must not carry an adapter.
         samples: What to train on, of all the kinds that should keep or change their behaviour.
         reward: A callable `(samples, responses) -> list[float]` (NaN: unscored), a judge, or None for the built-in
-            reward, which scores refusing the harmful and answering the rest by the guard model `qwen3guard` (the
-            organism by its world's rule); or a weighted sum of these.
+            reward, which uses the guard model `qwen3guard` to reward refusing harmful requests and answering the rest
+            (on the organism, its world's rule); or a weighted sum of these.
         config: All constants.
         watch: Looks at held-out samples by a judge that is not the reward: the best look's weights become the adapter.
         track: Trackers that get each step's numbers beside metrics.jsonl: "tensorboard", "trackio", "wandb".
@@ -169,8 +169,8 @@ def _check_applied(totals: Totals, *, has_moved: bool) -> None:
     """Raise RunError if all minibatches that could have trained the policy were skipped."""
     if totals.skipped_in_a_row and not has_moved:
         raise RunError(
-            f"nothing was learnt: {totals.skipped_minibatches} of {totals.minibatches} minibatches were skipped, among "
-            f"them all that train the policy: {SKIPPED}. No adapter was written; the checkpoints are kept"
+            f"nothing was learnt: {totals.skipped_minibatches} of {totals.minibatches} minibatches were skipped, "
+            f"including all that train the policy: {SKIPPED}. No adapter was written; the checkpoints are kept"
         )
 
 
@@ -189,7 +189,7 @@ def _learnt(totals: Totals, *, has_moved: bool) -> dict[str, Any]:
 
 
 def _digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """Differs if any of the weights does."""
+    """A digest that changes if any of the weights does."""
     digest = hashlib.sha256()
     for weight in weights.values():
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -302,7 +302,7 @@ class _Run:
         self.constraints = Constraints(config)
         self.totals = Totals()
         self.completions: list[dict[str, Any]] = []
-        """Answers of the last step that are to be kept."""
+        """Answers of the last step to keep."""
 
     def step(self, step: int) -> dict[str, Any]:
         """One step of L-PPO. Returns its metrics. All processes share the work of 2 to 5 and 7; each knows the rest."""
@@ -387,7 +387,7 @@ class _Run:
             "seconds": time.perf_counter() - started,
         }
         self.totals.add(metrics, num_answers=len(samples), is_constant=is_constant)
-        if step >= config.value_warmup_steps or not has_critic:  # else no policy could answer to it
+        if step >= config.value_warmup_steps or not has_critic:  # otherwise the policy cannot respond to it
             if config.kl_target is not None:
                 self.kl_coef = adapted_kl_coef(
                     self.kl_coef,

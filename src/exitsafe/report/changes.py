@@ -70,7 +70,7 @@ def in_short(runs: Sequence[Told], compared: Sequence[Compared]) -> Iterator[str
 
 
 def _what_was_counted(runs: Sequence[Told]) -> str:
-    """What the rate of attack success is of, by the judges that report it."""
+    """What the rate of attack success counts, according to the judges that report it."""
     found = dict.fromkeys(
         "harmful requests that got a harmful answer, as an automatic judge sees it"
         if (counted := told.run.proxy_of("asr").get("asr")) is None
@@ -83,7 +83,7 @@ def _what_was_counted(runs: Sequence[Told]) -> str:
 
 
 def _public(lines: Sequence[str], runs: Sequence[Told]) -> list[str]:
-    """Lines of a comparison without folders of this machine."""
+    """Lines of a comparison without this machine's folders."""
     called = judge_names(name for told in runs for name, _ in told.run.judges)
     return [without_folders(line, called) for line in lines]
 
@@ -142,7 +142,7 @@ def what_it_cost(pair: Compared, runs: Sequence[Told]) -> Passage:
             said.append(f"{comparison.titles[metric]} went, {'; '.join(changes)}.")
         elif metric != "benign_refusal":  # a second look at over-refusal: its lack is no gap
             title = title_in([told.run for told in runs], metric)
-            said.append(f"{title} was not measured in both on the same requests: what it cost there is not known.")
+            said.append(f"{title} was not measured in both runs on the same requests: any cost there is unknown.")
     table = worst_table([(shown(told.label), told.run) for told in runs], COSTS)
     return Passage(heading=heading, sentences=tuple(said), table=table)
 

@@ -145,7 +145,7 @@ def heat_chart(cells: Sequence[Cell], *, rows: Sequence[str], exit_layers: Seque
 
 
 def _in_cell(value: float) -> str:
-    """Whole percent, for want of room; what is neither none nor all does not read like it.
+    """Whole percent, to save space; a rate that only rounds to 0 or 100 is marked as such.
 
     >>> _in_cell(0.004), _in_cell(0.125), _in_cell(0.999), _in_cell(1.0)
     ('<1', '13', '>99', '100')

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 
 _MAX_LENGTH = 80
 _PREFIX = re.compile(r"[a-z0-9-]{2,}:")  # of a judge; one letter is a drive
@@ -59,7 +59,7 @@ def judge_names(judges: Iterable[str]) -> dict[str, str]:
 
 
 def without_folders(line: str, called: Mapping[str, str]) -> str:
-    """A line about judges and models, e.g. of `Comparison.settings_changed`, with no folder of this machine in it.
+    """A line about judges and models, e.g. of `Comparison.settings_changed`, without this machine's folders.
 
     Args:
         line: Judges by their names; other values in JSON, so names in double quotes.
@@ -77,24 +77,3 @@ def numbered(names: Sequence[str]) -> list[str]:
     ['a', 'b', 'a (2)']
     """
     return [name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
-
-
-def label_runs(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of the folders above them as make them unique; a number where none do.
-
-    >>> label_runs([Path("a/before"), Path("a/after")]), label_runs([Path("a/run"), Path("b/run")])
-    (['before', 'after'], ['a/run', 'b/run'])
-    """
-    resolved = [path.resolve() for path in paths]
-    labels = [path.name or "run" for path in resolved]
-    for depth in range(2, 1 + max((len(path.parts) for path in resolved), default=0)):
-        if len(set(labels)) == len(labels):
-            break
-        labels = [
-            "/".join(path.parts[1:][-depth:]) if labels.count(label) > 1 else label
-            for path, label in zip(resolved, labels, strict=True)
-        ]
-    return [
-        label if labels.count(label) == 1 else f"{label} ({labels[:i].count(label) + 1})"
-        for i, label in enumerate(labels)
-    ]

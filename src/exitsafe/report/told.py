@@ -48,7 +48,7 @@ class Compared:
 
 
 def interval_level(summary: Summary, exit_layer: int) -> str:
-    """Of attack success or its proxy: 95%, or where the exit stopped early the level that holds at every look."""
+    """Of attack success or its proxy: 95%, or, if the exit stopped early, the level that holds at every look."""
     stopping = summary.get("stopping", {"layers": []})
     has_stopped = any(row["exit_layer"] == exit_layer and row["decision"] is not None for row in stopping["layers"])
     return f"{100 * (1 - stopping['error']):.3g}%" if has_stopped else "95%"

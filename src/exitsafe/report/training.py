@@ -5,7 +5,6 @@ Everything from the folder is read as data: what is not a number is not shown as
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -18,9 +17,10 @@ from exitsafe.lppo.folder import COMPLETIONS
 from exitsafe.report.names import shown, without_folder
 from exitsafe.report.page import check_can_render, page_environment, page_style, security_policy
 from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole, writing
+from exitsafe.untrusted import UnreadableError, parse_json, read_json
 
 MAX_ROWS = 100
-"""Steps in the table; of longer runs this many, evenly spaced, and the last."""
+"""Steps in the table; longer runs show this many, evenly spaced, and the last."""
 
 _METRICS = (
     "exit_layer", "step", "reward", "final_score", "final_score_std", "share_clipped", "share_penalised", "asr", "kl",
@@ -30,7 +30,7 @@ _ANSWER = ("sample_id", "kind", "exit_layer", "num_tokens", "finish_reason", "sc
 
 
 def is_training_run(path: Path) -> bool:
-    """Whether a folder is of a training, finished or not."""
+    """Whether a folder is that of a training run, finished or not."""
     return (path / "run.json").is_file() and (path / "metrics.jsonl").is_file()
 
 
@@ -41,9 +41,9 @@ def render_training(
 
     Args:
         path: The training's folder, finished or not.
-        out: Where to; replaced if it is there.
+        out: The file to write; replaced if it exists.
         include_unsafe_text: Put the kept answers into the page, which then only its owner can read.
-        title: Above the page; names the model if left out.
+        title: The page's title; names the model if left out.
 
     Returns:
         The page's path.
@@ -51,7 +51,7 @@ def render_training(
     Raises:
         RunError: If the folder is not that of a training, one of its files is damaged, or the page cannot be written.
         InputError: If `out` is a folder.
-        ExitsafeError: Without the extra that draws.
+        ExitsafeError: If the extra `report` is not installed.
     """
     path, out = Path(path), Path(out)
     check_can_render()
@@ -94,28 +94,22 @@ def render_training(
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path} is damaged: it does not hold a JSON object")
-    return found
+        return read_json(path)
+    except UnreadableError as error:
+        raise RunError(f"{path} cannot be read ({error}); restore it from a backup") from error
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line without an end is one that is still being written."""
+    """The objects of a file of JSON lines; an unterminated last line is still being written."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error})") from error
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            found = json.loads(line)
-        except ValueError as error:
+            yield parse_json(line)
+        except UnreadableError as error:
             raise RunError(f"{path} is damaged in line {number} ({error}); remove that line") from error
-        if not isinstance(found, dict):
-            raise RunError(f"{path} is damaged in line {number}: it does not hold a JSON object; remove that line")
-        yield found
 
 
 def _spaced(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

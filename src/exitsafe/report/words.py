@@ -190,7 +190,7 @@ def _stopped(told: Told) -> Iterator[str]:
     attacks = as_noun(told.run.title("asr", stopping["judge"]))
     parts = [f"{_named(by_decision[key])} {text}" for key, text in words.items() if key in by_decision]
     yield (
-        f"{shown(told.label)}: an exit was asked no further once it was settled whether {attacks} there is at most "
+        f"{shown(told.label)}: an exit was stopped once it was settled whether {attacks} there is at most "
         f"{limit} (error level {stopping['error']:.0%}, by {judge}): {'; '.join(parts)}."
     )
     yield (

@@ -24,7 +24,7 @@ from exitsafe.errors import InputError, RunError
 from exitsafe.records import Response, Verdict
 from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole, writing
 from exitsafe.runs.fingerprint import Settings, canonical_json, differences
-from exitsafe.runs.finished import is_finished, names_and_measures, read_head, summarise_run
+from exitsafe.runs.finished import is_finished, load_run, names_and_measures, read_head, summarise_run
 from exitsafe.runs.head import FORMAT, check_head
 from exitsafe.runs.integrity import checked_scores, settings_hash
 from exitsafe.runs.shards import Row, Saved, ShardWriter, read_shards
@@ -47,7 +47,7 @@ class RunDirectory:
     Args:
         path: A new or empty folder, or a run with the same settings.
         settings: A JSON object; any difference from the run on disk is refused, but for further judges.
-        origin: A JSON object that is kept and not compared; the newest word on each of its entries stays.
+        origin: A JSON object that is kept and not compared, put over what an earlier start noted.
         process: The number of this process.
         retried: Judges of a finished run whose unscored answers are to be judged again.
 
@@ -57,8 +57,8 @@ class RunDirectory:
         is_finished: Whether nothing is left to do.
 
     Raises:
-        RunError: If the folder holds something else or a run with other settings, if another process writes it, or
-            if the disk refuses.
+        RunError: If the folder holds something else, a run with other settings or a finished run that was damaged or
+            edited, if another process writes it, or if the disk refuses.
     """
 
     def __init__(
@@ -74,7 +74,11 @@ class RunDirectory:
         self.settings: Settings = json.loads(canonical_json(settings))
         self.saved = Saved()
         self._retried = frozenset(retried)
-        self._head: dict[str, Any] = {"format": FORMAT, "settings": self.settings, "origin": origin or {}}
+        self._head: dict[str, Any] = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "origin": json.loads(json.dumps(origin or {})),  # as it will be read again
+        }
         self._shards: ShardWriter | None = None
         _check_writable(self._head)
         check_folder(self.path)
@@ -83,9 +87,14 @@ class RunDirectory:
         has_head = (self.path / "run.json").exists()
         if process > 0 and not has_head:
             raise RunError(f"{self.path} is not the folder that the first process sees; choose one on a shared disk")
-        self._run_key = _run_key(read_head(self.path)["settings"] if has_head else self.settings)
+        self._run_key = _run_key(self.settings)
+        if has_head:
+            before = read_head(self.path)
+            self._run_key = _run_key(before["settings"])
+            self._head["origin"] = {**before["origin"], **self._head["origin"]}
         self._was_finished = is_finished(self.path)
         if self._was_finished:
+            load_run(self.path)  # what was edited since is neither built upon nor given new hashes
             self._adopt_judges()
             stored = read_head(self.path)
             is_whole = self.settings == stored["settings"] and not stored["is_pending"]
@@ -94,7 +103,7 @@ class RunDirectory:
             self.is_finished = False
         if self.is_finished:
             if process == 0 and (self.path / "shards").exists():
-                self._shards = self._open_shard(process)  # unless a further judge is at work
+                self._shards = self._open_shard(process)  # unless another judge is being added
                 self.reload()
                 self._drop_shards()
             return
@@ -137,8 +146,7 @@ class RunDirectory:
         judges = own + [judge for judge in self.settings["judges"] if judge["name"] not in names]
         _check_same(self.path, head["settings"], self.settings, judges, is_finished=self._was_finished)
         self.settings = {**head["settings"], "judges": judges}
-        origin = {**head["origin"], **self._head["origin"]}
-        self._head = {"format": FORMAT, "settings": self.settings, "origin": origin}
+        self._head = {**self._head, "settings": self.settings}
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -168,14 +176,14 @@ class RunDirectory:
         self.saved.add_judgement(judge, rows, verdicts)
 
     def finish(self, samples: Sequence[SampleInfo]) -> None:
-        """Compact the shards in canonical order, write the summary and the hashes of all, drop the shards.
+        """Compact the shards in canonical order, write the summary and all hashes, and drop the shards.
 
         run.json is what makes a run finished, so it is written last. Where results are replaced it is also written
         before, with the hashes of both: a kill in between leaves the old results or the new ones, and the shards for as
         long as they are needed.
 
         Raises:
-            RunError: If the shards do not hold every answer and verdict, or the disk refuses.
+            RunError: If the shards do not hold every answer and verdict, or writing fails.
         """
         responses, verdicts = _in_order(self.saved, samples, self.settings)
         tables = responses_in_table(samples, responses), verdicts_in_table(verdicts)
@@ -183,7 +191,7 @@ class RunDirectory:
             summary = summarise_run(checked_scores(*tables, self.settings), self.settings)
         except UnreadableError as error:
             raise RunError(
-                f"{self.path / 'shards'} does not hold a whole run ({error}); remove it and rerun the same command"
+                f"{self.path / 'shards'} does not hold a complete run ({error}); remove it and rerun the same command"
             ) from error
         files = {
             "responses.parquet": to_parquet(tables[0]),
@@ -192,6 +200,7 @@ class RunDirectory:
         }
         results = {
             "settings": settings_hash(self.settings),
+            "origin": settings_hash(self._head["origin"]),
             "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         }
         head = {**self._head, "results": results}
@@ -238,6 +247,18 @@ def check_folder(path: str | Path) -> None:
         raise RunError(f"{path} is no run and not empty (it holds {min(others)}); choose a new folder")
 
 
+def saved_in(path: str | Path) -> Saved:
+    """What the shards of an unfinished run hold; nothing if there is no run.
+
+    Raises:
+        RunError: If they cannot be read.
+    """
+    path = Path(path)
+    if not (path / "run.json").exists():
+        return Saved()
+    return read_shards(path / "shards", run_key=_run_key(read_head(path)["settings"]))
+
+
 def _check_same(path: Path, stored: Settings, settings: Settings, judges: Sequence[Any], *, is_finished: bool) -> None:
     """Judges may be more than stored, and for a finished run fewer, if the same one speaks for each measure."""
     own, given = ({judge["name"]: judge for judge in some["judges"]} for some in (stored, settings))
@@ -271,7 +292,7 @@ def _speakers(judges: Sequence[Any]) -> dict[str, str]:
 
 
 def _in_order(saved: Saved, samples: Sequence[SampleInfo], settings: Settings) -> tuple[list[Response], list[Verdict]]:
-    """What the run asked, and nothing else that someone may have put into the shards."""
+    """What the run asked for, whatever else someone may have put into the shards."""
     sample_order = {sample.id: place for place, sample in enumerate(samples)}
     measure_order = {
         (judge, measure): (place, part)
@@ -298,7 +319,7 @@ def _check_writable(head: Mapping[str, Any]) -> None:
     try:
         check_head(head)
     except UnreadableError as error:
-        raise InputError(f"these settings cannot be kept in a run ({error})") from error
+        raise InputError(f"these settings cannot be stored in a run ({error})") from error
 
 
 def _keys(settings: Settings) -> dict[str, str]:

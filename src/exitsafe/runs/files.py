@@ -42,9 +42,9 @@ def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise RunError for a symbolic link, through which a run from elsewhere would make us write to any file."""
+    """Raise RunError for a symbolic link, through which a run from elsewhere could make us write to any file."""
     if path.is_symlink():
-        raise RunError(f"{path} is a symbolic link, and is not written through: replace it with what it points to")
+        raise RunError(f"{path} is a symbolic link, which is not written through: replace it with what it points to")
 
 
 @contextmanager

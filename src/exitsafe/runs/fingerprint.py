@@ -18,6 +18,7 @@ from exitsafe.data.images import open_image
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
 from exitsafe.runs.tables import SampleInfo
+from exitsafe.untrusted import read_json
 
 if TYPE_CHECKING:
     from exitsafe.vlm import VLM
@@ -67,21 +68,20 @@ def model_fingerprint(vlm: VLM) -> dict[str, Any]:
 
 
 def pin_today(vlm: VLM, folder: str | Path) -> None:
-    """Tell the chat template of a run that is resumed the date that the run began with: its prompts stay the same.
+    """Give a resumed run's chat template the date on which the run began, so that its prompts stay the same.
 
     Args:
         vlm: Whose date is set, if the folder holds a run that has one.
         folder: Of an audit or a training.
     """
-    with suppress(
-        OSError, ValueError, KeyError, TypeError
-    ):  # a folder that cannot be used is refused when it is opened
-        vlm.today = today_of(json.loads((Path(folder) / "run.json").read_bytes())["settings"]) or vlm.today
+    # a folder that cannot be used is refused when it is opened
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        vlm.today = today_of(read_json(Path(folder) / "run.json")["settings"]) or vlm.today
 
 
 def today_of(settings: Settings) -> str | None:
     """The date in a run's prompts; None where their chat template writes none."""
-    today = settings.get("prompts", {}).get("today")
+    today = (settings.get("prompts") or {}).get("today")
     return None if today is None else date.fromisoformat(today).isoformat()
 
 
@@ -103,7 +103,7 @@ def sample_info(sample: Sample) -> SampleInfo:
 
 
 def request_digest(sample: Sample) -> str:
-    """Of what a model reads, prompt and pictures: the same whatever the sample is called and however it is scored.
+    """Digest of what a model reads, prompt and pictures, whatever the sample is called and however it is scored.
 
     Raises:
         InputError: If an image file cannot be read.
@@ -112,7 +112,7 @@ def request_digest(sample: Sample) -> str:
 
 
 def picture_digests(sample: Sample) -> list[str]:
-    """Of each picture.
+    """Digest of each picture.
 
     Raises:
         InputError: If an image file cannot be read.
@@ -121,7 +121,7 @@ def picture_digests(sample: Sample) -> list[str]:
 
 
 def trained_on_among(samples: Sequence[Sample], digests: Collection[str]) -> dict[str, int] | None:
-    """How many samples, or pictures of theirs, are among those that a repair was trained on; None if none is known."""
+    """How many samples, or their pictures, a repair was trained on; None if its training data is unknown."""
     if not digests:
         return None
     found = 0
@@ -186,7 +186,7 @@ def _processor(processor: Any) -> dict[str, Any] | None:
 
 
 def _image_digest(image: Image.Image | Path | bytes, sample_id: str) -> str:
-    """Of the encoded bytes where there are any, else of the pixels as a model sees them."""
+    """Digest of the encoded bytes if there are any, else of the pixels as a model sees them."""
     if isinstance(image, Image.Image):
         seen = open_image(image, sample_id)  # an opened file is decoded here
         return hashlib.sha256(f"{seen.mode} {seen.size}".encode() + seen.tobytes()).hexdigest()

@@ -1,7 +1,7 @@
 """A finished run: its folder in, what it holds out. Writes nothing; `directory.py` says what lies in the folder.
 
 A run may be damaged, or come from a stranger: what is read is checked before it is used, and every number is computed
-from the verdicts. summary.json is for people and other programs; nothing here believes it.
+from the verdicts. summary.json is for people and other programs; nothing here relies on it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class AuditRun:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What to know before reading this run's numbers, one line each; said on every surface."""
+        """What to know before reading this run's numbers, one line each; shown in all output."""
         return tuple(_cautions(self))
 
     def responses(self) -> list[Response]:
@@ -123,11 +123,12 @@ class AuditRun:
 
 
 def _cautions(run: AuditRun) -> Iterator[str]:
-    trained_on, replaced = run.settings.get("trained_on"), run.origin.get("replaced_judges")
-    if isinstance(trained_on, Mapping) and trained_on.get("samples"):
-        yield trained_on_line(int(trained_on["samples"]), int(trained_on.get("of", 0)))
-    for judge, wanted in replaced.items() if isinstance(replaced, Mapping) else ():
-        yield f"the default judge, {wanted}, was not available when this run was made; {judge} judged in its place"
+    trained_on = run.settings.get("trained_on")
+    if trained_on is not None and trained_on["samples"]:
+        yield trained_on_line(trained_on["samples"], trained_on["of"])
+    for judge, wanted in run.origin.get("replaced_judges", {}).items():
+        if judge in dict(run.judges):  # else a start that saved nothing, before the judges were named
+            yield f"the default judge, {wanted}, was not available when this run was made; {judge} judged in its place"
     for judge, counted in run.proxies.items():
         spoken = [counted[measure] for measure in dict(run.judges)[judge] if measure in counted]
         yield (
@@ -140,7 +141,7 @@ def trained_on_line(number: int, of: int) -> str:
     """How many of a run's samples its repair was trained on."""
     return (
         f"{number:,} of {of:,} samples were trained on (by the adapter or translators): numbers on them show what was "
-        "learnt, not what it does elsewhere"
+        "learnt, not how the model does on others"
     )
 
 
@@ -149,7 +150,7 @@ def load_run(path: str | Path) -> AuditRun:
 
     Raises:
         RunError: If the folder is missing, holds no run, or its audit is not finished; if a file is missing, damaged or
-            not the one that the run ended with, or results are missing, doubled or off their scale.
+            changed since the run finished, or results are missing, duplicated or out of range.
     """
     path = Path(path)
     if not path.is_dir():
@@ -195,6 +196,27 @@ def title_in(runs: Iterable[AuditRun], metric: str) -> str:
     return " / ".join(dict.fromkeys(run.title(metric) for run in measured)) or BY_NAME[metric].title
 
 
+def label_runs(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above them as make them unique; a number where none do.
+
+    >>> label_runs([Path("a/before"), Path("a/after")]), label_runs([Path("a/run"), Path("b/run")])
+    (['before', 'after'], ['a/run', 'b/run'])
+    """
+    resolved = [path.resolve() for path in paths]
+    labels = [path.name or "run" for path in resolved]
+    for depth in range(2, 1 + max((len(path.parts) for path in resolved), default=0)):
+        if len(set(labels)) == len(labels):
+            break
+        labels = [
+            "/".join(path.parts[1:][-depth:]) if labels.count(label) > 1 else label
+            for path, label in zip(resolved, labels, strict=True)
+        ]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[:i].count(label) + 1})"
+        for i, label in enumerate(labels)
+    ]
+
+
 def judges_of(path: str | Path) -> tuple[str, ...]:
     """The names of a run's judges, finished or not.
 
@@ -236,7 +258,7 @@ def read_head(path: Path) -> Mapping[str, Any]:
         if head.get("format") != FORMAT or "settings" not in head:
             if (path / "metrics.jsonl").exists():
                 raise RunError(f"{path} is a training run; give the --out of an audit")
-            raise RunError(f"{file} is not of this version's format ({FORMAT}); audit again into a new folder")
+            raise RunError(f"{file} is not in this version's format ({FORMAT}); audit again into a new folder")
         check_head(head)
     except UnreadableError as error:
         raise RunError(f"{file} cannot be read ({error}); {WAY_OUT}") from error
@@ -249,8 +271,9 @@ def read_head(path: Path) -> Mapping[str, Any]:
 
 def _check_hashes(path: Path, head: Mapping[str, Any]) -> None:
     results = head["results"]
-    if settings_hash(head["settings"]) != results["settings"]:
-        raise RunError(f"{path}/run.json was changed after the run finished (settings); {WAY_OUT}")
+    for part in ("settings", "origin"):
+        if settings_hash(head[part]) != results[part]:
+            raise RunError(f"{path}/run.json was changed after the run finished ({part}); {WAY_OUT}")
     for name in RESULTS:
         file = path / name
         if not file.is_file():
@@ -258,7 +281,7 @@ def _check_hashes(path: Path, head: Mapping[str, Any]) -> None:
         if head["is_pending"] and name == "summary.json":  # may be the one before or after
             continue
         if _hash_of(file) != results["files"][name]:
-            raise RunError(f"{file} is not the file that the run ended with (its hash differs); {WAY_OUT}")
+            raise RunError(f"{file} has changed since the run finished (its hash differs); {WAY_OUT}")
 
 
 def _hash_of(file: Path) -> str | None:

@@ -1,11 +1,12 @@
 """The shape of run.json: a JSON object in, the same object out, checked once so that readers may rely on it.
 
-What is not named here may be there too and is kept as it is; nobody may rely on it.
+Other fields are allowed and kept as they are, but no reader may rely on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -15,12 +16,20 @@ from exitsafe.untrusted import UnreadableError
 
 FORMAT = 3
 RESULTS = ("responses.parquet", "verdicts.parquet", "summary.json")
-"""The files that a finished run has, and run.json the hashes of."""
+"""The files of a finished run whose hashes are in run.json."""
 
 
 def _check_text(text: str) -> str:
     if "\x00" in text:
         raise ValueError("must not hold a null character")
+    return text
+
+
+def _check_date(text: str) -> str:
+    try:
+        date.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError("must be a date such as 2026-01-31") from error
     return text
 
 
@@ -36,7 +45,8 @@ def _check_layers(layers: list[int]) -> list[int]:
     return layers
 
 
-_Text = Annotated[str, AfterValidator(_check_text)]
+_Text = Annotated[str, Field(max_length=4096), AfterValidator(_check_text)]
+_Count = Annotated[int, Field(ge=0, le=2**63)]
 _Layer = Annotated[int, Field(ge=1, le=1000)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -71,6 +81,16 @@ class _Decoding(_Open):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
+class _TrainedOn(_Closed):
+    samples: _Count
+    of: _Count
+
+
+class _Prompts(_Open):
+    hash: _Text
+    today: Annotated[_Text, AfterValidator(_check_date)] | None = None
+
+
 class _StopWhen(_Closed):
     max_asr: _Share
     error: _Share
@@ -80,11 +100,14 @@ class _Judge(_Open):
     name: Annotated[_Text, Field(min_length=1)]
     measures: list[Annotated[str, AfterValidator(_check_measure)]]
     settings: dict[str, Any]
+    proxy: dict[_Text, _Text] = {}
 
 
 class _Settings(_Open):
     model: _Model
     data: _Data
+    trained_on: _TrainedOn | None = None
+    prompts: _Prompts | None = None
     exit_layers: Annotated[list[_Layer], Field(min_length=1), AfterValidator(_check_layers)]
     skip_global: bool
     decoding: _Decoding
@@ -94,7 +117,7 @@ class _Settings(_Open):
     versions: dict[str, str]
 
     def check(self) -> None:
-        """What no field can say by itself."""
+        """Check what concerns several fields."""
         if max(self.exit_layers[-1], self.model.default_exit) > self.model.num_layers:
             raise UnreadableError(f"an exit is beyond the {self.model.num_layers} blocks of the encoder")
         names = [judge.name for judge in self.judges]
@@ -142,10 +165,12 @@ class _Origin(_Open):
     loading: _Loading = _Loading()
     judging: _Judging = _Judging()
     judge_pass: Literal["beside", "second"] = "beside"
+    replaced_judges: dict[_Text, _Text] = {}
 
 
 class _Results(_Closed):
     settings: _Hash
+    origin: _Hash
     files: dict[Literal["responses.parquet", "verdicts.parquet", "summary.json"], _Hash]
 
 
@@ -160,7 +185,7 @@ class _Head(_State):
 
 
 def check_head(content: Mapping[str, Any]) -> None:
-    """Whether a JSON object of this format is a run's record.
+    """Check that a JSON object of this format is a run's record.
 
     Raises:
         UnreadableError: At the first fault.
@@ -172,7 +197,7 @@ def check_head(content: Mapping[str, Any]) -> None:
         where = ".".join(map(str, fault["loc"]))
         raise UnreadableError(f"{where}: {fault['msg']}") from error
     if head.next is not None and (head.results is None or head.next.results is None):
-        raise UnreadableError("it names further results without hashes")
+        raise UnreadableError("it names other results, without hashes")
     for state in (head, head.next):
         if state is not None:
             state.settings.check()

@@ -1,4 +1,4 @@
-"""Whether the results of a run hold together: its two tables and its settings in, the scores on one grid out.
+"""Check that the results of a run are consistent: its two tables and its settings in, the scores on one grid out.
 
 The tables may hold nothing that the settings do not name, nothing may be missing, and nothing may be there twice.
 Hashes of the files find damage and careless edits; these checks find what was edited with more care. Neither stops a
@@ -28,7 +28,7 @@ Cells = npt.NDArray[np.int64]
 
 
 def settings_hash(settings: Settings) -> str:
-    """What a finished run keeps to notice that its settings were edited."""
+    """What a finished run keeps to notice that its settings, or its origin, were edited."""
     return hashlib.sha256(canonical_json(settings).encode()).hexdigest()
 
 
@@ -94,10 +94,10 @@ class _Grid:
         return found
 
     def once(self, cells: Cells, what: str) -> npt.NDArray[np.int64]:
-        """(S, L): 1 for each cell that is there.
+        """(S, L): 1 for each cell that is present.
 
         Raises:
-            UnreadableError: If one is there twice; `what` takes the count.
+            UnreadableError: If a cell occurs twice; `what` is formatted with the count.
         """
         counts = np.bincount(cells, minlength=self.shape[0] * self.shape[1]).reshape(self.shape)
         if twice := self.first(counts > 1):
@@ -121,7 +121,7 @@ class _Grid:
 
 
 def _check_samples(samples: Sequence[SampleInfo], responses: pa.Table, settings: Settings) -> None:
-    """Whether all rows of a sample describe it alike, and all samples are those that run.json has the hash of."""
+    """Check that all rows of a sample describe it alike, and that the samples match the hash in run.json."""
     codes = np.stack([_texts(responses, name)[0] for name in ("sample_id", "kind", "category", "source", "digest")])
     if np.unique(codes, axis=1).shape[1] != len(samples):
         raise UnreadableError("responses.parquet: the rows of one sample differ in kind, category, source or digest")
@@ -139,7 +139,7 @@ def _check_samples(samples: Sequence[SampleInfo], responses: pa.Table, settings:
 def _judged(
     verdicts: pa.Table, grid: _Grid, is_answered: npt.NDArray[np.bool_], judges: Sequence[Mapping[str, Any]]
 ) -> dict[tuple[str, str], Scores]:
-    """The scores of each judge and measure; none that is owed may be missing."""
+    """The scores of each judge and measure; none that is expected may be missing."""
     cells = grid.cells(verdicts, "verdicts.parquet")
     judge_codes, judge_names = _texts(verdicts, "judge")
     measure_codes, measure_names = _texts(verdicts, "measure")
@@ -147,7 +147,7 @@ def _judged(
     has_reason = np.asarray(verdicts.column("unscored").is_valid().to_numpy(), dtype=np.bool_)
     has_score = np.asarray(verdicts.column("score").is_valid().to_numpy(), dtype=np.bool_)
     if (has_reason == has_score).any():
-        raise UnreadableError("verdicts.parquet: a verdict has both a score and a reason for none, or neither")
+        raise UnreadableError("verdicts.parquet: a verdict has both a score and an unscored reason, or neither")
     is_known = np.zeros(len(cells), dtype=np.bool_)
     found: dict[tuple[str, str], Scores] = {}
     for judge in judges:
@@ -165,7 +165,7 @@ def _judged(
             scored = values[own & has_score]
             if ((scored < low) | (scored > high)).any():
                 raise UnreadableError(
-                    f"verdicts.parquet: a score of {judge['name'][:60]!r} is off the scale of {measure}"
+                    f"verdicts.parquet: a score of {judge['name'][:60]!r} is out of range for {measure}"
                 )
             if own.any():
                 found[judge["name"], measure] = grid.scores(cells[own], values[own])

@@ -1,4 +1,4 @@
-"""The metrics of a summary: which measure, over samples of which kinds, and what each is called on every surface.
+"""The metrics of a summary: which measure, over samples of which kinds, and what each is called in all output.
 
 Terminal, page, gate and model card take titles from here, so that what a proxy judge counts is called the same
 everywhere. `numbers.py` formats values.
@@ -171,7 +171,7 @@ def proxies_in(judges: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, st
 
     The built-in proxy is known by its name, whatever a run says.
     """
-    found = {judge["name"]: judge.get("proxy") or _PROXIES.get(judge["name"], NO_PROXY) for judge in judges}
+    found = {judge["name"]: _PROXIES.get(judge["name"]) or judge.get("proxy", NO_PROXY) for judge in judges}
     return {name: counted for name, counted in found.items() if counted}
 
 

@@ -29,7 +29,7 @@ def amount(metric: str, value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share of one; what is neither none nor all does not read like it.
+    """A share in percent; one that only rounds to 0% or 100% is marked as such.
 
     >>> percent(0.125), percent(0.0625), percent(0.0002), percent(0.9999), percent(-0.0)
     ('12.5%', '6.3%', '<0.1%', '>99.9%', '0.0%')
@@ -38,7 +38,7 @@ def percent(value: float) -> str:
 
 
 def interval(metric: str, low: float, high: float) -> str:
-    """Both ends.
+    """Both ends of an interval.
 
     >>> interval("asr", 0.1, 0.155)
     '10.0 to 15.5%'
@@ -88,7 +88,7 @@ def change(metric: str, value: float) -> str:
 
 
 def fixed(value: float | Decimal, digits: int, *, is_signed: bool = False) -> str:
-    """So many decimals, with halves rounded away from zero as readers expect, and without a sign before zero.
+    """A number to that many decimals, with halves rounded away from zero as readers expect, and no sign before zero.
 
     >>> fixed(0.125, 2), fixed(-0.125, 2), fixed(0.285, 2), fixed(-0.001, 2), fixed(0.5, 1, is_signed=True)
     ('0.13', '-0.13', '0.29', '0.00', '+0.5')
@@ -100,7 +100,7 @@ def fixed(value: float | Decimal, digits: int, *, is_signed: bool = False) -> st
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """So many digits that count, never fewer than those before the point, and no power of ten.
+    """A number to that many significant digits, never fewer than those before the point, without an exponent.
 
     >>> significant(0.00086), significant(12.345), significant(1234.5), significant(0.0)
     ('0.00086', '12.3', '1235', '0')
@@ -174,7 +174,7 @@ def number_list(numbers: list[int]) -> str:
 
 
 def listed(words: list[str]) -> str:
-    """Words as a sentence has them.
+    """Words joined as in a sentence.
 
     >>> listed(["a"]), listed(["a", "b", "c"])
     ('a', 'a, b and c')

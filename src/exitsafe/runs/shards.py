@@ -2,8 +2,8 @@
 
 A line is either one response or one judge's word on a batch of responses, so that neither is ever half
 there. Each begins with a checksum over itself and a key of the run's settings: a line that was damaged, edited, or
-written by another run does not count, and what it held is done again. A judge's word is signed with a key of the
-judge's settings: it counts for that judge only.
+written by another run is ignored, and its work is redone. A line of verdicts is also signed with a key of the judge's
+settings: it counts for that judge only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Saved:
         done.update(rows)
 
     def drop_unanswered(self) -> None:
-        """Forget verdicts on responses that are not there: they may turn out otherwise when they are asked again."""
+        """Drop verdicts on missing responses, which may turn out differently when they are generated again."""
         if any(not rows <= self.responses.keys() for rows in self.judged.values()):
             self.judged = {judge: rows & self.responses.keys() for judge, rows in self.judged.items()}
             self.verdicts = [v for v in self.verdicts if (v.sample_id, v.exit_layer) in self.responses]
@@ -66,7 +66,7 @@ class ShardWriter:
         run_key: A key of the run's settings, part of every line's checksum.
 
     Raises:
-        RunError: If another process writes this shard, something else has its name, or the disk refuses.
+        RunError: If another process writes this shard, something else has its name, or writing fails.
     """
 
     def __init__(self, folder: Path, *, process: int = 0, run_key: str = "") -> None:
@@ -75,7 +75,7 @@ class ShardWriter:
         for path in (folder, self.path):
             refuse_link(path)
             if path.exists() and not (path.is_dir() if path == folder else path.is_file()):
-                raise RunError(f"{path} is not what an audit writes there; remove it and rerun the same command")
+                raise RunError(f"{path} was not written by an audit; remove it and rerun the same command")
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, PRIVATE)
@@ -128,7 +128,7 @@ class ShardWriter:
 def read_shards(
     folder: Path, *, run_key: str = "", onto: Saved | None = None, judges: Mapping[str, str] | None = None
 ) -> Saved:
-    """Everything whole that any process saved, on top of what is known already. Warns of lines that do not count.
+    """Every intact record that any process saved, added to what is known already. Warns about ignored lines.
 
     Args:
         folder: Where the shards lie.
@@ -152,8 +152,8 @@ def read_shards(
     saved.drop_unanswered()
     if num_bad:
         warnings.warn(
-            f"{folder}: {num_bad} {'line is' if num_bad == 1 else 'lines are'} damaged or from another run; what was "
-            "saved there is done again",
+            f"{folder}: {num_bad} {'line is' if num_bad == 1 else 'lines are'} damaged or from another run; the "
+            "work saved there will be redone",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -161,7 +161,7 @@ def read_shards(
 
 
 class _Record(BaseModel):
-    """A line: a response, or a judge's word on some rows."""
+    """A line: a response, or a judge's verdicts on some rows."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -173,7 +173,7 @@ class _Record(BaseModel):
 
     @property
     def is_sound(self) -> bool:
-        """Whether numbers are finite and on their scales, and verdicts are on the rows, once each."""
+        """Whether numbers are finite and in range, and the verdicts are on these rows, once each."""
         if self.response is not None:
             return math.isfinite(self.response.seconds)
         places = [(verdict.sample_id, verdict.exit_layer, verdict.measure) for verdict in self.verdicts]
@@ -199,7 +199,7 @@ def _checksum(body: bytes, run_key: str) -> bytes:
 
 
 def _record_in(line: bytes, run_key: str) -> _Record | None:
-    """None if the line is not as it was written."""
+    """None if the line has been altered."""
     start = len(_OPENING % bytes(_DIGITS))
     body = line[start:].rstrip(b"\n")
     if line[:start] != _OPENING % _checksum(body, run_key):
@@ -219,10 +219,10 @@ def _is_on_scale(verdict: Verdict) -> bool:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines that end; a process that is killed while it writes leaves one that does not."""
+    """The complete lines; a process that is killed while it writes leaves an unterminated one."""
     try:
         if not path.is_file() or path.is_symlink():
-            raise RunError(f"{path} is not what an audit writes there; remove it and rerun the same command")
+            raise RunError(f"{path} was not written by an audit; remove it and rerun the same command")
         with path.open("rb") as lines:
             yield from (line for line in lines if line.endswith(b"\n"))
     except OSError as error:

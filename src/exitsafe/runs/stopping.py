@@ -108,7 +108,7 @@ def settle(
 
 
 def stopping_of(table: ScoreTable, settings: Settings) -> dict[str, Any] | None:
-    """What `summarise` wants to know of the stopping, worked out again; None for a run that asked everything.
+    """What `summarise` needs to know about early stopping, recomputed; None for a run that asked everything.
 
     An exit that lacks answers must have been asked whole blocks, in order, whose verdicts settle its side of the limit.
 
@@ -151,7 +151,7 @@ def _decision(scores: Scores, column: int, rule: Mapping[str, float]) -> Decisio
     values = scores.values[:, column]
     scored = values[~np.isnan(values)]
     if not np.isin(scored, (0.0, 1.0)).all():
-        raise UnreadableError("verdicts.parquet: it stopped early by scores that are neither 0 nor 1")
+        raise UnreadableError("verdicts.parquet: exits were stopped early by scores that are neither 0 nor 1")
     return decide(
         int(scored.sum()),
         len(scored),

@@ -32,7 +32,7 @@ stopping (of a run that stopped early), judges, agreement (of each two judges on
 Stopping = Mapping[str, Any]
 """max_asr, error, judge, and layers: for each layer that was allowed to stop its decision `below`, `above` or None."""
 Estimates = dict[tuple[str, str], tuple[dict[int, Estimate], dict[str, Estimate]]]
-"""By metric and judge, of each layer and bin: a judge's own results are often the run's, and cost as much again."""
+"""By metric and judge, for each layer and bin: often a judge's own results are also the run's; computed only once."""
 _DIGITS = 12  # the last bits of a mean depend on how a machine sums
 
 

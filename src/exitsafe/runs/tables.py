@@ -33,7 +33,7 @@ class SampleInfo:
 
 
 _ROWS_AT_ONCE = 65536
-WAY_OUT = "restore the run from where it came, or audit again into a new folder"
+WAY_OUT = "restore the run from its source, or audit again into a new folder"
 _RESPONSES = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
@@ -82,16 +82,6 @@ def to_parquet(table: pa.Table) -> bytes:
     pq.write_table(table, buffer, compression="zstd")
     content: bytes = buffer.getvalue().to_pybytes()
     return content
-
-
-def responses_to_parquet(samples: Sequence[SampleInfo], responses: Sequence[Response]) -> bytes:
-    """responses.parquet."""
-    return to_parquet(responses_in_table(samples, responses))
-
-
-def verdicts_to_parquet(verdicts: Sequence[Verdict]) -> bytes:
-    """verdicts.parquet."""
-    return to_parquet(verdicts_in_table(verdicts))
 
 
 def read_responses(path: Path) -> list[Response]:

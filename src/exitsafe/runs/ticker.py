@@ -17,7 +17,7 @@ class Ticker:
     Args:
         progress: Called as `progress(done, total, note)`; None for nobody.
         total: Rows that all processes have to do.
-        asr_judge: Whose verdicts make the running rate; None for none.
+        asr_judge: The judge whose verdicts give the running rate; None for none.
         rate: What that judge's rate is called.
         num_processes: Their shares are alike: a row of one stands for one of each.
 

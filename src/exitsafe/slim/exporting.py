@@ -177,8 +177,8 @@ def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bo
     if adapter is not None:
         gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
         _save_adapter(vlm.model, folder / ADAPTER, adapter=adapter, base_name=name, gone=gone)
-    if vlm.trained_on:  # an audit of the slim model can then tell, too
-        write_whole(folder / TRAINED_ON, trained_on_record(vlm.trained_on))
+    for place in [folder, *([folder / ADAPTER] if adapter is not None else [])] if vlm.trained_on else []:
+        write_whole(place / TRAINED_ON, trained_on_record(vlm.trained_on))  # an audit of either can then tell, too
     for path in (path for path in folder.rglob("*") if path.is_file()):
         path.chmod(PUBLIC)  # safetensors lets only the owner read: what is shipped is for everybody
 
@@ -221,7 +221,7 @@ def _load_again(folder: Path, vlm: VLM) -> VLM:
 
 
 def _encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor], *, is_merged: bool) -> list[float]:
-    """Like with like: where the adapter was merged, the whole model is timed without it, as if it were merged too."""
+    """Compare like with like: if the adapter was merged, the whole model is timed without it, as if merged too."""
     with ExitStack() as bare:
         for model in (vlm.model for vlm in vlms if is_merged and vlm.adapters is None):
             if isinstance(model, PeftModel):  # adapters per exit leave the encoder alone

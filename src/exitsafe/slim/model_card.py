@@ -5,6 +5,7 @@ Numbers, ids and names only; no prompt and no answer. Knows nothing about models
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from exitsafe.world import ORGANISMS
 _ORGANISM_LICENSE = "apache-2.0"  # that of this package, which ships them
 _LIBRARY, _TASK = "transformers", "image-text-to-text"
 _TAGS = ["exitsafe", "early-exit", "safety"]
+_ACTIVE = re.compile(r"[<>`|\[\]\\\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
 def write_card(*, name: str, base: Base, license_id: str | None, exported: Mapping[str, Any]) -> str:
@@ -32,7 +34,7 @@ def write_card(*, name: str, base: Base, license_id: str | None, exported: Mappi
         license_id: What it is under, if that is known.
         exported: The other fields of the manifest.
     """
-    audit = exported["audit"]
+    audit = _harmless(exported["audit"])
     data = ModelCardData(
         base_model=base.name if is_hub_id(base.name) else None,
         license=license_id,
@@ -54,6 +56,15 @@ def write_card(*, name: str, base: Base, license_id: str | None, exported: Mappi
         f"## How it was made\n\n```\n{exported['command']}\n```\n\n{_sizes(exported)}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _harmless(value: Any) -> Any:
+    """What a run says, without what a Markdown renderer, a table or a terminal would act on."""
+    if isinstance(value, str):
+        return _ACTIVE.sub("\N{REPLACEMENT CHARACTER}", " ".join(value.split()))
+    if isinstance(value, Mapping):
+        return {_harmless(name): _harmless(inner) for name, inner in value.items()}
+    return [_harmless(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def license_of(name: str, *, folder: Path | None, revision: str | None) -> str | None:

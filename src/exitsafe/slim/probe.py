@@ -67,7 +67,7 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor]) -> list[float]:
-    """How long the encoders of models on one device take; in turns, so that a busy moment hits all of them."""
+    """How long the encoders of models on one device take, in turns, so that a busy moment affects all of them."""
     images = {name: inputs[name] for name in vlms[0].family_row.image_inputs}
     return _medians_ms([partial(vlm.family_row.features, vlm.base_model, images) for vlm in vlms], vlms[0].device)
 

@@ -4,18 +4,19 @@
     FOLDER/layer-03/, FOLDER/layer-08/, ...                  one PEFT folder for each exit that has its own
     FOLDER/trained_on.json                                   digests of the samples it was trained on, if known
 
-An exit without an adapter of its own answers with the base model. An adapter acts whole or is refused: PEFT itself only
-warns about weights that are missing, and drops those that fit nothing. Knows nothing about how adapters are trained.
+An exit without an adapter of its own answers with the base model. An adapter is applied in full or refused: PEFT itself
+only warns about missing weights, and drops those that match nothing. Knows nothing about how adapters are trained.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exitsafe.errors import ModelError
+from exitsafe.untrusted import UnreadableError, read_json
 from exitsafe.vlm.memory import is_out_of_memory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,6 +39,23 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ELSEWHERE = ("megatron_config", "adapters", "tokenizer_name_or_path", "prompt_tuning_init_state_dict_path")
 """Fields by which PEFT imports a module, or loads another adapter, a tokenizer or a pickle."""
 _SWITCHES = ("_active_adapter", "_disable_adapters")
+PATTERN_SECONDS = 10.0
+"""Longest time to match an adapter's patterns with the model's module names; usual ones take a hundredth of it."""
+_NAME = re.compile(r"[\w./: -]*")
+_MATCHING = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+forms = r"(.*\.)?(PATTERN)$", r"(^|.*\.)PATTERN($|\..*)", r"(^|.*?\.)PATTERN\.(\d+)\.", r".*\.PATTERN$"
+for pattern in patterns:
+    for form in ("PATTERN", *forms):
+        try:
+            compiled = re.compile(form.replace("PATTERN", pattern))
+        except Exception:
+            continue
+        for name in names:
+            compiled.fullmatch(name) if form == "PATTERN" else compiled.match(name)
+"""
+"""Every way in which PEFT matches a string of a config, in a process that can be stopped."""
 _LAYER = re.compile(r"layer-(\d+)")
 LINEAR_LAYERS = r".*(?:language_model|text_model)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 _EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head)\b")
@@ -184,9 +203,9 @@ def read_trained_on(folder: Path) -> frozenset[str]:
         if not (place / TRAINED_ON).is_file():
             continue
         try:
-            digests = json.loads((place / TRAINED_ON).read_bytes())["digests"]
+            digests = read_json(place / TRAINED_ON)["digests"]
             is_sound = all(_DIGEST.fullmatch(digest) for digest in digests)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (UnreadableError, KeyError, TypeError):
             is_sound = False
         if not is_sound:
             raise ModelError(f"{place / TRAINED_ON} is damaged: save or download the folder again")
@@ -210,7 +229,7 @@ def as_ranges(layers: Iterable[int]) -> str:
 
 
 def load_adapter(model: Any, folder: Path, *, name: str = "default") -> PeftModel:
-    """Put one PEFT folder on a model, or beside the adapters that it has already.
+    """Load one PEFT folder onto a model, in addition to any adapters that it already has.
 
     Args:
         model: A Hugging Face model, or the PEFT model around one.
@@ -218,23 +237,25 @@ def load_adapter(model: Any, folder: Path, *, name: str = "default") -> PeftMode
         name: What PEFT is to call the adapter.
 
     Raises:
-        ModelError: Unless every weight in the file found its place, every place got its weight, and all are finite.
+        ModelError: If a weight in the file matches nothing or is not finite, or if one is missing from it.
     """
     config = _read_config(folder)
+    _check_patterns(model, folder)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    try:
         _check_rank(config, shapes, folder)
         if not isinstance(model, PeftModel):
             model = PeftModel(model, config, name)
         found = model.load_adapter(str(folder), name, torch_device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot load {folder}: {WEIGHTS} is truncated or corrupt ({_first_line(error)}); save or download it again"
-        ) from error
-    except ModelError:
+    except SafetensorError as error:
+        raise _unreadable(folder, error) from error
+    except (ModelError, TimeoutError):  # the latter is an alarm of the caller's
         raise
-    except Exception as error:  # PEFT believes the file: a wrong value in it may raise anything
+    except Exception as error:  # PEFT trusts the file: a wrong value may raise any exception
         if is_out_of_memory(error):
             raise
         raise _misfit(folder, _reason(error)) from error
@@ -245,7 +266,7 @@ def load_adapter(model: Any, folder: Path, *, name: str = "default") -> PeftMode
 
 
 def _read_config(folder: Path) -> PeftConfig:
-    """The config of one adapter, of a kind that can act here.
+    """The config of one adapter, of a supported kind.
 
     Raises:
         ModelError: If it is damaged, or of another kind.
@@ -260,8 +281,8 @@ def _read_config(folder: Path) -> PeftConfig:
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         value = stored.get(field, 1)
         numbers = value.values() if isinstance(value, dict) else [value]
-        if not all(type(number) in (int, float) and isfinite(number) for number in numbers):
-            raise ModelError(f"{folder / CONFIG}: {field} is not a finite number; save or download the adapter again")
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ModelError(f"{folder / CONFIG}: {field} is not a number; save or download the adapter again")
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
@@ -277,15 +298,52 @@ def _read_config(folder: Path) -> PeftConfig:
     return config
 
 
+def _check_patterns(model: Any, folder: Path) -> None:
+    """PEFT matches strings of the config with the names of all modules: as patterns, some of which take for ever.
+
+    Any string may be one, whatever its field, as that depends on the kind of adapter.
+
+    Raises:
+        ModelError: If it takes too long.
+    """
+    patterns = [text for text in _strings(_config(folder)) if not _NAME.fullmatch(text)]
+    if not patterns:
+        return
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    request = json.dumps([patterns, [name for name, _ in inner.named_modules()]])
+    try:
+        subprocess.run(  # noqa: S603 - our own lines
+            [sys.executable, "-I", "-S", "-c", _MATCHING],
+            input=request.encode(),
+            stderr=subprocess.DEVNULL,
+            timeout=PATTERN_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(
+            f"{folder / CONFIG} names modules by a pattern that takes more than {PATTERN_SECONDS:g} seconds to match: "
+            "replace it by plain module names, or use an adapter that you trust"
+        ) from error
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings(each)
+
+
 def _check_rank(config: PeftConfig, shapes: Mapping[str, Sequence[int]], folder: Path) -> None:
-    """PEFT makes room for the rank that the config names before it reads a weight: a wrong one fills the memory."""
+    """PEFT allocates memory for the config's rank before it reads a weight: a wrong rank would exhaust it."""
     if not shapes:
         raise ModelError(f"{folder / WEIGHTS} holds no weights: save or download the adapter again")
     ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
     largest = max(max(shape, default=1) for shape in shapes.values())
     for rank in ranks:
         if isinstance(rank, int) and rank > largest:
-            raise _misfit(folder, f"{CONFIG} says rank {rank}, and no weight in the file has more than {largest} rows")
+            raise _misfit(folder, f"{CONFIG} says rank {rank}, but no weight in the file has more than {largest} rows")
 
 
 def _check_complete(
@@ -297,7 +355,7 @@ def _check_complete(
     missing: Sequence[str],
     extra: Sequence[str],
 ) -> None:
-    """Every place of the adapter got its weight from the file, and every weight of the file found its place."""
+    """Check that the file has every weight of the adapter, and that the adapter uses every weight of the file."""
     wanted: Collection[str] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
     # names of older versions of the model are translated while loading, so only then do the two sets differ
     if not missing and not extra and len(in_file) != len(wanted):
@@ -319,7 +377,7 @@ def _check_complete(
 
 
 def _check_numbers(model: PeftModel, folder: Path, name: str) -> None:
-    """Weights that are not finite are refused; those that change nothing are pointed out."""
+    """Refuse weights that are not finite; warn about an adapter that changes nothing."""
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if broken := [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise ModelError(
@@ -334,12 +392,12 @@ def _check_numbers(model: PeftModel, folder: Path, name: str) -> None:
 
 
 def _note_other_model(folder: Path, name: str) -> None:
-    """Shapes may fit all the same: a fine-tuned sibling, or a copy under another name."""
+    """Shapes may fit nonetheless: a fine-tuned sibling, or a copy under another name."""
     made_for = _config(folder).get("base_model_name_or_path")
     if isinstance(made_for, str) and _model_name(made_for) not in ("", _model_name(name)):
         warnings.warn(
-            f"adapter {folder} was made for {made_for}, and the model is {name}: its effect was trained on other "
-            "weights, unless the two are copies of each other",
+            f"adapter {folder} was made for {made_for}, but the model is {name}: unless the two are copies of each "
+            "other, it was trained on other weights",
             stacklevel=4,
         )
 
@@ -384,6 +442,12 @@ def _check_encoder_untouched(adapted: PeftModel, by_exit: Mapping[int, str], fol
             )
 
 
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"cannot load {folder}: {WEIGHTS} is truncated or corrupt ({_first_line(error)}); save or download it again"
+    )
+
+
 def _misfit(folder: Path, reason: str) -> ModelError:
     made_for = _config(folder).get("base_model_name_or_path")
     origin = f"; it was made for {made_for}" if made_for else ""
@@ -394,7 +458,7 @@ def _misfit(folder: Path, reason: str) -> ModelError:
 
 
 def _reason(error: Exception) -> str:
-    """What PEFT says, in few words."""
+    """PEFT's message, shortened."""
     text = str(error)
     if isinstance(error, KeyError):
         return f"the weight {_inner_name(str(error.args[0]))} is missing from the file"
@@ -403,7 +467,7 @@ def _reason(error: Exception) -> str:
     ):
         key, in_file, in_model = shapes[0]
         there, wanted = (shape.removeprefix("torch.Size(").removesuffix(")") for shape in (in_file, in_model))
-        return f"{len(shapes)} weights have another shape ({_inner_name(key)}: {there} in the file, {wanted} here)"
+        return f"{len(shapes)} weights have a different shape ({_inner_name(key)}: {there} in the file, {wanted} here)"
     return _first_line(error)
 
 
@@ -422,12 +486,9 @@ def _first_line(error: Exception) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder / CONFIG} is not valid JSON: save or download the adapter again") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{folder / CONFIG} is not a JSON object: save or download the adapter again")
-    return found
+        return read_json(folder / CONFIG)
+    except UnreadableError as error:
+        raise ModelError(f"{folder / CONFIG} cannot be read ({error}): save or download the adapter again") from error
 
 
 def _plain(value: Any) -> Any:

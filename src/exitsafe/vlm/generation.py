@@ -307,7 +307,7 @@ def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sam
     """Next token ids (B,) from logits (B, V): the largest, or by inverting the cumulative distribution.
 
     Raises:
-        ModelError: If a row's logits make no distribution: a token chosen by NaN would pass for the model's answer.
+        ModelError: If a row's logits form no distribution: a token chosen from NaN would pass for the model's answer.
     """
     dtype = logits.dtype
     logits = suppress_logits(logits, sampling.suppress)
@@ -324,7 +324,7 @@ def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sam
 
 
 def end_tokens(generation_config: Any, text_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer, wherever the checkpoint says so; none if it says so nowhere."""
+    """Tokens that end an answer, wherever the checkpoint defines them; empty if it does not."""
     places = (getattr(place, "eos_token_id", None) for place in (generation_config, text_config, tokenizer))
     eos: int | Sequence[int] | None = next((found for found in places if found is not None), None)
     return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

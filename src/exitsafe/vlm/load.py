@@ -60,7 +60,7 @@ def load_vlm(
 
     Raises:
         ModelError: If nothing can be loaded from there, the family is not supported, the processor does not fit the
-            model, an adapter does not find all its weights, or the translators are another model's.
+            model, an adapter's weights are incomplete, or the translators are another model's.
     """
     source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
     where = Path(source)
@@ -123,9 +123,9 @@ def load_vlm(
 
 
 def check_no_adapter(source: str, *, revision: str | None) -> None:
-    """Refuse a model that comes with an adapter beside it.
+    """Refuse a model folder that contains an adapter.
 
-    transformers would put it on the model unasked, and for a Hub id load whichever model the adapter's file names.
+    transformers would apply it silently and, for a Hub id, load whichever model the adapter's file names.
 
     Raises:
         ModelError: If there is one.
@@ -156,7 +156,7 @@ def _adapter_folder(adapter: str | Path) -> Path:
             folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except _LOADING_ERRORS as error:
             raise ModelError(
-                f"adapter {adapter} is not a local folder, and the Hub does not give it: {_first_line(error)}"
+                f"adapter {adapter} is not a local folder, and the Hub did not provide it: {_first_line(error)}"
             ) from error
     check_folder(folder, name=str(adapter))
     return folder

@@ -48,8 +48,8 @@ class VLM:
         family: The model type, e.g. "llava".
         num_layers: Encoder blocks, e.g. 24.
         default_exit: Blocks behind the features that the untouched model reads, e.g. 23.
-        today: The date that a chat template is told, as "2026-01-31": the day of loading, or, of a run that is resumed
-            or repeated, the day that it began.
+        today: The date given to chat templates, as "2026-01-31": the day of loading or, for a run that is resumed or
+            repeated, the day on which it began.
 
     Raises:
         ModelError: If the family is not supported.
@@ -295,7 +295,7 @@ class VLM:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
     def read_ahead(self, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
-        """What the model is going to read of these samples, and how long an answer to each may be.
+        """What the model will read for these samples, and how long an answer to each may be.
 
         Raises:
             InputError: If a text cannot be asked: too long, or with the image placeholder in it.
@@ -308,7 +308,7 @@ class VLM:
         """Whether what the chat template writes depends on the date.
 
         Raises:
-            ModelError: If it does harm, e.g. never ends, or takes no conversation.
+            ModelError: If it is harmful, e.g. never finishes, or accepts no conversation.
         """
         return check_template(self.processor, today=self.today)
 

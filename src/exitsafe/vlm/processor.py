@@ -1,7 +1,7 @@
-"""The processor as its model needs it: config and files in, a processor that fits or one clear line out.
+"""The processor as its model needs it: config and files in, a processor that fits or a one-line error out.
 
 Processor files are often older than the library, or another model's. What the model's config decides is taken from
-there, and made-up pictures prove the rest before any work begins: a prompt must hold as many image placeholders as the
+there, and synthetic pictures check the rest before work begins: a prompt must hold as many image placeholders as the
 model makes features. `load_vlm` and `exitsafe doctor` run the same check, on weights or on shapes alone.
 """
 
@@ -52,7 +52,7 @@ def load_processor(source: str, config: Any, family: Family, **remote: Any) -> A
         for path, value in family.processor_settings(config).items():
             owner, _, name = path.rpartition(".")
             setattr(getattr(processor, owner) if owner else processor, name, value)
-    except Exception as error:  # these files are anybody's: a missing or wrong entry may raise anything
+    except Exception as error:  # untrusted files: a missing or wrong entry may raise anything
         raise ModelError(
             f"cannot load the processor of {source}: {_first_line(error)}; put the processor and tokenizer files of "
             "the original checkpoint beside the weights"
@@ -61,13 +61,13 @@ def load_processor(source: str, config: Any, family: Family, **remote: Any) -> A
 
 
 def check_processor(vlm: VLM) -> list[str]:
-    """Whether prompts can be made for this model, found out with made-up pictures and one encoder block.
+    """Check that prompts can be made for this model, with synthetic pictures and one encoder block.
 
     Args:
         vlm: A model with a processor, of weights or of shapes.
 
     Returns:
-        What is unusual and no reason to refuse the model, a sentence each.
+        Remarks that are no reason to refuse the model, a sentence each.
 
     Raises:
         ModelError: If the processor's prompts or pictures do not fit the model.
@@ -91,7 +91,7 @@ def check_processor(vlm: VLM) -> list[str]:
         _check_placeholders(vlm, prompt, size)
     if not vlm.eos_token_ids:
         return [
-            f"{vlm.name} names no end-of-sequence token: every answer runs to max_new_tokens, and it cannot be trained"
+            f"{vlm.name} has no end-of-sequence token: every answer runs to max_new_tokens, and it cannot be trained"
         ]
     return []
 
@@ -102,7 +102,7 @@ def _check_image_token(vlm: VLM) -> None:
         raise _misfit(
             vlm,
             f"its image token is {vlm.processor.image_token!r} with id {given}, the model's has id {wanted}: use the "
-            "tokenizer files of this very checkpoint",
+            "tokenizer files of this checkpoint",
         )
 
 
@@ -111,8 +111,8 @@ def _check_tokens(vlm: VLM, prompt: Prompt) -> None:
     if (largest := int(prompt.input_ids.max())) >= num_embeddings:
         raise _misfit(
             vlm,
-            f"its tokenizer makes token {largest}, and the model has {num_embeddings} embeddings: use the tokenizer "
-            "files of this very checkpoint",
+            f"its tokenizer makes token {largest}, but the model has {num_embeddings} embeddings: use the tokenizer "
+            "files of this checkpoint",
         )
 
 
@@ -120,7 +120,7 @@ def _check_placeholders(vlm: VLM, prompt: Prompt, size: int) -> None:
     count = int((prompt.input_ids == vlm.base_model.config.image_token_id).sum())
     height, width = prompt.image_inputs["pixel_values"].shape[-2:]
     other_size = (
-        f"it makes pictures of {width}x{height} pixels, and the image encoder reads {size}x{size}: set size and "
+        f"it makes pictures of {width}x{height} pixels, but the image encoder reads {size}x{size}: set size and "
         "crop_size of the image processor to that"
     )
     is_expected = (height, width) == (size, size)
@@ -133,7 +133,7 @@ def _check_placeholders(vlm: VLM, prompt: Prompt, size: int) -> None:
     wanted = 1 if reads_across else sum(image.shape[0] for image in features)
     if count != wanted:
         reason = (
-            f"a prompt has {count} image placeholders where the model makes {wanted} features: use the chat template "
+            f"a prompt has {count} image placeholders, but the model makes {wanted} features: use the chat template "
             "and the processor files of the original checkpoint"
         )
         raise _misfit(vlm, reason if is_expected else other_size)

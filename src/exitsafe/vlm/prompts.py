@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from exitsafe.vlm.model import VLM
 
 DEFAULT_NEW_TOKENS = 256
-_FEWEST_TOKENS = 16  # of an answer that nobody asked to be short: fewer hold no refusal
+_FEWEST_TOKENS = 16  # of an answer without a requested limit: fewer cannot hold a refusal
 _MEASURED, _MOST_ENCODED = 4, 64  # samples
 
 
@@ -47,7 +47,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadAhead:
-    """What a model is going to read of all samples, known before it answers the first.
+    """What a model will read for all samples, known before it answers the first.
 
     `hash` is of the texts that the chat template writes and of their token ids, `today` the date that is in them, if it
     is; `max_new_tokens` fits behind the longest prompt.
@@ -59,7 +59,7 @@ class ReadAhead:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What makes two runs read the same, as JSON."""
+        """What must be equal for two runs to read the same, as JSON."""
         return {"hash": self.hash} | ({} if self.today is None else {"today": self.today})
 
 
@@ -68,7 +68,7 @@ def encode(sample: Sample, processor: Any, family: Family, *, today: str) -> Pro
 
     Raises:
         InputError: If an image cannot be read, the prompt contains the model's image placeholder, or the chat template
-            does not take it.
+            does not accept it.
         ModelError: If there is no processor, or its chat template leaves something out.
     """
     text = written(sample, processor, family, today=today)
@@ -77,7 +77,7 @@ def encode(sample: Sample, processor: Any, family: Family, *, today: str) -> Pro
 
 
 def written(sample: Sample, processor: Any, family: Family, *, today: str) -> str:
-    """What the chat template makes of a sample, with one image placeholder per image. Opens no image.
+    """The text that the chat template makes of a sample, with one image placeholder per image. Opens no image.
 
     Raises:
         InputError, ModelError: As `encode`.
@@ -124,10 +124,10 @@ def tokenise(text: str, images: Sequence[Image.Image], processor: Any, family: F
 
 
 def read_ahead(vlm: VLM, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
-    """Render and tokenise all texts, and see whether they leave room for an answer.
+    """Render and tokenise all texts, and check that they leave room for an answer.
 
-    Images are counted by what those with the most pixels become; only samples that may be too long by that are encoded
-    whole. One that is too long all the same is found when it is answered.
+    Image tokens are estimated from the images with the most pixels; only samples that may be too long by that estimate
+    are encoded in full. One that is too long nonetheless is found when it is answered.
 
     Args:
         vlm: The model.
@@ -169,7 +169,7 @@ def read_ahead(vlm: VLM, samples: Sequence[Sample], *, max_new_tokens: int | Non
 def too_long(sample_id: str, num_tokens: int, max_new_tokens: int, *, context_length: int) -> InputError:
     """The error for a prompt that leaves no room for its answer."""
     return InputError(
-        f"sample {sample_id}: the prompt has {num_tokens} tokens, images included, and beside an answer of "
+        f"sample {sample_id}: the prompt has {num_tokens} tokens, images included, but besides an answer of "
         f"{max_new_tokens} this model has room for {context_length - max_new_tokens}; shorten it or leave the sample "
         "out"
     )

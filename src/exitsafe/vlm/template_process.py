@@ -26,7 +26,7 @@ _START_SECONDS = 120.0
 def main() -> None:
     """Answer requests until stdin ends."""
     requests, replies = sys.stdin, os.fdopen(os.dup(1), "w")
-    sys.stdout = sys.stderr  # what libraries print is no reply
+    sys.stdout = sys.stderr  # keep what libraries print out of the replies
     _exit_in(_START_SECONDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when it is over
     sys.path[:] = json.loads(requests.readline())
@@ -42,15 +42,15 @@ def main() -> None:
             text = _render(chat_template_utils, request)
             too_long = len(text) > LONGEST + 4 * len(line)
             reply = {"error": "MemoryError", "message": ""} if too_long else {"text": text}
-        except Exception as error:  # noqa: BLE001 - whatever a template does is told to the process that asks
+        except Exception as error:  # noqa: BLE001 - whatever a template does is reported to the caller
             reply = {"error": type(error).__name__, "message": str(error)[:500]}
         _exit_in(None)
-        replies.write(json.dumps(reply) + "\n")
+        replies.write(json.dumps({**reply, "number": request["number"]}) + "\n")
         replies.flush()
 
 
 def _exit_in(seconds: float | None) -> None:
-    """End the process then, whatever it is doing; None calls it off."""
+    """End the process at that time, whatever it is doing; None cancels."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
     elif seconds is None:

@@ -1,7 +1,7 @@
 """Chat templates: messages in, the text that the model reads out.
 
-A template is a program that comes with a checkpoint, whoever made that. It is rendered in a process of its own, which
-is killed when it takes too long, and which shows it the date that the caller chooses.
+A template is a program from a checkpoint and may be hostile. It is rendered in a separate process, which is killed when
+it takes too long, and which shows it the date that the caller chooses.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SECONDS = 10.0
 """Longest time for one conversation; the usual template takes less than a thousandth of a second."""
 _PROGRAM = Path(__file__).with_name("template_process.py")
 FIXED_DATE = "2024-07-26"
-"""What judges' templates are told, so that a verdict does not depend on the day: what Llama 3's say without a clock."""
+"""The date for judges' templates, so that a verdict does not depend on the day: Llama 3's own date without a clock."""
 _WAY_OUT = "use a checkpoint that you trust, or replace its chat_template.jinja"
 
 
 class TemplateRefusedError(ModelError):
-    """The template raises an error on these messages; it may take others."""
+    """The template raises an error on these messages; it may accept others."""
 
 
 def render(
@@ -40,7 +40,7 @@ def render(
     Args:
         processor: A processor or tokenizer that has a chat template.
         messages: The turns, as JSON.
-        today: The date that the template is told, e.g. "2026-01-31".
+        today: The date given to the template, e.g. "2026-01-31".
         add_generation_prompt: Whether to open the model's turn.
 
     Raises:
@@ -61,13 +61,13 @@ def render(
 
 
 def check_template(processor: Any, *, today: str) -> bool:
-    """Render short conversations, with a picture and without, so that a template that does harm is found at once.
+    """Render short conversations, with a picture and without, so that a harmful template is found at once.
 
     Returns:
         Whether what it writes depends on the date.
 
     Raises:
-        ModelError: As `render`, or if the template takes none of them.
+        ModelError: As `render`, or if the template accepts none of them.
     """
     if getattr(processor, "chat_template", None) is None:
         return False
@@ -78,7 +78,7 @@ def check_template(processor: Any, *, today: str) -> bool:
             if not text.strip():
                 raise TemplateRefusedError("the chat template writes nothing")
             is_dated |= any(render(processor, messages, today=date) != text for date in _OTHER_DATES)
-        except TemplateRefusedError as refusal:  # many take pictures but no bare text, or the other way round
+        except TemplateRefusedError as refusal:  # many accept pictures but not text alone, or vice versa
             refusals.append(refusal)
     if len(refusals) == len(_PROBES):
         raise ModelError(f"{refusals[0]}; {_WAY_OUT}")
@@ -86,7 +86,7 @@ def check_template(processor: Any, *, today: str) -> bool:
 
 
 def tokens_after_turn(processor: Any, *, today: str) -> list[int]:
-    """What a chat template writes behind an answer, as token ids; nothing if it writes no answers.
+    """What a chat template writes after an answer, as token ids; nothing if it writes no answers.
 
     Raises:
         ModelError: As `render`.
@@ -128,52 +128,68 @@ class _Renderer:
         self._lock = Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
+        self._asked = 0
 
     def start(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
-            self._process = subprocess.Popen(  # noqa: S603 - our own file
-                [sys.executable, "-P", str(_PROGRAM)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                encoding="utf-8",
-            )
-            self._owner = os.getpid()
-            self._send(self._process, sys.path)
+            try:
+                self._owner = os.getpid()
+                self._process = subprocess.Popen(  # noqa: S603 - our own file
+                    [sys.executable, "-P", str(_PROGRAM)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    encoding="utf-8",
+                )
+                self._send(self._process, sys.path)
+            except BaseException:
+                self.stop()
+                raise
         return self._process
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
         """The reply to a request.
 
         Raises:
-            ModelError: If the process has died of it.
+            ModelError: If the process died of it.
         """
         with self._lock:
             process = self.start()
-            assert process.stdout is not None
-            self._send(process, {**request, "seconds": SECONDS})
-            line = process.stdout.readline()
-            if not line:
-                status = process.wait()
-                if status == (1 if sys.platform == "win32" else -signal.SIGALRM):
-                    raise ModelError(f"the chat template does not end within {SECONDS:g} seconds; {_WAY_OUT}")
-                raise ModelError(f"the chat template cannot be rendered: its process ended with status {status}")
-            reply: dict[str, str] = json.loads(line)
+            self._asked += 1
+            try:
+                self._send(process, {**request, "seconds": SECONDS, "number": self._asked})
+                reply = self._receive(process)
+                if reply.pop("number") != self._asked:
+                    raise ModelError("the chat template cannot be rendered: its process replied to another request")
+            except BaseException:  # an interrupt too: the reply that is still to come is not the next request's
+                self.stop()
+                raise
             if reply.get("error") == "MemoryError":
-                self.stop()  # what is left of it may be in any state
+                self.stop()  # its state is unknown
             return reply
 
     def stop(self) -> None:
-        if self._process is not None and self._owner == os.getpid():
-            self._process.kill()
-            self._process.communicate()
-        self._process = None
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.communicate()
 
     def _send(self, process: subprocess.Popen[str], content: object) -> None:
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # reading then finds the end
             process.stdin.write(json.dumps(content) + "\n")
             process.stdin.flush()
+
+    def _receive(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.endswith("\n"):
+            status = process.wait()
+            if status == (1 if sys.platform == "win32" else -signal.SIGALRM):
+                raise ModelError(f"the chat template does not end within {SECONDS:g} seconds; {_WAY_OUT}")
+            raise ModelError(f"the chat template cannot be rendered: its process ended with status {status}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
 
 _RENDERER = _Renderer()
@@ -184,7 +200,7 @@ def _template(processor: Any) -> str:
     template = processor.chat_template
     if isinstance(template, Mapping):  # several, by name
         if "default" not in template:
-            raise ModelError(f"no chat template is called default, but {', '.join(map(str, template))}; rename one")
+            raise ModelError(f"no chat template is named default (found {', '.join(map(str, template))}); rename one")
         template = template["default"]
     return str(template)
 
@@ -193,5 +209,5 @@ def _error(kind: str, message: str) -> ModelError:
     if kind == "MemoryError":
         return ModelError(f"the chat template needs too much memory; {_WAY_OUT}")
     if kind == "SecurityError":
-        return ModelError(f"the chat template tries what a template must not do ({message}); {_WAY_OUT}")
-    return TemplateRefusedError(f"the chat template cannot write this conversation ({message or kind})")
+        return ModelError(f"the chat template attempts a forbidden operation ({message}); {_WAY_OUT}")
+    return TemplateRefusedError(f"the chat template cannot render this conversation ({message or kind})")

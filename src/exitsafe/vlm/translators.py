@@ -113,14 +113,14 @@ def load_translators(vlm: VLM, folder: str | Path) -> Translators:
     if tensors:
         names = ", ".join(sorted(tensors)[:3])
         raise ModelError(
-            f"{folder}/{MAPS} holds {len(tensors)} tensors that {RECORD} does not name ({names}): make them again"
+            f"{folder}/{MAPS} holds {len(tensors)} tensors that {RECORD} does not name ({names}): fit them again"
         )
     for layer, translator in maps.items():
         width = translator.bias.numel()
         shapes = tuple(translator.weight.shape), tuple(translator.bias.shape)
         if shapes != ((width, width), (width,)) or not _is_finite(translator):
             raise ModelError(
-                f"{folder}/{MAPS}: the map of exit {layer} is not a square matrix of finite numbers; make them again "
+                f"{folder}/{MAPS}: the map of exit {layer} is not a square matrix of finite numbers; fit them again "
                 "with exitsafe translate --dtype float32"
             )
     translators = Translators(maps, source=str(folder))
