@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from exitsafe.sweep import audit, judge
     from exitsafe.vlm import VLM, load_vlm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOME = {
     "Comparison": "exitsafe.comparison",

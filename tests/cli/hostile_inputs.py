@@ -324,7 +324,7 @@ def _torn_adapter(place: Place) -> Sequence[str | Path]:
     return place.audit("--adapter", adapter)
 
 
-@_case("adapter_config.json: r is not a finite number; save or download the adapter again")
+@_case("adapter_config.json: r is not a number; save or download the adapter again")
 def _adapter_config_with_wrong_types(place: Place) -> Sequence[str | Path]:
     adapter = _adapter(place)
     record = json.loads((adapter / "adapter_config.json").read_text())

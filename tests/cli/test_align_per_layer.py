@@ -45,7 +45,7 @@ def test_the_folder_is_audited_compared_and_audited_again(
     assert run(["compare", str(audited), str(after)]) == 0
     assert "8 samples at 3 exit layers in both runs." in capsys.readouterr().out
     assert run(["rerun", str(after)]) == 0
-    assert "24 of 24 answers and 66 of 66 verdicts are the same" in capsys.readouterr().out
+    assert "24 of 24 answers and 66 of 66 verdicts of this call are the same" in capsys.readouterr().out
     answers = [answers_of(folder) for folder in (audited, after)]
     assert answers[0][5] == answers[1][5], "exit 5 has no adapter"
     assert answers[0][1] != answers[1][1] and answers[0][2] != answers[1][2]

@@ -114,7 +114,7 @@ def test_a_judge_that_returns_no_number_is_unscored_and_counted(
         return [replace(each, score=score) for each in verdicts]
 
     broken = Broken(fault, sound_calls=0)
-    assert run([*judged_by(broken, place), "--json"]) == DONE
+    assert run([*judged_by(broken, place), "--json"]) == FAILED
     document: dict[str, Any] = json.loads(capfd.readouterr().out)
     for layer in document["layers"]:
         assert (layer["metrics"]["asr"]["value"], layer["metrics"]["asr"]["n"]) == (None, 0)

@@ -98,6 +98,14 @@ def test_what_a_template_leaves_out_is_an_error(template: str, message: str) -> 
         vlm.encode_prompt(Sample(id="s", prompt="what is", images=(noise_image(0),), kind="benign"))
 
 
+def test_half_a_surrogate_pair_is_refused_unless_the_conversation_holds_it() -> None:
+    """A judge reads one in an answer as a question mark; one that the template adds is the template's fault."""
+    said: list[dict[str, Any]] = [{"role": "user", "content": "zorb \ud800"}]
+    assert render(with_template("{{ messages[0]['content'] }}"), said, today="2026-01-31") == "zorb \ud800"
+    with pytest.raises(TemplateRefusedError, match="writes half a surrogate pair"):
+        render(with_template("{{ '\\ud83d' }}"), said, today="2026-01-31")
+
+
 def test_the_date_is_the_callers_and_chance_is_the_same() -> None:
     processor = with_template(DATED)
     assert render(processor, MESSAGES, today="2026-01-31").startswith("31 Jan 2026 ")

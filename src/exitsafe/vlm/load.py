@@ -45,7 +45,8 @@ def load_vlm(
     """Load a vision-language model so that it can exit its encoder early.
 
     Args:
-        name_or_path: A Hub id, a folder written by `save_pretrained`, `organism` or `organism:text`.
+        name_or_path: A Hub id, a folder written by `save_pretrained`, `organism` or `organism:text`. The organisms are
+            too small to gain from several threads and set torch to one.
         adapter: A PEFT adapter folder or Hub id; or one with a PEFT folder `layer-NN` for each exit that has an adapter
             of its own: there it acts, and at other exits the base model does.
         translators: A folder that `exitsafe translate` made for this model.
@@ -74,6 +75,8 @@ def load_vlm(
     if not where.is_dir():
         remote["revision"] = revision or "main"
     prepare()
+    if name_or_path in ORGANISMS:
+        torch.set_num_threads(1)  # at a million parameters, threads only wait for each other
     try:
         adapter_folder = None if adapter is None else _adapter_folder(adapter)
         config = AutoConfig.from_pretrained(source, **remote)

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from exitsafe.errors import ModelError
+from exitsafe.errors import InputError, ModelError
 from exitsafe.records import Sample
 from exitsafe.vlm.families import Family
 
@@ -70,7 +70,7 @@ def check_processor(vlm: VLM) -> list[str]:
         Remarks that are no reason to refuse the model, a sentence each.
 
     Raises:
-        ModelError: If the processor's prompts or pictures do not fit the model.
+        ModelError: If the processor's prompts or pictures do not fit the model, or its chat template writes no prompt.
     """
     _check_image_token(vlm)
     size = int(vlm.base_model.config.vision_config.image_size)
@@ -80,12 +80,14 @@ def check_processor(vlm: VLM) -> list[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said when real prompts are made
             try:
-                prompt = vlm.encode_prompt(Sample(id="check", prompt="a", images=(picture,), kind="benign"))
+                prompt = vlm.encode_prompt(Sample(id="check", prompt="a picture", images=(picture,), kind="benign"))
+            except (InputError, ModelError) as error:  # about the chat template
+                raise ModelError(f"{vlm.name}: {str(error).removeprefix('sample check: ')}") from error
             except Exception as error:
                 raise _misfit(
                     vlm,
-                    f"it cannot encode a picture and a word ({_first_line(error)}): use the chat template and the "
-                    "processor files of the original checkpoint",
+                    f"it cannot encode a picture and a word ({_first_line(error)}): use the processor files of the "
+                    "original checkpoint",
                 ) from error
         _check_tokens(vlm, prompt)
         _check_placeholders(vlm, prompt, size)

@@ -256,4 +256,4 @@ def _render(sample: Sample, processor: Any, family: Family, *, today: str) -> st
     try:
         return render(processor, [{"role": "user", "content": content}], today=today)
     except TemplateRefusedError as refusal:
-        raise InputError(f"sample {sample.id}: {refusal}") from refusal
+        raise InputError(f"sample {sample.id}: {refusal}; use another template") from refusal

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,11 +26,12 @@ SECONDS = 10.0
 _PROGRAM = Path(__file__).with_name("template_process.py")
 FIXED_DATE = "2024-07-26"
 """The date for judges' templates, so that a verdict does not depend on the day: Llama 3's own date without a clock."""
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _WAY_OUT = "use a checkpoint that you trust, or replace its chat_template.jinja"
 
 
 class TemplateRefusedError(ModelError):
-    """The template raises an error on these messages; it may accept others."""
+    """The template cannot render these messages; it may accept others."""
 
 
 def render(
@@ -44,7 +46,7 @@ def render(
         add_generation_prompt: Whether to open the model's turn.
 
     Raises:
-        TemplateRefusedError: If the template raises an error on these messages.
+        TemplateRefusedError: If the template raises an error on these messages, or adds what cannot be encoded.
         ModelError: If it takes too much time or memory, or tries what the sandbox forbids.
     """
     request = {
@@ -57,7 +59,11 @@ def render(
     reply = _RENDERER.ask(request)
     if "error" in reply:
         raise _error(reply["error"], " ".join(reply["message"].split()))
-    return reply["text"]
+    text = reply["text"]
+    halves = set(_HALF_PAIR.findall(text))
+    if halves and halves - set(json.dumps(request["messages"], ensure_ascii=False)):
+        raise TemplateRefusedError("the chat template writes half a surrogate pair, which is no character")
+    return text
 
 
 def check_template(processor: Any, *, today: str) -> bool:
@@ -186,7 +192,7 @@ class _Renderer:
         if not line.endswith("\n"):
             status = process.wait()
             if status == (1 if sys.platform == "win32" else -signal.SIGALRM):
-                raise ModelError(f"the chat template does not end within {SECONDS:g} seconds; {_WAY_OUT}")
+                raise ModelError(f"the chat template does not finish within {SECONDS:g} seconds; {_WAY_OUT}")
             raise ModelError(f"the chat template cannot be rendered: its process ended with status {status}")
         reply: dict[str, Any] = json.loads(line)
         return reply
