@@ -116,7 +116,7 @@ def test_what_libraries_log_is_plain_text_too(capsys: pytest.CaptureFixture[str]
     try:
         console.quieten_libraries()
         handler = logging.StreamHandler(sys.stderr)
-        logger = logging.getLogger("a.library")
+        logger = logging.getLogger("another_package")
         logger.addHandler(handler)
         logger.warning("\x1b[31mmodel_type\x1b[0m is %s at https://me:zorb-key@host/x?sig=zorb-key", HOSTILE)
         logger.removeHandler(handler)

@@ -12,6 +12,7 @@ from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
 from tests.judges.test_endpoint import Answer, ChatServer, serving
+from tests.judges.tiny_judges import rule_guard  # noqa: F401
 
 
 @pytest.fixture
@@ -19,22 +20,41 @@ def copied(audited: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(audited, tmp_path / "run"))
 
 
-def test_a_judge_is_added_and_how_it_was_reached_is_kept(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_judge_is_added(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = (copied / "responses.parquet").read_bytes()
-    assert run(["judge", str(copied), "--judge", "world-rule", "--judge-device", "cpu", "--json"]) == 0
+    assert run(["judge", str(copied), "--judge", "world-rule", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["judges"].keys() >= {"refusal-prefix", "world-rule"}
     found = load_run(copied)
     assert [name for name, _ in found.judges] == ["refusal-prefix", "vqa", "coherence", "world-rule"]
-    assert found.origin["judging"] == {"device": "cpu"}
     assert (copied / "responses.parquet").read_bytes() == answers
     assert run(["judge", str(copied), "--judge", "coherence"]) == 0  # it has that already
+
+
+@pytest.mark.usefixtures("rule_guard")
+def test_the_device_of_a_judge_is_kept(copied: Path) -> None:
+    assert run(["judge", str(copied), "--judge", "qwen3guard", "--judge-device", "cpu"]) == 0
     assert load_run(copied).origin["judging"] == {"device": "cpu"}
+    assert run(["judge", str(copied), "--judge", "coherence"]) == 0
+    assert load_run(copied).origin["judging"] == {"device": "cpu"}
+
+
+def test_a_device_that_no_judge_uses_is_refused(fail: Fail, audited: Path) -> None:
+    never = ["--judge-device", "cpu", "--out", audited.parent / "never"]
+    for judges, flags in (
+        ("coherence, vqa", ("judge", audited, "--judge", "coherence", "--judge", "vqa", "--judge-device", "cpu")),
+        ("refusal-prefix", ("audit", "organism", "--judge", "refusal-prefix", *never)),
+        ("world-rule", ("audit", "organism", *never)),
+    ):
+        expected = f"--judge-device: none of the judges {judges} runs on a device; leave it out"
+        assert fail(*flags).startswith(expected)
+    assert not (audited.parent / "never").exists()
 
 
 def test_a_run_like_another_reaches_judges_as_that_one_did_but_for_their_address(copied: Path) -> None:
     judging = {"url": "http://localhost:8000/v1", "device": "cpu"}
     edit_head(copied, lambda head: head["origin"].update(judging=judging, judge_pass="second"))
-    plan = make_plan("m", {"judging": {"device": "cuda:1"}}, like=copied)
+    assert make_plan("m", {}, like=copied).judging == {"device": "cpu"}
+    plan = make_plan("m", {"judging": {"device": "cuda:1"}, "judges": ["toxicity"]}, like=copied)
     assert plan.judging == {"device": "cuda:1"}
     assert plan.settings["judge_pass"] == "second"
 

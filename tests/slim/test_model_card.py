@@ -61,7 +61,7 @@ def test_the_audits_numbers_are_in_the_card_as_the_hub_reads_it(model: Path, run
     out = exitsafe.export(load_vlm(model), exit_layer=2, out=tmp_path / "slim", audit=run.path)
     text = (out / "README.md").read_text()
     header = _header(text)
-    assert header.library_name == "transformers"
+    assert header.to_dict()["library_name"] == "transformers"
     assert header.pipeline_tag == "image-text-to-text"
     assert header.base_model is None, "a local folder is no id of the Hub"
     assert header.license is None

@@ -20,6 +20,7 @@ from exitsafe.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:
     from exitsafe.judges import Judge
+    from exitsafe.records import Sample
     from exitsafe.runs import AuditRun
     from exitsafe.vlm import VLM
 
@@ -132,7 +133,7 @@ def run_plan(plan: AuditPlan, *, out: Path, loading: Mapping[str, Any], title: s
     samples = defaults.read_samples(plan.origin)
     if (out / "run.json").is_file():
         plan = _resumed(plan, out)
-    judges = make_judges(plan.judges, plan.judging)
+    judges = make_judges(plan.judges, plan.judging, samples=samples)
     check = None if is_finished(out) else check_audit(plan, samples, judges, loading=loading)
     vlm = load_model(plan.model, **loading)
     run = audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title=title, check=check)
@@ -238,14 +239,19 @@ def _resumed(plan: AuditPlan, out: Path) -> AuditPlan:
     return replace(plan, judges=judges, judging=judging_like(out, plan.judging, judges=judges, named=named))
 
 
-def make_judges(names: Sequence[str] | None, judging: Mapping[str, Any]) -> list[Judge] | None:
+def make_judges(
+    names: Sequence[str] | None, judging: Mapping[str, Any], *, samples: Sequence[Sample] = ()
+) -> list[Judge] | None:
     """Judges by name, and None for a new run's defaults.
 
     Args:
         names: Judges.
         judging: Fields of `JudgeOptions`; see `judging_like` for those of a run.
+        samples: What the default judge will judge, if a device is chosen for it.
     """
     from exitsafe.judges import JudgeOptions, load_judges
+    from exitsafe.judges.registry import default_judge
+    from exitsafe.judges.world_rule import WorldRule
     from exitsafe.runs.judging import judge_settings
 
     rubric = judging.get("rubric")
@@ -257,9 +263,13 @@ def make_judges(names: Sequence[str] | None, judging: Mapping[str, Any]) -> list
             "prices": None if prices is None else (prices[0], prices[1]),
         }
     )
-    judges = None if names is None else load_judges(names, options=given)
-    for judge in judges or []:
-        judge_settings(judge)  # a judge that cannot be had says so now, not after the model has been loaded
+    if names is None and given.device == "auto":
+        return None
+    judges = [default_judge(samples, given)] if names is None else load_judges(names, options=given)
+    if names is None and judges[0].name == WorldRule.name:
+        options.check_judging(judging, judges=[WorldRule.name])
+    for judge in judges:
+        judge_settings(judge)  # a judge that is not available says so now, not after the model has been loaded
     return judges
 
 

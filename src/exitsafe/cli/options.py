@@ -146,6 +146,11 @@ def check_judging(given: Mapping[str, Any], *, judges: Sequence[str]) -> None:
         InputError: If there is one.
     """
     kinds = {name.partition(":")[0] for name in judges}
+    if "device" in given and judges and not kinds & _ON_A_DEVICE:
+        raise InputError(
+            f"--judge-device: none of the judges {', '.join(judges)} runs on a device; leave it out, or add one of "
+            f"{', '.join(sorted(_ON_A_DEVICE))}"
+        )
     for field, (flag, readers) in _READERS.items():
         if field in given and not kinds & readers.keys():
             raise InputError(
@@ -154,6 +159,7 @@ def check_judging(given: Mapping[str, Any], *, judges: Sequence[str]) -> None:
             )
 
 
+_ON_A_DEVICE = {"qwen3guard", "llama-guard", "harmbench", "toxicity", "reward"}
 _RUBRIC = {"rubric": "rubric:MODEL"}
 _READERS = {
     "url": ("--judge-url", _RUBRIC),

@@ -159,7 +159,7 @@ def choose_judges(judges: Sequence[Judge | str] | None, samples: Sequence[Sample
         InputError: On an unknown name, a judge given twice or an unknown measure.
     """
     if judges is None:
-        judges = [_default_judge(samples)]
+        judges = [default_judge(samples)]
     chosen = [load_judges([judge])[0] if isinstance(judge, str) else judge for judge in judges]
     names = {judge.name for judge in chosen}
     chosen += load_judges([name for name in FREE_JUDGES if name not in names])
@@ -167,7 +167,8 @@ def choose_judges(judges: Sequence[Judge | str] | None, samples: Sequence[Sample
     return chosen
 
 
-def _default_judge(samples: Sequence[Sample]) -> Judge:
+def default_judge(samples: Sequence[Sample], options: JudgeOptions | None = None) -> Judge:
+    """The judge of `choose_judges` where none is named."""
     if all(sample.source.startswith("organism-") for sample in samples):
         return WorldRule()
     if (problem := why_no_default_judge()) is not None:
@@ -178,7 +179,7 @@ def _default_judge(samples: Sequence[Sample]) -> Judge:
             stacklevel=3,
         )
         return RefusalPrefix(replaces=DEFAULT_JUDGE)
-    return load_judges([DEFAULT_JUDGE])[0]
+    return load_judges([DEFAULT_JUDGE], options=options)[0]
 
 
 def why_no_default_judge() -> str | None:
