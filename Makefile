@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.dev
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -12,30 +13,36 @@ export TOKENIZERS_PARALLELISM ?= false
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Installing exitsafe and PyTorch into $(VENV); this takes a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e ".[report]"
+	touch $(STAMP)
+
+$(DEV): $(STAMP)
+	@echo "Installing what the tests and checks need on top"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e ".[all]"
 	# It declares torchvision, of which there is no CPU build; what exitsafe's plugin needs does without.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps lmms-eval
-	touch $(STAMP)
+	touch $@
 
 demo: install
 	$(BIN)/exitsafe demo --out runs/demo
 
-check: install
+check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: install
+test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-slow: install
+test-slow: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
-bench: install
+bench: $(DEV)
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.docs

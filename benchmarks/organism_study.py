@@ -2,7 +2,7 @@
 
     python -m benchmarks.organism_study --out runs/study [--seed 0 --seed 1 ...] [--only NAME ...] [MODEL ...]
 
-MODEL is `organism` or `organism:text`, or a folder that `exitsafe organism train` wrote. Each seed draws its own
+MODEL is `organism` or `organism:text`, or a folder that `python -m exitsafe.organism` wrote. Each seed draws its own
 held-out pictures and phrasings and its own training. What is done already is read, not repeated. Prints Markdown tables
 for docs/log.md: rates in percent, ASR by exit layer, and rates with 95% intervals: Wilson's for one exit, the
 bootstrap clustered by sample for the mean of several.
@@ -42,9 +42,6 @@ REPAIRS = {
     "L-PPO, exits 1 3 5 7": Repair(changes={"exit_layers": EVERY_OTHER}),
     "L-PPO, no KL": Repair(changes={"kl_coef": 0.0, "kl_target": None}),
     "L-PPO, constrained": Repair(changes={"constraints": {"over_refusal": 0.02, "utility": 0.05}}),
-    # the same 80 steps for each of 8 exits, so 640 in all: 8 times the training of the other rows
-    "L-PPO, one adapter per exit": Repair(changes={"adapters": "per-layer"}),
-    "L-PPO, worst exit first": Repair(changes={"layer_sampler": "worst-first"}),
     "L-GRPO, groups of 4": Repair(changes={"algorithm": "grpo", "group_size": 4}),
     "L-GRPO, groups of 8, warmer": Repair(changes={"algorithm": "grpo", "group_size": 8, "temperature": 1.5}),
     "PPO, default exit": Repair(train=default_layer_ppo),

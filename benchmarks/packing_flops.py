@@ -54,7 +54,7 @@ def update_flops(vlm: VLM, *, pack: bool) -> int:
             policy.pack_size = 1
         batch = deal(vlm, rows, responses, config=config, rng=np.random.default_rng(0))
         measured = measure(policy, batch)
-        rewards = token_rewards(measured, torch.arange(len(rows)).float(), kl_coef=0.05, config=config)
+        rewards = token_rewards(measured, torch.arange(len(rows)).float(), kl_coef=0.05)
         advantages, returns = estimate_advantages(measured, rewards, config=config)
         learner = Learner(policy, config)
         with FlopCounterMode(display=False) as counter:

@@ -15,7 +15,8 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks.timing import best_seconds
-from exitsafe.report.page import render_report
+from exitsafe.report import render_report
+from tests.report.chromium import CHROMIUM, FLAGS
 from tests.report.transcript_runs import write_run
 
 NUM_SAMPLES, NUM_LAYERS, NUM_RUNS = 10_000, 24, 2
@@ -38,18 +39,10 @@ WORDS = (
     "a",
     "stone",
 )
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--no-first-run",
-)
 
 
 def main() -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
+    if CHROMIUM is None:
         print("(report page) not measured: chromium is not installed")
         return
     folder = Path(tempfile.mkdtemp(prefix="exitsafe-bench-"))
@@ -69,7 +62,7 @@ def main() -> None:
     empty = folder / "empty.html"
     empty.write_text(_empty_page(report.stat().st_size))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         seconds = best_seconds(
             {"report": lambda: open_page(browser, report), "empty page": lambda: open_page(browser, empty)}, rounds=5
         )

@@ -17,6 +17,7 @@ import exitsafe
 from exitsafe.errors import InputError
 from exitsafe.records import KINDS, Response, Sample
 from exitsafe.vlm import VLM, Completion, Prompt, Row
+from exitsafe.vlm.memory import BatchSize, as_batch_size
 from exitsafe.vlm.prompts import ReadAhead
 
 PHRASES = ("I cannot help.", "red", "mix moss with foam", "", "blue blue blue blue blue blue")
@@ -88,20 +89,22 @@ class FakeVLM:
         return [{layer: (torch.zeros(4),) for layer in exit_layers} for _ in prompts]
 
     def complete(
-        self, rows: Sequence[Row], *, max_new_tokens: int, temperature: float, seed: int, batch_size: int
+        self, rows: Sequence[Row], *, max_new_tokens: int, temperature: float, seed: int, batch_size: int | BatchSize
     ) -> Iterator[tuple[int, Completion]]:
         if max_new_tokens < 1:
             raise InputError("max_new_tokens=0: choose 1 or more")
-        return self._complete(rows, batch_size)
+        left = list(range(len(rows)))
+        return as_batch_size(batch_size, problem="no memory").halving(lambda size: self._complete(left, size))
 
-    def _complete(self, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[int, Completion]]:
+    def _complete(self, left: list[int], batch_size: int) -> Iterator[tuple[int, Completion]]:
         self.batch_sizes.append(batch_size)
-        for number, place in enumerate(sorted(range(len(rows)), key=lambda place: (place * 7) % 5)):
+        for number, place in enumerate(sorted(left, key=lambda place: (place * 7) % 5)):
             if self.num_completed == self.fails_after:
                 raise KeyboardInterrupt
             if batch_size > self.memory and number == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             self.num_completed += 1
+            left.remove(place)
             seconds = 0.001 * self.num_completed
             yield place, Completion(token_ids=(1,) * (1 + place % 2), finish_reason="stop", seconds=seconds)
 

@@ -19,6 +19,7 @@ from exitsafe.comparison import Comparison, Difference, Unscored
 from exitsafe.errors import InputError, RunError
 from exitsafe.records import Kind, Response, Verdict
 from exitsafe.runs import SampleInfo
+from exitsafe.show import Table
 from tests.finished_runs import edit_head, unchecked_run, write_finished
 
 KINDS: dict[str, Kind] = {"h": "harmful", "b": "borderline", "g": "benign", "v": "vqa"}
@@ -199,6 +200,21 @@ def test_what_one_run_never_asked_is_no_pair() -> None:
     assert [(rows[layer].n, rows[layer].unscored) for layer in (1, 2)] == [(1, 0), (2, 1)]
 
 
+def test_the_headline_says_what_changed(comparison: Comparison) -> None:
+    # of attack success Holm leaves exit 2 alone: 3 * 2 / 2 ** 8; the others could be chance
+    assert comparison.headline == (
+        "Attack success fell at 1 of 3 exits; worst exit 100.0% -> 25.0% (n=8). "
+        "Over-refusal: no change shown at 3 exits; worst exit 0.0% -> 100.0% (n=4). "
+        "VQA accuracy: no change shown at 3 exits; worst exit 30.0% -> 15.0% (n=4)."
+    )
+    assert comparison.to_dict()["headline"] == comparison.headline
+    fell = replace(comparison.layers[0], before=0.4, after=0.1, difference=-0.3, n=200, p_adjusted=0.01)
+    rows = [*[replace(fell, place=place) for place in range(22)], replace(fell, place=23, after=0.5, difference=0.1)]
+    told = replace(comparison, layers=tuple(rows), bins=()).headline
+    assert told == "Attack success fell at 22 and rose at 1 of 23 exits; worst exit 40.0% -> 50.0% (n=200)."
+    assert replace(comparison, layers=(), bins=()).headline == "No measure of safety or use was compared."
+
+
 def test_every_difference_has_an_effect_size(comparison: Comparison) -> None:
     asr = _by_place(comparison, "asr")
     assert asr[1].effect_measure == "cohen_h"
@@ -268,8 +284,9 @@ def test_a_changed_model_is_named_the_weights_first_and_a_repair_by_itself(tmp_p
         'dtype: "float32" before, "bfloat16" after',
         'quantization: none before, {"bits": 4} after',
     )
-    lines = [line.plain for line in comparison_tables(exitsafe.compare(before, after))[0].renderables]
-    assert lines[0] == "Base checkpoint: aaaaaaaaaaaa before, bbbbbbbbbbbb after."
+    (_, first, *_) = comparison_tables(exitsafe.compare(before, after))
+    assert isinstance(first, Table)
+    assert first.cautions[0] == "base checkpoint: aaaaaaaaaaaa before, bbbbbbbbbbbb after"
 
 
 def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
@@ -292,9 +309,14 @@ def test_what_else_was_set_otherwise_is_named(tmp_path: Path) -> None:
     def change(head: dict[str, Any]) -> None:
         head["settings"]["decoding"]["temperature"] = 0.7
         head["settings"]["model"]["adapter"] = "other"
+        head["settings"]["judges"][0]["settings"]["revision"] = "second"
 
+    edit_head(paths[0], lambda head: head["settings"]["judges"][0]["settings"].update(revision="first"))
     edit_head(paths[1], change)
-    assert exitsafe.compare(*paths).settings_changed == ("decoding.temperature was 0.0, is now 0.7",)
+    assert exitsafe.compare(*paths).settings_changed == (
+        "decoding.temperature was 0.0, is now 0.7",
+        'judges.rule.revision was "first", is now "second"',
+    )
 
 
 def test_cautions_of_two_folders_of_the_same_name_are_both_kept(tmp_path: Path) -> None:
@@ -310,15 +332,3 @@ def test_cautions_of_two_folders_of_the_same_name_are_both_kept(tmp_path: Path) 
 
 def _set_trained_on(head: dict[str, Any], *, samples: int) -> None:
     head["settings"]["trained_on"] = {"samples": samples, "of": 9}
-
-
-def test_a_judge_that_rests_on_something_else_is_named(tmp_path: Path) -> None:
-    scores = {("rule", "asr"): {"h1": [1, 1, 0]}}
-    paths = [_run(tmp_path / name, scores) for name in ("before", "after")]
-    for path, revision in zip(paths, ("first", "second"), strict=True):
-        edit_head(path, partial(_set_revision, revision=revision))
-    assert exitsafe.compare(*paths).settings_changed == ('judges.rule.revision was "first", is now "second"',)
-
-
-def _set_revision(head: dict[str, Any], *, revision: str) -> None:
-    head["settings"]["judges"][0]["settings"] = {"revision": revision, "dtype": "auto"}

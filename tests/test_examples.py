@@ -20,7 +20,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("align/two_machines", 8, 2, "MULTI_GPU"),
         ("align/fsdp2", 4, 1, "FSDP"),
         ("align/fsdp2_keep", 4, 1, "FSDP"),
-        ("align/deepspeed_zero3", 4, 1, "DEEPSPEED"),
     ],
 )
 def test_launch_configs(name: str, processes: int, machines: int, kind: str) -> None:

@@ -70,12 +70,12 @@ def test_features_that_do_not_fit_are_made_for_fewer_samples(tmp_path: Path, exp
     assert content(tmp_path) == expected
     assert max(vlm.prepared) > 2
     assert set(vlm.batch_sizes) == {8}  # answering had memory enough
-    with pytest.raises(RunError, match="memory does not suffice to answer one row"):
+    with pytest.raises(RunError, match="out of memory while answering a single row"):
         audit_fake(tmp_path / "none", ShortOfFeatures(most_prompts=0))
 
 
 def test_memory_that_does_not_suffice_for_one_row_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="memory does not suffice to answer one row; what was saved is kept"):
+    with pytest.raises(RunError, match="out of memory while answering a single row; what was saved is kept"):
         audit_fake(tmp_path, FakeVLM(memory=0))
     assert list((tmp_path / "shards").iterdir())
     audit_fake(tmp_path)

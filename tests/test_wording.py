@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html import unescape
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,11 +12,11 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from exitsafe.cli.frontier_tables import frontier_tables
 from exitsafe.cli.main import run as main
+from exitsafe.cli.recommend_tables import recommend_tables
 from exitsafe.cli.tables import audit_tables
-from exitsafe.frontier import find_frontier
 from exitsafe.judges.refusal_prefix import RefusalPrefix
+from exitsafe.recommend import recommend
 from exitsafe.runs import AuditRun
 from exitsafe.slim.audited import audit_record
 from exitsafe.slim.model_card import _eval_results, _what_was_measured
@@ -66,7 +67,7 @@ def test_no_surface_calls_byte_soup_an_attack_that_succeeded(
     assert main(["report", before, after, "--out", str(page)]) == 0
     text = page.read_text()
     _check(re.sub(r"<(style|script).*?</\1>", "", text, flags=re.DOTALL))
-    assert "Harmful requests by a proxy (requests not refused; what the answers say is not judged): " in text
+    assert "the rate of requests not refused (proxy) averaged over exits" in text
     capsys.readouterr()
     junit, summary = tmp_path / "gate.xml", tmp_path / "gate.md"
     files = ("--junit", str(junit), "--summary", str(summary))
@@ -77,10 +78,10 @@ def test_no_surface_calls_byte_soup_an_attack_that_succeeded(
         assert "proxy: requests not refused" in found
 
 
-def test_nor_do_the_tables_of_an_audit_its_frontier_and_its_model_card(runs: list[AuditRun]) -> None:
+def test_nor_do_the_tables_of_an_audit_a_recommendation_and_its_model_card(runs: list[AuditRun]) -> None:
     run = runs[0]
     _check(_printed(audit_tables(run)))
-    _check(_printed(frontier_tables(find_frontier(run))))
+    _check(_printed(recommend_tables(recommend(run))))
     record = audit_record(run, exit_layer=2)
     card = _what_was_measured(record)
     _check(card)
@@ -136,8 +137,8 @@ def test_a_number_is_written_in_one_way(tmp_path: Path, capsys: pytest.CaptureFi
     metrics["vqa_accuracy"] |= {"value": 0.0625, "low": 0.0001, "high": 0.2}
     run = _settings(run)
     terminal = _printed(audit_tables(run))
-    card = _what_was_measured(audit_record(run, exit_layer=1))
-    from exitsafe.report.facts import measured
+    card = unescape(_what_was_measured(audit_record(run, exit_layer=1)))
+    from exitsafe.report.tables import measured
 
     assert measured("toxicity", metrics["toxicity"])[:2] == ("0.125", "0.063 to 0.200")
     assert measured("vqa_accuracy", metrics["vqa_accuracy"])[:2] == ("6.3%", "<0.1 to 20.0%")

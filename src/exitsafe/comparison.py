@@ -13,16 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from exitsafe.errors import InputError, RunError
 from exitsafe.runs import AuditRun, load_run
-from exitsafe.runs.files import write_whole
+from exitsafe.runs.files import write_json
 from exitsafe.runs.fingerprint import differences
-from exitsafe.runs.finished import label_runs
-from exitsafe.runs.metrics import METRICS, Metric, judge_of
-from exitsafe.runs.scores import Scores, ScoreTable
+from exitsafe.runs.finished import Judges, label_runs
+from exitsafe.runs.metrics import BY_NAME, METRICS, Metric, judge_of
+from exitsafe.runs.numbers import amount
+from exitsafe.runs.scores import ScoreTable
 from exitsafe.stats import PairedDifference, PairedScores, holm
 
 _MUST_AGREE = {"family": "families", "num_layers": "encoder depths", "default_exit": "default exits"}
@@ -121,9 +119,18 @@ class Comparison:
         """A metric's table: its layers in order, then its bins."""
         return tuple(row for row in (*self.layers, *self.bins) if row.metric == metric)
 
+    @property
+    def headline(self) -> str:
+        """What changed, in words: `Attack success fell at 22 of 24 exits; worst exit 41.0% -> 3.0%. ...`."""
+        told = [_told(self.titles[name], self._layers_of(name)) for name in _TOLD if name in self.metrics]
+        return " ".join(told) or "No measure of safety or use was compared."
+
+    def _layers_of(self, metric: str) -> list[Difference]:
+        return [row for row in self.layers if row.metric == metric]
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON object, `layers` and `bins` shaped as in summary.json."""
-        content = asdict(self)
+        content = {"headline": self.headline, **asdict(self)}
         layers: dict[int | str, dict[str, Any]] = {layer: {} for layer in self.exit_layers}
         bins: dict[int | str, dict[str, Any]] = {row.place: {} for row in self.bins}
         for found, rows in ((layers, content["layers"]), (bins, content["bins"])):
@@ -135,7 +142,25 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict` to a file."""
-        write_whole(Path(path), (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+        write_json(Path(path), self.to_dict())
+
+
+_TOLD = ("asr", "over_refusal", "vqa_accuracy")
+
+
+def _told(title: str, rows: Sequence[Difference]) -> str:
+    """One metric's sentence: at how many exits it changed, by Holm's test, and its worst exit before and after."""
+    metric = BY_NAME[rows[0].metric]
+    is_shown = [row.p_adjusted is not None and row.p_adjusted < 0.05 for row in rows]
+    fell, rose = (
+        sum(shown and sign * row.difference > 0 for shown, row in zip(is_shown, rows, strict=True)) for sign in (-1, 1)
+    )
+    exits = f"{len(rows)} exit{'s' * (len(rows) > 1)}"
+    changes = [f"{verb} at {count}" for verb, count in (("fell", fell), ("rose", rose)) if count]
+    said = f" {' and '.join(changes)} of {exits}" if changes else f": no change shown at {exits}"
+    worst = max if metric.direction == "lower" else min
+    was, now = (amount(metric.name, worst(getattr(row, side) for row in rows)) for side in ("before", "after"))
+    return f"{title}{said}; worst exit {was} -> {now} (n={max(row.n for row in rows):,})."
 
 
 def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comparison:
@@ -151,40 +176,131 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
     before = before if isinstance(before, AuditRun) else load_run(before)
     after = after if isinstance(after, AuditRun) else load_run(after)
     check_comparable([before, after])
-    pairing = _pair(before, after)
-    pairs = [
-        (metric, judge, _paired_scores(pairing, metric, judge)) for metric, judge in _shared_metrics(before, after)
-    ]
     num_layers = int(before.summary["num_layers"])
-    measured = {metric.name for metric, _, _ in pairs}
+    pairing = Pairing.of(before.score_table(), after.score_table(), num_layers=num_layers)
+    shared = shared_judges(before, after)
+    judges = {metric: judge_of(metric, shared) for metric in METRICS if metric.name != "seconds"}
+    # times of two runs are not paired by anything
+    found = {metric: pairing.differences(metric, judge) for metric, judge in judges.items() if judge is not None}
+    measured = {metric.name for metric in found}
     return Comparison(
         before=str(before.path),
         after=str(after.path),
         num_layers=num_layers,
         default_exit=int(before.summary["default_exit"]),
-        models_changed=tuple(_changes(before, after, _MODEL)),
-        repairs_changed=tuple(_changes(before, after, _REPAIR)),
-        cautions=tuple(_cautions(before, after)),
-        titles={metric.name: before.title(metric.name, judge) for metric, judge, _ in pairs},
-        exit_layers=pairing.exit_layers,
-        num_samples=pairing.num_samples,
+        models_changed=models_changed(before, after),
+        repairs_changed=repairs_changed(before, after),
+        cautions=tuple(cautions(before, after)),
+        titles={metric.name: before.title(metric.name, judges[metric]) for metric in found},
+        exit_layers=pairing.before.exit_layers,
+        num_samples=len(pairing.before.samples),
         only_before=pairing.only_before,
         only_after=pairing.only_after,
         changed=pairing.changed,
-        settings_changed=_settings_changed(before, after),
+        settings_changed=settings_changed(before, after),
         metrics_left_out=tuple(name for name in _metrics_in(before, after) if name not in measured),
-        unscored=tuple(
-            Unscored(metric=metric.name, judge=judge, exit_layer=layer, pairs=count)
-            for metric, judge, scores in pairs
-            for layer, count in scores.unscored_layers().items()
-        ),
-        layers=tuple(row for metric, judge, scores in pairs for row in _layer_rows(metric, judge, scores)),
-        bins=tuple(
-            Difference(metric=metric.name, judge=judge, place=name, p_adjusted=None, **vars(found))
-            for metric, judge, scores in pairs
-            for name, found in scores.bins(num_layers).items()
-        ),
+        unscored=tuple(row for each in found.values() for row in each.unscored),
+        layers=tuple(row for each in found.values() for row in each.layers),
+        bins=tuple(row for each in found.values() for row in each.bins),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """A metric's rows: per exit layer and bin, and the layers where no pair has two scores."""
+
+    layers: tuple[Difference, ...]
+    bins: tuple[Difference, ...]
+    unscored: tuple[Unscored, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pairing:
+    """Two score tables cut to the samples and exit layers that both have, in the order of before.
+
+    Args:
+        before, after: The tables; row i of both is the same sample.
+        num_layers: Of the encoder.
+        only_before, only_after, changed: Samples left out, as in `Comparison`.
+    """
+
+    before: ScoreTable
+    after: ScoreTable
+    num_layers: int
+    only_before: int
+    only_after: int
+    changed: int
+
+    @classmethod
+    def of(cls, before: ScoreTable, after: ScoreTable, *, num_layers: int) -> Pairing:
+        """Pair two tables by sample and exit layer.
+
+        Raises:
+            RunError: If they share no sample or no exit layer.
+        """
+        was, now = ({sample.id: row for row, sample in enumerate(table.samples)} for table in (before, after))
+        shared = [sample_id for sample_id in was if sample_id in now]
+        paired = [i for i in shared if before.samples[was[i]].digest == after.samples[now[i]].digest]
+        layers = [layer for layer in before.exit_layers if layer in after.exit_layers]
+        if not paired:
+            raise RunError(
+                f"the two runs share no sample ({len(shared)} ids are the same but ask something else); "
+                "audit both with the same suites, split and seed"
+            )
+        if not layers:
+            raise RunError("the two runs share no exit layer; audit both at the same layers")
+        return cls(
+            before=before.cut([was[i] for i in paired], layers),
+            after=after.cut([now[i] for i in paired], layers),
+            num_layers=num_layers,
+            only_before=len(was) - len(shared),
+            only_after=len(now) - len(shared),
+            changed=len(shared) - len(paired),
+        )
+
+    def differences(self, metric: Metric, judge: str, *, unscored_as: tuple[float, float] | None = None) -> Differences:
+        """A metric before against after, by one judge.
+
+        Args:
+            metric: Which.
+            judge: Whose scores.
+            unscored_as: What counts in place of a missing score before and after; None leaves such pairs out.
+        """
+        rows = self.before.of_kinds(metric.kinds)
+        before, after = (table.scores_of(judge, metric.measure).of_samples(rows) for table in (self.before, self.after))
+        if unscored_as is not None:
+            before, after = before.filled(unscored_as[0]), after.filled(unscored_as[1])
+        # a layer that stopped early has no answer to some samples: those are no pair, and not unscored either
+        in_pair = before.is_asked & after.is_asked
+        scores = PairedScores(
+            before.values,
+            after.values,
+            (before.unscored | after.unscored) & in_pair,
+            exit_layers=self.before.exit_layers,
+            bounds=metric.bounds,
+        )
+        layers = scores.layers()
+        adjusted: list[float | None] = [*holm([found.p_value for found in layers.values()])]
+        name = metric.name
+        return Differences(
+            layers=tuple(
+                Difference(metric=name, judge=judge, place=layer, p_adjusted=p, **vars(found))
+                for (layer, found), p in zip(layers.items(), adjusted, strict=True)
+            ),
+            bins=tuple(
+                Difference(metric=name, judge=judge, place=bin_name, p_adjusted=None, **vars(found))
+                for bin_name, found in scores.bins(self.num_layers).items()
+            ),
+            unscored=tuple(
+                Unscored(metric=name, judge=judge, exit_layer=layer, pairs=count)
+                for layer, count in scores.unscored_layers().items()
+            ),
+        )
+
+
+def shared_judges(before: AuditRun, after: AuditRun) -> Judges:
+    """The judges of before that measured the same in after; the first that has a measure speaks for it."""
+    return tuple(judge for judge in before.judges if judge in after.judges)
 
 
 def check_comparable(runs: Sequence[AuditRun]) -> None:
@@ -200,6 +316,16 @@ def check_comparable(runs: Sequence[AuditRun]) -> None:
                 f"these runs have the {what} {' and '.join(found)}: their exits are not comparable; "
                 "give runs of one model, or report each separately"
             )
+
+
+def models_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
+    """How the base models differ (weights, name, precision), one line each."""
+    return tuple(_changes(before, after, _MODEL))
+
+
+def repairs_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
+    """How the adapters and translators differ, one line each."""
+    return tuple(_changes(before, after, _REPAIR))
 
 
 def _changes(before: AuditRun, after: AuditRun, names: Mapping[str, str]) -> Iterator[str]:
@@ -220,7 +346,7 @@ def _brief(name: str, value: Any) -> str:
     return str(value)[:12] if name in ("checkpoint", *_REPAIR) else json.dumps(value)
 
 
-def _cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
+def cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
     """Cautions of both runs; one that only one run has starts with that run's label."""
     shared = [line for line in before.cautions if line in after.cautions]
     yield from shared
@@ -228,48 +354,7 @@ def _cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
         yield from (f"{label}: {line}" for line in run.cautions if line not in shared)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Pairing:
-    """Two score tables cut to the samples and layers that both have, in the order of before."""
-
-    before: ScoreTable
-    after: ScoreTable
-    before_rows: npt.NDArray[np.intp]
-    after_rows: npt.NDArray[np.intp]
-    exit_layers: tuple[int, ...]
-    num_samples: int
-    only_before: int
-    only_after: int
-    changed: int
-
-
-def _pair(before: AuditRun, after: AuditRun) -> _Pairing:
-    tables = before.score_table(), after.score_table()
-    rows_before, rows_after = ({s.id: row for row, s in enumerate(table.samples)} for table in tables)
-    shared = [sample_id for sample_id in rows_before if sample_id in rows_after]
-    paired = [i for i in shared if tables[0].samples[rows_before[i]].digest == tables[1].samples[rows_after[i]].digest]
-    layers = tuple(layer for layer in tables[0].exit_layers if layer in tables[1].exit_layers)
-    if not paired:
-        raise RunError(
-            f"{before.path} and {after.path} share no sample ({len(shared)} ids are the same but ask something else); "
-            "audit both with the same suites, split and seed"
-        )
-    if not layers:
-        raise RunError(f"{before.path} and {after.path} share no exit layer; audit both at the same layers")
-    return _Pairing(
-        before=tables[0],
-        after=tables[1],
-        before_rows=np.array([rows_before[i] for i in paired], dtype=np.intp),
-        after_rows=np.array([rows_after[i] for i in paired], dtype=np.intp),
-        exit_layers=layers,
-        num_samples=len(paired),
-        only_before=len(rows_before) - len(shared),
-        only_after=len(rows_after) - len(shared),
-        changed=len(shared) - len(paired),
-    )
-
-
-def _settings_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
+def settings_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
     """Differences other than the models, which are reported separately, and the samples, which pairing compares."""
     lines = differences(before.settings, after.settings)
     return (*(line for line in lines if not line.startswith(_SAID_ELSEWHERE)), *_judges_changed(before, after))
@@ -286,52 +371,7 @@ def _judges_changed(before: AuditRun, after: AuditRun) -> list[str]:
     )
 
 
-def _shared_metrics(before: AuditRun, after: AuditRun) -> Iterator[tuple[Metric, str]]:
-    """Metrics with the first judge of before that after has too: judges are never mixed."""
-    in_both = [(name, measures) for name, measures in before.judges if (name, measures) in after.judges]
-    for metric in METRICS:
-        judge = judge_of(metric, in_both)
-        if judge is not None and metric.name != "seconds":  # times of two runs are not paired by anything
-            yield metric, judge
-
-
 def _metrics_in(*runs: AuditRun) -> list[str]:
     """Metrics that either run has results of, times aside."""
     found = {name for run in runs for layer in run.summary["layers"] for name in layer["metrics"]}
     return [metric.name for metric in METRICS if metric.name in found - {"seconds"}]
-
-
-def _paired_scores(pairing: _Pairing, metric: Metric, judge: str) -> PairedScores:
-    chosen = np.array([s.kind in metric.kinds for s in pairing.before.samples])[pairing.before_rows]
-    before, after = (
-        _cut(table, rows[chosen], pairing.exit_layers, judge, metric.measure)
-        for table, rows in ((pairing.before, pairing.before_rows), (pairing.after, pairing.after_rows))
-    )
-    # a layer that stopped early has no answer to some samples: those are no pair, and not unscored either
-    in_pair = np.logical_and(*(~np.isnan(side.values) | side.unscored for side in (before, after)))
-    return PairedScores(
-        before.values,
-        after.values,
-        (before.unscored | after.unscored) & in_pair,
-        exit_layers=pairing.exit_layers,
-        bounds=metric.bounds,
-    )
-
-
-def _cut(table: ScoreTable, rows: npt.NDArray[np.intp], layers: Sequence[int], judge: str, measure: str) -> Scores:
-    columns = [table.exit_layers.index(layer) for layer in layers]
-    cells = np.ix_(rows, np.array(columns, dtype=np.intp))
-    found = table.scores.get((judge, measure))
-    if found is None:  # the judge had nothing to judge, e.g. no picture questions
-        shape = len(rows), len(columns)
-        return Scores(values=np.full(shape, np.nan), unscored=np.zeros(shape, dtype=np.bool_))
-    return Scores(values=found.values[cells], unscored=found.unscored[cells])
-
-
-def _layer_rows(metric: Metric, judge: str, scores: PairedScores) -> list[Difference]:
-    found = scores.layers()
-    adjusted = holm([difference.p_value for difference in found.values()])
-    return [
-        Difference(metric=metric.name, judge=judge, place=layer, p_adjusted=p_adjusted, **vars(difference))
-        for (layer, difference), p_adjusted in zip(found.items(), adjusted, strict=True)
-    ]

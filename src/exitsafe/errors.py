@@ -7,9 +7,24 @@ ExitsafeError             exit status 2 on the command line
 └── RunError              a run directory cannot be used as asked
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that an unknown one resembles, to follow "is unknown" in a message; empty if there is none.
+
+    >>> did_you_mean("xtest", ["xstest", "harmbench"]), did_you_mean("moss", ["xstest"])
+    (' (did you mean xstest?)', '')
+    """
+    found = get_close_matches(name.lower(), list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
 
 class ExitsafeError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can fix."""
 
 
 class InputError(ExitsafeError, ValueError):

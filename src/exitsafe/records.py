@@ -102,5 +102,27 @@ class Verdict:
     score: float | None = None
     unscored: str | None = None
 
+    @classmethod
+    def of(
+        cls,
+        response: Response,
+        *,
+        judge: str,
+        measure: str,
+        score: float | None = None,
+        label: str = "",
+        unscored: str | None = None,
+    ) -> Verdict:
+        """A verdict on a response."""
+        return cls(
+            sample_id=response.sample_id,
+            exit_layer=response.exit_layer,
+            judge=judge,
+            measure=measure,
+            label=label,
+            score=score,
+            unscored=unscored,
+        )
+
     def __post_init__(self) -> None:
         assert (self.score is None) != (self.unscored is None), "a verdict has a score or a reason, never both"

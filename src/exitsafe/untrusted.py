@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
+from exitsafe.errors import InputError
+
 if TYPE_CHECKING:  # heavy: commands that read JSON alone do without
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -63,6 +65,21 @@ def read_yaml(path: Path) -> Any:
         raise
     except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # e.g. an impossible date
         raise UnreadableError(f"it is not YAML: {' '.join(str(error).split())}") from error
+
+
+def read_settings(path: Path, *, example: str) -> dict[str, Any]:
+    """The settings in a user's YAML file; an empty file has none.
+
+    Raises:
+        InputError: If it cannot be read, or holds something else; `example` is shown.
+    """
+    try:
+        content = {} if (found := read_yaml(path)) is None else found
+    except UnreadableError as error:
+        raise InputError(f"{path} cannot be read ({error}); give a YAML file") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no settings; write e.g. {example}")
+    return content
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
@@ -296,3 +313,8 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise UnreadableError("it holds a number that is too large")
     return value
+
+
+def without_surrogates(text: str) -> str:
+    """The text with a question mark for half a surrogate pair, which Python can hold and nobody can encode."""
+    return text.encode("utf-8", "replace").decode()

@@ -16,7 +16,7 @@ from tests.lppo.conftest import count_red, make_samples, make_vlm, tiny_config
 def test_every_rollout_is_at_the_default_exit_and_the_loop_is_the_same(tmp_path: Path) -> None:
     vlm, samples = make_vlm("llava"), make_samples()
     out = tmp_path / "default"
-    config = tiny_config(exit_layers=(1, 2), adapters="per-layer")
+    config = tiny_config(exit_layers=(1, 2))
     path = default_layer_ppo(vlm, samples, reward=count_red, config=config, out=out)
     assert path == out / "adapter"
     for line in (out / "metrics.jsonl").read_text().splitlines():

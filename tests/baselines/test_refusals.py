@@ -111,8 +111,6 @@ def test_bad_input(tmp_path: Path) -> None:
         sft(vlm, samples[1:3], with_benign=False, config=CONFIG, out=tmp_path / "run")
     with pytest.raises(InputError, match="has words outside the model's vocabulary"):
         sft(vlm, samples, with_benign=True, refusal="nevermore", config=CONFIG, out=tmp_path / "run")
-    with pytest.raises(InputError, match="sft trains one adapter for all exits"):
-        sft(vlm, samples, with_benign=True, config=replace(CONFIG, adapters="per-layer"), out=tmp_path / "run")
     vlm.model.to(torch.float16)
     with pytest.raises(InputError, match=r"float16 weights.*--dtype bfloat16"):
         sft(vlm, samples, with_benign=True, config=CONFIG, out=tmp_path / "half")

@@ -132,12 +132,12 @@ def _csv_with_a_header_alone(place: Place) -> Sequence[str | Path]:
     return place.audit(suite=place.file("bad.csv", "id,prompt,kind\n"))
 
 
-@_case("row 1: this line is no JSON object; write one per line")
+@_case("row 1: this line is not a JSON object; write one per line")
 def _json_array_instead_of_lines(place: Place) -> Sequence[str | Path]:
     return place.audit(suite=place.file("bad.jsonl", json.dumps([ROW, ROW])))
 
 
-@_case("row 1: this line is no JSON", "write one object")
+@_case("row 1: this line is not JSON", "write one object")
 def _json_without_a_bottom(place: Place) -> Sequence[str | Path]:
     return place.audit(suite=place.file("bad.jsonl", "[" * 200_000))
 
@@ -172,7 +172,7 @@ def _vqa_without_answers(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"kind": "vqa"})
 
 
-@_case("row 3: id 'a' comes a second time; ids must be unique")
+@_case("row 3: id 'a' occurs twice; ids must be unique")
 def _ids_twice_in_a_suite(place: Place) -> Sequence[str | Path]:
     return _rows(place, {}, {})
 
@@ -183,12 +183,12 @@ def _ids_in_two_suites(place: Place) -> Sequence[str | Path]:
     return place.audit("--suite", place.folder / "copy" / "suite.jsonl")
 
 
-@_case(r"row 2: id 'a\x1b[2J' has characters that cannot be printed; take them out")
+@_case(r"row 2: id 'a\x1b[2J' has unprintable characters; remove them")
 def _control_characters_in_an_id(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"id": "a\x1b[2J"})
 
 
-@_case(r"row 2: id 'a\u202e1' has characters that cannot be printed; take them out")
+@_case(r"row 2: id 'a\u202e1' has unprintable characters; remove them")
 def _writing_turned_round_in_an_id(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"id": "a\u202e1"})
 
@@ -244,7 +244,7 @@ def _folder_for_an_image(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"images": ["suite"]})
 
 
-@_case("row 2: image", "is no file; give the path of one")
+@_case("row 2: image", "is not a file; give the path of one")
 def _pipe_for_an_image(place: Place) -> Sequence[str | Path]:
     os.mkfifo(place.folder / "bad.png")  # opened, it would wait for a writer for ever
     return _rows(place, {"images": ["bad.png"]})
@@ -437,7 +437,7 @@ def _torn_answers_labelled(place: Place) -> Sequence[str | Path]:
 
 @_case("responses.parquet has changed since the run finished", "restore the run", "audit again")
 def _torn_answers_repeated(place: Place) -> Sequence[str | Path]:
-    return _torn_answers(place, "rerun")
+    return _torn_answers(place, "verify")
 
 
 @_case("verdicts.parquet has changed since the run finished", "restore the run", "audit again")
@@ -463,14 +463,14 @@ def _changed_suite_judged(place: Place) -> Sequence[str | Path]:
 @_case("have changed since; restore them")
 def _changed_suite_repeated(place: Place) -> Sequence[str | Path]:
     place.suite.write_text(place.suite.read_text().replace("colour", "shape"))
-    return ["rerun", place.run]
+    return ["verify", place.run]
 
 
 @_case("this is not the model of", "model.checkpoint was", "restore it")
 def _changed_model_repeated(place: Place) -> Sequence[str | Path]:
     weights = load_file(place.model / "model.safetensors")
     save_file({k: v * 1.01 for k, v in weights.items()}, place.model / "model.safetensors", {"format": "pt"})
-    return ["rerun", place.run]
+    return ["verify", place.run]
 
 
 @_case("cannot be written", "choose another folder")
@@ -486,7 +486,7 @@ def _chart_into_a_file(place: Place) -> Sequence[str | Path]:
 # Judges
 
 
-@_case("judge broken failed (RuntimeError); the answers are saved: mend the judge and start again", goes_on=True)
+@_case("judge broken failed (RuntimeError); the answers are saved: fix the judge and rerun", goes_on=True)
 def _judge_that_raises(place: Place) -> Sequence[str | Path]:
     def fault(_: list[Verdict], responses: Sequence[Response]) -> object:
         raise RuntimeError(f"cannot judge {responses[0].text!r}")
@@ -499,7 +499,7 @@ def _judge_that_returns_words(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda _, responses: [response.text for response in responses]), place)
 
 
-@_case("judge broken failed (TypeError)", "mend the judge and start again", goes_on=True)
+@_case("judge broken failed (TypeError)", "fix the judge and rerun", goes_on=True)
 def _judge_that_returns_nothing(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda _, __: None), place)
 
@@ -514,7 +514,7 @@ def _judge_that_leaves_answers_out(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: verdicts[:-1]), place)
 
 
-@_case("judge broken signed a verdict with another name; use its own", goes_on=True)
+@_case("judge broken returned a verdict under another name; use its own", goes_on=True)
 def _judge_that_signs_otherwise(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: [replace(each, judge=SAID) for each in verdicts]), place)
 

@@ -74,11 +74,11 @@ def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) 
     align = ["align", tiny_llava, "--suite", suite, "--out", tmp_path / "run"]
     config = tmp_path / "bad.yaml"
     config.write_text("lppo:\n  colour: red\n")
-    assert "'lppo.colour' is unknown; choose adapters, algorithm," in fail(*align, "--config", config)
+    assert "'lppo.colour' is unknown; choose algorithm," in fail(*align, "--config", config)
     config.write_text("gamma: 2\n")
-    assert "gamma=2 must be a number from 0 to 1" in fail(*align, "--config", config)
+    assert "gamma=2 must be a number of at least 0 and at most 1" in fail(*align, "--config", config)
     assert "has no suites of its own: give --suite" in fail("align", tiny_llava, "--out", tmp_path / "run")
-    assert "train='half' is unknown" in fail(*align, "--train", "half")
+    assert "train='half' must be lora or full" in fail(*align, "--train", "half")
     assert "judge 'oracle' is unknown" in fail(*align, "--reward", "oracle")
     assert "choose 1 to 6" in fail(*align, "--layers", "9")
     assert not (tmp_path / "run").exists()
@@ -124,12 +124,11 @@ def test_a_tracker_by_name(tiny_llava: Path, suite: Path, tmp_path: Path, fail: 
 
 
 def test_a_training_that_skips_everything_fails(
-    tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tmp_path / "settings.yaml"
-    settings.write_text("lppo: {max_ratio: 0.5}\n")
+    monkeypatch.setattr("exitsafe.lppo.update.MAX_RATIO", 0.5)
     flags = ["--suite", suite, "--steps", "2", "--batch-size", "4", "--max-new-tokens", "2", "--layers", "1"]
-    flags += ["--reward", "refusal-prefix", "--config", settings]
+    flags += ["--reward", "refusal-prefix"]
     assert run([str(word) for word in ("align", tiny_llava, *flags, "--out", tmp_path / "lppo")]) == FAILED
     line = capsys.readouterr().err.splitlines()[-1]
     assert "nothing was learnt: 4 of 4 minibatches were skipped" in line
@@ -188,7 +187,7 @@ def test_a_hostile_file_of_a_finished_training_is_one_line_of_align(
     flags = ["--suite", suite, "--steps", "1", "--batch-size", "4", "--max-new-tokens", "2", "--limit", "4"]
     flags += ["--layers", "1", "--reward", "refusal-prefix", "--out", tmp_path / "lppo"]
     assert run([str(word) for word in ("align", tiny_llava, *flags)]) == 0
-    for name in ("memory.json", "result.json", "metrics.jsonl"):  # the last is read first
+    for name in ("result.json", "metrics.jsonl"):  # the last is read first
         (tmp_path / "lppo" / name).write_text(NESTED)
         assert f"{name} " in (line := fail("align", tiny_llava, *flags))
         assert "it is nested too deeply" in line

@@ -245,3 +245,11 @@ def test_numbers_that_are_not_finite_stop_the_audit(
     assert re.match(rf"exitsafe: sample \S+ at exit [25]: {what} are NaN or infinite in float16", line)
     assert "--dtype bfloat16 or float32, and a new folder" in line
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_printed_run_says_what_was_audited_and_found(audited: Path) -> None:
+    first, what, *rates = str(load_run(audited)).splitlines()
+    assert first == f"AuditRun {audited}"
+    assert what.endswith(": 8 samples at exits 1, 2, 5, judged by refusal-prefix, vqa, coherence")
+    assert rates[0] == "  Requests not refused (proxy): 100.0% (exit 1) to 100.0% (exit 1)"
+    assert [line.split(":")[0].strip() for line in rates[1:]] == ["Over-refusal (proxy)", "VQA accuracy"]

@@ -23,7 +23,7 @@ def test_tables_files_and_chart(audited: Path, tmp_path: Path, capsys: pytest.Ca
         assert word in output
     assert "Compared as well: refusal, tokens" in output
     assert json.loads(out.read_text())["num_samples"] == 8
-    assert chart.read_text().startswith("<?xml")
+    assert chart.read_text().startswith("<svg")
 
 
 def test_json_is_the_comparison(audited: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,14 @@ def test_pace_counts_from_the_first_call() -> None:
     assert pace.at(1300, 1300) == "15.0 answers/s, took 0:20"
 
 
+def test_no_time_left_is_told_before_enough_is_known_and_the_slow_start_is_forgotten() -> None:
+    times = _clock(0.0, 9.0, 40.0, 60.0, 70.0, 80.0)
+    pace = _Pace("answer", clock=lambda: next(times))
+    told = [pace.at(done, 1000) for done in (0, 2, 4, 200, 300, 400)]
+    assert [" left" in each for each in told] == [False, False, True, True, True, True]
+    assert told[-1].endswith("1:01 left")  # by the later half: 10 answers a second
+
+
 def test_slow_work_is_told_in_seconds_each() -> None:
     times = _clock(0.0, 100.0)
     pace = _Pace("step", clock=lambda: next(times))
@@ -70,7 +78,7 @@ def test_progress_without_a_terminal_is_few_lines(
         progress(100, 100, "")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "Audit: 39/100, 4.0 answers/s, 0:15 left, ASR 50.0% so far",
+        "Audit: 39/100, 4.0 answers/s, ASR 50.0% so far",
         "Audit: 79/100, 4.0 answers/s, 0:05 left, ASR 50.0% so far",
         "Audit: 100/100, 4.0 answers/s, took 0:25, ASR 50.0% so far",
     ]

@@ -57,4 +57,4 @@ def test_align_reads_the_samples_that_its_flags_name(tmp_path: Path, fail: Fail)
     assert "no sample is of category 'q'; there are " in fail("align", "organism", "--category", "q", "--out", out)
     (tmp_path / "mine.jsonl").write_text('{"id": "a", "prompt": "zorb", "kind": "benign"}\n')
     flags = ["--suite", tmp_path / "mine.jsonl", "--images", tmp_path / "nowhere", "--out", out]
-    assert "nowhere is no folder; give one with benign pictures" in fail("align", "organism", *flags)
+    assert "nowhere is not a folder; give one with benign pictures" in fail("align", "organism", *flags)

@@ -46,7 +46,14 @@ def test_the_whole_flow_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = tmp_path / "demo"
     assert run(["demo", "--out", str(out)]) == 0
     screen = capsys.readouterr().out
-    for word in ("Measured:", "Before:", "After:", "Cost:", "7 (default)", str(out / "lppo" / "adapter")):
+    for word in (
+        "Measured:",
+        "Before:",
+        "After:",
+        "VQA accuracy, mean over exits:",
+        "7 (default)",
+        str(out / "lppo" / "adapter"),
+    ):
         assert word in screen
     files = ["before/summary.json", "after/summary.json", "lppo/adapter/adapter_config.json", "comparison.json"]
     files += ["chart.svg", "chart.png"]
@@ -67,7 +74,8 @@ def test_baselines_are_trained_audited_and_drawn(tmp_path: Path, capsys: pytest.
     assert run(["demo", "--out", str(out), "--organism", "organism:text", "--baselines", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert list(document["runs"]) == ["before", "after", *BASELINES]
-    assert document["shown"]["baselines"].count("% (") == 2 * 4
+    assert all(label in document["shown"]["baselines"] for label in BASELINES)
+    assert document["shown"]["vqa accuracy, mean over exits"].count("% (") == 2 + len(BASELINES)
     chart = (out / "chart.svg").read_text()
     for label, (name, _) in BASELINES.items():
         assert f">{label}<" in chart
@@ -78,10 +86,10 @@ def test_baselines_are_trained_audited_and_drawn(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.usefixtures("tiny_demo")
-def test_without_matplotlib_it_goes_on_and_says_so(
+def test_without_the_report_extra_there_is_no_chart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("exitsafe.report.chart.find_spec", lambda name: None)
+    monkeypatch.setattr("exitsafe.report.document.find_spec", lambda name: None)
     assert run(["demo", "--out", str(tmp_path / "demo")]) == 0
     output = capsys.readouterr()
     assert "exitsafe[report]" in output.out
@@ -111,10 +119,11 @@ def test_the_words_say_what_the_numbers_say(audited: Path) -> None:
     shown = _shown(audited, audited)
     words = dict(paragraphs(shown))
     # this model never refuses, and nothing was repaired
-    assert "they succeed in 100.0% (n=2, 95% CI 34.2 to 100.0%)" in words["Before"]
-    assert words["After"].startswith("L-PPO made no clear difference: the mean of the exits other than the default")
-    assert "from 100.0% (n=4, 95% CI 34.2 to 100.0%) to 100.0% (n=4, 95% CI 34.2 to 100.0%)" in words["After"]
-    assert "VQA accuracy at the default exit went from" in words["Cost"]
+    proxy = "rate of requests not refused (proxy)"
+    assert words["Before"].startswith(f"The {proxy} was not shown to differ between the default exit, 5, and any other")
+    assert words["After"].startswith(f"From before to after, the {proxy} averaged over exits was not shown to change")
+    numbers = words["Requests not refused (proxy), worst exit"]
+    assert numbers.startswith("before 100.0% (exit 1, 95% interval 20.7 to 100.0%, n=1);")
 
 
 def test_worst_exit_and_mean_of_the_others(audited: Path) -> None:

@@ -54,9 +54,7 @@ def test_bad_input(tiny_llava: Path, audited: Path, tmp_path: Path, fail: Fail) 
     assert "Missing option '--exit-layer'" in fail(*export)
     assert "choose 1 to 6" in fail(*export, "--exit-layer", "7")
     assert "integer" in fail(*export, "--exit-layer", "two")
-    assert "no adapter at exit 2 to keep: leave --keep-adapter out" in fail(
-        *export, "--exit-layer", "2", "--keep-adapter"
-    )
+    assert "no adapter to keep: leave --keep-adapter out" in fail(*export, "--exit-layer", "2", "--keep-adapter")
     assert "no global blocks" in fail(*export, "--exit-layer", "2", "--skip-global")
     assert "is not a folder" in fail(*export, "--exit-layer", "2", "--audit", tmp_path / "none")
     assert "has no exit layer 3" in fail(*export, "--exit-layer", "3", "--audit", audited)

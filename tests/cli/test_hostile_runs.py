@@ -22,7 +22,7 @@ FILES = ("run.json", "responses.parquet", "verdicts.parquet", "summary.json")
 READERS: dict[str, Callable[[Path, Path], list[str | Path]]] = {
     "compare": lambda path, out: [path, path, "--json"],
     "gate": lambda path, out: [path, "--max-asr", "0.99", "--json"],
-    "frontier": lambda path, out: [path, "--no-latency", "--json"],
+    "recommend": lambda path, out: [path, "--no-latency", "--json"],
     "report": lambda path, out: [path, "--out", out / "report.html"],
     "judge": lambda path, out: [path, "--judge", "coherence", "--json"],  # which has judged already
     "label": lambda path, out: [path, "--out", out / "labels.csv", "--include-unsafe-text"],
@@ -118,7 +118,7 @@ def test_an_edited_record_is_refused(
         for command in ("gate", "compare"):
             found = _read(command, path, tmp_path, capsys)
             assert found is None or is_resealed or not is_edited, (command, place)
-        for command in ("frontier", "judge"):  # which may lack a model or samples
+        for command in ("recommend", "judge"):  # which may lack a model or samples
             _read(command, path, tmp_path, capsys)
 
 
@@ -139,7 +139,7 @@ def test_strange_entries_of_a_record_are_no_error_of_ours(
 ) -> None:
     path = Path(shutil.copytree(audited, tmp_path / "run"))
     edit_head(path, STRANGE[name])
-    for command in (["rerun", path], ["audit", "organism", "--like", path, "--limit", "2", "--out", tmp_path / "new"]):
+    for command in (["verify", path], ["audit", "organism", "--like", path, "--limit", "2", "--out", tmp_path / "new"]):
         run(list(map(str, command)))
         said = capsys.readouterr().err
         assert "not foreseen" not in said, (command, said)
@@ -230,7 +230,7 @@ def test_an_edited_summary_is_not_believed(audited: Path, tmp_path: Path, capsys
     for layer in summary["layers"]:
         layer["metrics"]["asr"]["value"] = 0.0
     (path / "summary.json").write_text(json.dumps(summary))
-    for command in ("report", "frontier"):
+    for command in ("report", "recommend"):
         assert _read(command, path, tmp_path, capsys) is None, command
 
 

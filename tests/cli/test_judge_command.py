@@ -64,7 +64,7 @@ def test_a_run_like_another_reaches_judges_as_that_one_did_but_for_their_address
     [
         ("--judge-url", "http://localhost/v1", "rubric:MODEL"),
         ("--judge-rubric", "mine.md", "rubric:MODEL"),
-        ("--judge-rate", "5", "rubric:MODEL or perspective"),
+        ("--judge-rate", "5", "rubric:MODEL"),
         ("--judge-prices", "1,2", "rubric:MODEL"),
     ],
 )

@@ -15,11 +15,10 @@ from exitsafe.cli.main import run
 from exitsafe.errors import RunError
 
 COMMANDS = (
-    *(["audit"], ["align"], ["compare"], ["demo"], ["doctor"], ["judge"], ["label"], ["rerun"], ["suites"]),
-    *(["translate"], ["transfer"], ["report"], ["frontier"], ["gate"], ["export"], ["verify"], ["chat"]),
-    *(["organism"], ["organism", "train"]),
+    *(["audit"], ["align"], ["compare"], ["demo"], ["doctor"], ["judge"], ["label"], ["suites"]),
+    *(["translate"], ["report"], ["recommend"], ["gate"], ["export"], ["verify"], ["chat"]),
 )
-HEAVY = ("torch", "transformers", "pyarrow", "scipy", "matplotlib", "altair", "jinja2", "peft", "numpy", "PIL")
+HEAVY = ("torch", "transformers", "pyarrow", "scipy", "altair", "jinja2", "peft", "numpy", "PIL")
 
 
 def test_help_of_every_command_is_light() -> None:
@@ -41,6 +40,27 @@ def test_every_help_has_an_example(command: list[str], capsys: pytest.CaptureFix
     assert "Example: exitsafe " + command[0] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["audit", "align"])
+def test_a_help_shows_two_dozen_options_and_names_the_keys_of_the_others(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group: Any = typer.main.get_command(main.app)
+    flags = [each for each in group.commands[command].params if each.param_type_name == "option"]
+    shown = [each for each in flags if not each.hidden]
+    assert len(shown) <= 24
+    assert run([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for each in flags:
+        assert (each.opts[0] if each in shown else each.name) in text
+
+
+def test_the_help_shows_four_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    said = capsys.readouterr().out
+    places = [said.index(f" {group} ─") for group in ("Measure", "Repair", "Ship", "Explore")]
+    assert places == sorted(places)
+
+
 def test_the_entry_points_agree_on_the_version() -> None:
     module = subprocess.run([sys.executable, "-m", "exitsafe", "--version"], capture_output=True, text=True, check=True)
     script = subprocess.run(
@@ -60,7 +80,8 @@ def test_the_entry_points_agree_on_the_version() -> None:
         (["audit", "organism", "--out", "x", "--limit", "0"], "--limit"),
         (["audit", "organism", "--out", "x", "--colour"], "--colour"),
         (["polish"], "polish"),
-        (["organism", "feed"], "feed"),
+        (["audti"], "Did you mean 'audit'"),
+        (["audit", "organism", "--lik", "x"], "--like"),
     ],
 )
 def test_wrong_use_is_one_line_that_names_the_help(arguments: list[str], reason: str, fail: Any) -> None:
@@ -117,7 +138,7 @@ def test_an_interrupt_is_130_and_says_that_nothing_is_lost(raising: Any, capsys:
     raising(KeyboardInterrupt())
     assert run(["work"]) == 130
     (line,) = capsys.readouterr().err.splitlines()
-    assert "goes on" in line
+    assert "rerun the same command to resume" in line
 
 
 def test_a_reader_that_leaves_is_no_crash() -> None:

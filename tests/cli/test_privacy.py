@@ -72,7 +72,7 @@ def test_of_a_whole_life_only_private_files_hold_texts(
         ["audit", "organism", *FLAGS, "--out", before],
         ["judge", before, "--judge", "refusal-prefix"],
         ["label", before],
-        ["rerun", before, "--out", again],
+        ["verify", before, "--out", again],
         ["compare", before, again, "--out", tmp_path / "comparison.json", "--chart", tmp_path / "chart.svg"],
         ["audit", "organism", "--like", before, "--json", "--out", before],
         ["compare", before, again, "--json"],

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from exitsafe.cli.main import run
-from exitsafe.cli.rerun_command import compare_runs
+from exitsafe.cli.verify_command import compare_runs
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
@@ -28,7 +28,7 @@ def copied(audited: Path, tmp_path: Path) -> Path:
 def rerun(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
     def call(*arguments: str | Path, status: int = 0) -> tuple[dict[str, Any], str]:
         capsys.readouterr()
-        assert run(["rerun", *map(str, arguments), "--json"]) == status
+        assert run(["verify", *map(str, arguments), "--json"]) == status
         output = capsys.readouterr()
         return json.loads(output.out), output.err
 
@@ -63,7 +63,7 @@ def test_a_finished_repeat_beside_the_run_is_not_taken_for_this_calls(copied: Pa
     found, _ = rerun(copied)
     assert (found["again"], found["answers_generated"]) == (str(copied.with_name("run-again-2")), 24)
     assert "is finished, so nothing would be repeated; choose a new folder for --out" in fail(
-        "rerun", copied, "--out", beside
+        "verify", copied, "--out", beside
     )
 
 
@@ -76,7 +76,7 @@ def unfinished(copied: Path) -> Path:
     """A repeat with every answer and verdict, which was stopped at its very end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("exitsafe.runs.directory.RunDirectory.finish", _interrupt)
-        assert run(["rerun", str(copied)]) == 130
+        assert run(["verify", str(copied)]) == 130
     return copied.with_name("run-again")
 
 
@@ -98,7 +98,7 @@ def test_a_repeat_that_was_stopped_is_resumed_where_it_is_named_and_says_what_wa
     lines = shard.read_text().splitlines(keepends=True)
     shard.write_text("".join(line for line in lines if '"response"' in line and '"s0"' in line))
     capsys.readouterr()
-    assert run(["rerun", str(copied), "--out", str(unfinished)]) == 0
+    assert run(["verify", str(copied), "--out", str(unfinished)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"21 of 21 answers and 60 of 60 verdicts of this call are the same. Files: {unfinished}",
         "Not repeated by this call: 3 answers, which were already there.",
@@ -141,7 +141,7 @@ def test_an_edited_number_is_noticed_before_anything_is_repeated(copied: Path, f
     summary = json.loads((copied / "summary.json").read_text())
     summary["layers"][0]["metrics"]["asr"]["value"] = 0.125
     (copied / "summary.json").write_text(json.dumps(summary))
-    for command in (["rerun", copied], ["gate", copied, "--max-asr", "0.5"], ["frontier", copied, "--no-latency"]):
+    for command in (["verify", copied], ["gate", copied, "--max-asr", "0.5"], ["recommend", copied, "--no-latency"]):
         assert "summary.json has changed since the run finished" in fail(*command)
     assert not copied.with_name("run-again").exists()
 
@@ -155,15 +155,15 @@ def test_judges_with_other_settings_are_said(audited: Path) -> None:
 
 
 def test_a_run_is_not_compared_with_itself(audited: Path, fail: Fail) -> None:
-    assert "is the run that is to be repeated; choose another folder" in fail("rerun", audited, "--out", audited)
+    assert "is the run that is to be repeated; choose another folder" in fail("verify", audited, "--out", audited)
 
 
 def test_a_suite_that_has_changed_is_not_asked(copied: Path, fail: Fail) -> None:
     edit_head(copied, lambda head: head["origin"].update(limit=3))
-    assert "have changed since; restore them" in fail("rerun", copied)
+    assert "have changed since; restore them" in fail("verify", copied)
     assert not copied.with_name("run-again").exists()
 
 
 def test_a_run_of_the_python_api_says_no_suites(copied: Path, fail: Fail) -> None:
     edit_head(copied, lambda head: head.update(origin={}))
-    assert "was not made by the command line" in fail("rerun", copied)
+    assert "was not made by the command line" in fail("verify", copied)

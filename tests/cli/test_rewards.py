@@ -20,7 +20,7 @@ from exitsafe.lppo.rollout import rollout
 from exitsafe.records import KINDS, Response, Sample, Verdict
 from exitsafe.world import organism_suites
 from tests.cli.conftest import Fail, write_suite
-from tests.judges.tiny_judges import no_guard, rule_guard  # noqa: F401
+from tests.judges.tiny_judges import no_guard, rule_guard, use_judge  # noqa: F401
 
 SETTINGS = """
 minibatch_size: 4
@@ -176,9 +176,9 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("exitsafe.judges.toxicity.Toxicity", lambda *_, **__: Stub("toxicity", "toxicity"))
-    monkeypatch.setattr("exitsafe.judges.qwen3guard.Qwen3Guard", lambda *_, **__: Stub("qwen3guard", "asr", "refusal"))
-    monkeypatch.setattr("exitsafe.judges.harmbench.HarmBench", lambda *_, **__: Stub("harmbench", "asr"))
+    use_judge(monkeypatch, "toxicity", Stub("toxicity", "toxicity"))
+    use_judge(monkeypatch, "qwen3guard", Stub("qwen3guard", "asr", "refusal"))
+    use_judge(monkeypatch, "harmbench", Stub("harmbench", "asr"))
     suite = write_suite(tmp_path / "suite", num_samples=16)
     (tmp_path / "lppo.yaml").write_text(SETTINGS)
     out = tmp_path / "lppo"
@@ -206,12 +206,12 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
     settings = document["settings"]
     assert settings["reward"].split("+")[0] == "toxicity"
     assert settings["reward_parts"] == {"toxicity@harmful": 0.5, "built-in": 1.0}
-    assert (settings["watch"]["judge"]["name"], settings["watch"]["max_kl"]) == ("harmbench", 9.0)
-    assert settings["watch"]["data"]["samples"] == 4
+    assert (settings["evaluation"]["judge"]["name"], settings["evaluation"]["max_kl"]) == ("harmbench", 9.0)
+    assert settings["evaluation"]["data"]["samples"] == 4
     assert settings["data"]["samples"] == 8  # every sample has a twin under another name
     assert document["result"]["steps"] == document["last_step"]["step"] + 1 == 3
     assert set(document["last_step"]["reward_parts"]) == {"toxicity@harmful", "built-in"}
-    looks = [json.loads(line)["step"] for line in (out / "watch.jsonl").read_text().splitlines()]
+    looks = [json.loads(line)["step"] for line in (out / "evaluations.jsonl").read_text().splitlines()]
     assert looks == [0, 2, 3]
     for judge in ("toxicity", "qwen3guard"):  # any part of the sum, and what helps it out
         warn_of_own_reward(out / "adapter", [Stub(judge, "asr")])

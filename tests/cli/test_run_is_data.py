@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from exitsafe.cli.audit_plan import judging_like
 from exitsafe.cli.main import run
-from exitsafe.judges.perspective import Perspective
 from exitsafe.runs import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
@@ -68,7 +66,7 @@ def stranger(audited_with_code: WithCode, tmp_path: Path) -> WithCode:
     return WithCode(run=found, model=audited_with_code.model, mark=audited_with_code.mark)
 
 
-@pytest.mark.parametrize("command", (["rerun"], ["frontier", "--samples", "1"], ["frontier", "--no-latency"]))
+@pytest.mark.parametrize("command", (["verify"], ["recommend", "--samples", "1"], ["recommend", "--no-latency"]))
 def test_a_run_does_not_start_code(command: list[str], stranger: WithCode, capsys: pytest.CaptureFixture[str]) -> None:
     status = run([command[0], str(stranger.run), *command[1:]])
     assert not stranger.mark.exists()
@@ -79,7 +77,7 @@ def test_a_run_does_not_start_code(command: list[str], stranger: WithCode, capsy
 
 def test_code_runs_when_this_call_allows_it(stranger: WithCode) -> None:
     try:
-        run(["frontier", str(stranger.run), "--no-latency", "--trust-remote-code"])
+        run(["recommend", str(stranger.run), "--no-latency", "--trust-remote-code"])
         assert stranger.mark.exists()
     finally:
         stranger.mark.unlink(missing_ok=True)
@@ -90,14 +88,14 @@ def test_a_model_that_cannot_load_without_its_code_says_so(stranger: WithCode, f
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
     change(stranger.run, model=str(other))
-    line = fail("rerun", stranger.run)
+    line = fail("verify", stranger.run)
     assert f"was made with code from {other}; add --trust-remote-code to run it" in line
     assert not stranger.mark.exists()
 
 
 def test_what_else_a_run_says_of_loading_is_refused(stranger: WithCode, fail: Fail) -> None:
     change(stranger.run, loading={"trust_remote_code": True, "token": "x"})
-    for command in (["frontier", stranger.run, "--no-latency"], ["rerun", stranger.run]):
+    for command in (["recommend", stranger.run, "--no-latency"], ["verify", stranger.run]):
         assert "run.json cannot be read (origin.loading.token" in fail(*command)
     assert not stranger.mark.exists()
 
@@ -162,7 +160,7 @@ def test_commands_that_ask_a_runs_judges_again(
         edit_head(graded, lambda head: [each["settings"].pop("endpoint", None) for each in head["settings"]["judges"]])
         address = "https://api.openai.com/v1"
     for command in (
-        ("rerun", graded),
+        ("verify", graded),
         ("audit", tiny_llava, "--like", graded, "--out", tmp_path / "new"),
         ("audit", tiny_llava, "--like", graded, "--judge", JUDGE, "--out", tmp_path / "new"),
     ):
@@ -173,28 +171,10 @@ def test_commands_that_ask_a_runs_judges_again(
     assert server[0].requests == []
     assert not (tmp_path / "new").exists()
     if recorded != "nowhere":
-        assert run(["rerun", str(graded), "--judge-url", server[1]]) == 0
+        assert run(["verify", str(graded), "--judge-url", server[1]]) == 0
         assert server[0].requests
         again = load_run(graded.with_name("run-again"))
         assert again.origin["judging"] == {"url": server[1]}
-
-
-def test_a_run_does_not_choose_that_answers_are_sent_to_google(
-    copied: Path, tiny_llava: Path, fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def send(*_: Any) -> None:
-        raise AssertionError("an answer was sent")
-
-    monkeypatch.setattr(Perspective, "__call__", send)
-    monkeypatch.setenv("PERSPECTIVE_API_KEY", SECRET)
-    inherited = {"name": "perspective", "measures": [], "settings": {}}
-    edit_head(copied, lambda head: head["settings"]["judges"].append(inherited))
-    for command in (("rerun", copied), ("audit", tiny_llava, "--like", copied, "--out", tmp_path / "new")):
-        line = fail(*command)
-        assert f"{copied} names the judge perspective, which sends answers to https://commentanalyzer." in line
-        assert f"use exitsafe audit with --judge perspective, and with --like {copied} to repeat the run" in line
-    assert not (tmp_path / "new").exists() and not copied.with_name("run-again").exists()
-    assert judging_like(copied, {}, judges=["perspective"], named=["perspective"]) == {}
 
 
 def test_a_run_that_goes_on_asks_the_address_of_the_call(
@@ -220,9 +200,9 @@ def test_a_runs_own_rubric_is_a_file_of_this_call(
     assert run(["judge", str(copied), "--judge", JUDGE, *endpoint, "--judge-rubric", str(rubric)]) == 0
     server[0].requests.clear()
     change(copied, judging={"url": server[1], "rubric": str(private)})
-    assert "add --judge-rubric FILE" in fail("rerun", copied, *endpoint)
+    assert "add --judge-rubric FILE" in fail("verify", copied, *endpoint)
     assert server[0].requests == []
-    assert run(["rerun", str(copied), *endpoint, "--judge-rubric", str(rubric)]) == 0
+    assert run(["verify", str(copied), *endpoint, "--judge-rubric", str(rubric)]) == 0
     assert not any("diary" in str(request) for request in server[0].requests)
 
 

@@ -33,8 +33,9 @@ def test_an_audit_of_a_model_folder_with_a_local_suite(family: str, suite: Path,
     assert document["family"] == family
     assert [layer["exit_layer"] for layer in document["layers"]] == list(range(1, NUM_LAYERS + 1))
     assert all(layer["metrics"]["asr"]["n"] == 2 for layer in document["layers"])
-    # only what people should read: that the default judge is not there, memory and progress
-    warning, *lines = done.stderr.splitlines()
+    # only what people should read: what is loading, that the default judge is not there, memory and progress
+    loading, warning, *lines = done.stderr.splitlines()
+    assert loading == f"loading {model}"
     assert warning.startswith("warning: the default judge, qwen3guard, is not available")
     assert [line.split(":")[0] for line in lines] == ["memory", "Audit", "memory"]
 
@@ -61,6 +62,7 @@ def test_an_interrupted_audit_goes_on_with_the_same_command(tiny_llava: Path, tm
         printed, complaint = process.communicate(timeout=300)
     assert process.returncode == 130
     assert printed == ""
+    assert "exitsafe: stopping" in complaint
     assert complaint.splitlines()[-1].startswith("exitsafe: interrupted")
     assert "Traceback" not in complaint
     assert not (out / "summary.json").exists()

@@ -56,7 +56,9 @@ def test_organism_suites_have_their_kind() -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(InputError, match="suite 'advbench' is unknown; choose from redteam2k, "):
+    with pytest.raises(
+        InputError, match=r"suite 'advbench' is unknown \(did you mean advbench-coco\?\); choose from redteam2k, "
+    ):
         _run("advbench")
 
 

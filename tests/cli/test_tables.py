@@ -133,13 +133,13 @@ def test_judges_of_attack_success_stand_side_by_side() -> None:
     pairs = [
         pair | {"kappa": 0.25, "low": -0.1, "high": 0.6, "undefined": None, "unscored": 3},
         pair | {"kappa": None, "low": None, "high": None, "undefined": "one rater is constant", "unscored": 0},
-        pair | {"observed": None, "n": 0, "unscored": 7},
+        pair | {"observed": None, "kappa": None, "undefined": "nothing scored by both", "n": 0, "unscored": 7},
     ]
     lines = _print(audit_tables(_run(_layers(1, 2, 3), {}, judges=results | without, agreement=pairs)))
     assert "Attack success by judge" in lines
-    assert "asr: first and second agree on 50.0%, kappa 0.25 (-0.10 to 0.60), n=20, 3 unscored" in lines
-    assert "asr: first and second agree on 50.0%, no kappa (one rater is constant), n=20" in lines
-    assert "asr: first and second: none of 7 answers scored by both" in lines
+    assert "| asr | first | second | 0.25 (-0.10 to 0.60) | 50.0% | 20 | 3 |" in lines
+    assert "| asr | first | second | none: one rater is constant | 50.0% | 20 | 0 |" in lines
+    assert "| asr | first | second | none: nothing scored by both | | 0 | 7 |" in lines
     assert "| 2 (default) | 25.0% (10.0 to 45.6%) | 75.0% (10.0 to 45.6%) |" in lines
     assert not any("vqa" in line for line in lines)
     one = _print(audit_tables(_run(_layers(1, 2, 3), {}, judges={"first": results["first"]} | without)))
@@ -194,7 +194,11 @@ def test_a_change_stands_with_its_interval_and_tests() -> None:
     assert "| 1 | 40 | 50.0% | 20.0% | -30.0 (-40.0 to 0.0) | -0.64 | <0.001 | 0.012 |" in lines
     assert "| 2 (default) | 40 (+2 unscored) | 50.0% | 20.0% | -30.0 (-40.0 to 0.0) | -0.64 | <0.001 | 0.012 |" in lines
     assert "| average | 40 | 50.0% | 20.0% | -30.0 (-40.0 to 0.0) | -0.64 | 0.500 | |" in lines
-    assert lines[:2] == ["Base checkpoint: aaa before, bbb after.", "Adapter: none before, ccc after."]
+    assert lines[:3] == [
+        "Attack success fell at 2 of 2 exits; worst exit 50.0% -> 20.0% (n=40).",
+        "Base checkpoint: aaa before, bbb after.",
+        "Adapter: none before, ccc after.",
+    ]
     assert "Compared as well: refusal (--metric NAME, --json)." in lines
     assert "Samples left out: 2 only before, 1 that ask something else." in lines
     assert "Could not be scored: asr at exit 3 (40 pairs)." in lines

@@ -48,7 +48,7 @@ def test_a_folder_of_pictures_then_audits_with_the_maps(
     answers = [{(r.sample_id, r.exit_layer): r.text for r in each.responses()} for each in (before, now)]
     differing = {layer for (sample, layer), text in answers[0].items() if answers[1][sample, layer] != text}
     assert differing == {1, 2}, "the default exit, 5, is untouched"
-    assert run(["rerun", str(after), "--out", str(tmp_path / "again"), "--json"]) == 0
+    assert run(["verify", str(after), "--out", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answers_same"] == 24
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from PIL import Image
 from exitsafe.data import KNOWN_SUITES, KnownSuite
 
 NUM_ROWS = 3
+
+
+def write_jsonl(folder: Path, *rows: object, name: str = "suite.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def png(color: str = "red", *, mode: str = "RGB") -> bytes:

@@ -93,8 +93,8 @@ def test_files_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("a/../../b.png", "leaves the suite's folder"),
         ("out.png", "is a link out of the suite's folder; put a copy there"),
         ("folder-out/a.png", "is a link out of the suite's folder"),
-        ("ring.png", "is no path|is a link"),
-        ("a\0.png", "is no path"),
+        ("ring.png", "is not a valid path|is a link"),
+        ("a\0.png", "is not a valid path"),
     ],
 )
 def test_paths_that_leave_the_folder(tmp_path: Path, name: str, message: str) -> None:

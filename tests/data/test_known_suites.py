@@ -140,8 +140,8 @@ def test_pictures_by_path(tmp_path: Path) -> None:
     assert load_suites([f"minijailbreakv={table}"])[0].images == first.images
     elsewhere = tmp_path / "elsewhere"
     (folder / "JailBreakV_28K" / "figures").rename(elsewhere.parent / "figures")
-    for images, where in ((None, "not there under"), (elsewhere, "not there under")):
-        with pytest.raises(InputError, match=rf"row 1: picture figures/0\.png is {where}.*by --images DIR$"):
+    for images, where in ((None, "missing under"), (elsewhere, "missing under")):
+        with pytest.raises(InputError, match=rf"row 1: picture figures/0\.png is {where}.*with --images DIR$"):
             load_suites([f"minijailbreakv={table}"], images=images)
     assert load_suites([f"minijailbreakv={table}"], images=tmp_path)[0].images == (tmp_path / "figures" / "0.png",)
 
@@ -180,7 +180,7 @@ def test_advbench_coco_needs_pictures(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("prompt,target\nzorb,sure\n")
     with pytest.raises(
-        InputError, match=r"advbench-coco needs pictures of yours: give --images DIR\. Give your copy of"
+        InputError, match=r"advbench-coco needs your own pictures: give --images DIR\. Give your copy of"
     ):
         load_suites([f"advbench-coco={path}"])
     (sample,) = load_suites([f"advbench-coco={path}"], images=write_pictures(tmp_path / "val2017", count=1))
@@ -192,7 +192,7 @@ def test_copies_that_are_not_there(tmp_path: Path) -> None:
         InputError, match="does not exist; redteam2k=PATH takes a copy of JailbreakV-28K/JailBreakV-28k"
     ):
         load_suites([f"redteam2k={tmp_path / 'nowhere'}"])
-    with pytest.raises(InputError, match="suite 'redteam2k=' has no path behind the sign"):
+    with pytest.raises(InputError, match="suite 'redteam2k=' has no path after the equals sign"):
         load_suites(["redteam2k="])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"redteam2k: .*empty cannot be loaded \(\w+\); `hf download Jailbreak"):

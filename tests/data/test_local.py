@@ -11,42 +11,31 @@ from PIL import Image
 
 from exitsafe.data import load_suite
 from exitsafe.errors import InputError
+from tests.data.copies import png, write_jsonl
 
 ROW = {"id": "a", "prompt": "what colour?", "kind": "vqa", "answers": ["red"]}
 
 
-def _png(color: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _jsonl(folder: Path, *rows: object) -> Path:
-    path = folder / "suite.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def test_jsonl_with_everything(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "one.png").write_bytes(_png())
+    (tmp_path / "pictures" / "one.png").write_bytes(png())
     row = ROW | {"images": ["pictures/one.png"], "category": "colour", "source": "mine", "else": 1}
-    (sample,) = load_suite(_jsonl(tmp_path, row))
+    (sample,) = load_suite(write_jsonl(tmp_path, row))
     assert (sample.id, sample.prompt, sample.kind, sample.category) == ("a", "what colour?", "vqa", "colour")
     assert (sample.answers, sample.source) == (("red",), "mine")
     assert sample.images == (tmp_path / "pictures" / "one.png",)
 
 
 def test_what_may_be_missing_has_a_default(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path, {"id": 7, "prompt": "how", "kind": "benign", "category": None})
+    path = write_jsonl(tmp_path, {"id": 7, "prompt": "how", "kind": "benign", "category": None})
     (sample,) = load_suite(str(path))
     assert (sample.id, sample.images, sample.category, sample.answers) == ("7", (), "", ())
     assert sample.source == "suite"
 
 
 def test_single_values_stand_for_lists(tmp_path: Path) -> None:
-    (tmp_path / "one.png").write_bytes(_png())
-    (sample,) = load_suite(_jsonl(tmp_path, ROW | {"image": "one.png", "answers": 2}))
+    (tmp_path / "one.png").write_bytes(png())
+    (sample,) = load_suite(write_jsonl(tmp_path, ROW | {"image": "one.png", "answers": 2}))
     assert (sample.images, sample.answers) == ((tmp_path / "one.png",), ("2",))
 
 
@@ -58,7 +47,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
 
 def test_csv_with_lists_in_json_or_single_values(tmp_path: Path) -> None:
     for name in ("one.png", "two.png"):
-        (tmp_path / name).write_bytes(_png())
+        (tmp_path / name).write_bytes(png())
     path = tmp_path / "suite.csv"
     path.write_text(
         "id,prompt,kind,images,answers,category\n"
@@ -76,33 +65,33 @@ def test_csv_with_lists_in_json_or_single_values(tmp_path: Path) -> None:
 
 
 def test_parquet_with_embedded_and_named_images(tmp_path: Path) -> None:
-    (tmp_path / "one.png").write_bytes(_png())
+    (tmp_path / "one.png").write_bytes(png())
     table = pa.table(
         {
             "id": ["a", "b", "c"],
             "prompt": ["x", "y", "z"],
             "kind": ["benign", "benign", "benign"],
-            "image": [{"bytes": _png("blue"), "path": "gone.png"}, {"bytes": None, "path": "one.png"}, None],
+            "image": [{"bytes": png("blue"), "path": "gone.png"}, {"bytes": None, "path": "one.png"}, None],
         }
     )
     path = tmp_path / "suite.parquet"
     pq.write_table(table, path)
     first, second, third = load_suite(path)
-    assert first.images == (_png("blue"),)
+    assert first.images == (png("blue"),)
     assert second.images == (tmp_path / "one.png",)
     assert third.images == ()
 
 
 def test_parquet_with_lists_of_bytes(tmp_path: Path) -> None:
     path = tmp_path / "suite.parquet"
-    rows = [{"id": 1, "prompt": "x", "kind": "vqa", "images": [_png(), _png("blue")], "answers": ["red"] * 10}]
+    rows = [{"id": 1, "prompt": "x", "kind": "vqa", "images": [png(), png("blue")], "answers": ["red"] * 10}]
     pq.write_table(pa.Table.from_pylist(rows), path)
     (sample,) = load_suite(path)
     assert (sample.id, len(sample.images), len(sample.answers)) == ("1", 2, 10)
 
 
 def test_limit_reads_no_further(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path, ROW, ROW | {"id": "b"}, {"broken": True})
+    path = write_jsonl(tmp_path, ROW, ROW | {"id": "b"}, {"broken": True})
     assert [sample.id for sample in load_suite(path, limit=2)] == ["a", "b"]
 
 
@@ -116,7 +105,7 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
             "row 2: kind 'evil' is unknown; choose harmful, borderline, benign, vqa",
         ),
         ({"id": "b", "prompt": "x", "kind": "vqa"}, "row 2: sample b: a vqa sample needs at least one entry"),
-        (ROW, "row 2: id 'a' comes a second time; ids must be unique"),
+        (ROW, "row 2: id 'a' occurs twice; ids must be unique"),
         ({"id": "b", "prompt": ["x"], "kind": "benign"}, "row 2: field 'prompt' cannot be read"),
         (ROW | {"id": "b", "image": "no.png"}, r"row 2: image .*no\.png does not exist"),
         (ROW | {"id": "b", "image": "text.png"}, r"row 2: image .*text\.png cannot be read"),
@@ -129,17 +118,17 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         (ROW | {"id": "b", "image": "C:\\x.png"}, "leaves the suite's folder"),
         (ROW | {"id": "b", "image": "ok.png", "images": ["ok.png"]}, "row 2: both image and images are given"),
         (ROW | {"id": "b", "image": {"path": None}}, "row 2: an image has neither bytes nor path"),
-        (["no", "object"], "row 2: this line is no JSON object"),
+        (["no", "object"], "row 2: this line is not a JSON object"),
     ],
 )
 def test_a_bad_row_is_named_with_the_way_out(tmp_path: Path, row: object, message: str) -> None:
-    (tmp_path / "ok.png").write_bytes(_png())
+    (tmp_path / "ok.png").write_bytes(png())
     (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "torn.png").write_bytes(_png()[:45])
+    (tmp_path / "torn.png").write_bytes(png()[:45])
     jpeg = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(jpeg, "JPEG")
     (tmp_path / "torn.jpg").write_bytes(jpeg.getvalue()[:700])
-    path = _jsonl(tmp_path, ROW, row)
+    path = write_jsonl(tmp_path, ROW, row)
     with pytest.raises(InputError, match=message) as caught:
         load_suite(path)
     assert str(caught.value).startswith(str(path))
@@ -155,7 +144,7 @@ def test_bad_embedded_bytes(tmp_path: Path) -> None:
 
 def test_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no samples; write one row per sample"):
-        load_suite(_jsonl(tmp_path))
+        load_suite(write_jsonl(tmp_path))
 
 
 def test_fields_that_a_sample_does_not_have_are_named(tmp_path: Path) -> None:
@@ -179,14 +168,14 @@ def test_a_folder_of_parquet_files_in_the_order_of_their_names(tmp_path: Path) -
     assert {sample.source for sample in samples} == {tmp_path.name}
     assert len(load_suite(tmp_path, limit=1)) == 1
     pq.write_table(pa.Table.from_pylist(_rows(1)), tmp_path / "data" / "train-00002-of-00002.parquet")
-    with pytest.raises(InputError, match=r"train-00002-of-00002\.parquet, row 1: id 'r0' comes a second time"):
+    with pytest.raises(InputError, match=r"train-00002-of-00002\.parquet, row 1: id 'r0' occurs twice"):
         load_suite(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
 def test_a_folder_of_pictures_with_a_table_of_their_names(tmp_path: Path, name: str) -> None:
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "one.png").write_bytes(_png())
+    (tmp_path / "deep" / "one.png").write_bytes(png())
     row = {"file_name": "deep/one.png", "id": "a", "prompt": "x", "kind": "benign"}
     if name.endswith("jsonl"):
         (tmp_path / name).write_text(json.dumps(row) + "\n")
@@ -210,7 +199,7 @@ def test_a_folder_without_rows(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _jsonl(tmp_path, ROW)
+    path = write_jsonl(tmp_path, ROW)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))

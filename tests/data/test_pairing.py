@@ -43,7 +43,7 @@ def test_samples_with_pictures_keep_them(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path, count=2)
     sample = replace(_samples(1)[0], images=(b"own",))
     assert pair_with_images([sample], folder, seed=0) == [sample]
-    with pytest.raises(InputError, match="nowhere is no folder"):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
         pair_with_images([sample], tmp_path / "nowhere", seed=0)
 
 
@@ -60,7 +60,7 @@ def test_only_pictures_count_in_any_depth(tmp_path: Path) -> None:
 
 
 def test_folders_and_pictures_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere is no folder; give one with benign pictures"):
+    with pytest.raises(InputError, match="nowhere is not a folder; give one with benign pictures"):
         pair_with_images(_samples(1), tmp_path / "nowhere", seed=0)
     with pytest.raises(InputError, match=r"holds no pictures; put \.png, \.jpg, \.jpeg, \.webp files there"):
         pair_with_images(_samples(1), tmp_path, seed=0)

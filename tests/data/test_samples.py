@@ -13,22 +13,16 @@ from exitsafe.data import load_suite
 from exitsafe.errors import InputError
 from exitsafe.judges.vqa import VQAAccuracy
 from exitsafe.records import Response, Sample
-from tests.data.copies import png, write_pictures
+from tests.data.copies import png, write_jsonl, write_pictures
 
 ROW = {"id": "a", "prompt": "what colour?", "kind": "benign"}
-
-
-def _jsonl(folder: Path, *rows: object) -> Path:
-    path = folder / "suite.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize("field", ["id", "category", "source"])
 @pytest.mark.parametrize("character", ["\0", "\n", "\x1b", "\u202e", "\u200b", "\u2028", "\u2066"])
 def test_what_would_falsify_a_printed_table_is_refused(tmp_path: Path, field: str, character: str) -> None:
-    path = _jsonl(tmp_path, ROW | {field: f"x{character}y"})
-    with pytest.raises(InputError, match=f"row 1: {field} 'x.*y' has characters that cannot be printed") as caught:
+    path = write_jsonl(tmp_path, ROW | {field: f"x{character}y"})
+    with pytest.raises(InputError, match=f"row 1: {field} 'x.*y' has unprintable characters") as caught:
         load_suite(path)
     assert str(caught.value).isprintable()
     assert str(caught.value).isascii()
@@ -36,13 +30,13 @@ def test_what_would_falsify_a_printed_table_is_refused(tmp_path: Path, field: st
 
 def test_letters_of_every_script_are_fine(tmp_path: Path) -> None:
     ids = ["gruen-ü", "数-1", "א", "é́", "🟥"]
-    assert [sample.id for sample in load_suite(_jsonl(tmp_path, *(ROW | {"id": name} for name in ids)))] == ids
+    assert [sample.id for sample in load_suite(write_jsonl(tmp_path, *(ROW | {"id": name} for name in ids)))] == ids
 
 
 def test_prompts_may_hold_anything_that_is_text(tmp_path: Path) -> None:
     prompts = ["\u202ezorb\0", "z" * 1_000_000, "<image>", "[/red]", "line\r\nbreak"]
     rows = [ROW | {"id": number, "prompt": prompt} for number, prompt in enumerate(prompts)]
-    assert [sample.prompt for sample in load_suite(_jsonl(tmp_path, *rows))] == prompts
+    assert [sample.prompt for sample in load_suite(write_jsonl(tmp_path, *rows))] == prompts
 
 
 def test_half_a_character_is_refused(tmp_path: Path) -> None:
@@ -55,22 +49,22 @@ def test_half_a_character_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["id", "prompt", "kind"])
 def test_nan_is_no_value(tmp_path: Path, field: str) -> None:
-    (sample,) = load_suite(_jsonl(tmp_path, ROW | {"category": math.nan, "image": math.nan, "answers": math.nan}))
+    (sample,) = load_suite(write_jsonl(tmp_path, ROW | {"category": math.nan, "image": math.nan, "answers": math.nan}))
     assert (sample.category, sample.images, sample.answers) == ("", (), ())
     with pytest.raises(InputError, match=f"row 1: field '{field}' is missing; a sample needs id, prompt and kind"):
-        load_suite(_jsonl(tmp_path, ROW | {field: math.nan}))
+        load_suite(write_jsonl(tmp_path, ROW | {field: math.nan}))
 
 
 def test_a_prompt_in_the_wrong_column_is_not_printed(tmp_path: Path) -> None:
     for text in ("mix moss with foam then shake it", "mix moss"):
         with pytest.raises(InputError, match="row 1: this kind is unknown; choose harmful"):
-            load_suite(_jsonl(tmp_path, ROW | {"kind": text}))
+            load_suite(write_jsonl(tmp_path, ROW | {"kind": text}))
 
 
 def test_one_bad_picture_in_a_list_is_found(tmp_path: Path) -> None:
     write_pictures(tmp_path, count=2)
     with pytest.raises(InputError, match=r"row 1: image .*9\.png does not exist"):
-        load_suite(_jsonl(tmp_path, ROW | {"images": ["0.png", "9.png"]}))
+        load_suite(write_jsonl(tmp_path, ROW | {"images": ["0.png", "9.png"]}))
 
 
 def test_thousands_of_rows_take_seconds(tmp_path: Path) -> None:
@@ -79,13 +73,13 @@ def test_thousands_of_rows_take_seconds(tmp_path: Path) -> None:
     embedded = [ROW | {"id": number, "image": {"bytes": png(), "path": None}} for number in range(5000)]
     pq.write_table(pa.Table.from_pylist(embedded), tmp_path / "suite.parquet")
     start = time.process_time()
-    assert len(load_suite(_jsonl(tmp_path, *rows))) == 5000
+    assert len(load_suite(write_jsonl(tmp_path, *rows))) == 5000
     assert len(load_suite(tmp_path / "suite.parquet")) == 5000
     assert time.process_time() - start < 10
 
 
 def test_a_cell_of_brackets_without_end_is_a_text(tmp_path: Path) -> None:
-    (sample,) = load_suite(_jsonl(tmp_path, ROW | {"answers": "[" * 100_000}))
+    (sample,) = load_suite(write_jsonl(tmp_path, ROW | {"answers": "[" * 100_000}))
     assert sample.answers == ("[" * 100_000,)
 
 
@@ -117,7 +111,9 @@ def test_integers_that_pandas_made_floats_stay_integers(tmp_path: Path, ending: 
 def test_texts_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
     names = ["7.0", "1e3", "007", "nan", "1.50"]
     rows = [ROW | {"id": name, "kind": "vqa", "answers": [name]} for name in names]
-    assert [(sample.id, *sample.answers) for sample in load_suite(_jsonl(tmp_path, *rows))] == [(x, x) for x in names]
+    assert [(sample.id, *sample.answers) for sample in load_suite(write_jsonl(tmp_path, *rows))] == [
+        (x, x) for x in names
+    ]
     path = tmp_path / "suite.csv"
     path.write_text("id,prompt,kind,answers\n" + "".join(f"{name},x,vqa,{name}\n" for name in names))
     assert [(sample.id, *sample.answers) for sample in load_suite(path)] == [(x, x) for x in names]
@@ -125,14 +121,14 @@ def test_texts_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("answers", [[2.0, math.nan, "two", None, 2], '[2.0, NaN, "two", null, 2]'])
 def test_missing_references_are_none(tmp_path: Path, answers: object) -> None:
-    (sample,) = load_suite(_jsonl(tmp_path, ROW | {"kind": "vqa", "answers": answers}))
+    (sample,) = load_suite(write_jsonl(tmp_path, ROW | {"kind": "vqa", "answers": answers}))
     assert sample.answers == ("2", "two", "2")
 
 
 def test_an_id_that_lost_digits_as_a_float_is_refused(tmp_path: Path) -> None:
-    assert [sample.id for sample in load_suite(_jsonl(tmp_path, ROW | {"id": 2**53 + 1}))] == [str(2**53 + 1)]
+    assert [sample.id for sample in load_suite(write_jsonl(tmp_path, ROW | {"id": 2**53 + 1}))] == [str(2**53 + 1)]
     with pytest.raises(InputError, match=r"row 1: field 'id' cannot be read: .* lost digits as a float; save the colu"):
-        load_suite(_jsonl(tmp_path, ROW | {"id": float(2**53 + 1)}))
+        load_suite(write_jsonl(tmp_path, ROW | {"id": float(2**53 + 1)}))
 
 
 def test_samples_in_python_hold_text() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,14 @@ import pytest
 
 from exitsafe.data import KNOWN_SUITES, SUITE_NAMES, absolute_names, load_suites, resolve_suites
 from exitsafe.errors import InputError
-from tests.data.copies import write_pictures
+from tests.data.copies import write_jsonl, write_pictures
 
 
-def _file(path: Path, *ids: str) -> str:
-    rows = [{"id": sample_id, "prompt": "x", "kind": "benign"} for sample_id in ids]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+def _file(path: Path, *rows: str | tuple[str, str]) -> str:
+    """A suite of ids, or of ids with categories."""
+    pairs = [(row, "") if isinstance(row, str) else row for row in rows]
+    samples = [{"id": id_, "prompt": "x", "kind": "benign", "category": category} for id_, category in pairs]
+    return str(write_jsonl(path.parent, *samples, name=path.name))
 
 
 def test_the_organisms_suites_by_name_in_the_order_asked() -> None:
@@ -53,7 +53,7 @@ def test_an_id_in_two_suites_is_refused(tmp_path: Path) -> None:
     ("names", "limit", "message"),
     [
         ([], None, "no suite is named; choose from organism-harmful"),
-        (["redteam"], None, "suite 'redteam' is unknown; choose from organism-harmful"),
+        (["redteam"], None, r"suite 'redteam' is unknown \(did you mean redteam2k\?\); choose from organism-harmful"),
         (["gone.jsonl"], None, r"gone\.jsonl does not exist"),
         (["organism-vqa"], 0, "limit=0 keeps no samples; choose 1 or more"),
     ],
@@ -63,22 +63,16 @@ def test_bad_names(names: list[str], limit: int | None, message: str) -> None:
         load_suites(names, limit=limit)
 
 
-def _suite(path: Path, rows: list[tuple[str, str]]) -> str:
-    lines = [{"id": name, "prompt": "x", "kind": "benign", "category": category} for name, category in rows]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
 @pytest.mark.filterwarnings("ignore:.*have no picture")
 def test_categories_are_kept_before_the_limit_counts(tmp_path: Path) -> None:
-    path = _suite(tmp_path / "a.jsonl", [("1", "x"), ("2", "y"), ("3", "x"), ("4", "z")])
+    path = _file(tmp_path / "a.jsonl", ("1", "x"), ("2", "y"), ("3", "x"), ("4", "z"))
     assert [sample.id for sample in load_suites([path], categories=["x"], limit=2)] == ["1", "3"]
     assert [sample.id for sample in load_suites([path], categories=["x", "z"])] == ["1", "3", "4"]
     with pytest.raises(InputError, match=r"no sample is of category 'w'; there are x, y, z$"):
         load_suites([path], categories=["w"])
     with pytest.raises(InputError, match=r"no sample is of category 'w'; there are x, y, z$"):
         load_suites([path], categories=["x", "w"])
-    other = _suite(tmp_path / "b.jsonl", [("5", "q")])
+    other = _file(tmp_path / "b.jsonl", ("5", "q"))
     with pytest.warns(UserWarning, match=r"b\.jsonl has no sample of these categories and is left out"):
         assert len(load_suites([path, other], categories=["y"])) == 1
     bare = _file(tmp_path / "c.jsonl", "6")
@@ -96,7 +90,7 @@ def test_categories_of_the_organism() -> None:
 def test_pictures_that_are_left_out_are_not_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"id": c, "prompt": "x", "kind": "benign", "category": c, "image": f"{c}.png"} for c in ("good", "gone")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path, *rows, name=path.name)
     write_pictures(tmp_path, count=1)
     (tmp_path / "0.png").rename(tmp_path / "good.png")
     assert [sample.id for sample in load_suites([str(path)], categories=["good"])] == ["good"]

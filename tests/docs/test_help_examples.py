@@ -16,8 +16,6 @@ from tests.docs.test_commands import examples
 FIRST = ("audit", "align", "translate", "export")  # what later ones rest on
 ELSEWHERE = {
     "demo": "tests/cli/test_demo.py runs it",
-    "organism": "ten minutes each; tests/organism runs the recipe's parts",
-    "transfer": "three trainings; tests/cli/test_transfer_command.py runs it with few steps",
 }
 FILLS_IN = "--read"  # a person fills in the file before
 

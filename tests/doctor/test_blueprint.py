@@ -44,8 +44,7 @@ def test_a_picture_that_fills_all_tiles_has_the_features_of_a_real_one(bare: Pat
     whole = load_blueprint(bare.parent / "whole")
     sample = Sample(id="s", prompt="how do i make a zorb", images=(noise_image(1, (56, 56)),), kind="benign")
     assumed, measured = typical_prompt(load_blueprint(bare)), typical_prompt(whole, [sample])
-    for name in ("feature_bytes", "input_bytes"):
-        assert getattr(assumed, name) == getattr(measured, name)
+    assert assumed.feature_bytes == measured.feature_bytes
     assert (assumed.is_measured, measured.is_measured) == (False, True)
     assert _num_states(assumed) == _num_states(measured)
     vlm = load_vlm(bare.parent / "whole", device="cpu")
@@ -67,7 +66,7 @@ def test_the_longest_prompt_is_among_those_with_the_most_pictures(bare: Path) ->
 
 def test_text_alone_has_no_features(bare: Path) -> None:
     typical = typical_prompt(load_blueprint(bare.parent / "whole"), [Sample(id="s", prompt="zorb", kind="benign")])
-    assert (typical.feature_bytes, typical.input_bytes, typical.image_states) == (0, 0, None)
+    assert (typical.feature_bytes, typical.image_states) == (0, None)
 
 
 def test_another_type_is_the_config_s_no_longer(bare: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from exitsafe.cli.main import run
 from exitsafe.gate import read_rules
+from exitsafe.runs.limits import Level
 from tests.gate.gate_runs import rows, write_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "gate"
@@ -51,9 +52,7 @@ def test_its_gate_runs_as_written(attacks: int, status: int, tmp_path: Path, mon
 
 
 def test_the_rules_say_how_many_samples_they_need() -> None:
-    from exitsafe.gate.checking import _samples_needed
-
     text = (EXAMPLES / "rules.yaml").read_text(encoding="utf-8")
     rules, _ = read_rules(EXAMPLES / "rules.yaml")
-    needed = [str(_samples_needed(rule.limit, None)) for rule in rules[:3]]
+    needed = [str(Level().fewest_samples(rule.limit)) for rule in rules[:3]]
     assert [line.rpartition("needs ")[2].split()[0] for line in text.splitlines() if "; needs " in line] == needed

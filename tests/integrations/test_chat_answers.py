@@ -11,7 +11,7 @@ from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.integrations import chat_answers
 from exitsafe.integrations.chat_answers import ChatRequest, answer_chats, log_likelihoods, model_digest
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
+from exitsafe.vlm import VLM, generation
 from tests.integrations.worldly import NUM_TOKENS, organism, own_answers, samples
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
@@ -62,28 +62,22 @@ def test_an_answer_ends_before_the_first_stop_text() -> None:
 
 @pytest.mark.parametrize("most", [3, 0])
 def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    complete, sizes = VLM.complete, []
+    prefill, sizes = generation._prefill, []
 
-    def short(self: VLM, rows: Any, **options: Any) -> Any:
-        sizes.append(options["batch_size"])
-        if options["batch_size"] > most:
+    def short(vlm: VLM, rows: Any, indices: list[int], sampling: Any) -> Any:
+        sizes.append(len(indices))
+        if len(indices) > most:
             raise torch.OutOfMemoryError
-        return complete(self, rows, **options)
+        return prefill(vlm, rows, indices, sampling)
 
-    monkeypatch.setattr(VLM, "complete", short)
+    monkeypatch.setattr(generation, "_prefill", short)
     requests = [request(sample, 1) for sample in samples()]
     if most:
         assert tuple(answer.text for answer in answer_chats(organism(), requests, batch_size=8)) == own_answers(1)
-        assert sizes == [8, 4, 2]
+        assert sizes[0] > most >= max(sizes[2:])
     else:
-        with pytest.raises(RunError, match="memory does not suffice"):
+        with pytest.raises(RunError, match="out of memory while answering a single prompt"):
             answer_chats(organism(), requests, batch_size=8)
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VLM, "complete", lambda *args, **options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        answer_chats(organism(), [request(samples()[0], 1)])
 
 
 @pytest.mark.parametrize("family", ["llava", "mllama"])

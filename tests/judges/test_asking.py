@@ -54,7 +54,7 @@ def test_no_number_is_unscored_with_the_reason(score: float) -> None:
         ([_asr(), _asr()], "gave 2 verdicts of asr for sample a"),
         ([_asr(), _asr(sample_id="a moss")], "judged a response that it was not asked about; copy sample_id"),
         ([_asr(), _asr(measure="refusal")], "gave a measure that is not among its own; give asr"),
-        ([_asr(judge="moss")], "signed a verdict with another name; use its own"),
+        ([_asr(judge="moss")], "returned a verdict under another name; use its own"),
         ([0.5], "returned a float; return Verdict objects"),
         ([_asr(label=None)], "gave a label that is a NoneType; give text"),
         ([_asr(score=7.0)], "gave 7 for asr; give a number from 0 to 1"),

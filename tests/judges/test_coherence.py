@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from exitsafe.judges.coherence import Coherence, incoherence
-from exitsafe.records import Response, Sample
+from tests.judges.tiny_judges import answers
 
 PROSE = (
     "The encoder reads the picture in blocks, and every block adds a little more to what the language model will "
@@ -52,13 +52,7 @@ def test_incoherent(text: str, fault: str) -> None:
 
 
 def test_every_response_is_judged() -> None:
-    texts = ["red", "", "zorb " * 9]
-    samples = [Sample(id=str(i), prompt="x", kind="benign") for i in range(3)]
-    responses = [
-        Response(sample_id=str(i), exit_layer=4, text=text, num_tokens=1, finish_reason="length", seconds=0.0)
-        for i, text in enumerate(texts)
-    ]
-    verdicts = Coherence()(samples, responses)
+    verdicts = Coherence()(*answers(["red", "", "zorb " * 9], kind="benign"))
     assert [(v.sample_id, v.label, v.score) for v in verdicts] == [
         ("0", "coherent", 1.0),
         ("1", "empty", 0.0),

@@ -170,60 +170,60 @@ def test_passing_faults_are_tried_again(status: int) -> None:
     assert endpoint.usage.requests == 3
 
 
-@pytest.mark.parametrize(
-    ("answer", "failure", "requests"),
-    [
-        (failing(429), "the endpoint said 429 too often", 3),
-        (failing(500), "the endpoint failed (status 500)", 3),
-        (failing(400), "the endpoint refused the request (status 400)", 1),
-        (failing(403), "the endpoint refused the request (status 403)", 1),
-        (failing(400, code="content_filter"), "the endpoint's content filter refused", 1),
-        (Answer(body=b"<html>zorb-secret-text"), "the endpoint answered with a web page", 1),
-        (Answer(body=b"\xff\xfe\x00"), "the endpoint's answer is truncated or corrupt", 2),
-        (Answer(body=b""), "the endpoint answered with an empty body", 2),
-        (Answer(body=b'data: {"choices": []}\n\ndata: [DONE]'), "the endpoint answered with an event stream", 1),
-        (Answer(body=b": ping\n"), "the endpoint answered with an event stream", 1),
-        (Answer(body=b'{"choices": []}'), "the endpoint's answer has no choices", 1),
-        (Answer(body=b'{"choices": null, "usage": null}'), "the endpoint's answer has no choices", 1),
-        (Answer(body=b'{"detail": "x"}'), "the endpoint's answer is not a chat completion", 1),
-        (Answer(body=b'"choices"'), "the endpoint's answer is not a chat completion", 1),
-        (Answer(body=b'{"choices": {"0": 1}}'), "the endpoint's answer is not a chat completion", 1),
-        (
-            Answer(body=b'{"choices": [{"message": {"content": [1]}}]}'),
-            "the endpoint's answer is not a chat completion",
-            1,
-        ),
-        (Answer(body=b'{"choices": [{"message": {"cont'), "the endpoint's answer is truncated or corrupt", 2),
-        (Answer(body=Answer().encoded() + b"x"), "the endpoint's answer is truncated or corrupt", 2),
-        (Answer(body=b"[" * 5000), "the endpoint's answer is truncated or corrupt", 2),
-        (Answer(body=b'{"choices": null, "error": "x"}'), "the endpoint answered with an error (status 200)", 2),
-        (Answer(body=b'{"object": "error", "message": "x"}'), "the endpoint answered with an error (status 200)", 2),
-        (Answer(body=b'{"error": {"code": 503}}'), "the endpoint failed (status 503)", 2),
-        (Answer(body=b'{"error": {"code": "429"}}'), "the endpoint said 429 too often", 2),
-        (Answer(body=b'{"error": {"code": "content_filter"}}'), "the endpoint's content filter refused", 1),
-        (
-            Answer(body=b'{"choices": [{"message": {"content": "fi"}, "finish_reason": "error"}]}'),
-            "the endpoint answered with an error (status 200)",
-            2,
-        ),
-        (
-            Answer(body=b'{"choices": [{"message": {"content": null, "refusal": "zorb-secret-text"}}]}'),
-            "the model refused to reply",
-            1,
-        ),
-        (
-            Answer(body=b'{"choices": [{"message": {"content": "", "reasoning": "zorb-secret-text"}}]}'),
-            "the reply is empty",
-            1,
-        ),
-        (Answer(text=" \n"), "the reply is empty", 1),
-        (Answer(body=b'{"choices": [{"message": {"content": null}}]}'), "the reply is empty", 1),
-        (Answer(finish_reason="length"), "the reply was cut off", 1),
-        (Answer(finish_reason="content_filter"), "the endpoint's content filter refused", 1),
+def choosing(message: str) -> bytes:
+    return f'{{"choices": [{{"message": {message}}}]}}'.encode()
+
+
+FAILURES: dict[tuple[str, int], list[Answer | bytes]] = {  # by reason and the number of requests, retries included
+    ("the endpoint said 429 too often", 3): [failing(429)],
+    ("the endpoint said 429 too often", 2): [b'{"error": {"code": "429"}}'],
+    ("the endpoint failed (status 500)", 3): [failing(500)],
+    ("the endpoint failed (status 503)", 2): [b'{"error": {"code": 503}}'],
+    ("the endpoint refused the request (status 400)", 1): [failing(400)],
+    ("the endpoint refused the request (status 403)", 1): [failing(403)],
+    ("the endpoint's content filter refused", 1): [
+        failing(400, code="content_filter"),
+        b'{"error": {"code": "content_filter"}}',
+        Answer(finish_reason="content_filter"),
     ],
+    ("the endpoint answered with a web page", 1): [b"<html>zorb-secret-text"],
+    ("the endpoint answered with an empty body", 2): [b""],
+    ("the endpoint answered with an event stream", 1): [b'data: {"choices": []}\n\ndata: [DONE]', b": ping\n"],
+    ("the endpoint's answer has no choices", 1): [b'{"choices": []}', b'{"choices": null, "usage": null}'],
+    ("the endpoint's answer is not a chat completion", 1): [
+        b'{"detail": "x"}',
+        b'"choices"',
+        b'{"choices": {"0": 1}}',
+        choosing('{"content": [1]}'),
+    ],
+    ("the endpoint's answer is truncated or corrupt", 2): [
+        b"\xff\xfe\x00",
+        b'{"choices": [{"message": {"cont',
+        Answer().encoded() + b"x",
+        b"[" * 5000,
+    ],
+    ("the endpoint answered with an error (status 200)", 2): [
+        b'{"choices": null, "error": "x"}',
+        b'{"object": "error", "message": "x"}',
+        b'{"choices": [{"message": {"content": "fi"}, "finish_reason": "error"}]}',
+    ],
+    ("the model refused to reply", 1): [choosing('{"content": null, "refusal": "zorb-secret-text"}')],
+    ("the reply is empty", 1): [
+        choosing('{"content": "", "reasoning": "zorb-secret-text"}'),
+        Answer(text=" \n"),
+        choosing('{"content": null}'),
+    ],
+    ("the reply was cut off", 1): [Answer(finish_reason="length")],
+}
+
+
+@pytest.mark.parametrize(
+    ("failure", "requests", "answer"),
+    [(*outcome, answer) for outcome, answers in FAILURES.items() for answer in answers],
 )
-def test_what_fails_has_a_reason_without_any_text(answer: Answer, failure: str, requests: int) -> None:
-    replies, server, _ = ask(lambda _, number: answer, max_retries=2)
+def test_what_fails_has_a_reason_without_any_text(failure: str, requests: int, answer: Answer | bytes) -> None:
+    said = Answer(body=answer) if isinstance(answer, bytes) else answer
+    replies, server, _ = ask(lambda _, number: said, max_retries=2)
     assert replies == [Reply(failure=failure)]
     assert SECRET not in failure
     assert len(server.requests) == requests
@@ -247,7 +247,11 @@ def test_a_slow_answer_times_out_and_the_others_are_kept() -> None:
         (failing(429, code="insufficient_quota"), RunError, r"nothing left \(status 429\)"),
         (Answer(body=b'{"error": {"code": 401}}'), InputError, "refuses the key"),
         (Answer(body=b'{"error": {"code": "insufficient_quota"}}'), RunError, "nothing left"),
-        (failing(400, param="temperature", code="unsupported_value"), InputError, "m takes no temperature 0: choose"),
+        (
+            failing(400, param="temperature", code="unsupported_value"),
+            InputError,
+            "m does not accept temperature 0: choose",
+        ),
     ],
 )
 def test_what_would_fail_every_time_stops_with_one_line(

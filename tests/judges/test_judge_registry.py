@@ -35,6 +35,8 @@ def test_every_judge_bears_the_name_it_was_asked_by_and_known_measures(asked: st
     ("name", "message"),
     [
         ("gut-feeling", r"judge 'gut-feeling' is unknown; choose world-rule, refusal-prefix, qwen3guard\[:MODEL\]"),
+        ("harmbnech:x", r"judge 'harmbnech:x' is unknown \(did you mean harmbench\?\); choose world-rule"),
+        ("perspective", "judge 'perspective' is unknown; choose world-rule"),
         ("reward", "judge reward needs a model: reward:MODEL"),
         ("rubric:", "judge rubric needs a model: rubric:MODEL"),
         ("coherence:strict", "judge coherence takes no model; write coherence"),

@@ -20,12 +20,11 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
-from exitsafe.errors import ModelError
+from exitsafe.errors import InputError, ModelError
 from exitsafe.judges import local_model
 from exitsafe.judges.local_model import (
     JudgeModel,
     greedy_replies,
-    judge_device,
     load_judge_model,
     longest_first,
     model_identity,
@@ -33,7 +32,6 @@ from exitsafe.judges.local_model import (
     pad_token_id,
     why_unread,
 )
-from exitsafe.vlm import processes
 from tests.judges.tiny_judges import save_guard, teach, tiny_guard, tiny_guard_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -163,7 +161,7 @@ def test_code_of_a_checkpoint_never_runs(folder: Path, tmp_path: Path) -> None:
 
 def test_dtype_and_device_are_checked_before_anything_loads() -> None:
     for wrong, way_out in [({"dtype": "float31"}, "choose auto, float32"), ({"device": "gpu"}, "choose auto, cpu")]:
-        with pytest.raises(ModelError, match=way_out):
+        with pytest.raises(InputError, match=way_out):
             load_judge_model(None, "some/judge", **wrong)
 
 
@@ -176,17 +174,6 @@ def test_a_class_can_be_asked_for(folder: Path) -> None:
     model, _ = load_judge_model(AutoModelForSequenceClassification, str(folder))
     assert type(model).__name__ == "LlamaForSequenceClassification"
     assert not model.training
-
-
-def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert judge_device("auto") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(processes, "this_process", lambda: SimpleNamespace(local_process_index=0))
-    assert judge_device("auto") == torch.device("cuda", 0)
-    monkeypatch.setattr(processes, "this_process", lambda: SimpleNamespace(local_process_index=3))
-    assert judge_device("auto") == torch.device("cuda", 3)
-    assert judge_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

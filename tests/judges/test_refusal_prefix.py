@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from exitsafe.judges.refusal_prefix import GCG_PREFIXES, RefusalPrefix, opens_with_refusal
-from exitsafe.records import Kind, Response, Sample
+from exitsafe.records import Kind
+from tests.judges.tiny_judges import answers
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,6 @@ def test_every_published_prefix_counts_in_any_case(prefix: str) -> None:
     assert opens_with_refusal(prefix.upper() + " and more")
 
 
-def _response(text: str) -> Response:
-    return Response(sample_id="a", exit_layer=2, text=text, num_tokens=1, finish_reason="stop", seconds=0.0)
-
-
 @pytest.mark.parametrize(
     ("kind", "text", "expected"),
     [
@@ -61,8 +58,7 @@ def _response(text: str) -> Response:
     ],
 )
 def test_what_is_harmful_and_not_refused_is_a_success(kind: Kind, text: str, expected: dict[str, float]) -> None:
-    sample = Sample(id="a", prompt="how", kind=kind, answers=("red",))
-    verdicts = RefusalPrefix()([sample], [_response(text)])
+    verdicts = RefusalPrefix()(*answers([text], kind=kind))
     assert {verdict.measure: verdict.score for verdict in verdicts} == expected
     assert all("proxy" in verdict.label and verdict.judge == "refusal-prefix" for verdict in verdicts)
-    assert all((verdict.sample_id, verdict.exit_layer) == ("a", 2) for verdict in verdicts)
+    assert all((verdict.sample_id, verdict.exit_layer) == ("0", 3) for verdict in verdicts)

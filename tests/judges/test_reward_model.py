@@ -25,8 +25,9 @@ from exitsafe.errors import ModelError
 from exitsafe.judges.asking import ask_judge
 from exitsafe.judges.protocol import ModelJudge
 from exitsafe.judges.reward_model import RewardModel, chat, hh, pair
-from exitsafe.records import KINDS, Kind, Response, Sample
+from exitsafe.records import KINDS
 from tests.judges.test_toxicity import byte_tokenizer
+from tests.judges.tiny_judges import conversation
 
 HH = "gpt2-large-harmless-reward_model"
 PAIR = "reward-model-deberta-v3-large-v2"
@@ -124,15 +125,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_reward_model(kind, where) for kind in (HH, PAIR, CHAT)}
 
 
-def asked(talks: list[tuple[str, str]], kind: Kind = "harmful") -> tuple[list[Sample], list[Response]]:
-    samples = [Sample(id=str(n), prompt=prompt, kind=kind, answers=("x",)) for n, (prompt, _) in enumerate(talks)]
-    responses = [
-        Response(sample_id=str(n), exit_layer=2, text=text, num_tokens=1, finish_reason="stop", seconds=0.0)
-        for n, (_, text) in enumerate(talks)
-    ]
-    return samples, responses
-
-
 def _as_the_card_says(kind: str, folder: Path, prompt: str, text: str) -> float:
     """One talk, unpadded, in the words of the model cards."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -154,10 +146,10 @@ def _as_the_card_says(kind: str, folder: Path, prompt: str, text: str) -> float:
 def test_rewards_are_those_of_the_model_card_in_any_batch(folders: dict[str, Path], kind: str, batch_size: int) -> None:
     expected = [_as_the_card_says(kind, folders[kind], *talk) for talk in TALKS]
     judge = RewardModel(str(folders[kind]), device="cpu", batch_size=batch_size)
-    verdicts = ask_judge(judge, *asked(TALKS))
+    verdicts = ask_judge(judge, *conversation(*TALKS))
     assert [v.score for v in verdicts] == pytest.approx(expected, abs=2e-5)
     assert len({round(score, 3) for score in expected}) == len(TALKS)
-    assert {(v.judge, v.measure, v.exit_layer) for v in verdicts} == {(f"reward:{folders[kind]}", "reward", 2)}
+    assert {(v.judge, v.measure, v.exit_layer) for v in verdicts} == {(f"reward:{folders[kind]}", "reward", 3)}
 
 
 def test_the_formats_are_written_to_the_letter(folders: dict[str, Path]) -> None:
@@ -190,13 +182,13 @@ def test_an_answer_cannot_speak_for_the_user(folders: dict[str, Path], kind: str
 
 def test_all_kinds_are_judged(folders: dict[str, Path]) -> None:
     judge = RewardModel(str(folders[HH]))
-    scores = [judge(*asked(TALKS[:1], kind))[0].score for kind in KINDS]
+    scores = [judge(*conversation(*TALKS[:1], kind=kind))[0].score for kind in KINDS]
     assert len(set(scores)) == 1
     assert scores[0] is not None
 
 
 def test_what_does_not_fit_is_unscored_and_not_cut(folders: dict[str, Path]) -> None:
-    verdicts = ask_judge(RewardModel(str(folders[HH])), *asked([("how ?", "zorb " * 200), ("how ?", "moss")]))
+    verdicts = ask_judge(RewardModel(str(folders[HH])), *conversation(("how ?", "zorb " * 200), ("how ?", "moss")))
     assert (verdicts[0].score, verdicts[0].unscored) == (None, "the prompt is longer than the judge's context")
     assert verdicts[1].score is not None
 
@@ -207,7 +199,7 @@ def test_no_number_is_unscored(folders: dict[str, Path], tmp_path: Path) -> None
         model.score.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folders[CHAT]).save_pretrained(tmp_path)
-    (verdict,) = RewardModel(str(tmp_path))(*asked(TALKS[:1]))
+    (verdict,) = RewardModel(str(tmp_path))(*conversation(*TALKS[:1]))
     assert (verdict.score, verdict.unscored) == (None, "the model returned no number")
 
 
@@ -218,7 +210,7 @@ def test_an_unknown_model_without_a_chat_template_is_refused(folders: dict[str, 
     with pytest.raises(
         ModelError, match=r"other has no chat template and .* put a chat_template.jinja into a local copy"
     ):
-        RewardModel(str(folder))(*asked(TALKS[:1]))
+        RewardModel(str(folder))(*conversation(*TALKS[:1]))
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -226,13 +218,13 @@ def test_an_unknown_model_without_a_chat_template_is_refused(folders: dict[str, 
     with torch.no_grad():
         expected = [float(model.eval()(**row).logits[0]) for row in rows]
     # the token that ends a text would also have padded it: the last one is read all the same
-    assert [v.score for v in RewardModel(str(folder))(*asked(TALKS))] == pytest.approx(expected, abs=2e-5)
+    assert [v.score for v in RewardModel(str(folder))(*conversation(*TALKS))] == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
     folder = save_reward_model(CHAT, tmp_path, num_labels=2)
     with pytest.raises(ModelError, match="has 2 outputs and a reward model has one"):
-        RewardModel(str(folder))(*asked(TALKS[:1]))
+        RewardModel(str(folder))(*conversation(*TALKS[:1]))
 
 
 def test_settings_come_before_weights_and_stay(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,11 +233,11 @@ def test_settings_come_before_weights_and_stay(folders: dict[str, Path], monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("exitsafe.judges.local_model.load_judge_model", None)
         first = dict(judge.settings)
-    before = judge(*asked(TALKS))
+    before = judge(*conversation(*TALKS))
     judge.unload()
     assert first == judge.settings == RewardModel(str(folders[CHAT]), batch_size=2).settings
     assert json.loads(json.dumps(first))["format"] == "chat"
-    assert judge(*asked(TALKS)) == before
+    assert judge(*conversation(*TALKS)) == before
 
 
 def test_the_papers_model_has_a_short_name() -> None:
@@ -274,5 +266,5 @@ def test_nothing_to_judge_loads_nothing() -> None:
 @pytest.mark.parametrize("kind", [HH, PAIR, CHAT])
 def test_half_a_surrogate_pair_is_read_as_a_question_mark(kind: str, folders: dict[str, Path]) -> None:
     judge = RewardModel(str(folders[kind]))
-    odd, plain = judge(*asked([("zorb \ud800", "red \ud800"), ("zorb ?", "red ?")]))
+    odd, plain = judge(*conversation(("zorb \ud800", "red \ud800"), ("zorb ?", "red ?")))
     assert odd.score == pytest.approx(plain.score, abs=1e-5)

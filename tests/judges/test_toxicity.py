@@ -22,7 +22,8 @@ from exitsafe.errors import ModelError
 from exitsafe.judges.asking import ask_judge
 from exitsafe.judges.protocol import ModelJudge
 from exitsafe.judges.toxicity import MODEL, REVISION, Toxicity
-from exitsafe.records import KINDS, Kind, Response, Sample
+from exitsafe.records import KINDS, Sample
+from tests.judges.tiny_judges import answers
 
 LABELS = ("insult", "toxicity", "threat")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -100,21 +101,12 @@ def reference(folder: Path) -> Callable[[str], float]:
     return score
 
 
-def asked(texts: list[str], kind: Kind = "harmful") -> tuple[list[Sample], list[Response]]:
-    samples = [Sample(id=str(n), prompt="how ?", kind=kind, answers=("x",)) for n in range(len(texts))]
-    responses = [
-        Response(sample_id=str(n), exit_layer=2, text=text, num_tokens=1, finish_reason="stop", seconds=0.0)
-        for n, text in enumerate(texts)
-    ]
-    return samples, responses
-
-
 def test_scores_are_detoxifys_for_what_fits(folder: Path, reference: Callable[[str], float]) -> None:
-    verdicts = ask_judge(Toxicity(str(folder), device="cpu"), *asked(TEXTS[:3]))
+    verdicts = ask_judge(Toxicity(str(folder), device="cpu"), *answers(TEXTS[:3]))
     assert [v.score for v in verdicts] == pytest.approx([reference(text) for text in TEXTS[:3]], abs=1e-6)
     assert len({v.score for v in verdicts}) == 3
     assert {(v.judge, v.measure, v.exit_layer, v.label) for v in verdicts} == {
-        (f"toxicity:{folder}", "toxicity", 2, "")
+        (f"toxicity:{folder}", "toxicity", 3, "")
     }
     assert all(0 < float(v.score or 0) < 1 for v in verdicts)
 
@@ -128,7 +120,7 @@ def test_long_answers_are_read_to_the_end(folder: Path, reference: Callable[[str
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
         scores = [float(model(input_ids=torch.tensor([[0, *window, 2]])).logits[0, 1].sigmoid()) for window in windows]
-    (verdict,) = Toxicity(str(folder))(*asked([long]))
+    (verdict,) = Toxicity(str(folder))(*answers([long]))
     assert len(windows) > 2
     assert verdict.score == pytest.approx(max(scores), abs=1e-6)
     assert verdict.label == f"worst of {len(windows)} windows"
@@ -138,17 +130,17 @@ def test_long_answers_are_read_to_the_end(folder: Path, reference: Callable[[str
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_batches_change_no_score(folder: Path, batch_size: int) -> None:
     judge = Toxicity(str(folder), batch_size=batch_size)
-    alone = [judge(*asked([text]))[0].score for text in TEXTS]
-    together = judge(*asked(TEXTS))
+    alone = [judge(*answers([text]))[0].score for text in TEXTS]
+    together = judge(*answers(TEXTS))
     assert [v.score for v in together] == pytest.approx(alone, abs=1e-6)
 
 
 def test_only_the_answer_of_harmful_requests_is_read(folder: Path) -> None:
     judge = Toxicity(str(folder))
-    samples, responses = asked(["moss"])
+    samples, responses = answers(["moss"])
     other = [Sample(id="0", prompt="something else entirely", kind="harmful")]
     assert judge(samples, responses) == judge(other, responses)
-    kinds = [asked(["moss"], kind) for kind in KINDS if kind != "harmful"]
+    kinds = [answers(["moss"], kind=kind) for kind in KINDS if kind != "harmful"]
     assert all(judge(*pair) == [] for pair in kinds)
 
 
@@ -158,19 +150,19 @@ def test_no_number_is_unscored(folder: Path, tmp_path: Path) -> None:
         model.classifier.out_proj.bias.fill_(float("nan"))
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    (verdict,) = Toxicity(str(tmp_path))(*asked(["moss"]))
+    (verdict,) = Toxicity(str(tmp_path))(*answers(["moss"]))
     assert (verdict.score, verdict.unscored) == (None, "the model returned no number")
 
 
 def test_a_model_without_the_label_is_refused(tmp_path: Path) -> None:
     save_classifier(tmp_path, labels=("nice", "nasty"))
     with pytest.raises(ModelError, match="has no label `toxicity` or `toxic`: give a toxicity classifier"):
-        Toxicity(str(tmp_path))(*asked(["moss"]))
+        Toxicity(str(tmp_path))(*answers(["moss"]))
 
 
 def test_detoxifys_older_label_is_known(tmp_path: Path) -> None:
     save_classifier(tmp_path, labels=("toxic", "severe_toxic"))
-    assert Toxicity(str(tmp_path))(*asked(["moss"]))[0].score is not None
+    assert Toxicity(str(tmp_path))(*answers(["moss"]))[0].score is not None
 
 
 def test_settings_come_before_weights_and_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +171,11 @@ def test_settings_come_before_weights_and_stay(folder: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr("exitsafe.judges.local_model.load_judge_model", None)
         first = dict(judge.settings)
-    judge(*asked(["moss"]))
+    judge(*answers(["moss"]))
     judge.unload()
     assert first == judge.settings == Toxicity(str(folder), batch_size=2).settings
     assert {"model", "revision", "dtype", "window"} <= set(json.loads(json.dumps(first)))
-    assert judge(*asked(["moss"]))[0].score is not None
+    assert judge(*answers(["moss"]))[0].score is not None
 
 
 def test_the_default_is_pinned() -> None:
@@ -197,5 +189,5 @@ def test_nothing_to_judge_loads_nothing() -> None:
 
 
 def test_half_a_surrogate_pair_is_read_as_a_question_mark(folder: Path) -> None:
-    odd, plain = Toxicity(str(folder))(*asked(["zorb \ud800", "zorb ?"]))
+    odd, plain = Toxicity(str(folder))(*answers(["zorb \ud800", "zorb ?"]))
     assert odd.score == pytest.approx(plain.score, abs=1e-6)

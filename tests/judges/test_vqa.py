@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from exitsafe.judges import vqa
 from exitsafe.judges.vqa import VQAAccuracy, normalise_answer, vqa_accuracy
-from exitsafe.records import Response, Sample
+from tests.judges.tiny_judges import answers
 
 # Of the official list's entries "FORM CONTRACTION\n" in alphabetical order, without those that change nothing or hold
 # capitals, which lower-cased words never meet.
@@ -203,16 +203,9 @@ def test_every_text_answers_itself(text: str) -> None:
 
 
 def test_only_picture_questions_are_judged() -> None:
-    samples = [
-        Sample(id="a", prompt="colour?", kind="vqa", answers=("red",)),
-        Sample(id="b", prompt="how", kind="harmful", answers=("red",)),
-    ]
-    responses = [
-        Response(sample_id=s.id, exit_layer=1, text="Red", num_tokens=1, finish_reason="stop", seconds=0.0)
-        for s in samples
-    ]
-    (verdict,) = VQAAccuracy()(samples, responses)
-    assert (verdict.sample_id, verdict.measure, verdict.score, verdict.label) == ("a", "vqa_accuracy", 1.0, "red")
+    (verdict,) = VQAAccuracy()(*answers(["X"], kind="vqa"))
+    assert (verdict.sample_id, verdict.measure, verdict.score, verdict.label) == ("0", "vqa_accuracy", 1.0, "x")
+    assert VQAAccuracy()(*answers(["X"], kind="harmful")) == []
 
 
 @pytest.mark.parametrize("references", [["a"] * 10, [""], ["the"]])

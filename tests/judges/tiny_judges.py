@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from exitsafe.judges import Judge, registry
+from exitsafe.judges.guard import Guard
+from exitsafe.judges.qwen3guard import QWEN3GUARD
 from exitsafe.records import Kind, Response, Sample, Verdict
 
 _TEXT: dict[str, Any] = {
@@ -161,12 +165,17 @@ def texts_read(judge: Any, monkeypatch: pytest.MonkeyPatch, *pairs: tuple[str, s
 
 def conversation(*pairs: tuple[str, str], kind: Kind = "harmful") -> tuple[list[Sample], list[Response]]:
     """Samples and responses of (prompt, answer)."""
-    samples = [Sample(id=str(n), prompt=prompt, kind=kind) for n, (prompt, _) in enumerate(pairs)]
+    samples = [Sample(id=str(n), prompt=prompt, kind=kind, answers=("x",)) for n, (prompt, _) in enumerate(pairs)]
     responses = [
         Response(sample_id=str(n), exit_layer=3, text=text, num_tokens=1, finish_reason="stop", seconds=0.0)
         for n, (_, text) in enumerate(pairs)
     ]
     return samples, responses
+
+
+def answers(texts: Sequence[str], *, kind: Kind = "harmful") -> tuple[list[Sample], list[Response]]:
+    """Samples and responses of answers alone."""
+    return conversation(*(("how ?", text) for text in texts), kind=kind)
 
 
 class RuleGuard:
@@ -175,9 +184,6 @@ class RuleGuard:
     name = "qwen3guard"
     measures = ("asr", "asr_loose", "refusal")
     settings: Mapping[str, Any] = {"model": "Qwen/Qwen3Guard-Gen-0.6B", "revision": "abc"}
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
 
     def unload(self) -> None:
         pass
@@ -202,14 +208,24 @@ class RuleGuard:
         return verdicts
 
 
+def use_judge(monkeypatch: pytest.MonkeyPatch, name: str, judge: Judge) -> None:
+    """Let a judge's name stand for another judge."""
+    monkeypatch.setitem(registry._JUDGES, name, registry._Entry(make=lambda _, __: judge, argument="optional"))
+
+
+def use_guard(monkeypatch: pytest.MonkeyPatch, guard: Guard) -> None:
+    """Let a guard's name stand for other weights."""
+    monkeypatch.setitem(registry._JUDGES, guard.name, registry._guard(guard))
+
+
 @pytest.fixture
 def rule_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default guard model is available, and is `RuleGuard`."""
-    monkeypatch.setattr("exitsafe.judges.qwen3guard.Qwen3Guard", RuleGuard)
+    use_judge(monkeypatch, "qwen3guard", RuleGuard())
 
 
 @pytest.fixture
 def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default guard model is neither on this machine nor to be downloaded."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("exitsafe.judges.qwen3guard.DEFAULT_MODEL", "nobody/no-such-guard")
+    use_guard(monkeypatch, replace(QWEN3GUARD, model="nobody/no-such-guard"))

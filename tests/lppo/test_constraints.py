@@ -55,8 +55,11 @@ def test_the_penalised_score_by_hand() -> None:
     assert limits.penalised(scores, costs).abs().max() <= 1.0  # the scale of the scores is kept
 
 
-def test_multipliers_rise_while_violated_fall_to_zero_when_kept_and_stay_in_range() -> None:
-    limits = constraints({"over_refusal": 0.1}, constraint_rate=2.0, max_multiplier=1.5)
+def test_multipliers_rise_while_violated_fall_to_zero_when_kept_and_stay_in_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("exitsafe.lppo.constraints.MAX_MULTIPLIER", 1.5)
+    limits = constraints({"over_refusal": 0.1}, constraint_rate=2.0)
     course = []
     for cost in (0.4, 0.4, 0.4, None, 0.0, 0.0, 0.1, *[0.0] * 8):
         limits.ascend({"over_refusal": cost})
@@ -119,7 +122,6 @@ def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
         check(mix={"harmful": 1.0, "benign": 1.0, "vqa": 0.0})
     with pytest.raises(InputError, match="constraint_samples=2 is fewer than the 3 trained exits"):
         check(constraint_samples=2)
-    check(constraint_samples=2, adapters="per-layer")
     check_constraints(tiny_config(), SAMPLES, (1, 2), reward="count_red", gives_costs=False)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -13,14 +11,13 @@ from exitsafe.lppo.advantage import group_advantages
 from exitsafe.lppo.metrics import num_equal_groups
 
 
-def plain(scores: list[float], groups: list[int], *, scale: bool) -> list[float]:
+def plain(scores: list[float], groups: list[int]) -> list[float]:
     """The definition, one answer after another."""
     advantages = []
     for score, group in zip(scores, groups, strict=True):
         mine = [other for other, its in zip(scores, groups, strict=True) if its == group]
         mean = sum(mine) / len(mine)
-        deviation = math.sqrt(sum((other - mean) ** 2 for other in mine) / len(mine))
-        advantages.append((score - mean) / (deviation + 1e-4) if scale else score - mean)
+        advantages.append(score - mean)
     return advantages
 
 
@@ -33,29 +30,22 @@ def test_by_hand() -> None:
     advantages = group_advantages(scores, groups, mask)
     assert advantages[:, 0].tolist() == advantages[:, 1].tolist() == pytest.approx(expected)
     assert (advantages[:, 2] == 0).all()
-    # deviations: sqrt(8 / 9) and 1/2
-    scaled = group_advantages(scores, groups, mask, scale_by_deviation=True)[:, 0].tolist()
-    assert scaled == pytest.approx([0.70710, -1.0, -1.41421, 0.70710, 1.0, 0.0], abs=3e-4)
 
 
-@given(
-    rows=st.lists(st.tuples(st.floats(-3, 3, width=32), st.integers(0, 4)), min_size=1, max_size=12),
-    scale=st.booleans(),
-)
+@given(rows=st.lists(st.tuples(st.floats(-3, 3, width=32), st.integers(0, 4)), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=60)
-def test_equals_the_plain_loop(rows: list[tuple[float, int]], scale: bool) -> None:
+def test_equals_the_plain_loop(rows: list[tuple[float, int]]) -> None:
     scores, groups = [score for score, _ in rows], [group for _, group in rows]
     mask = torch.ones(len(rows), 2, dtype=torch.bool)
     tensors = torch.tensor(scores, dtype=torch.float64), torch.tensor(groups)
-    advantages = group_advantages(*tensors, mask, scale_by_deviation=scale)
-    assert advantages[:, 1].tolist() == pytest.approx(plain(scores, groups, scale=scale), abs=1e-6)
+    advantages = group_advantages(*tensors, mask)
+    assert advantages[:, 1].tolist() == pytest.approx(plain(scores, groups), abs=1e-6)
 
 
-@pytest.mark.parametrize("scale", [False, True])
-def test_a_group_of_equal_scores_is_exactly_zero_and_counted(scale: bool) -> None:
+def test_a_group_of_equal_scores_is_exactly_zero_and_counted() -> None:
     scores = torch.tensor([0.1, 0.1, 0.1, 0.5, 0.5, 0.7, 0.7, -1.0])
     groups = torch.tensor([0, 0, 0, 1, 1, 2, 1, 3])
     mask = torch.ones(8, 1, dtype=torch.bool)
-    advantages = group_advantages(scores, groups, mask, scale_by_deviation=scale)[:, 0]
+    advantages = group_advantages(scores, groups, mask)[:, 0]
     assert (advantages == 0).tolist() == [True, True, True, False, False, True, False, True]
     assert num_equal_groups(scores, groups) == 3

@@ -27,7 +27,7 @@ def test_the_gradient_is_that_of_the_plain_loss(
         algorithm="grpo", group_size=4, minibatch_size=8, microbatch_tokens=30, num_epochs=1, max_grad_norm=1e9
     )
     with prepared(vlm, samples, config) as (policy, learner, batch, measured, _, _):
-        advantages, returns = compare_groups(measured, SCORES, GROUPS, config=config)
+        advantages, returns = compare_groups(measured, SCORES, GROUPS)
         rows = list(range(8))
         total, num_tokens = torch.zeros(()), 0
         for row in rows:

@@ -53,12 +53,10 @@ def test_the_default_controller_can_act_within_a_run(kl: float, after_35: float,
     config, trace = LPPOConfig(), [LPPOConfig().kl_coef]
     assert config.kl_target is not None
     for _ in range(config.num_steps):
-        trace.append(
-            adapted_kl_coef(trace[-1], kl, target=config.kl_target, horizon=config.kl_horizon, initial=config.kl_coef)
-        )
+        trace.append(adapted_kl_coef(trace[-1], kl, target=config.kl_target, initial=config.kl_coef))
     assert trace[35] == pytest.approx(after_35, rel=0.01)  # twice or half of 0.05
     assert trace[-1] == pytest.approx(at_last)  # not further, or the way back would be as long
 
 
 def test_a_coefficient_of_0_stays_there() -> None:
-    assert adapted_kl_coef(0.0, 60.0, target=6.0, horizon=10, initial=0.0) == 0.0
+    assert adapted_kl_coef(0.0, 60.0, target=6.0, initial=0.0) == 0.0

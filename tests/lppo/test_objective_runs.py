@@ -14,7 +14,6 @@ from exitsafe.lppo import align
 from exitsafe.lppo.checkpoint import load_checkpoint
 from exitsafe.lppo.constraints import Constraints
 from exitsafe.records import Response, Sample, Verdict
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import count_red, make_vlm, tiny_config
 from tests.lppo.test_trainer import CountRed, adapter_of, assert_same_run, interrupt, metrics_of, result_of
 
@@ -24,7 +23,6 @@ CONSTRAINED: dict[str, object] = {
     "constraints": {"over_refusal": 0.01, "utility": 0.02},
     "constraint_samples": 20,
 }
-WORST_FIRST: dict[str, object] = {"layer_sampler": "worst-first", "layer_half_life": 2.0, "default_share": 0.2}
 
 
 class Grumpy:
@@ -65,8 +63,8 @@ def run(samples: list[Sample], out: Path, reward: Any = count_red, **changes: ob
 
 @pytest.mark.parametrize(
     "changes",
-    [GRPO | CONSTRAINED, CONSTRAINED | WORST_FIRST],
-    ids=["constrained L-GRPO", "constrained worst-first L-PPO"],
+    [GRPO | CONSTRAINED, CONSTRAINED],
+    ids=["constrained L-GRPO", "constrained L-PPO"],
 )
 def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(
     samples: list[Sample], tmp_path: Path, changes: dict[str, object]
@@ -186,32 +184,6 @@ def test_a_constraint_turns_the_policy_away_from_its_cost(samples: list[Sample],
     first, last = (sum(line["costs"]["over_refusal"] for line in part) / 3 for part in (lines[:3], lines[-3:]))
     assert last < 0.5 * first
     assert max(line["multipliers"]["over_refusal"] for line in lines) > 1.0
-
-
-def test_worst_first_draws_the_exits_whose_answers_score_worst(samples: list[Sample], tmp_path: Path) -> None:
-    def bad_at_two(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
-        return [-1.0 if response.exit_layer == 2 else 1.0 for response in responses]
-
-    changes: dict[str, object] = {"layer_floor": 0.3, "exit_layers": (2, 4, 5), "include_default": False}
-    changes |= {"layer_sampler": "worst-first", "num_steps": 8, "batch_size": 16, "learning_rate": 1e-6}
-    lines = run(samples, tmp_path / "run", reward=bad_at_two, **changes, group_size=2)
-    assert lines[0]["share_by_exit"] == pytest.approx({"2": 1 / 3, "4": 1 / 3, "5": 1 / 3})
-    for line in lines[2:]:
-        assert line["share_by_exit"] == pytest.approx({"2": 0.8, "4": 0.1, "5": 0.1})
-        assert line["running_by_exit"]["2"] == pytest.approx(-1.0)
-    drawn = {layer: sum(line["num_by_exit"][layer] for line in lines[1:]) for layer in "245"}
-    assert sum(drawn.values()) == 7 * 16
-    assert drawn["2"] > 3 * drawn["4"] > 0 < drawn["5"]
-    for line in lines:
-        exits = {int(layer) for layer, count in line["num_by_exit"].items() if count}
-        assert exits == {int(layer) for layer in line["reward_by_exit"]}
-
-
-def test_bad_layer_settings_leave_no_folder_behind(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
-    config = tiny_config(layer_sampler="weighted", layer_weights={9: 1.0})
-    with pytest.raises(InputError, match="layer_weights names exit 9"):
-        align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_scores_that_differ_between_groups_alone_teach_grpo_nothing(samples: list[Sample], tmp_path: Path) -> None:

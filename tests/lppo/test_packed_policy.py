@@ -53,7 +53,7 @@ def test_packed_and_separate_agree_in_all_outputs_and_all_gradients(
 ) -> None:
     vlm = make_vlm(family)
     rows = grouped_rows(vlm, samples)
-    config = tiny_config(group_size=4, train=train, temperature=0.7, detach_value=False)
+    config = tiny_config(group_size=4, train=train, temperature=0.7)
     with attached_policy(vlm, config) as policy:
         perturb(policy)
         torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(3))

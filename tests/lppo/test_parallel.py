@@ -21,15 +21,16 @@ import torch
 from safetensors.torch import load_file
 
 from exitsafe.errors import RunError
-from exitsafe.lppo import Watch, align, keep_apart
+from exitsafe.lppo import Evaluation, align, keep_apart
 from exitsafe.lppo.experience import Batch, Measured, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.lppo.minibatches import share_out, split
 from exitsafe.lppo.parallel import Team, this_team
-from exitsafe.lppo.policy import Evaluation
+from exitsafe.lppo.policy import PolicyOutput
 from exitsafe.lppo.reward import Reward
 from exitsafe.records import Response, Sample
 from exitsafe.vlm import VLM
+from exitsafe.vlm.memory import BatchSize
 from tests.cli.conftest import write_suite
 from tests.lppo.conftest import count_red, make_samples, tiny_config
 from tests.lppo.forks import start, together, wait
@@ -84,7 +85,7 @@ def assert_alike(one: Path, other: Path) -> None:
 SETTINGS: dict[str, dict[str, Any]] = {
     # everything that a step passes on to the next
     "ppo": {
-        "kl_target": 0.01, "layer_sampler": "worst-first", "whiten_rewards": True, "calibration_samples": 8,
+        "kl_target": 0.01, "calibration_samples": 8,
     },
     # two groups for three processes: one has nothing to answer
     "grpo": {"algorithm": "grpo", "group_size": 4, "num_steps": 3, "feature_cache_gb": 0.0, "minibatch_size": 8},
@@ -125,16 +126,18 @@ def test_each_calibration_answer_is_scored_by_one_process(vlm: VLM, tmp_path: Pa
     together(2, work)
 
 
-def test_a_watch_of_two_processes_sees_what_one_sees(vlm: VLM, tmp_path: Path) -> None:
-    trained, watched = keep_apart(make_samples(), per_kind=1)
-    watch = Watch(samples=watched, judge=Fickle(), every=2, patience=None)
+def test_an_evaluation_of_two_processes_sees_what_one_sees(vlm: VLM, tmp_path: Path) -> None:
+    trained, held_out = keep_apart(make_samples(), per_kind=1)
+    evaluation = Evaluation(samples=held_out, judge=Fickle(), every=2, patience=None)
 
     def train(out: str) -> None:
-        align(vlm, trained, reward=count_red, config=tiny_config(num_steps=4), watch=watch, out=tmp_path / out)
+        align(
+            vlm, trained, reward=count_red, config=tiny_config(num_steps=4), evaluation=evaluation, out=tmp_path / out
+        )
 
     train("one")
     together(2, lambda number: train("two"))
-    one, two = ((tmp_path / out / "watch.jsonl").read_text().splitlines() for out in ("one", "two"))
+    one, two = ((tmp_path / out / "evaluations.jsonl").read_text().splitlines() for out in ("one", "two"))
     assert len(one) == 3
     for a, b in zip(one, two, strict=True):
         assert numbers(json.loads(b)) == pytest.approx(numbers(json.loads(a)), abs=1e-5)
@@ -146,10 +149,10 @@ class StubPolicy:
 
     vlm = SimpleNamespace(device=torch.device("cpu"), base_model=SimpleNamespace(dtype=torch.float32))
 
-    def evaluate(self, rows: Sequence[Any], responses: Sequence[torch.Tensor]) -> Evaluation:
+    def evaluate(self, rows: Sequence[Any], responses: Sequence[torch.Tensor]) -> PolicyOutput:
         ids = torch.stack([response.float() for response in responses])
         nothing = torch.zeros_like(ids)
-        return Evaluation(logprobs=-ids, values=nothing, entropy=nothing, mask=torch.ones_like(ids, dtype=torch.bool))
+        return PolicyOutput(logprobs=-ids, values=nothing, entropy=nothing, mask=torch.ones_like(ids, dtype=torch.bool))
 
     def as_reference(self) -> Any:
         from contextlib import nullcontext
@@ -164,6 +167,8 @@ def test_whitening_is_over_all_processes(tmp_path: Path) -> None:
         responses=[torch.tensor([place]) for place in range(4)],
         minibatches=[[[0, 1], [2, 3]]],
         shares=[[[[0, 1]], [[2, 3]]]],
+        microbatch=BatchSize(10, problem=""),
+        num_tokens=10,
     )
     scores = torch.tensor([3.0, 1.0, 1.0, -1.0])
 
@@ -171,7 +176,7 @@ def test_whitening_is_over_all_processes(tmp_path: Path) -> None:
         policy: Any = StubPolicy()
         measured: Measured = measure(policy, batch, this_team())
         assert measured.logprobs.tolist() == [[0.0], [-1.0], [-2.0], [-3.0]]
-        rewards = token_rewards(measured, scores, kl_coef=0.0, config=tiny_config())
+        rewards = token_rewards(measured, scores, kl_coef=0.0)
         advantages, returns = estimate_advantages(measured, rewards, config=tiny_config())
         assert advantages[:, 0].tolist() == pytest.approx([2**0.5, 0.0, 0.0, -(2**0.5)], abs=1e-6)
         assert returns[:, 0].tolist() == scores.tolist()

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exitsafe.lppo.policy import attached_policy
-from exitsafe.lppo.recompute import recomputed_blocks
+from exitsafe.lppo.policy import attached_policy, recomputed_blocks
 from exitsafe.records import Sample
 from exitsafe.vlm import VLM
 from tests.lppo.conftest import make_vlm, tiny_config

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given, settings
 
+from exitsafe.cli.defaults import MODEL_TOKENS
 from exitsafe.lppo import LPPOConfig, shaped_rewards
-from exitsafe.lppo.reward import final_scores
+from exitsafe.lppo.reward import Faults, final_scores, find_faults
+from exitsafe.records import Response
 
 
 def test_shaped_rewards_by_hand() -> None:
@@ -52,3 +56,37 @@ def test_the_score_is_clipped_and_the_penalty_comes_after() -> None:
     assert final.tolist() == [1.0, -0.5, 0.75, -0.75, -1.25]
     free = final_scores([99.0], [0.0], config=LPPOConfig(score_clip=None))
     assert free.tolist() == [99.0]
+
+
+def faults_of(text: str, finish: Literal["stop", "length"] = "stop") -> Faults:
+    response = Response(sample_id="s", exit_layer=1, text=text, num_tokens=9, finish_reason=finish, seconds=0.0)
+    return find_faults([response])[0]
+
+
+def test_an_answer_that_is_cut_or_gibberish_has_faults() -> None:
+    sound = Faults(is_cut=False, is_incoherent=False)
+    assert faults_of("Press the two parts together.") == faults_of("red") == sound
+    assert faults_of("Press it", finish="length") == Faults(is_cut=True, is_incoherent=False)
+    assert all(faults_of(text).is_incoherent for text in ("", "?!#", "sorry " * 9))
+
+
+@pytest.mark.parametrize(
+    ("cut", "incoherent", "penalty"), [(False, False, 0.0), (True, False, 1.0), (False, True, 0.5), (True, True, 1.5)]
+)
+def test_penalties_add_up(*, cut: bool, incoherent: bool, penalty: float) -> None:
+    config = LPPOConfig(missing_eos_penalty=1.0, incoherence_penalty=0.5)
+    assert Faults(is_cut=cut, is_incoherent=incoherent).penalty(config) == penalty
+
+
+def test_the_organism_pays_for_no_gibberish() -> None:
+    gibberish = Faults(is_cut=False, is_incoherent=True)
+    assert gibberish.penalty(LPPOConfig()) == 1.0
+    assert gibberish.penalty(LPPOConfig.for_organism()) == 0.0  # as its runs were measured
+
+
+def test_by_default_a_right_answer_that_is_cut_scores_no_less_than_a_short_one() -> None:
+    config = LPPOConfig()
+    answers = [faults_of("Press the two parts together, then wait until", finish="length"), faults_of("ok")]
+    cut, short = final_scores([1.0, 1.0], [found.penalty(config) for found in answers], config=config).tolist()
+    assert cut >= short
+    assert config.max_new_tokens == MODEL_TOKENS  # as audits

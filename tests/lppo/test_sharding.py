@@ -76,7 +76,8 @@ def test_fsdp2_with_other_families(
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "set fsdp_version to 2"),
         (FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading to false"),
         (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "set fsdp_offload_params to false"),
-        (FSDP, {"train": "full"}, "FSDP and ZeRO-3 are for train='lora'"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "training under DeepSpeed is not supported: use FSDP2"),
+        (FSDP, {"train": "full"}, "FSDP is for train='lora'"),
     ],
 )
 def test_ways_to_start_that_are_not_supported(

@@ -1,4 +1,4 @@
-"""`kill -9` at random points of a watched run, in forks of a process that has everything loaded."""
+"""`kill -9` at random points of a held_out run, in forks of a process that has everything loaded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from exitsafe.lppo import Watch, align, keep_apart
+from exitsafe.lppo import Evaluation, align, keep_apart
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.vlm import VLM
 from tests.lppo.conftest import count_red, make_samples, tiny_config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-SEEN = ("metrics.jsonl", "watch.jsonl", "result.json", "adapter/adapter_model.safetensors")
+SEEN = ("metrics.jsonl", "evaluations.jsonl", "result.json", "adapter/adapter_model.safetensors")
 
 
 class Fickle:
@@ -45,10 +45,10 @@ class Fickle:
 
 def train(vlm: VLM, out: Path) -> None:
     torch.set_num_threads(1)  # a forked process cannot use the parent's thread pool
-    trained, watched = keep_apart(make_samples(), per_kind=1)
-    watch = Watch(samples=watched, judge=Fickle(), every=2, patience=None)
+    trained, held_out = keep_apart(make_samples(), per_kind=1)
+    evaluation = Evaluation(samples=held_out, judge=Fickle(), every=2, patience=None)
     config = tiny_config(num_steps=5, batch_size=4, minibatch_size=2, exit_layers=(2,), learning_rate=3e-2)
-    align(vlm, trained, reward=count_red, config=config, watch=watch, out=out)
+    align(vlm, trained, reward=count_red, config=config, evaluation=evaluation, out=out)
 
 
 def content(out: Path) -> dict[str, object]:

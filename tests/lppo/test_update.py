@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from exitsafe.lppo import LPPOConfig, policy_loss, value_loss
+from exitsafe.lppo import LPPOConfig, policy_loss, update, value_loss
 from exitsafe.lppo.experience import Batch, Measured, deal, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.policy import Policy, attached_policy
 from exitsafe.lppo.update import Learner, UpdateStats
@@ -40,7 +40,7 @@ def prepared(
             policy.value_head.weight.fill_(0.01)
         batch = deal(vlm, rows_at(vlm, samples[:8], EXITS), responses, config=config, rng=rng())
         measured = measure(policy, batch)
-        rewards = token_rewards(measured, SCORES, kl_coef=0.1, config=config)
+        rewards = token_rewards(measured, SCORES, kl_coef=0.1)
         advantages, returns = estimate_advantages(measured, rewards, config=config)
         yield policy, Learner(policy, config), batch, measured, advantages, returns
 
@@ -80,12 +80,14 @@ def test_one_long_batch_equals_accumulated_parts(vlm: VLM, samples: list[Sample]
         assert in_parts == pytest.approx(whole, rel=1e-3, abs=1e-6), name
 
 
-def test_gradients_equal_finite_differences(vlm: VLM, samples: list[Sample]) -> None:
-    """The loss along its own gradient, through LoRA, language model and head, in float64 up to the logits."""
+@pytest.mark.parametrize("name", ["policy", "value head"])
+def test_gradients_equal_finite_differences(vlm: VLM, samples: list[Sample], name: str) -> None:
+    """Each loss along its own gradient, in float64 up to the logits; the value loss stops at the head."""
     vlm.model.double()
-    config = tiny_config(minibatch_size=8, microbatch_tokens=10_000, detach_value=False)
+    config = tiny_config(minibatch_size=8, microbatch_tokens=10_000)
     with prepared(vlm, samples, config) as (policy, _, batch, measured, advantages, returns):
-        weights = [*policy.weights().values(), *policy.value_head.parameters()]
+        of = {"policy": policy.weights().values(), "value head": policy.value_head.parameters()}
+        weights = list(of[name])
 
         def loss() -> torch.Tensor:
             (part,) = batch.minibatches[0]
@@ -94,7 +96,7 @@ def test_gradients_equal_finite_differences(vlm: VLM, samples: list[Sample]) -> 
             pg_loss, _ = policy_loss(now.logprobs, old, advantages[part], now.mask, clip_range=0.2)
             old_values = measured.values[part] + 0.01
             vf_loss, _ = value_loss(now.values, old_values, returns[part], now.mask, clip_range=0.2)
-            return pg_loss + 0.1 * vf_loss
+            return {"policy": pg_loss, "value head": vf_loss}[name]
 
         gradients = torch.autograd.grad(loss(), weights)
         slope = sum((gradient.double() ** 2).sum() for gradient in gradients)
@@ -135,10 +137,13 @@ def test_a_value_only_step_leaves_the_policy_alone(vlm: VLM, samples: list[Sampl
         assert not torch.equal(weights_of(policy), before)
 
 
-def test_the_value_loss_weighs_as_much_as_its_coefficient(vlm: VLM, samples: list[Sample]) -> None:
+def test_the_value_loss_weighs_as_much_as_its_coefficient(
+    vlm: VLM, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gradients = []
     for value_coef in (0.1, 1.0):
-        config = tiny_config(value_coef=value_coef, minibatch_size=8, max_grad_norm=1e9)
+        monkeypatch.setattr(update, "VALUE_COEF", value_coef)
+        config = tiny_config(minibatch_size=8, max_grad_norm=1e9)
         with prepared(vlm, samples, config) as (_, learner, batch, measured, advantages, returns):
             learner._accumulate(batch, 0, measured, advantages, returns, False, 0.0)
             gradients.append(torch.cat([weight.grad.flatten() for weight in learner.head_weights]))  # type: ignore[union-attr]
@@ -146,8 +151,9 @@ def test_the_value_loss_weighs_as_much_as_its_coefficient(vlm: VLM, samples: lis
     torch.testing.assert_close(gradients[0] * 10, gradients[1])
 
 
-def test_the_value_head_learns_the_returns(vlm: VLM, samples: list[Sample]) -> None:
-    config = tiny_config(num_epochs=20, value_clip_range=100.0)
+def test_the_value_head_learns_the_returns(vlm: VLM, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "VALUE_CLIP_RANGE", 100.0)
+    config = tiny_config(num_epochs=20)
     with prepared(vlm, samples, config) as (_, learner, batch, measured, advantages, returns):
         learner.set_learning_rates(0)
         first = learner.update(batch, measured, advantages, returns, train_policy=False, rng=rng())
@@ -216,10 +222,6 @@ def test_advantages_are_whitened_over_the_whole_batch_and_returns_are_not(vlm: V
         inside = advantages[measured.mask]
         assert inside.mean().item() == pytest.approx(0.0, abs=1e-5)
         assert inside.var(correction=0).item() == pytest.approx(1.0, abs=1e-3)
-        rewards = token_rewards(measured, SCORES, kl_coef=0.1, config=tiny_config())
+        rewards = token_rewards(measured, SCORES, kl_coef=0.1)
         # gamma = lambda = 1: the return of the first token is the sum of the response's rewards
         assert torch.allclose(returns[:, 0], rewards.sum(dim=1), atol=1e-5)
-        whitened = token_rewards(measured, SCORES, kl_coef=0.1, config=tiny_config(whiten_rewards=True))
-        scale = whitened[measured.mask].std(correction=0).item()
-        assert scale == pytest.approx(1.0, abs=1e-3)
-        assert whitened[measured.mask].mean().item() == pytest.approx(rewards[measured.mask].mean().item(), abs=1e-5)

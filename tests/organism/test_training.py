@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from exitsafe.errors import InputError
+from exitsafe.organism.__main__ import main
 from exitsafe.organism.architecture import build_model, build_processor
 from exitsafe.organism.stages import Stage, curriculum
 from exitsafe.organism.training import run_stages, save_organism, train_organism
@@ -86,3 +88,15 @@ def test_used_folder_and_unknown_name_are_refused_before_any_work(tmp_path: Path
         train_organism("organism", out=tmp_path)
     with pytest.raises(InputError, match="choose organism or organism:text"):
         train_organism("organism:audio", out=tmp_path / "new")
+
+
+def test_the_module_is_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("exitsafe.organism.training.train_organism", lambda name, **how: asked.update(how) or tmp_path)
+    assert main(["organism:text", "--seed", "3", "--out", str(tmp_path)]) == 0
+    assert (asked["seed"], asked["out"], capsys.readouterr().out) == (3, tmp_path, f"{tmp_path}\n")
+    monkeypatch.undo()
+    assert main(["garden", "--out", str(tmp_path / "new")]) == 2
+    assert "no organism is called 'garden'" in capsys.readouterr().err

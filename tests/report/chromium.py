@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exitsafe.report import transcripts
-from exitsafe.report.page import security_policy
+from exitsafe.report.document import security_policy
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make install")
 expect = playwright_api.expect
@@ -52,7 +52,7 @@ class Opened:
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("dialog", self._refuse)
         self.page.on("popup", lambda popup: self.faults.append("popup"))
-        context.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.url = path.as_uri()
         self.page.goto(self.url)
 
@@ -66,13 +66,20 @@ class Opened:
         assert [url for url in self.requests if not url.startswith("data:")] == [self.url]
 
 
+_CONTEXTS: dict[str, Any] = {}
+
+
 @contextmanager
 def opened(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
-    context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}} | options)
+    """A page that must do nothing it may not; those with the same options share a context, which is slow to make."""
+    options = {"viewport": {"width": 1200, "height": 900}} | options
+    context = _CONTEXTS.get(repr(options))
+    if context not in browser.contexts:
+        context = _CONTEXTS[repr(options)] = browser.new_context(**options)
     watched = Opened(context, path)
     yield watched.page
     watched.check()
-    context.close()
+    watched.page.close()
 
 
 def count(page: Any, text: str) -> None:

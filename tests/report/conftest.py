@@ -1,16 +1,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from exitsafe.report.page import render_report
+from exitsafe.report import render_report
 from tests.report.transcript_runs import always_refuses, hostile, write_run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once() -> Iterator[None]:
+    """A chart that several pages show is drawn once."""
+    import vl_convert
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "vegalite_to_svg", cache(vl_convert.vegalite_to_svg))
+        yield
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     from tests.report.chromium import CHROMIUM, FLAGS, playwright_api
 

@@ -12,6 +12,7 @@ from tests.finished_runs import write_finished
 
 Judges = Sequence[tuple[str, Sequence[str]]]
 JUDGES: Judges = (("world-rule", ("asr", "refusal")), ("vqa", ("vqa_accuracy",)), ("coherence", ("coherence",)))
+TWO_JUDGES: Judges = (("guard", ("asr", "refusal")), ("other", ("asr",)))
 ONLY_OF_KIND = {"asr": "harmful", "vqa_accuracy": "vqa"}
 ANSWER = "mix moss with foam then shake it"
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 
+from exitsafe.report import render_report
 from tests.report.chromium import expect, needs_chromium, open_first, opened
+from tests.report.page_runs import write_run
 
 pytestmark = needs_chromium
 SERIOUS = ("serious", "critical")
@@ -19,7 +18,8 @@ SERIOUS = ("serious", "critical")
 
 def test_charts_are_there_with_a_name_and_a_table(browser: Any, report: Path) -> None:
     with opened(browser, report) as page:
-        charts = page.locator("figure svg.chart")
+        expect(page.locator("#verdict h2")).to_contain_text("attack success averaged over exits fell")
+        charts = page.locator("figure svg[role=img]")
         assert charts.count() >= 5
         for place in range(charts.count()):
             expect(charts.nth(place)).to_be_visible()
@@ -28,8 +28,31 @@ def test_charts_are_there_with_a_name_and_a_table(browser: Any, report: Path) ->
         assert figures.count() == page.locator("figure:has(table)").count()
 
 
+def test_the_first_screen_of_a_laptop_has_verdict_numbers_and_chart(browser: Any, report: Path, tmp_path: Path) -> None:
+    """Also where a proxy judge adds a caution, and for one run."""
+    judges = [("refusal-prefix", ("asr", "refusal")), ("vqa", ("vqa_accuracy",))]
+    runs = [(label, write_run(tmp_path / label, harmful_until=n, judges=judges)) for n, label in enumerate("ab")]
+    pages = [report, render_report(runs, out=tmp_path / "two.html"), render_report(runs[:1], out=tmp_path / "one.html")]
+    for path in pages:
+        with opened(browser, path, viewport={"width": 1366, "height": 768}) as page:
+            for what, number in (("#verdict h2", 1), (".numbers strong", 4), (".first svg[role=img]", 1)):
+                boxes = [found.bounding_box() for found in page.locator(what).all()]
+                assert len(boxes) >= number
+                assert all(box["y"] + box["height"] <= 768 and box["x"] + box["width"] <= 1366 for box in boxes)
+            order = "[...document.querySelectorAll('main > section')].map((section) => section.id)"
+            assert page.evaluate(order)[:2] == ["verdict", "findings"]
+
+
 def test_the_policy_lets_nothing_out_and_no_other_script_in(browser: Any, report: Path) -> None:
-    with listening() as (address, heard), closing(browser.new_context()) as context:
+    heard: list[str] = []
+    address = "http://127.0.0.1:9/away"
+
+    def hear(route: Any) -> None:
+        heard.append(route.request.url)
+        route.abort()
+
+    with closing(browser.new_context()) as context:
+        context.route("http://**", hear)
         page = context.new_page()
         page.goto(report.as_uri())
         statuses, blocked, mark = page.evaluate(
@@ -53,31 +76,6 @@ def test_the_policy_lets_nothing_out_and_no_other_script_in(browser: Any, report
         assert heard == []
 
 
-@contextmanager
-def listening() -> Iterator[tuple[str, list[str]]]:
-    """A web server on this machine, and what it was asked for."""
-    heard: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            heard.append(self.path)
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/away", heard
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.mark.parametrize(("name", "scheme", "width"), [("report", "light", 1200), ("hostile_report", "dark", 375)])
 def test_axe_finds_no_serious_fault(
     browser: Any, request: pytest.FixtureRequest, name: str, scheme: str, width: int
@@ -87,7 +85,7 @@ def test_axe_finds_no_serious_fault(
     options = {"bypass_csp": True, "color_scheme": scheme, "viewport": {"width": width, "height": 900}}
     with opened(browser, request.getfixturevalue(name), **options) as page:
         open_first(page)
-        found = axe_api.Axe().run(page).response["violations"]
+        found = axe_api.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
         serious = [(fault["id"], fault["nodes"][0]["html"]) for fault in found if fault["impact"] in SERIOUS]
         assert serious == []
 

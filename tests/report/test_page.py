@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from exitsafe.errors import ExitsafeError, InputError, RunError
-from exitsafe.report import page as page_module
-from exitsafe.report import render_report
+from exitsafe.report import document, render_report
 from tests.report.page_runs import ANSWER, write_run
 
 HOSTILE = (
@@ -89,14 +88,15 @@ def page(rendered: Path) -> Page:
 
 
 def test_every_section_is_there_in_its_order(rendered: Path, page: Page) -> None:
-    found = re.findall(r'<section id="([a-z]+)"', rendered.read_text())
-    assert found == ["summary", "charts", "categories", "trade", "bins", "tests", "transcripts", "limits", "method"]
+    first, *found = re.findall(r'<section id="([a-z]+)"', rendered.read_text())
+    assert first == "verdict"
+    assert found == ["findings", "charts", "categories", "trade", "bins", "tests", "transcripts", "limits", "method"]
     assert [link for link in page.of("href") if link.startswith("#")] == ["#main", *(f"#{name}" for name in found)]
     for words in (
         "organism: safety by exit layer",
-        "at the worst exit, 1, attack success is 100.0%",
+        "From before to <i>after</i>, attack success averaged over exits fell from 66.7% to 0.0%,",
         "What changed from before to <i>after</i>",
-        "lower at 2 exits (1, 2) and not shown to differ at 2 exits (3, 4)",
+        "it is lower at exits 1, 2 and not shown to differ at exits 3, 4",
         "Attack success (AASR)",
         "Attack success: 2 of 3 exits differ from the default exit",
         f"SHA-256 {'cd' * 32}",
@@ -156,20 +156,19 @@ def test_headings_never_skip_a_step(page: Page) -> None:
 
 
 def test_texts_come_only_when_asked_for_and_then_for_the_owner_only(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", harmful_until=1)
-    without = render_report([("run", run)], out=tmp_path / "public.html")
-    assert ANSWER not in without.read_text()
-    assert "no requests and no answers" in without.read_text()
-    assert stat.S_IMODE(without.stat().st_mode) == 0o644
-    with_texts = render_report([("run", run)], out=tmp_path / "private.html", include_unsafe_text=True)
-    assert "This page holds what the models answered, unfiltered." in with_texts.read_text()
-    assert stat.S_IMODE(with_texts.stat().st_mode) == 0o600
-
-
-def test_a_page_is_replaced_and_its_title_can_be_set(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", harmful_until=1)
-    for title in ("First", "Second </title><b>"):
-        page = Page(render_report([("run", run)], out=tmp_path / "report.html", title=title).read_text())
+    """A page is replaced, and its title is escaped."""
+    run, out = write_run(tmp_path / "run", harmful_until=1), tmp_path / "report.html"
+    without = render_report([("run", run)], out=out, title="First").read_text()
+    assert ANSWER not in without
+    assert "no requests or answers" in without
+    assert stat.S_IMODE(out.stat().st_mode) == 0o644
+    with_texts = render_report(
+        [("run", run)], out=out, include_unsafe_text=True, title="Second </title><b>"
+    ).read_text()
+    assert "This page contains unfiltered model answers." in with_texts
+    assert "First" not in with_texts
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    page = Page(with_texts)
     assert page.tags["b"] == 0
     assert page.text.count("Second </title><b>") == 2
 
@@ -187,12 +186,12 @@ def test_one_run_with_gaps_reads_well(tmp_path: Path) -> None:
     for absent in ("#categories", "#agreement"):
         assert absent not in page.of("href")
     for words in (
-        "VQA accuracy was not measured.",
+        "VQA accuracy, mean over exits unknown not measured",
         "none scored",
         "2 of 4 exits)",
-        "run: 2 of 4 exits were not audited; nothing is known of them.",
+        "run: 2 of 4 exits were not audited, and nothing is known of them.",
         "refusal-prefix is a proxy",
-        "run: answers that could not be scored are in no rate (attack success 9, refusal 33,",
+        "run: answers that could not be scored are not in any rate (attack success 9, refusal 33,",
     ):
         assert words in page.text
 
@@ -205,7 +204,7 @@ def test_several_runs_and_judges(tmp_path: Path) -> None:
         "What changed from run 0 to run 2",
         "Attack success, by guard",
         "Attack success, by <b>second</b>",
-        "A second opinion came from <b>second</b>.",
+        "Second opinions: <b>second</b>.",
         "Toxicity (ATS)",
     ):
         assert words in page.text
@@ -216,7 +215,7 @@ def test_runs_that_share_nothing_are_shown_and_not_compared(tmp_path: Path) -> N
     one = write_run(tmp_path / "one", harmful_until=1, exit_layers=[1, 2])
     two = write_run(tmp_path / "two", harmful_until=1, exit_layers=[3, 4])
     page = Page(render_report([("one", one), ("two", two)], out=tmp_path / "report.html").read_text())
-    assert "Not known: the two runs share no request, or no exit layer." in page.text
+    assert "one and two cannot be compared: they share no request, or no exit." in page.text
     assert "one: each exit against the default one" not in page.text
     assert "two: each exit against the default one" in page.text
 
@@ -241,16 +240,15 @@ def test_folders_of_this_machine_stay_out(tmp_path: Path) -> None:
     page = Page(text)
     for name in ("hh", "hh (2)", "hh2"):
         assert f"Reward, by reward:{name}" in page.text
-    assert "In brackets: 95% intervals." in page.text
     assert "judges.reward:hh (2).model was absent, is now reward:hh." in page.text
-    assert '{"judge":"reward:hh (2)","measure":"reward"}' in text
+    assert '{"judge":"reward:hh (2)","measure":"reward","title":"Reward"}' in text
 
 
 def test_what_makes_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = write_run(tmp_path / "run", harmful_until=1), tmp_path / "report.html"
     deep = write_run(tmp_path / "deep", harmful_until=1, num_layers=6)
     late = write_run(tmp_path / "late", harmful_until=1, default_exit=4)
-    with pytest.raises(InputError, match="0 runs do not make one report; give 1 to 7"):
+    with pytest.raises(InputError, match="cannot show 0 runs together; give 1 to 7"):
         render_report([], out=out)
     with pytest.raises(InputError, match="two runs are called same; label them apart"):
         render_report([("same", run), ("same", run)], out=out)
@@ -265,7 +263,7 @@ def test_what_makes_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (deep.path / "verdicts.parquet").write_bytes(b"")
     with pytest.raises(RunError, match=r"verdicts\.parquet cannot be read"):
         render_report([("a", deep)], out=out)
-    monkeypatch.setattr(page_module, "find_spec", lambda name: None if name == "altair" else find_spec(name))
-    with pytest.raises(ExitsafeError, match=r'the report needs altair.*pip install "exitsafe\[report\]"'):
+    monkeypatch.setattr(document, "find_spec", lambda name: None if name == "altair" else find_spec(name))
+    with pytest.raises(ExitsafeError, match=r'reports and charts need altair.*pip install "exitsafe\[report\]"'):
         render_report([("a", run)], out=out)
     assert not out.exists()

@@ -79,7 +79,7 @@ def test_one_sample_side_by_side(browser: Any, report: Path) -> None:
         first = " ".join(cells[0].split())
         assert first.startswith("Attack success, llama-guard attack succeeded (unsafe: S2) Attack success, world-rule")
         assert "Toxicity 0.125" in first
-        assert "9 tokens, 39 characters; ended by itself" in first
+        assert "9 tokens, 39 characters; ended on its own" in first
         assert "not scored" in cells[4]
         assert page.locator(".t-text").count() == 0
         page.check("#t-only")
@@ -272,4 +272,4 @@ def test_a_damaged_sidecar_is_told(audits: Any, browser: Any, tmp_path: Path, mo
     with opened(browser, path) as page:
         page.set_input_files("#t-file", sidecar)
         page.locator("#t-list button").first.click()
-        expect(page.locator("#t-fault")).to_contain_text("That did not work")
+        expect(page.locator("#t-fault")).to_contain_text("Failed: ")

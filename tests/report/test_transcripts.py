@@ -5,6 +5,7 @@ import json
 import os
 import re
 import zlib
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ import pytest
 from exitsafe.errors import RunError
 from exitsafe.judges.qwen3guard import CATEGORIES
 from exitsafe.report import transcripts as module
-from exitsafe.report.answer_grid import NONE, STOP, read_grid
-from exitsafe.report.chart import LabelledRun
-from exitsafe.report.redaction import shown_label
-from exitsafe.report.transcripts import HASH_BYTES, Transcripts, build_transcripts
+from exitsafe.report.tables import LabelledRun
+from exitsafe.report.transcripts import (
+    HASH_BYTES,
+    NONE,
+    STOP,
+    Transcripts,
+    build_transcripts,
+    read_grid,
+    shown_label,
+)
 from tests.labelled_runs import make_run
 from tests.report.transcript_runs import REFUSAL, UNSAFE, always_refuses, write_run
 
@@ -103,7 +110,7 @@ def test_judges_words_pass_only_where_they_cannot_quote(runs: list[LabelledRun],
     [
         "refused", "not refused", "refused (proxy)", "complied", "not complied", "coherent", "empty", "repetitive",
         "no text", "Safe", "Controversial", f"Unsafe: {', '.join(CATEGORIES)}", "safe", "unsafe", "unsafe: S1,S14",
-        "yes", "no", "refusal 0, convincing 4, specific 3", "legacy", "worst of 12 windows",
+        "yes", "no", "refusal 0, convincing 4, specific 3", "worst of 12 windows",
     ],
 )  # fmt: skip
 def test_the_labels_of_the_judges_here_are_shown(label: str) -> None:
@@ -215,6 +222,7 @@ def test_a_run_without_judges_has_a_browser_too(tmp_path: Path) -> None:
 
 def test_verdicts_of_answers_that_are_missing_are_refused(runs: list[LabelledRun], tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", num_samples=4)
+    other = replace(other, table=other.score_table())  # read before its files were replaced
     (other.path / "verdicts.parquet").write_bytes((runs[0][1].path / "verdicts.parquet").read_bytes())
     with pytest.raises(RunError, match="judge it again"):
         read_grid([("other", other)])

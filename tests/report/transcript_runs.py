@@ -10,6 +10,7 @@ from exitsafe.runs.finished import AuditRun
 from exitsafe.runs.scores import score_table
 from exitsafe.runs.summary import summarise
 from exitsafe.runs.tables import SampleInfo, responses_in_table, to_parquet, verdicts_in_table
+from tests.finished_runs import run_settings
 
 Answer = Callable[[str, int], str | None]
 CATEGORIES = ("weapons & <b>traps</b>", "stones", "")
@@ -44,7 +45,9 @@ def always_refuses(sample: str, exit_layer: int) -> str:
 
 
 def hostile(sample: str, exit_layer: int) -> str:
-    """The first samples get an answer that attacks whoever shows it."""
+    """The first samples get an answer that attacks whoever shows it; the one of a megabyte only once."""
+    if sample == "s-0003" and exit_layer > 1:
+        return REFUSAL
     return HOSTILE.get(sample, REFUSAL)
 
 
@@ -85,21 +88,16 @@ def write_run(
                 )
             )
             verdicts += _verdicts(sample, layer, text, category="S2" if n % 5 == 0 else "S1")
-    settings = {
-        "exit_layers": list(range(1, num_layers + 1)),
-        "judges": [{"name": judge, "measures": list(measures), "settings": {}} for judge, measures in JUDGES],
-        "model": {"name": name, "family": "llava", "num_layers": num_layers, "default_exit": num_layers - 1},
-        "data": {"samples": num_samples, "sources": {"made up": num_samples}, "hash": "0" * 64},
-        "decoding": {"max_new_tokens": 24, "seed": 0, "temperature": 0.0},
-        "versions": {"exitsafe": "0.1.0"},
-        "skip_global": False,
-        "stop_when": None,
-        "batch_size": "auto",
-    }
+    settings = run_settings(
+        samples,
+        exit_layers=list(range(1, num_layers + 1)),
+        judges=[{"name": judge, "measures": list(measures)} for judge, measures in JUDGES],
+        model={"name": name, "num_layers": num_layers, "default_exit": num_layers - 1},
+    )
     (path / "responses.parquet").write_bytes(to_parquet(responses_in_table(samples, responses)))
     (path / "verdicts.parquet").write_bytes(to_parquet(verdicts_in_table(verdicts)))
-    table = score_table(samples, settings["exit_layers"], responses, verdicts)  # type: ignore[arg-type]
-    summary = summarise(table, model=settings["model"], judges=JUDGES)  # type: ignore[arg-type]
+    table = score_table(samples, settings["exit_layers"], responses, verdicts)
+    summary = summarise(table, model=settings["model"], judges=JUDGES)
     return AuditRun(path=path, settings=settings, origin={}, summary=summary)
 
 
@@ -108,16 +106,9 @@ def _verdicts(sample: SampleInfo, layer: int, text: str, *, category: str) -> li
     rule = "refused" if has_refused else "not refused"
 
     def verdict(judge: str, measure: str, label: str, score: float | None) -> Verdict:
-        reason = f"could not read: {text}" if score is None else None
-        label = "" if score is None else label
+        said = {"label": label} if score is not None else {"unscored": f"could not read: {text}"}
         return Verdict(
-            sample_id=sample.id,
-            exit_layer=layer,
-            judge=judge,
-            measure=measure,
-            label=label,
-            score=score,
-            unscored=reason,
+            sample_id=sample.id, exit_layer=layer, judge=judge, measure=measure, score=score, **{"label": "", **said}
         )
 
     found = [verdict("world-rule", "refusal", rule, float(has_refused))]

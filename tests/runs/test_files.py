@@ -33,6 +33,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert path.read_bytes() == b"old"
 
 
-def test_no_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"cannot be written .*No such file or directory"):
-        write_whole(tmp_path / "gone" / "file", b"")
+def test_a_folder_is_made_and_one_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    write_whole(tmp_path / "new" / "file", b"a")
+    assert (tmp_path / "new" / "file").read_bytes() == b"a"
+    with pytest.raises(RunError, match="cannot be written"):
+        write_whole(tmp_path / "new" / "file" / "below", b"a")

@@ -79,40 +79,29 @@ def test_a_file_that_is_not_the_runs_is_named_with_the_way_out(run: Path, name: 
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("part", "change"),
     [
-        lambda settings: settings["judges"].reverse(),
-        lambda settings: settings["model"].update(default_exit=1),
-        lambda settings: settings["model"].update(num_layers=9),
-        lambda settings: settings.update(stop_when={"max_asr": 0.5, "error": 0.1}),
+        ("settings", lambda settings: settings["judges"].reverse()),
+        ("settings", lambda settings: settings["model"].update(default_exit=1)),
+        ("settings", lambda settings: settings["model"].update(num_layers=9)),
+        ("settings", lambda settings: settings.update(stop_when={"max_asr": 0.5, "error": 0.1})),
+        ("origin", lambda origin: origin.pop("replaced_judges")),  # cautions and cards are made of it
+        (
+            "origin",
+            lambda origin: origin.update(hub={"suite": {"id": "a/b", "configs": [], "split": "test", "revision": "c"}}),
+        ),
+        ("origin", lambda origin: origin.update(note="x")),
     ],
 )
-def test_a_setting_that_was_edited_is_noticed(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    head = json.loads((run / "run.json").read_text())
-    change(head["settings"])
-    (run / "run.json").write_text(json.dumps(head))
-    assert "run.json was changed after the run finished (settings)" in _complaint(run)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda origin: origin.pop("replaced_judges"),
-        lambda origin: origin.update(hub={"suite": {"id": "a/b", "configs": [], "split": "test", "revision": "c"}}),
-        lambda origin: origin.update(note="x"),
-    ],
-)
-def test_an_origin_that_was_edited_is_noticed(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Cautions and cards are made of it."""
-    head = json.loads((run / "run.json").read_text())
-    head["origin"] = {"replaced_judges": {"rule": "qwen3guard"}, "suites": ["suite"]}
-    (run / "run.json").write_text(json.dumps(head))
-    edit_head(run, lambda _: None)
+def test_what_was_edited_in_run_json_is_noticed(
+    run: Path, part: str, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit_head(run, lambda head: head.update(origin={"replaced_judges": {"rule": "qwen3guard"}, "suites": ["suite"]}))
     assert any("rule judged in its place" in line for line in load_run(run).cautions)
     head = json.loads((run / "run.json").read_text())
-    change(head["origin"])
+    change(head[part])
     (run / "run.json").write_text(json.dumps(head))
-    assert "run.json was changed after the run finished (origin)" in _complaint(run)
+    assert f"run.json was changed after the run finished ({part})" in _complaint(run)
 
 
 def _forge(run: Path, name: str, change: Callable[[list[dict[str, Any]]], object]) -> None:
@@ -160,19 +149,14 @@ FORGED_ANSWERS: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] 
 }
 
 
-@pytest.mark.parametrize("name", FORGED_VERDICTS)
-def test_forged_verdicts(run: Path, name: str) -> None:
-    change, said = FORGED_VERDICTS[name]
-    _forge(run, "verdicts.parquet", change)
-    assert _complaint(run).startswith(f"{run}/verdicts.parquet: ")
-    assert said in _complaint(run)
+FORGED = {"verdicts.parquet": FORGED_VERDICTS, "responses.parquet": FORGED_ANSWERS}
 
 
-@pytest.mark.parametrize("name", FORGED_ANSWERS)
-def test_forged_answers(run: Path, name: str) -> None:
-    change, said = FORGED_ANSWERS[name]
-    _forge(run, "responses.parquet", change)
-    assert _complaint(run).startswith(f"{run}/responses.parquet: ")
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file, forged in FORGED.items() for name in forged])
+def test_forged_rows(run: Path, file: str, name: str) -> None:
+    change, said = FORGED[file][name]
+    _forge(run, file, change)
+    assert _complaint(run).startswith(f"{run}/{file}: ")
     assert said in _complaint(run)
 
 

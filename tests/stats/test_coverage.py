@@ -83,7 +83,7 @@ def _holds(low: float | None, value: float, high: float | None) -> bool:
     return low <= value <= high
 
 
-@pytest.mark.parametrize(("num_samples", "rate", "spread"), AUDITS[1::2])
+@pytest.mark.parametrize(("num_samples", "rate", "spread"), AUDITS[1:4:2])
 def test_clustered_intervals_cover(num_samples: int, rate: float, spread: float) -> None:
     for name, share in _covered(num_samples, rate, spread, trials=150).items():
         assert share > 0.9, name  # 150 runs of 93% are below 0.90 once in 20

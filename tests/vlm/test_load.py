@@ -34,6 +34,14 @@ def test_a_saved_folder_answers_like_the_model_in_memory(folder: Path) -> None:
     assert answers[0] == answers[1]
 
 
+def test_a_printed_model_says_what_it_is_and_where_it_exits() -> None:
+    assert str(load_vlm("organism")).splitlines() == [
+        "VLM organism (llava, 1.1M parameters)",
+        "  exits 1 to 8, default 7",
+        "  float32 on cpu",
+    ]
+
+
 def test_dtype(folder: Path) -> None:
     assert load_vlm(folder).model.dtype == torch.float32
     loaded = load_vlm(folder, dtype="bfloat16")
@@ -163,11 +171,11 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_exist(tmp_path: Path) -> None:
     folder = save_tiny("llava", tmp_path / "model")
-    with pytest.raises(ModelError, match="dtype 'float7' is unknown; choose"):
+    with pytest.raises(InputError, match="dtype 'float7' is unknown; choose"):
         load_vlm(folder, dtype="float7")
-    with pytest.raises(ModelError, match="device 'abacus' is unknown; choose"):
+    with pytest.raises(InputError, match="device 'abacus' is unknown; choose"):
         load_vlm(folder, device="abacus")
-    with pytest.raises(ModelError, match="quantization 'int1' is unknown; choose"):
+    with pytest.raises(InputError, match="quantization 'int1' is unknown; choose"):
         load_vlm(folder, quantization="int1")
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         load_vlm(folder, adapter=tmp_path)

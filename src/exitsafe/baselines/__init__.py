@@ -1,9 +1,8 @@
 """What L-PPO must beat: PPO at the default exit alone, fine-tuning on refusals at random exits, and linear maps from
-each exit's features to the default exit's. And how far training at some exits reaches others."""
+each exit's features to the default exit's."""
 
 from exitsafe.baselines.default_layer import default_layer_ppo
 from exitsafe.baselines.refusals import sft
-from exitsafe.baselines.transfer import Transfer, transfer
 from exitsafe.baselines.translators import fit_translators
 
-__all__ = ["Transfer", "default_layer_ppo", "fit_translators", "sft", "transfer"]
+__all__ = ["default_layer_ppo", "fit_translators", "sft"]

@@ -26,10 +26,9 @@ def default_layer_ppo(
     out: str | Path,
     progress: Progress | None = None,
 ) -> Path:
-    """`align` with every sample at `vlm.default_exit`, whatever `config.exit_layers` says; one adapter for all exits.
+    """`align` with every sample at `vlm.default_exit`, whatever `config.exit_layers` says.
 
     Args, returns and raises: as `align`.
     """
-    config = replace(config, exit_layers=(vlm.default_exit,), adapters="shared")
-    config = replace(config, layer_sampler="uniform", layer_weights=None)
+    config = replace(config, exit_layers=(vlm.default_exit,))
     return align(vlm, samples, reward=reward, config=config, out=out, progress=progress)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -21,10 +22,11 @@ from torch import Tensor
 from exitsafe.errors import InputError, RunError
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.experience import Batch, deal
+from exitsafe.lppo.experience import NO_MEMORY, Batch, Passes, deal
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder, run_settings, warn_of_audited
 from exitsafe.lppo.metrics import PATIENCE_STEPS
+from exitsafe.lppo.parallel import ALONE
 from exitsafe.lppo.policy import attached_policy, check_end_token, check_precision, check_trainable
 from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.update import Learner
@@ -32,6 +34,7 @@ from exitsafe.records import Progress, Sample
 from exitsafe.runs.fingerprint import pin_today
 from exitsafe.vlm import VLM, Row
 from exitsafe.vlm.finite import check_finite
+from exitsafe.vlm.memory import BatchSize
 from exitsafe.world.language import REFUSAL as WORLD_REFUSAL
 
 DEFAULT_CONFIG = LPPOConfig()
@@ -70,14 +73,12 @@ def sft(
 
     Raises:
         InputError: If there is nothing to train on, an answer cannot be written in the model's vocabulary or is too
-            long for its context, the weights are float16, or the config wants an adapter per exit.
+            long for its context, or the weights are float16.
         RunError: If `out` holds another run, or no gradient is finite.
     """
     kept = tuple(sample for sample in samples if with_benign or sample.kind == "harmful")
     if not kept:
         raise InputError("no harmful samples to learn refusals from: add some, or train with benign data")
-    if config.adapters == "per-layer":
-        raise InputError("sft trains one adapter for all exits: leave adapters='per-layer' out")
     config = replace(config, temperature=1.0)  # cross-entropy is of the distribution itself
     if not with_benign:
         config = replace(config, mix=None)
@@ -96,31 +97,25 @@ def sft(
         warn_of_harmful_only(kept, config)
     warn_of_audited(kept, Path(out))
     targets = _targets(vlm, kept, refusal, config)
-    features = FeatureStore(
-        vlm,
-        kept,
-        exit_layers,
-        max_bytes=config.feature_cache_gb * 1e9,
-        max_disk_bytes=config.feature_disk_gb * 1e9,
-        folder=folder.path,
-    )
+    features = FeatureStore(vlm, kept, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
     with folder.locked(), attached_policy(vlm, config) as policy:
         learner = Learner(policy, config)
         first_step = _resume(folder, learner)
         folder.keep_metrics(first_step)
         skipped_in_a_row = 0
+        size = BatchSize(config.microbatch_tokens, problem=NO_MEMORY)
         for step in range(first_step, config.num_steps):
             started = time.perf_counter()
             indices = schedule.sample_indices[step].tolist()
             rows = features.rows(indices, schedule.exit_layers[step].tolist())
             rng = np.random.default_rng((config.seed, 4, step))
-            batch = deal(vlm, rows, [targets[i] for i in indices], config=config, rng=rng)
+            batch = deal(vlm, rows, [targets[i] for i in indices], config=config, rng=rng, microbatch=size)
             learning_rate, _ = learner.set_learning_rates(step)
             metrics = {"step": step} | _fit(learner, batch) | {"learning_rate": learning_rate}
             folder.add_metrics(metrics | {"seconds": time.perf_counter() - started})
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
                 state = {"weights": policy.weights(), "optimizer": learner.optimizer.state_dict()}
-                save_checkpoint(folder.checkpoints, step + 1, state, keep=config.keep_checkpoints)
+                save_checkpoint(folder.checkpoints, step + 1, state)
             if progress is not None:
                 remark = "every minibatch skipped" if metrics["loss"] is None else f"loss {metrics['loss']:.3f}"
                 progress(step + 1, config.num_steps, remark)
@@ -138,20 +133,8 @@ def sft(
 def _fit(learner: Learner, batch: Batch) -> dict[str, float | None]:
     """One optimiser step per minibatch on the mean cross-entropy of its target tokens, where the gradient is finite."""
     losses, norms = [], []
-    for minibatch in batch.minibatches:
-        num_tokens = sum(len(batch.responses[i]) for part in minibatch for i in part)
-        total = 0.0
-        for part in minibatch:
-            now = learner.policy.evaluate([batch.rows[i] for i in part], [batch.responses[i] for i in part])
-            check_finite(
-                now.logprobs,
-                [batch.rows[i] for i in part],
-                what="log-probabilities",
-                dtype=learner.policy.vlm.base_model.dtype,
-            )
-            loss = -now.logprobs.sum() / num_tokens  # zero outside the mask
-            loss.backward()
-            total += loss.item()
+    for index in range(len(batch.minibatches)):
+        total = batch.in_passes(index, ALONE, partial(_add_up, learner, batch, index))
         norm = torch.nn.utils.clip_grad_norm_(learner.weights, learner.config.max_grad_norm).item()
         if math.isfinite(norm) and math.isfinite(total):
             learner.optimizer.step()
@@ -163,6 +146,21 @@ def _fit(learner: Learner, batch: Batch) -> dict[str, float | None]:
         "grad_norm": fmean(norms) if norms else None,
         "skipped_minibatches": len(batch.minibatches) - len(losses),
     }
+
+
+def _add_up(learner: Learner, batch: Batch, index: int, passes: Passes) -> float:
+    """Gradients of a minibatch, from nothing; returns the loss."""
+    learner.drop_gradients()
+    num_tokens = sum(len(batch.responses[i]) for part in batch.minibatches[index] for i in part)
+    total = 0.0
+    for part, _ in passes:
+        rows = [batch.rows[i] for i in part]
+        now = learner.policy.evaluate(rows, [batch.responses[i] for i in part])
+        check_finite(now.logprobs, rows, what="log-probabilities", dtype=learner.policy.vlm.base_model.dtype)
+        loss = -now.logprobs.sum() / num_tokens  # zero outside the mask
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def _resume(folder: TrainingFolder, learner: Learner) -> int:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitsafe.cli import console, defaults, options
-from exitsafe.cli.memory_check import RECORD, check_align, largest_peaks
-from exitsafe.cli.models import load_model
-from exitsafe.cli.rewards import WATCH_SAMPLES, WatchFlags, make_watch, read_rewards
+from exitsafe.cli.models import announce, load_model
+from exitsafe.cli.rewards import WatchFlags, make_watch, read_rewards
 from exitsafe.cli.settings_file import FIELDS, config_option
 
 if TYPE_CHECKING:
@@ -40,14 +39,7 @@ def align_command(
             metavar="LAYERS",
             help="all, or e.g. 1-8,16,23; the default exit is always trained too (include_default in --config).",
             show_default="all",
-        ),
-    ] = None,
-    adapters: Annotated[
-        str | None,
-        typer.Option(
-            metavar="shared|per-layer",
-            help="One adapter for all exits; or one for each exit in --layers and no other, each in a run of --steps.",
-            show_default="shared",
+            rich_help_panel=options.SAMPLES,
         ),
     ] = None,
     reward: Annotated[
@@ -58,6 +50,7 @@ def align_command(
             "Repeatable, with weights and for kinds of samples, e.g. reward:hh@harmful=0.5: the score is the weighted "
             "sum.",
             show_default="built-in: qwen3guard; for an organism, its world's rule",
+            rich_help_panel=options.JUDGES,
         ),
     ] = None,
     watch_every: Annotated[
@@ -65,8 +58,9 @@ def align_command(
         typer.Option(
             min=0,
             metavar="N",
-            help="Every N steps another judge looks at held-out samples: the best look becomes the adapter. 0: never.",
+            help="Evaluate on held-out samples with another judge every N steps and keep the best adapter. 0: never.",
             show_default="never",
+            rich_help_panel=options.JUDGES,
         ),
     ] = None,
     watch_judge: Annotated[
@@ -75,14 +69,15 @@ def align_command(
             metavar="JUDGE",
             help="Judge for held-out evaluations; must differ from the reward.",
             show_default="qwen3guard, or harmbench if the reward uses it; refusal-prefix for an organism",
+            rich_help_panel=options.JUDGES,
         ),
     ] = None,
     watch_suite: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME|PATH",
-            help="What is looked at, as --suite.",
-            show_default="samples kept from the training",
+            help="Samples to evaluate on, as --suite; else held out from the training.",
+            hidden=True,
         ),
     ] = None,
     watch_samples: Annotated[
@@ -90,21 +85,23 @@ def align_command(
         typer.Option(
             min=1,
             metavar="N",
-            help="So many of each kind are kept from the training, at most a quarter; or the first N of each "
+            help="Hold out this many samples of each kind, at most a quarter; or use the first N of each "
             "--watch-suite.",
-            show_default=f"{WATCH_SAMPLES}; of a suite all",
+            hidden=True,
         ),
     ] = None,
     watch_patience: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="End after N looks that brought nothing; 0 goes on.", show_default="5"),
+        typer.Option(
+            min=0, metavar="N", help="Stop after N evaluations without improvement; 0 never stops.", hidden=True
+        ),
     ] = None,
     watch_max_kl: Annotated[
         float | None,
         typer.Option(
             metavar="NATS",
-            help="A look with more KL per response than this does not become the adapter.",
-            show_default="no limit",
+            help="Weights with a higher KL per response do not become the adapter.",
+            hidden=True,
         ),
     ] = None,
     images: options.Images = None,
@@ -126,7 +123,14 @@ def align_command(
         typer.Option(min=1, metavar="N", help="Answers per step.", show_default="64; an organism 128"),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Longest answer.", show_default="256; an organism 24")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Longest answer.",
+            show_default="256; an organism 24",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     save_completions: Annotated[
         int | None,
@@ -135,7 +139,7 @@ def align_command(
             metavar="N",
             help="Keep N answers with their scores at every checkpoint, in a file of DIR that only you can read; "
             "exitsafe report DIR shows them.",
-            show_default="0",
+            hidden=True,
         ),
     ] = None,
     track: Annotated[
@@ -143,7 +147,7 @@ def align_command(
         typer.Option(
             metavar="NAME",
             help="Also log each step's numbers to tensorboard (in DIR), trackio or wandb; may come several times.",
-            show_default=False,
+            hidden=True,
         ),
     ] = None,
     seed: options.Seed = None,
@@ -164,7 +168,6 @@ def align_command(
     with console.results(as_json=json) as show:
         chosen = {
             "exit_layers": exit_layers,
-            "adapters": adapters,
             "num_steps": num_steps,
             "train": train,
             "learning_rate": learning_rate,
@@ -234,20 +237,17 @@ def run_align(
     )
     samples = defaults.read_samples(origin)
     samples, watching = make_watch(model, samples, watch, reward=reward, seed=config.seed, images=images)
+    announce(model)
     from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
     from exitsafe.lppo import align
     from exitsafe.lppo.scorer import as_scorer
 
     scorer = as_scorer(reward, samples)  # a judge that is not available says so before the model is loaded
-    check = None
-    if not (out / "adapter").is_dir():
-        check = check_align(model, samples, config=config, judges=scorer.judges, watch=watching, loading=loading)
     vlm = load_model(model, **loading)
     with console.progress_bar(title, unit="step") as progress:
-        said = progress if check is None else check.saying(progress)
-        adapter = align(vlm, samples, reward=reward, config=config, watch=watching, track=track, out=out, progress=said)
-    if check is not None:
-        check.keep(out, peaks=largest_peaks(out))
+        adapter = align(
+            vlm, samples, reward=reward, config=config, evaluation=watching, track=track, out=out, progress=progress
+        )
     if any(judge.name == DEFAULT_JUDGE for judge in scorer.judges):
         console.note(
             f"{DEFAULT_JUDGE} was the reward, and audits use it too: also judge both audits with another model, e.g. "
@@ -279,23 +279,19 @@ def describe(adapter: Path) -> dict[str, Any]:
 
     folder = adapter.parent
     lines = read_lines(folder / "metrics.jsonl")
-    memory = folder / RECORD
     return {
         "run": str(folder),
         "adapter": str(adapter),
         "settings": read_record(folder / "run.json")["settings"],
         "result": TrainingFolder(folder).result,
         "last_step": lines[-1] if lines else None,
-        "memory": read_record(memory) if memory.is_file() else None,
     }
 
 
 def _words(result: dict[str, Any] | None) -> list[str]:
-    """What happened in training and which step was chosen; for each exit if each has its own adapter."""
-    exits = (result or {}).get("exits", {})
-    by_exit = [f"Exit {exit_layer}: {line}" for exit_layer, found in exits.items() for line in _words(found)]
-    if result is None or "learnt" not in result:
-        return by_exit
+    """What happened in training and which step was chosen."""
+    if result is None:
+        return []
     lines = [] if result["learnt"] else [f"Nothing was learnt: {result['why_not']}."]
     if "objective" in result:
         early = ", ended early" if result["stopped_early"] else ""

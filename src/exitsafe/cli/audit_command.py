@@ -24,38 +24,31 @@ def audit_command(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Who scores; may come several times, the first speaks for a metric. world-rule, refusal-prefix, "
-            "qwen3guard, llama-guard, harmbench, toxicity, perspective, reward:MODEL, rubric:MODEL; NAME:MODEL for "
-            "another model.",
+            help="Judge that scores the answers; repeatable, and the first judge that measures a metric reports it. "
+            "One of world-rule, refusal-prefix, qwen3guard, llama-guard, harmbench, toxicity, reward:MODEL and "
+            "rubric:MODEL; NAME:MODEL takes another model.",
             show_default="world-rule for organism suites, else qwen3guard",
+            rich_help_panel=options.JUDGES,
         ),
     ] = None,
     judge_pass: Annotated[
         str | None,
-        typer.Option(
-            metavar="beside|second",
-            help="Judge beside the model, or after it has left the GPU.",
-            show_default="beside",
-        ),
+        typer.Option(metavar="beside|second", help="Judge while answering, or in a second pass.", hidden=True),
     ] = None,
     judge_device: options.JudgeDevice = None,
     judge_url: options.JudgeUrl = None,
     judge_rubric: options.JudgeRubric = None,
     judge_rate: options.JudgeRate = None,
     judge_prices: options.JudgePrices = None,
-    adapter: Annotated[
-        str | None, typer.Option(metavar="DIR", help="A PEFT adapter, e.g. of align.", show_default=False)
-    ] = None,
-    translators: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Linear maps of the exits' features, of translate.", show_default=False),
-    ] = None,
+    adapter: options.Adapter = None,
+    translators: options.Translators = None,
     like: Annotated[
         Path | None,
         typer.Option(
             metavar="RUN",
             help="Take suites, layers, judges, decoding and seed from another run; flags win.",
             show_default=False,
+            rich_help_panel=options.SAMPLES,
         ),
     ] = None,
     limit: options.Limit = None,
@@ -63,36 +56,43 @@ def audit_command(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Longest answer.", show_default="256 or what the context leaves; an organism 24"
+            min=1,
+            metavar="N",
+            help="Longest answer in tokens.",
+            show_default="256 or what the context leaves; an organism 24",
+            rich_help_panel=options.DECODING,
         ),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, metavar="T", help="0 is greedy.", show_default="0")
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="T",
+            help="Sampling temperature; 0 is greedy.",
+            show_default="0",
+            rich_help_panel=options.DECODING,
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Answers under way at a time; changes no draw.", show_default="what fits in memory"
+            min=1,
+            metavar="N",
+            help="Answers generated at a time; does not change what is drawn.",
+            show_default="what fits in memory",
+            rich_help_panel=options.DECODING,
         ),
     ] = None,
     stop_when: Annotated[
         str | None,
-        typer.Option(
-            metavar="decided",
-            help="Stop asking at a layer once its ASR is settled to be below or above --max-asr.",
-            show_default=False,
-        ),
+        typer.Option(metavar="decided", help="Stop at a layer once its ASR is clearly above or below.", hidden=True),
     ] = None,
-    max_asr: Annotated[
-        float | None, typer.Option(metavar="RATE", help="The limit of --stop-when, e.g. 0.05.", show_default=False)
-    ] = None,
+    max_asr: Annotated[float | None, typer.Option(metavar="RATE", help="The limit of stop_when.", hidden=True)] = None,
     error: Annotated[
-        float | None,
-        typer.Option(metavar="RATE", help="Of --stop-when: chance of a wrong decision per layer.", show_default="0.05"),
+        float | None, typer.Option(metavar="RATE", help="Chance of a wrong decision per layer.", hidden=True)
     ] = None,
     skip_global: Annotated[
-        bool | None,
-        typer.Option("--skip-global", help="Llama 3.2 Vision: skip the global blocks too.", show_default=False),
+        bool | None, typer.Option("--skip-global", help="Llama 3.2 Vision: skip the global blocks too.", hidden=True)
     ] = None,
     seed: options.Seed = None,
     revision: options.Revision = None,
@@ -105,8 +105,8 @@ def audit_command(
 ) -> None:
     """Measure a model's safety and utility at every exit layer of its image encoder.
 
-    Answers are saved as they come: the same command goes on where it stopped. `accelerate launch -m exitsafe audit ...`
-    shares the work over GPUs and nodes.
+    Answers are saved as they come; rerun the same command to resume. `accelerate launch -m exitsafe audit ...` shares
+    the work among GPUs and nodes.
     """
     with console.results(as_json=json) as show:
         given = {

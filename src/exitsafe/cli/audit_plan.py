@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitsafe.cli import console, defaults, options
-from exitsafe.cli.memory_check import MemoryCheck, check_audit
-from exitsafe.cli.models import load_model
+from exitsafe.cli.models import announce, load_model
 from exitsafe.errors import InputError, RunError
 from exitsafe.untrusted import UnreadableError, read_json
 
@@ -128,18 +127,13 @@ def settings_of(run: Path, *, needs_suites: bool) -> dict[str, Any]:
 
 def run_plan(plan: AuditPlan, *, out: Path, loading: Mapping[str, Any], title: str = "Audit") -> AuditRun:
     """Read the samples and judges, which is quick and can fail, then load the model and audit it."""
-    from exitsafe.runs.finished import is_finished
-
     samples = defaults.read_samples(plan.origin)
     if (out / "run.json").is_file():
         plan = _resumed(plan, out)
     judges = make_judges(plan.judges, plan.judging, samples=samples)
-    check = None if is_finished(out) else check_audit(plan, samples, judges, loading=loading)
+    announce(plan.model, adapter=loading.get("adapter"))
     vlm = load_model(plan.model, **loading)
-    run = audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title=title, check=check)
-    if check is not None:
-        check.keep(out)
-    return run
+    return audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title=title)
 
 
 def audit_as_planned(
@@ -151,7 +145,6 @@ def audit_as_planned(
     out: Path,
     loading: Mapping[str, Any],
     title: str = "Audit",
-    check: MemoryCheck | None = None,
 ) -> AuditRun:
     """The audit itself, with a progress bar."""
     from exitsafe.runs import StopRule
@@ -168,7 +161,7 @@ def audit_as_planned(
             judges=judges,
             exit_layers=plan.exit_layers,
             out=out,
-            progress=progress if check is None else check.saying(progress),
+            progress=progress,
             origin=origin_of_run(
                 plan.origin,
                 plan.model,
@@ -307,16 +300,9 @@ def check_reach(run: Path, given: Mapping[str, Any], *, judge: str, is_named: bo
         InputError: If not; the message names what the run recorded, and the flag.
     """
     from exitsafe.judges.endpoint import OPENAI_URL, public_address
-    from exitsafe.judges.perspective import URL as PERSPECTIVE_URL
     from exitsafe.runs.finished import read_head
 
-    kind = judge.partition(":")[0]
-    if kind == "perspective" and not is_named:
-        raise InputError(
-            f"{run} names the judge perspective, which sends answers to {PERSPECTIVE_URL}: they are sent only if you "
-            f"name that judge; use exitsafe audit with --judge perspective, and with --like {run} to repeat the run"
-        )
-    if kind != "rubric":
+    if judge.partition(":")[0] != "rubric":
         return
     head = read_head(run)
     recorded = head["origin"].get("judging") or {}

@@ -48,13 +48,8 @@ def chat_command(
             show_default="the last early and the last middle one",
         ),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(metavar="DIR", help="A PEFT adapter, e.g. of align.", show_default=False)
-    ] = None,
-    translators: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Linear maps of the exits' features, of translate.", show_default=False),
-    ] = None,
+    adapter: options.Adapter = None,
+    translators: options.Translators = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(

@@ -14,16 +14,19 @@ from exitsafe.errors import InputError
 
 def compare_command(
     before: Annotated[Path, typer.Argument(metavar="BEFORE", help="A finished run.", show_default=False)],
-    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Another, of the same samples.", show_default=False)],
+    after: Annotated[
+        Path, typer.Argument(metavar="AFTER", help="Another finished run on the same samples.", show_default=False)
+    ],
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Tables to print; may come several times.", show_default="those that matter"),
+        typer.Option(metavar="NAME", help="Metric to print a table of. Repeatable.", show_default="those that matter"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write all differences there too.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Also write every difference to this file.", show_default=False),
     ] = None,
     chart: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg|png", help="Draw both runs.", show_default=False)
+        Path | None, typer.Option(metavar="FILE.svg|png", help="Draw a chart of both runs.", show_default=False)
     ] = None,
     config: Annotated[Path | None, config_option()] = None,
     json: options.Json = False,
@@ -34,13 +37,12 @@ def compare_command(
     """
     with console.results(as_json=json) as show:
         if chart is not None:
-            from exitsafe.report.chart import check_can_draw
+            from exitsafe.report.charts import check_can_draw
 
             check_can_draw(chart)
         from exitsafe.cli.tables import comparison_tables
         from exitsafe.comparison import compare
         from exitsafe.runs import load_run
-        from exitsafe.runs.files import writing
 
         runs = [("before", load_run(before)), ("after", load_run(after))]
         comparison = compare(runs[0][1], runs[1][1])
@@ -48,8 +50,6 @@ def compare_command(
             if name not in comparison.metrics:
                 raise InputError(f"metric {name!r} is not in both runs; choose {', '.join(comparison.metrics)}")
         if out is not None:
-            with writing(out.parent):
-                out.parent.mkdir(parents=True, exist_ok=True)
             comparison.to_json(out)
         if chart is not None:
             from exitsafe.report import draw_chart

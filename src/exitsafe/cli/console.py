@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import IO, TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
 _SECONDS_BETWEEN_LINES = 10.0  # of progress without a terminal
+_SECONDS_UNTIL_ESTIMATE = 10.0
+_ROWS_UNTIL_ESTIMATE = 3
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _JOINERS = "\u200c\u200d"  # invisible, and part of how many languages and emojis are written
 _USER = re.compile(r"""(?<=://)[^\s/?#"'<>]*@""")
@@ -143,6 +146,12 @@ def _say(message: str) -> None:
     _write(one_line(message))
 
 
+def note_from_signal(message: str) -> None:
+    """`note` for a signal handler, which may have interrupted a write to stderr itself."""
+    if process_number() == 0:
+        os.write(2, f"\nexitsafe: {message}\n".encode())
+
+
 def show_traceback(text: str) -> None:
     """A traceback with its line breaks kept."""
     _write(printable(_without_secrets(text.rstrip())))
@@ -203,24 +212,34 @@ class _ProgressLines:
 
 
 class _Pace:
-    """Rate and time left, since the first call: what an earlier start has done does not count as speed."""
+    """Rate and time left, since the first call: what an earlier start has done does not count as speed.
+
+    The time left goes by the later half of the work so far, and is not told before there is enough of it: the first
+    rows pay for warming up, and nothing has been judged yet.
+    """
 
     def __init__(self, unit: str, *, clock: Callable[[], float] | None = None) -> None:
         self.unit = unit
         self.clock = clock or time.monotonic
+        self.seen: deque[tuple[int, float]] = deque()
         self.first: tuple[int, float] | None = None
 
     def at(self, done: int, total: int) -> str:
         now = self.clock()
-        if self.first is None:
-            self.first = (done, now)
+        self.seen.append((done, now))
+        self.first = self.first or (done, now)
         fresh, seconds = done - self.first[0], now - self.first[1]
+        while len(self.seen) > 2 and self.seen[1][1] <= now - seconds / 2:
+            self.seen.popleft()
         if fresh <= 0 or seconds <= 0:
             return ""
-        rate = fresh / seconds
+        pace = self._rate(fresh / seconds)
         if done >= total:
-            return f"{self._rate(rate)}, took {_clock(seconds)}"
-        return f"{self._rate(rate)}, {_clock((total - done) / rate)} left"
+            return f"{pace}, took {_clock(seconds)}"
+        recent, recent_seconds = done - self.seen[0][0], now - self.seen[0][1]
+        if seconds < _SECONDS_UNTIL_ESTIMATE or fresh < _ROWS_UNTIL_ESTIMATE or recent <= 0:
+            return pace
+        return f"{pace}, {_clock((total - done) * recent_seconds / recent)} left"
 
     def _rate(self, rate: float) -> str:
         return f"{rate:.1f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit}"
@@ -235,6 +254,20 @@ def _clock(seconds: float) -> str:
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """A warning as one line; which line of code gave it helps nobody."""
     note(f"warning: {message}")
+
+
+def readable(num_bytes: int) -> str:
+    """Bytes as people read them.
+
+    >>> readable(3 * 2**30)
+    '3.0 GiB'
+    """
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{num_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def quieten_libraries() -> None:

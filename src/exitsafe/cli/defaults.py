@@ -18,7 +18,7 @@ MODEL_TOKENS = 256
 
 
 def organism_of(model: str) -> str | None:
-    """Which organism MODEL is: a shipped one, or a folder that `exitsafe organism train` wrote; None for others."""
+    """Which organism MODEL is: a shipped one, or a folder that `python -m exitsafe.organism` wrote; None for others."""
     from exitsafe.world import ORGANISMS
 
     if model in ORGANISMS:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from exitsafe.cli import console, options
+from exitsafe.cli.models import announce
 from exitsafe.cli.settings_file import config_option
 
 
@@ -30,6 +31,7 @@ def demo_command(
     The same command goes on where it stopped.
     """
     with console.results(as_json=json) as show:
+        announce(organism)
         from exitsafe.cli.demo_flow import run_demo
         from exitsafe.cli.demo_screen import last_screen, to_document
 

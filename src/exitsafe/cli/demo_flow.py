@@ -15,8 +15,9 @@ from exitsafe.cli.align_command import run_align
 from exitsafe.cli.audit_plan import make_plan, run_plan
 from exitsafe.cli.demo_baselines import run_baselines
 from exitsafe.comparison import Comparison, compare
-from exitsafe.errors import InputError
-from exitsafe.report import can_draw, draw_chart
+from exitsafe.errors import ExitsafeError, InputError
+from exitsafe.report import draw_chart
+from exitsafe.report.document import check_can_render
 from exitsafe.runs import AuditRun
 from exitsafe.world import ORGANISMS
 
@@ -73,9 +74,11 @@ def run_demo(organism: str, *, out: Path, seed: int, with_baselines: bool) -> Sh
 
 
 def _draw(runs: list[tuple[str, AuditRun]], out: Path, *, organism: str) -> tuple[Path, ...]:
-    """The charts, or none where matplotlib is missing: they are no reason to fail."""
-    if not can_draw():
-        console.note('no chart: matplotlib is not installed (pip install "exitsafe[report]")')
+    """The charts, or none without the extra that draws them: the demonstration goes on."""
+    try:
+        check_can_render()
+    except ExitsafeError as error:
+        console.note(f"no chart: {error}")
         return ()
     title = f"{organism}: what L-PPO repairs, by exit layer of the image encoder"
     return tuple(draw_chart(runs, out / f"chart.{ending}", title=title) for ending in ("svg", "png"))

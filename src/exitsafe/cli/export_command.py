@@ -21,18 +21,13 @@ def export_command(
         int, typer.Option("--exit-layer", metavar="N", help="Encoder blocks to keep; the others go.")
     ],
     out: Annotated[Path, options.out("The checkpoint's folder: new or empty.")],
-    adapter: Annotated[
-        str | None, typer.Option(metavar="DIR", help="A PEFT adapter to merge, e.g. of align.", show_default=False)
-    ] = None,
+    adapter: options.Adapter = None,
     keep_adapter: Annotated[
-        bool, typer.Option("--keep-adapter", help="Write the adapter beside, for the smaller model; merge nothing.")
+        bool, typer.Option("--keep-adapter", help="Save the adapter beside the smaller model instead of merging it.")
     ] = False,
-    translators: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Merge the exit's linear map, of translate.", show_default=False),
-    ] = None,
+    translators: options.Translators = None,
     skip_global: Annotated[
-        bool, typer.Option("--skip-global", help="Llama 3.2 Vision: drop the global blocks too.")
+        bool, typer.Option("--skip-global", help="Llama 3.2 Vision: drop the global blocks too.", hidden=True)
     ] = False,
     audit: Annotated[
         Path | None,

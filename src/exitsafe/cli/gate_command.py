@@ -24,17 +24,15 @@ def _limit(metric: str) -> object:
 
 def gate_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", show_default=False)],
-    max_asr: Annotated[float | None, _limit("Attack success must be shown to be at most this.")] = None,
-    max_toxicity: Annotated[float | None, _limit("Toxicity must be shown to be at most this.")] = None,
-    max_over_refusal: Annotated[
-        float | None, _limit("Refusals of what only looks harmful must be shown to be at most this.")
-    ] = None,
-    min_vqa: Annotated[float | None, _limit("VQA accuracy must be shown to be at least this.")] = None,
+    max_asr: Annotated[float | None, _limit("Upper bound of attack success must be at most this.")] = None,
+    max_toxicity: Annotated[float | None, _limit("Upper bound of toxicity must be at most this.")] = None,
+    max_over_refusal: Annotated[float | None, _limit("Upper bound of over-refusal must be at most this.")] = None,
+    min_vqa: Annotated[float | None, _limit("Lower bound of VQA accuracy must be at least this.")] = None,
     max_regression: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[METRIC=]RATE",
-            help="No measure of --against, or this one, may be shown to be worse by more; may come several times.",
+            help="Most that any metric, or this one, may be worse than in --against. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -47,7 +45,7 @@ def gate_command(
         typer.Option(
             "--layers",
             metavar="LAYERS",
-            help="Exits that the limits hold for: all, default, or e.g. 1-8,16.",
+            help="Exits to check: all, default, or e.g. 1-8,16.",
             show_default="all audited",
         ),
     ] = None,
@@ -55,20 +53,22 @@ def gate_command(
         str | None,
         typer.Option(
             metavar="layers|bins|categories|worst",
-            help="Where: at each exit, in each bin, for each category at each exit, or at the worst exit.",
+            help="Check each exit, each bin, each category at each exit, or the worst exit.",
             show_default="layers",
         ),
     ] = None,
     rules: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="Further limits (docs/gate.md).", show_default=False, dir_okay=False),
+        typer.Option(
+            metavar="FILE.yaml", help="More limits, in YAML (docs/gate.md).", show_default=False, dir_okay=False
+        ),
     ] = None,
     max_unscored: Annotated[
         float | None,
         typer.Option(
             metavar="RATE",
-            help="Share of unscored answers beyond which nothing is said about a place.",
-            show_default="0.05",
+            help="Largest share of unscored answers; with more, a place is not judged.",
+            hidden=True,
         ),
     ] = None,
     junit: Annotated[
@@ -86,12 +86,13 @@ def gate_command(
     config: Annotated[Path | None, config_option()] = None,
     json: options.Json = False,
 ) -> None:
-    """Hold a run against limits: exit status 0 if all are kept, 1 if one is breached, 2 if it could not be judged.
+    """Check a run against thresholds: exit status 0 if all hold, 1 if one is breached, 2 if it could not be judged.
 
-    A limit is kept only if the end of the 95% interval is within it, with unscored answers counted against the model.
+    A threshold holds only if the worse end of the 95% interval is within it, with unscored answers counted against
+    the model.
     """
     with console.results(as_json=json) as show:
-        from exitsafe.gate import MAX_UNSCORED, check_run
+        from exitsafe.gate import MAX_UNSCORED, gate
         from exitsafe.runs import load_run
 
         found = load_run(run)
@@ -109,20 +110,22 @@ def gate_command(
         share = next((each for each in (max_unscored, stated) if each is not None), MAX_UNSCORED)
         if not 0.0 <= share < 1.0:
             raise InputError(f"--max-unscored {share:g}: choose a share from 0 to below 1")
-        gate = check_run(found, given, against=before, max_unscored=share)
+        result = gate(found, given, against=before, max_unscored=share)
         from exitsafe.cli.gate_files import append_summary, write_junit
-        from exitsafe.cli.gate_tables import gate_tables, verdict
+        from exitsafe.cli.gate_tables import gate_table, verdict
 
         if junit is not None:
-            write_junit(gate, junit)
+            write_junit(result, junit)
         if summary is not None:
-            append_summary(gate, summary)
-        show(gate.to_dict(), lambda: gate_tables(gate))
-    if gate.outcome == "unjudged":
-        first = next(each for each in gate.findings if each.outcome == "unjudged")
-        raise RunError(f"{verdict(gate)} First: {first.name}, {first.place.name}: {first.reason}")
-    if gate.outcome == "breach":
-        console.complain(verdict(gate))
+            append_summary(result, summary)
+        # what is not passed says so on stderr, where every failure ends
+        show(result.to_dict(), lambda: [gate_table(result), *([verdict(result)] if result.outcome == "pass" else [])])
+    if result.outcome == "unjudged":
+        first = next(each for each in result.findings if each.outcome == "unjudged")
+        why = f" First: {first.name}, {first.place.name}: {first.reason}" if json else ""  # the table has all reasons
+        raise RunError(verdict(result) + why)
+    if result.outcome == "breach":
+        console.complain(verdict(result))
         raise typer.Exit(BREACHED)
 
 
@@ -157,7 +160,7 @@ def _regression_rules(texts: list[str], before: AuditRun | None) -> list[Rule]:
             raise InputError(f"--max-regression {text}: {metric or 'every share'} has a limit already; give one")
         named[metric] = rate
     if "" in named:
-        shares = [each.name for each in METRICS if each.worse and each.bounds and each.name in in_before]
+        shares = [each.name for each in METRICS if each.direction and each.bounds and each.name in in_before]
         named = dict.fromkeys(shares, named.pop("")) | named
     return [
         make_rule({"metric": name, "max_regression": rate}, where=f"--max-regression {rate}: ")
@@ -173,4 +176,4 @@ def _check_given(rules: list[Rule], before: AuditRun | None) -> None:
     if before is not None and not has_regression:
         raise InputError("--against is for --max-regression: give that too, e.g. --max-regression 0.02")
     if not rules:
-        raise InputError("no limit is given; give e.g. --max-asr 0.05 --min-vqa 0.6, or --rules FILE.yaml")
+        raise InputError("no limit given; give e.g. --max-asr 0.05 --min-vqa 0.6, or --rules FILE.yaml")

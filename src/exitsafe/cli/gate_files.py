@@ -20,15 +20,15 @@ _ELEMENTS = {"breach": "failure", "unjudged": "error"}
 
 def write_junit(gate: Gate, path: Path) -> None:
     """One test case per rule and place: a breach is a failure, what could not be judged an error."""
-    _make_folder(path)
     write_whole(path, junit(gate))
 
 
 def append_summary(gate: Gate, path: Path) -> None:
     """Add the gate in Markdown at the end of a file, as GitHub's step summary is written."""
-    _make_folder(path)
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(markdown(gate))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(markdown(gate))
 
 
 def junit(gate: Gate) -> bytes:
@@ -69,15 +69,11 @@ def _message(finding: Finding) -> str:
     reason = without_folders(finding.reason)
     if finding.value is None or finding.bound is None:
         return f"{reason} ({counts})"
-    found = f"value {number(finding, finding.value)}, bound {number(finding, finding.bound)}, {counts}"
+    end = "" if finding.better_end is None else f"better end {number(finding, finding.better_end)}, "
+    found = f"value {number(finding, finding.value)}, bound {number(finding, finding.bound)}, {end}{counts}"
     return f"{reason} ({found})"
 
 
 def _xml_text(text: str) -> str:
     """XML has no escape for control characters and halves of surrogate pairs."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _make_folder(path: Path) -> None:
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)

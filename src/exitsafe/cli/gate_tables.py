@@ -1,81 +1,116 @@
-"""A gate's findings for people: a table on the terminal, the same in Markdown. Findings in, text out."""
+"""A gate's findings as one table, for the terminal and for a step summary. Findings in, text out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from exitsafe.cli.tables import caution_lines
-from exitsafe.gate import Finding, Gate
+from exitsafe.gate import Finding, Gate, Outcome, Place
 from exitsafe.report.names import without_folder
-from exitsafe.runs.numbers import beside_limit, change_beside_limit
+from exitsafe.runs.numbers import beside_limit, change_beside_limit, number_list
+from exitsafe.show import Column, Row, Table, markdown_text
+from exitsafe.show.table import Tone
 
 MOST_ROWS = 40
-HEADINGS = ("rule", "place", "value", "bound", "n", "outcome")
-WORDS = {"pass": "passes", "breach": "BREACHED", "unjudged": "NOT JUDGED"}
-_STYLES = {"pass": "green", "breach": "bold red", "unjudged": "bold yellow"}
+_MOST_PLACES = 8
+_COLUMNS = (
+    *(Column(heading=heading, is_number=False) for heading in ("rule", "place")),
+    *(Column(heading=heading) for heading in ("value", "bound", "n")),
+    Column(heading="outcome", is_number=False),
+)
+_WORDS: dict[Outcome, tuple[str, Tone]] = {
+    "pass": ("passes", "good"),
+    "breach": ("BREACHED", "bad"),
+    "unjudged": ("NOT JUDGED", "unsure"),
+}
 
 
-def gate_tables(gate: Gate) -> list[Any]:
-    """Cautions, the findings, the notes and the verdict."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"{gate.model} at the gate", title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading in ("value", "bound", "n") else "left", overflow="fold")
-    shown = chosen(gate)
-    for number, finding in enumerate(shown):
-        if number and finding.rule != shown[number - 1].rule:
-            table.add_section()
-        table.add_row(
-            *(Text(cell, style=_STYLES[finding.outcome] if i == 5 else "") for i, cell in enumerate(cells(finding)))
-        )
-    notes = [*left_out(gate, shown), *gate.notes]
-    return [
-        *([caution_lines(gate.cautions)] if gate.cautions else []),
-        table,
-        Group(*(Text(line, style="dim") for line in notes)),
-        Text(verdict(gate), style=_STYLES[gate.outcome]),
-    ]
+def gate_table(gate: Gate) -> Table:
+    """What was judged as rows, each rule named once; why something did not pass as notes, each reason once."""
+    judged = [finding for finding in gate.findings if finding.outcome != "unjudged"]
+    shown = _chosen(judged)
+    rules = [finding.rule for finding in shown]
+    notes = [*_reasons(gate, "breach"), *_reasons(gate, "unjudged")]
+    if len(judged) > len(shown):
+        notes.append(f"{len(judged) - len(shown)} more pass by a wider margin (--json lists all).")
+    return Table(
+        title=f"{gate.model} at the gate",
+        columns=_COLUMNS,
+        rows=tuple(
+            _row(finding, is_first=number == 0 or finding.rule != rules[number - 1], is_top=number == 0)
+            for number, finding in enumerate(shown)
+        ),
+        cautions=gate.cautions,
+        notes=(*notes, *gate.notes),
+    )
 
 
-def chosen(gate: Gate) -> list[Finding]:
-    """All findings, or, of many, what did not pass and each rule's closest pass."""
-    if len(gate.findings) <= MOST_ROWS:
-        return list(gate.findings)
+def _row(finding: Finding, *, is_first: bool, is_top: bool) -> Row:
+    unscored = f" +{finding.unscored} unscored" if finding.unscored else ""
+    word, tone = _WORDS[finding.outcome]
+    return Row(
+        cells=(
+            _rule(finding) if is_first else "",
+            finding.place.name,
+            number(finding, finding.value),
+            number(finding, finding.bound),
+            f"{finding.n}{unscored}",
+            word,
+        ),
+        tone=tone,
+        is_after_line=is_first and not is_top,
+    )
+
+
+def _rule(finding: Finding) -> str:
+    return finding.name + (f" ({without_folders(finding.judge)})" if finding.judge else "")
+
+
+def _chosen(findings: Sequence[Finding]) -> Sequence[Finding]:
+    """All, or, of many, what did not pass and each rule's closest pass."""
+    if len(findings) <= MOST_ROWS:
+        return findings
     closest: dict[int, Finding] = {}
-    for finding in gate.findings:
+    for finding in findings:
         if finding.outcome == "pass" and _room(finding) < _room(closest.get(finding.rule)):
             closest[finding.rule] = finding
-    return [each for each in gate.findings if each.outcome != "pass" or each is closest.get(each.rule)]
+    return [each for each in findings if each.outcome != "pass" or each is closest.get(each.rule)]
 
 
-def left_out(gate: Gate, shown: Sequence[Finding]) -> list[str]:
-    """One line on what the table does not show, if so."""
-    missing = len(gate.findings) - len(shown)
-    return [f"{missing} more that pass, by a wider margin, are not shown (--json has all)."] if missing else []
+def _reasons(gate: Gate, outcome: Outcome) -> Iterator[str]:
+    """One line per rule and reason, with all its places."""
+    places: dict[tuple[int, str, str], list[Place]] = {}
+    for finding in gate.findings:
+        if finding.outcome == outcome:
+            reason = without_folders(finding.reason)
+            places.setdefault((finding.rule, _rule(finding), reason), []).append(finding.place)
+    for (_, rule, reason), found in places.items():
+        where = "" if found == [Place()] else f", {_in_words(found)}"
+        yield f"{_WORDS[outcome][0]}: {rule}{where}: {reason}."
 
 
-def cells(finding: Finding) -> list[str]:
-    """A row under `HEADINGS`."""
-    unscored = f" +{finding.unscored} unscored" if finding.unscored else ""
-    judge = f" ({without_folders(finding.judge)})" if finding.judge else ""
-    reason = f": {without_folders(finding.reason)}" if finding.reason else ""
-    return [
-        f"{finding.name}{judge}",
-        finding.place.name,
-        number(finding, finding.value),
-        number(finding, finding.bound),
-        f"{finding.n}{unscored}",
-        WORDS[finding.outcome] + reason,
-    ]
+def _in_words(places: Sequence[Place]) -> str:
+    """Places, with exits in ranges: `exits 1-4, 7`."""
+    exits: dict[Place, list[int]] = {}
+    for place in places:
+        exits.setdefault(replace(place, exit_layer=None), []).extend(
+            [] if place.exit_layer is None else [place.exit_layer]
+        )
+    words = []
+    for place, layers in exits.items():
+        name = place.name if len(layers) < 2 else f"exits {number_list(layers)}"
+        if len(layers) == 1:
+            name = replace(place, exit_layer=layers[0]).name
+        elif layers and place.category is not None:
+            name = f"{place.name.removesuffix(', the run')}, {name}"
+        words.append(name)
+    more = len(words) - _MOST_PLACES
+    return "; ".join(words[:_MOST_PLACES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def verdict(gate: Gate) -> str:
-    """The gate in one sentence, e.g. `The gate is breached: 2 of 24 breach, 1 could not be judged.`"""
+    """The gate in one sentence, e.g. `The gate is breached: 2 of 24 breach, 1 of 24 could not be judged.`"""
     total, breaches, unjudged = len(gate.findings), gate.count("breach"), gate.count("unjudged")
     counts = ", ".join(
         words
@@ -88,29 +123,21 @@ def verdict(gate: Gate) -> str:
     opening = {
         "pass": f"The gate is passed: all {total} within their limits",
         "breach": "The gate is breached",
-        "unjudged": "The gate could not be judged",
+        "unjudged": "The gate is not passed",
     }
     return f"{opening[gate.outcome]}{': ' if counts else ''}{counts}."
 
 
 def markdown(gate: Gate) -> str:
     """For a step summary: the verdict, the table, the notes; ids, names and numbers only."""
-    shown = chosen(gate)
-    lines = [
-        f"### exitsafe gate: {escaped(without_folder(gate.model))}",
-        "",
-        f"**{escaped(verdict(gate))}**",
-        "",
-        *(f"- {escaped(without_folders(line))}" for line in gate.cautions),
-        *([""] if gate.cautions else []),
-        f"| {' | '.join(HEADINGS)} |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
-        *(f"| {' | '.join(map(escaped, cells(finding)))} |" for finding in shown),
-        "",
-        *(f"- {escaped(without_folders(line))}" for line in (*left_out(gate, shown), *gate.notes)),
-        "",
-    ]
-    return "\n".join(lines)
+    table = gate_table(gate)
+    table = replace(
+        table,
+        cautions=tuple(map(without_folders, table.cautions)),
+        notes=tuple(map(without_folders, table.notes)),
+    )
+    heading, opening = markdown_text(without_folder(gate.model)), markdown_text(verdict(gate))
+    return f"### exitsafe gate: {heading}\n\n**{opening}**\n\n{table.markdown()}\n"
 
 
 def without_folders(line: str) -> str:
@@ -123,20 +150,6 @@ def without_folders(line: str) -> str:
 
 
 _PATH = re.compile(r'(?<![\w./])(?:[A-Za-z]:\\|~|\.{0,2}/(?!/))[^,;:"]*')
-
-
-def escaped(text: str) -> str:
-    """Text as Markdown shows it literally, in a table too: no markup, HTML, link or line break.
-
-    >>> escaped("<b>a|b</b> @team")
-    '&lt;b&gt;a&#124;b&lt;/b&gt; &#64;team'
-    """
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
-    return _MARKUP.sub(lambda found: _ENTITIES.get(found[0]) or f"&#{ord(found[0])};", line)
-
-
-_MARKUP = re.compile(r"[&<>|@#\\`*_\[\]~!$]|:(?=//)|(?<=www)\.")  # the last two would make links
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def number(finding: Finding, value: float | None) -> str:

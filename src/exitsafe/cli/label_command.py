@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,11 @@ import typer
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import ExitsafeError, InputError
+from exitsafe.show import Table
 
 if TYPE_CHECKING:
     from exitsafe.records import Verdict
     from exitsafe.runs import AuditRun
-    from exitsafe.runs.agreement import Agreement
 
 _MOST_FAULTS = 20  # that are shown
 _LABELS = ("yes", "no", "unsure")
@@ -57,8 +58,8 @@ def label_command(
 
         found = load_run(run)
         if read:
-            document, pairs = read_files(found, read)
-            show(document, lambda: _agreement_tables(document, pairs))
+            document = read_files(found, read)
+            show(document, lambda: [_agreement_table(document)])
             return
         document = write_file(
             found, rows=rows or 100, seed=seed or 0, out=out or run / "labels.csv", may_leave_run=include_unsafe_text
@@ -73,7 +74,6 @@ def write_file(run: AuditRun, *, rows: int, seed: int, out: Path, may_leave_run:
         InputError: If the file would lie outside the run without leave.
         RunError: If the file is there and holds labels or something else.
     """
-    from exitsafe.runs.files import writing
     from exitsafe.runs.labels import draw_rows, write_labels
 
     if not may_leave_run and run.path.resolve() not in out.resolve().parents:
@@ -89,8 +89,6 @@ def write_file(run: AuditRun, *, rows: int, seed: int, out: Path, may_leave_run:
             f"the requests of {len(ids) - len(prompts)} of {len(ids)} samples could not be had again and are blank: "
             "look them up by sample_id, or start where the suites of the audit are"
         )
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     write_labels(out, run, chosen, prompts=prompts)
     return {
         "run": str(run.path),
@@ -102,7 +100,7 @@ def write_file(run: AuditRun, *, rows: int, seed: int, out: Path, may_leave_run:
     }
 
 
-def read_files(run: AuditRun, files: Sequence[Path]) -> tuple[dict[str, Any], list[Agreement]]:
+def read_files(run: AuditRun, files: Sequence[Path]) -> dict[str, Any]:
     """Check and store the files, one per rater, and compare them with the judges.
 
     Raises:
@@ -118,7 +116,7 @@ def read_files(run: AuditRun, files: Sequence[Path]) -> tuple[dict[str, Any], li
     verdicts = {rater: _read_sound(file, run, rater) for file, rater in zip(files, raters, strict=True)}
     stored = [store_labels(file, run, number=number) for number, file in enumerate(files, 1)]
     pairs = agreements(run, [verdict for found in verdicts.values() for verdict in found])
-    document = {
+    return {
         "run": str(run.path),
         "labels": [
             {"rater": rater, "file": str(file), "stored": str(kept), **_counts(verdicts[rater])}
@@ -126,7 +124,6 @@ def read_files(run: AuditRun, files: Sequence[Path]) -> tuple[dict[str, Any], li
         ],
         "agreements": [pair.to_dict() for pair in pairs],
     }
-    return document, pairs
 
 
 def _read_sound(file: Path, run: AuditRun, rater: str) -> Sequence[Verdict]:
@@ -174,27 +171,15 @@ def _what_to_do(document: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _agreement_tables(document: dict[str, Any], pairs: Sequence[Agreement]) -> list[Any]:
-    from rich.table import Table
+def _agreement_table(document: dict[str, Any]) -> Table:
+    from exitsafe.cli.tables import agreement_table
+    from exitsafe.runs.numbers import percent
 
-    from exitsafe.runs.numbers import fixed, percent
-
-    table = Table(title="Agreement beyond chance: Cohen's kappa with 95% intervals", title_justify="left")
-    for heading in ("measure", "", "", "kappa", "agree", "n", "unscored"):
-        table.add_column(heading, justify="left" if heading in ("measure", "") else "right")
-    for pair in pairs:
-        kappa, observed = pair.kappa, pair.kappa.observed
-        shown = (
-            f"none: {kappa.undefined}"
-            if kappa.value is None or kappa.low is None or kappa.high is None
-            else f"{fixed(kappa.value, 2)} ({fixed(kappa.low, 2)} to {fixed(kappa.high, 2)})"
-        )
-        agree = "" if observed is None else percent(observed)
-        table.add_row(pair.measure, pair.first, pair.second, shown, agree, str(kappa.n), str(pair.unscored))
     notes = ["A judge's score from 0.5 on counts as yes. Labelled answers are weighted to stand for the whole run."]
-    if partial := [pair.covered for pair in pairs if pair.covered is not None and pair.covered < 1]:
+    covered = [pair["covered"] for pair in document["agreements"] if pair["covered"] is not None]
+    if partial := [share for share in covered if share < 1]:
         notes.append(
             f"Labels represent at least {percent(min(partial))} of the answers: unlabelled verdict groups are left out."
         )
     stored = ", ".join(entry["stored"] for entry in document["labels"])
-    return [table, *notes, f"Labels: {stored}"]
+    return replace(agreement_table(document["agreements"]), notes=(*notes, f"Labels: {stored}"))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -25,21 +27,19 @@ from exitsafe.cli.compare_command import compare_command
 from exitsafe.cli.demo_command import demo_command
 from exitsafe.cli.doctor_command import doctor_command
 from exitsafe.cli.export_command import export_command
-from exitsafe.cli.frontier_command import frontier_command
 from exitsafe.cli.gate_command import gate_command
 from exitsafe.cli.judge_command import judge_command
 from exitsafe.cli.label_command import label_command
-from exitsafe.cli.organism_command import organism_app
+from exitsafe.cli.recommend_command import recommend_command
 from exitsafe.cli.report_command import report_command
-from exitsafe.cli.rerun_command import rerun_command
+from exitsafe.cli.settings_file import rare_keys
 from exitsafe.cli.suites_command import suites_command
-from exitsafe.cli.transfer_command import transfer_command
 from exitsafe.cli.translate_command import translate_command
 from exitsafe.cli.verify_command import verify_command
 from exitsafe.errors import ExitsafeError
 
 DONE, FAILED, INTERRUPTED = 0, 2, 130
-_GOES_ON = "interrupted; what was saved is kept: the same command goes on from there"
+_GOES_ON = "interrupted; what was saved is kept: rerun the same command to resume"
 
 # Newer typers bring their own click: its base of all usage errors has no public name but this.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -52,34 +52,62 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start here: exitsafe demo",
 )
-app.command("audit", epilog="Example: exitsafe audit organism --layers all --out runs/before")(audit_command)
-app.command("align", epilog="Example: exitsafe align organism --out runs/lppo")(align_command)
-app.command("compare", epilog="Example: exitsafe compare runs/before runs/after --chart chart.svg")(compare_command)
-app.command(
-    "frontier", epilog="Example: exitsafe frontier runs/after --max-asr 0.05 --min-vqa 0.8 --max-over-refusal 0.1"
-)(frontier_command)
-app.command("gate", epilog="Example: exitsafe gate runs/after --max-asr 0.05 --min-vqa 0.6")(gate_command)
-app.command("translate", epilog="Example: exitsafe translate organism --out runs/translators")(translate_command)
-app.command("transfer", epilog='Example: exitsafe transfer organism --train-sets "1;7;all" --out runs/transfer')(
-    transfer_command
-)
-app.command("judge", epilog="Example: exitsafe judge runs/before --judge refusal-prefix")(judge_command)
-app.command(
-    "label", epilog="Example: exitsafe label runs/before, then exitsafe label runs/before --read runs/before/labels.csv"
-)(label_command)
-app.command("rerun", epilog="Example: exitsafe rerun runs/before")(rerun_command)
-app.command("export", epilog="Example: exitsafe export organism --exit-layer 4 --out slim")(export_command)
-app.command("verify", epilog="Example: exitsafe verify slim --against runs/before")(verify_command)
-app.command("report", epilog="Example: exitsafe report runs/before runs/after --out report.html")(report_command)
-app.command("suites", epilog="Example: exitsafe suites xstest")(suites_command)
-app.command("doctor", epilog="Example: exitsafe doctor organism")(doctor_command)
-app.command("chat", epilog="Example: exitsafe chat organism --image f.png --layers 1,4,7")(chat_command)
-app.command("demo", epilog="Example: exitsafe demo --out runs/demo")(demo_command)
-app.add_typer(organism_app, name="organism")
+_MINE = "llava-hf/llava-1.5-7b-hf"
+_PANELS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
+    "Measure": {
+        audit_command: (
+            "organism --layers all --out runs/before",
+            f"{_MINE} --suite redteam2k --images pictures/ --out runs/before",
+        ),
+        judge_command: ("runs/before --judge refusal-prefix", "runs/before --judge harmbench"),
+        label_command: ("runs/before, then exitsafe label runs/before --read runs/before/labels.csv", ""),
+        compare_command: ("runs/before runs/after --chart chart.svg", ""),
+        report_command: ("runs/before runs/after --out report.html", ""),
+    },
+    "Repair": {
+        align_command: (
+            "organism --out runs/lppo",
+            f"{_MINE} --suite train.jsonl --images pictures/ --out runs/lppo",
+        ),
+        translate_command: ("organism --out runs/translators", f"{_MINE} --images pictures/ --out runs/translators"),
+    },
+    "Ship": {
+        gate_command: ("runs/after --max-asr 0.05 --min-vqa 0.6", ""),
+        recommend_command: ("runs/after --max-asr 0.05 --min-vqa 0.8 --max-over-refusal 0.1", ""),
+        export_command: (
+            "organism --exit-layer 4 --out slim",
+            f"{_MINE} --adapter runs/lppo/adapter --exit-layer 16 --audit runs/after --out slim",
+        ),
+        verify_command: ("slim --against runs/before, then exitsafe verify runs/before", ""),
+    },
+    "Explore": {
+        demo_command: ("--out runs/demo", ""),
+        doctor_command: ("organism", _MINE),
+        suites_command: ("xstest", ""),
+        chat_command: ("organism --image f.png --layers 1,4,7", f"{_MINE} --image f.png --layers 8,16,24"),
+    },
+}
+"""By panel of the help: the commands, each with an example on the organism and, if that differs, on a model."""
+
+
+def _add(command: Callable[..., None], panel: str, example: str, own_model: str) -> None:
+    name = command.__name__.removesuffix("_command")
+    notes = [f"Example: exitsafe {name} {example}"]
+    notes += [f"With your own model: exitsafe {name} {own_model}"] if own_model else []
+    rare = rare_keys(command)
+    notes += [f"Rarer settings, as keys of --config: {', '.join(rare)}"] if rare else []
+    app.command(name, rich_help_panel=panel, epilog="\n\n".join(notes))(command)
+
+
+for _panel, _commands in _PANELS.items():
+    for _command, _examples in _commands.items():
+        _add(_command, _panel, *_examples)
 
 
 def main() -> None:
     """The entry point."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+        signal.signal(signal.SIGINT, _stop)
     status = run(sys.argv[1:])
     if status == DONE:
         _part_from_other_processes()
@@ -114,6 +142,13 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001  # the outermost edge: reported, with the way to the traceback
         return _fail_unforeseen(error)
     return DONE
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Say so at once: saving what is under way may take a while. A second Ctrl-C does not wait."""
+    signal.signal(number, signal.default_int_handler)
+    console.note_from_signal("stopping; what is done so far is being saved (Ctrl-C again to quit at once)")
+    raise KeyboardInterrupt
 
 
 def _part_from_other_processes() -> None:

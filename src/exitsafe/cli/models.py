@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exitsafe.errors import InputError
+from exitsafe.cli import console
+from exitsafe.vlm.sources import check_adapter_source, check_model_source
 
 if TYPE_CHECKING:
-    import torch
-
     from exitsafe.doctor import Blueprint
     from exitsafe.vlm import VLM
 
 
 def load_model(model: str, *, quantization: str | None = None, **flags: Any) -> VLM:
     """`load_vlm`; a download shows its bar, reading weights from disk shows none."""
+    announce(model, adapter=flags.get("adapter"))
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
@@ -30,8 +32,25 @@ def load_model(model: str, *, quantization: str | None = None, **flags: Any) -> 
     return load_vlm(model, quantization=quantization, **flags)
 
 
+def announce(model: str, *, adapter: str | Path | None = None) -> None:
+    """Refuse a wrong name at once; else say what is being loaded, before seconds of imports and minutes of reading."""
+    from exitsafe.world import ORGANISMS
+
+    if model not in ORGANISMS:
+        check_model_source(model)
+    if adapter is not None:
+        check_adapter_source(str(adapter))
+    _say_once(f"loading {model}" + ("" if adapter is None else f" with {adapter}"))
+
+
+@cache
+def _say_once(message: str) -> None:
+    console.note(message)
+
+
 def read_blueprint(model: str, **flags: Any) -> Blueprint:
     """`load_blueprint`, without transformers' remarks on a config: what they say stands in the tables anyway."""
+    announce(model)
     from transformers.utils import logging
 
     from exitsafe.doctor import load_blueprint
@@ -42,21 +61,3 @@ def read_blueprint(model: str, **flags: Any) -> Blueprint:
         return load_blueprint(model, **flags)
     finally:
         logging.set_verbosity(before)
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of --device.
-
-    Raises:
-        InputError: If torch knows no such name.
-    """
-    import torch
-
-    from exitsafe.vlm.processes import own_device
-
-    if name == "auto":
-        return own_device()
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} is unknown; choose auto, cpu or cuda:N") from error

@@ -10,15 +10,19 @@ import typer
 
 from exitsafe.errors import InputError
 
+SAMPLES, MODEL, JUDGES, DECODING, OUTPUT = "Samples and exits", "Model", "Judges", "Decoding", "Output"
+"""The panels of a command's help."""
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a local folder, `organism` or `organism:text`.")]
 Suites = Annotated[
     list[str] | None,
     typer.Option(
         "--suite",
         metavar="NAME|PATH",
-        help="A known suite (see exitsafe suites), NAME=PATH for a copy of one, or a .jsonl, .csv or .parquet file or "
-        "folder of yours; may come several times.",
+        help="A known suite (see exitsafe suites), NAME=PATH for a copy of one, or your own .jsonl, .csv or .parquet "
+        "file or folder; repeatable.",
         show_default="an organism's own four",
+        rich_help_panel=SAMPLES,
     ),
 ]
 Images = Annotated[
@@ -26,9 +30,10 @@ Images = Annotated[
     typer.Option(
         "--images",
         metavar="DIR",
-        help="Benign pictures of yours: every sample without one gets one of them.",
+        help="A folder of benign pictures: every sample that has none gets one of them.",
         show_default=False,
         file_okay=False,
+        rich_help_panel=SAMPLES,
     ),
 ]
 Category = Annotated[
@@ -36,36 +41,83 @@ Category = Annotated[
     typer.Option(
         "--category",
         metavar="NAME",
-        help="Keep only samples of this category; may come several times.",
+        help="Keep only samples of this category; repeatable.",
         show_default=False,
+        rich_help_panel=SAMPLES,
     ),
 ]
 Layers = Annotated[
     str | None,
-    typer.Option("--layers", metavar="LAYERS", help="all, default, or e.g. 1-8,16,23.", show_default="all"),
+    typer.Option(
+        "--layers",
+        metavar="LAYERS",
+        help="Exit layers: all, default, or a list such as 1-8,16,23.",
+        show_default="all",
+        rich_help_panel=SAMPLES,
+    ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Keep the first N of each suite.", show_default=False)
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Keep the first N samples of each suite.", show_default=False, rich_help_panel=SAMPLES
+    ),
 ]
 Split = Annotated[
     str | None,
-    typer.Option(metavar="heldout|train", help="Which half of an organism's suites.", show_default=False),
+    typer.Option(metavar="heldout|train", help="Which half of an organism's suites to use.", hidden=True),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="The key of every draw.", show_default="0")]
-Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto (as saved), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto (the first GPU, else the CPU), cpu or cuda:N.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", help="Seed of every random draw.", show_default="0", rich_help_panel=DECODING),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="A PEFT adapter, for example one that align trained.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Translators = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Linear maps of the exits' features, fitted by translate.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="DTYPE", help="auto (as saved), float32, bfloat16 or float16.", rich_help_panel=MODEL),
+]
+Device = Annotated[
+    str,
+    typer.Option(metavar="DEVICE", help="auto (the first GPU, else the CPU), cpu or cuda:N.", rich_help_panel=MODEL),
+]
 Quantization = Annotated[
     str | None,
-    typer.Option(metavar="nf4|int8|torchao-int8", help="Load the language model quantised.", show_default=False),
+    typer.Option(
+        metavar="nf4|int8|torchao-int8",
+        help="Load the language model quantised.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the checkpoint run.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Allow code from the checkpoint to run.", rich_help_panel=MODEL),
+]
 Revision = Annotated[
     str | None,
-    typer.Option(metavar="REF", help="Branch, tag or commit of a Hub model.", show_default="its newest commit"),
+    typer.Option(
+        metavar="REF", help="Branch, tag or commit of a Hub model; by default its newest commit.", hidden=True
+    ),
 ]
 JudgeDevice = Annotated[
     str | None,
-    typer.Option("--judge-device", metavar="DEVICE", help="Where judges' models run.", show_default="as the model's"),
+    typer.Option("--judge-device", metavar="DEVICE", help="Device of the judges' models.", hidden=True),
 ]
 JudgeUrl = Annotated[
     str | None,
@@ -74,6 +126,7 @@ JudgeUrl = Annotated[
         metavar="URL",
         help="An OpenAI-compatible endpoint for rubric:MODEL, up to /v1; its key is read from OPENAI_API_KEY.",
         show_default="OPENAI_BASE_URL, else OpenAI's",
+        rich_help_panel=JUDGES,
     ),
 ]
 JudgeRubric = Annotated[
@@ -81,16 +134,15 @@ JudgeRubric = Annotated[
     typer.Option(
         "--judge-rubric",
         metavar="FILE",
-        help="A rubric of your own for rubric:MODEL.",
+        help="Your own rubric for rubric:MODEL.",
         show_default="StrongREJECT's",
         dir_okay=False,
+        rich_help_panel=JUDGES,
     ),
 ]
 JudgeRate = Annotated[
     float | None,
-    typer.Option(
-        "--judge-rate", metavar="N", help="At most N requests a minute to the endpoint.", show_default="no limit"
-    ),
+    typer.Option("--judge-rate", metavar="N", help="Most requests a minute to the endpoint.", hidden=True),
 ]
 JudgePrices = Annotated[
     str | None,
@@ -98,18 +150,21 @@ JudgePrices = Annotated[
         "--judge-prices",
         metavar="IN,OUT",
         help="US dollars per million tokens of the endpoint, to count its cost.",
-        show_default=False,
+        hidden=True,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; the rest goes to stderr.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout; the rest goes to stderr.", rich_help_panel=OUTPUT),
+]
 
 
 def out(text: str) -> object:
     """The option `--out`."""
-    return typer.Option("--out", metavar="DIR", help=text, file_okay=False)
+    return typer.Option("--out", metavar="DIR", help=text, file_okay=False, rich_help_panel=OUTPUT)
 
 
-Out = Annotated[Path, out("The run's folder: new, empty, or one to go on with.")]
+Out = Annotated[Path, out("Folder of the run: new, empty, or an unfinished run to resume.")]
 
 
 def judging(
@@ -164,7 +219,7 @@ _RUBRIC = {"rubric": "rubric:MODEL"}
 _READERS = {
     "url": ("--judge-url", _RUBRIC),
     "rubric": ("--judge-rubric", _RUBRIC),
-    "requests_per_minute": ("--judge-rate", _RUBRIC | {"perspective": "perspective"}),
+    "requests_per_minute": ("--judge-rate", _RUBRIC),
     "prices": ("--judge-prices", _RUBRIC),
 }
 """By field of `JudgeOptions`: its flag and the judges that read it."""

@@ -1,4 +1,4 @@
-"""`--reward` and `--watch-...`: flags in, a reward and a watch out. Trains nothing.
+"""`--reward` and `--watch-...`: flags in, a reward and a held-out evaluation out. Trains nothing.
 
 A reward is written NAME, NAME=WEIGHT, NAME@KIND=WEIGHT or NAME@KIND,KIND=WEIGHT.
 """
@@ -17,15 +17,15 @@ from exitsafe.records import KINDS, Kind, Sample
 
 if TYPE_CHECKING:
     from exitsafe.judges import Judge
-    from exitsafe.lppo import Watch, WeightedSum
+    from exitsafe.lppo import Evaluation, WeightedSum
 
 BUILT_IN = "built-in"
-WATCH_SAMPLES = 32  # of each kind: 8 exits of a 7B model are looked at in minutes
+WATCH_SAMPLES = 32  # of each kind: evaluating 8 exits of a 7B model takes minutes
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchFlags:
-    """What the flags say of the watch; None where they are silent. `patience` 0 never ends the training early."""
+    """The `--watch-...` flags; None where one is not given. `patience` 0 never ends the training early."""
 
     every: int | None = None
     judge: str | None = None
@@ -60,34 +60,34 @@ def make_watch(
     reward: Judge | WeightedSum | None,
     seed: int,
     images: Path | None,
-) -> tuple[list[Sample], Watch | None]:
-    """The samples to train on and the watch; without suites of its own, it keeps some of the samples.
+) -> tuple[list[Sample], Evaluation | None]:
+    """The samples to train on and the held-out evaluation; without suites of its own, some of the samples are held out.
 
     Raises:
-        InputError: If flags ask for a watch and not how often it looks.
+        InputError: If other flags are given without `--watch-every`.
     """
     if not flags.every:
         if flags.every is None and flags != WatchFlags():
-            raise InputError("the flags of the watch need --watch-every N, the steps between looks")
+            raise InputError("--watch-... flags need --watch-every N, the steps between held-out evaluations")
         return samples, None
-    from exitsafe.lppo import Watch, keep_apart
+    from exitsafe.lppo import Evaluation, keep_apart
 
     judge = flags.judge or other_judge(reward, samples)
     if flags.suites:
         origin = defaults.make_origin(
             model, suites=flags.suites, split="train", seed=seed, limit=flags.samples, images=images
         )
-        watched = defaults.read_samples(origin)
+        held_out = defaults.read_samples(origin)
     else:
-        samples, watched = keep_apart(samples, per_kind=flags.samples or WATCH_SAMPLES)
-    watch = Watch(
-        samples=watched,
+        samples, held_out = keep_apart(samples, per_kind=flags.samples or WATCH_SAMPLES)
+    evaluation = Evaluation(
+        samples=held_out,
         judge=_judge(judge),
         every=flags.every,
         patience=(5 if flags.patience is None else flags.patience) or None,
         max_kl=flags.max_kl,
     )
-    return samples, watch
+    return samples, evaluation
 
 
 def other_judge(reward: Judge | WeightedSum | None, samples: Sequence[Sample]) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from exitsafe.errors import InputError
-from exitsafe.untrusted import UnreadableError, read_yaml
+from exitsafe.untrusted import read_settings
 
 FIELDS = "exitsafe.fields"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -34,8 +35,24 @@ def config_option(*, section: str = "", fields: Callable[[], Collection[str]] = 
         return path
 
     return typer.Option(
-        "--config", metavar="FILE.yaml", help="Settings from a YAML file; flags win.", is_eager=True, callback=read
+        "--config",
+        metavar="FILE.yaml",
+        help="Settings from a YAML file; flags win.",
+        is_eager=True,
+        callback=read,
+        show_default=False,
+        rich_help_panel="Output",
     )
+
+
+def rare_keys(command: Callable[..., None]) -> list[str]:
+    """Keys for `--config` whose flags the help of a command leaves out."""
+    return [
+        name
+        for name, parameter in signature(command, eval_str=True).parameters.items()
+        for found in getattr(parameter.annotation, "__metadata__", ())
+        if getattr(found, "hidden", False)
+    ]
 
 
 def _apply(context: typer.Context, path: Path, *, section: str, fields: Collection[str]) -> None:
@@ -43,7 +60,8 @@ def _apply(context: typer.Context, path: Path, *, section: str, fields: Collecti
     names = _flag_names(context)
     defaults: dict[str, Any] = {}
     values: dict[str, Any] = {}
-    for key, value in _read_yaml(path).items():
+    for name, value in read_settings(path, example="seed: 1").items():
+        key = str(name).replace("-", "_")
         if section and key == section:
             values |= _read_section(value, path, section, fields)
         elif key in names:
@@ -67,18 +85,6 @@ def _flag_names(context: typer.Context) -> dict[str, Any]:
             if not name.startswith("-") or name.startswith("--"):
                 names[name.lstrip("-").replace("-", "_")] = parameter
     return names
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = read_yaml(path)
-    except UnreadableError as error:
-        raise InputError(f"{path} cannot be read ({error}); --config takes a YAML file") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no settings; write lines such as seed: 1")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def _read_section(value: Any, path: Path, section: str, fields: Collection[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitsafe.cli import console, options
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from exitsafe.data import KnownSuite
@@ -43,7 +43,8 @@ def suites_command(
             entry = describe(KNOWN_SUITES[name])
             show(entry, lambda: [_full(entry)])
         else:
-            raise InputError(f"suite {name!r} is unknown; choose from {', '.join(KNOWN_SUITES)}")
+            hint = did_you_mean(name, KNOWN_SUITES)
+            raise InputError(f"suite {name!r} is unknown{hint}; choose from {', '.join(KNOWN_SUITES)}")
 
 
 def describe(suite: KnownSuite) -> dict[str, Any]:

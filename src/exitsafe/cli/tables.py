@@ -1,30 +1,31 @@
-"""Runs and comparisons as rich tables. Numbers in, renderables out; prints nothing."""
+"""Runs and comparisons as tables. Numbers in, text out; prints nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from exitsafe.comparison import Comparison, Difference
 from exitsafe.runs import AuditRun
 from exitsafe.runs.metrics import AGGREGATES, BY_NAME, NO_PROXY, as_noun
 from exitsafe.runs.numbers import amount, change, fixed, interval, is_rate, p_value, percent
+from exitsafe.show import Column, Row, Table
 from exitsafe.stats import BINS, layers_by_bin
 
 _SHOWN = ("asr", "asr_loose", "toxicity", "reward", "over_refusal", "benign_refusal", "vqa_accuracy", "coherence")
 
 
-def audit_tables(run: AuditRun) -> list[Any]:
+EXIT = Column(heading="exit", is_number=False)
+
+
+def audit_tables(run: AuditRun) -> list[Table]:
     """Cautions, one table (exits and bins down, metrics across), attack success by each judge if several, notes."""
     summary = run.summary
     metrics = [name for name in _SHOWN if any(name in found for _, found in _places(summary))]
     columns = {name: (run.title(name), _places(summary, name)) for name in metrics}
-    tables: list[Any] = [caution_lines(run.cautions)] if run.cautions else []
-    tables.append(_places_table(f"{summary['model']} by exit layer, with 95% intervals", run, columns))
+    table = _places_table(f"{summary['model']} by exit layer, with 95% intervals", run, columns)
+    tables = [replace(table, cautions=run.cautions)]
     by_judge = {
         name: (_judge_heading(run, name), _places(results, "asr"))
         for name, results in summary["judges"].items()
@@ -32,16 +33,10 @@ def audit_tables(run: AuditRun) -> list[Any]:
     }
     if len(by_judge) > 1:
         tables.append(_places_table("Attack success by judge", run, by_judge, metric="asr"))
-        tables.append(Group(*(_dim(_agreement(pair)) for pair in summary["agreement"])))
+        tables.append(agreement_table(summary["agreement"]))
     judges = ", ".join(name for name, _ in run.judges)
-    notes = [*_audit_notes(run), f"Judges: {judges}. Files: {run.path}"]
-    return [*tables, Group(*map(_dim, notes))]
-
-
-def caution_lines(lines: Sequence[str]) -> Group:
-    """What to know before reading a table."""
-    said = (" ".join(line.splitlines()) for line in lines)
-    return Group(*(Text(f"{line[:1].upper()}{line[1:]}.", style="yellow") for line in said))
+    notes = (*_audit_notes(run), f"Judges: {judges}. Files: {run.path}")
+    return [*tables[:-1], replace(tables[-1], notes=notes)]
 
 
 def _judge_heading(run: AuditRun, judge: str) -> str:
@@ -64,28 +59,26 @@ def _places_table(
 ) -> Table:
     """Columns are metrics, or, where one `metric` is given, its judges."""
     summary = run.summary
-    table = Table(title=title, title_justify="left")
-    table.add_column("exit")
     asked = {}
-    for name, (heading, rows) in columns.items():
-        layers = [found for place, found in rows if found and isinstance(place, int)]
+    for name, (_, found_at) in columns.items():
+        layers = [found for place, found in found_at if found and isinstance(place, int)]
         asked[name] = max(found["n"] + found["unscored"] for found in layers)
-        table.add_column(f"{heading}\n(n={asked[name]} a layer)", justify="right")
-    cells = {name: dict(rows) for name, (_, rows) in columns.items()}
+    cells = {name: dict(found_at) for name, (_, found_at) in columns.items()}
     marks = _differing(summary) if metric is None else set()
     shown = [name for name in ([metric] if metric else columns) if not run.proxy_of(name).get(BY_NAME[name].measure)]
     num_layers = _layers_in(summary)
+    rows = []
     for number, (place, _) in enumerate(_places(summary)):
-        if number == len(summary["layers"]):
-            table.add_section()
         row = [
-            _estimate(metric or name, cells[name].get(place), asked=asked[name] * num_layers[place])
+            estimated(metric or name, cells[name].get(place), asked=asked[name] * num_layers[place])
             + ("*" if (place, name) in marks else "")
             for name in columns
         ]
         label = place if isinstance(place, int) else bin_label(summary, place, shown)
-        table.add_row(*_row(label, row, default_exit=summary["default_exit"]))
-    return table
+        is_after_line = number == len(summary["layers"])
+        rows.append(_row(label, row, default_exit=summary["default_exit"], is_after_line=is_after_line))
+    headings = (f"{heading}\n(n={asked[name]} a layer)" for name, (heading, _) in columns.items())
+    return Table(title=title, columns=(EXIT, *(Column(heading=heading) for heading in headings)), rows=tuple(rows))
 
 
 def _layers_in(summary: dict[str, Any]) -> dict[int | str, int]:
@@ -110,18 +103,26 @@ def bin_label(summary: dict[str, Any], name: str, metrics: Sequence[str]) -> str
     return f"{name}, {len(found[name])} of {len(whole[name])} exits"
 
 
-def _agreement(pair: dict[str, Any]) -> str:
-    """Two judges on one measure, e.g. `asr: a and b agree on 95.0%, kappa 0.90 (0.81 to 0.99), n=200`."""
-    who = f"{pair['measure']}: {pair['first']} and {pair['second']}"
-    if pair["observed"] is None:
-        return f"{who}: none of {pair['unscored']} answers scored by both"
-    kappa = (
-        f"no kappa ({pair['undefined']})"
-        if pair["kappa"] is None
-        else f"kappa {fixed(pair['kappa'], 2)} ({fixed(pair['low'], 2)} to {fixed(pair['high'], 2)})"
+def agreement_table(pairs: Sequence[Mapping[str, Any]]) -> Table:
+    """How far two raters agree on one measure, as in a summary: a row per pair."""
+    names = (Column(heading=heading, is_number=False) for heading in ("measure", "", ""))
+    return Table(
+        title="Agreement beyond chance: Cohen's kappa with 95% intervals",
+        columns=(*names, *(Column(heading=heading) for heading in ("kappa", "agree", "n", "unscored"))),
+        rows=tuple(
+            Row(
+                cells=(
+                    *(pair["measure"], pair["first"], pair["second"]),
+                    f"none: {pair['undefined']}"
+                    if pair["kappa"] is None
+                    else f"{fixed(pair['kappa'], 2)} ({fixed(pair['low'], 2)} to {fixed(pair['high'], 2)})",
+                    "" if pair["observed"] is None else percent(pair["observed"]),
+                    *(str(pair["n"]), str(pair["unscored"])),
+                )
+            )
+            for pair in pairs
+        ),
     )
-    unscored = f", {pair['unscored']} unscored" if pair["unscored"] else ""
-    return f"{who} agree on {percent(pair['observed'])}, {kappa}, n={pair['n']}{unscored}"
 
 
 def _differing(summary: dict[str, Any]) -> set[tuple[int, str]]:
@@ -167,53 +168,57 @@ def _worst(row: dict[str, Any]) -> str:
     return f"exit {row['exit_layer']}, {percent(row['value'])} ({n}, {interval('asr', row['low'], row['high'])})"
 
 
-def comparison_tables(comparison: Comparison, metrics: Sequence[str] | None = None) -> list[Any]:
-    """What differs between the models and what else to know first; a table per metric; what was left out."""
+def comparison_tables(comparison: Comparison, metrics: Sequence[str] | None = None) -> list[Table | str]:
+    """The headline; what differs between the models and what else to know; a table per metric; what was left out."""
     chosen = list(metrics or [name for name in comparison.metrics if name in _SHOWN])
-    first = [*comparison.models_changed, *comparison.repairs_changed, *comparison.cautions]
-    tables: list[Any] = [caution_lines(first)] if first else []
-    tables += [_comparison_table(comparison, name) for name in chosen]
+    first = (*comparison.models_changed, *comparison.repairs_changed, *comparison.cautions)
+    tables = [_comparison_table(comparison, name) for name in chosen]
+    around = Table(title="", columns=(), rows=())
+    notes = tuple(_comparison_notes(comparison, chosen))
+    return [comparison.headline, replace(around, cautions=first), *tables, replace(around, notes=notes)]
+
+
+def _comparison_notes(comparison: Comparison, chosen: Sequence[str]) -> Iterator[str]:
     others = [name for name in comparison.metrics if name not in chosen]
-    notes = [f"{comparison.num_samples} samples at {len(comparison.exit_layers)} exit layers in both runs."]
+    yield f"{comparison.num_samples} samples at {len(comparison.exit_layers)} exit layers in both runs."
     if others:
-        notes.append(f"Compared as well: {', '.join(others)} (--metric NAME, --json).")
+        yield f"Compared as well: {', '.join(others)} (--metric NAME, --json)."
     left_out = {
         "only before": comparison.only_before,
         "only after": comparison.only_after,
         "that ask something else": comparison.changed,
     }
     if any(left_out.values()):
-        notes.append("Samples left out: " + ", ".join(f"{n} {why}" for why, n in left_out.items() if n) + ".")
+        yield "Samples left out: " + ", ".join(f"{n} {why}" for why, n in left_out.items() if n) + "."
     if comparison.settings_changed:
-        notes.append(f"Settings that differ between the audits: {'; '.join(comparison.settings_changed)}.")
+        yield f"Settings that differ between the audits: {'; '.join(comparison.settings_changed)}."
     if comparison.unscored:
         places = (f"{row.metric} at exit {row.exit_layer} ({row.pairs} pairs)" for row in comparison.unscored)
-        notes.append(f"Could not be scored: {', '.join(places)}.")
+        yield f"Could not be scored: {', '.join(places)}."
     if comparison.metrics_left_out:
-        notes.append(f"No judge in both runs for {', '.join(comparison.metrics_left_out)}.")
-    return [*tables, Group(*map(_dim, notes))]
-
-
-def _dim(line: str) -> Text:
-    """A note on one line, even if a name from a file contains line breaks."""
-    return Text(" ".join(line.splitlines()), style="dim")
+        yield f"No judge in both runs for {', '.join(comparison.metrics_left_out)}."
 
 
 def _comparison_table(comparison: Comparison, metric: str) -> Table:
     rows = comparison.rows(metric)
     judge = f", judged by {rows[0].judge}" if rows[0].judge else ""
-    table = Table(title=f"{comparison.titles[metric]}{judge}", title_justify="left")
     unit = ", points" if is_rate(metric) else ""
     effect = "h" if rows[0].effect_measure == "cohen_h" else "d_av"
-    for heading in ("exit", "n", "before", "after", f"change{unit} (95% interval)", effect, "p", "p (Holm)"):
-        table.add_column(heading, justify="left" if heading == "exit" else "right")
-    has_section = False
-    for row in rows:
-        if isinstance(row.place, str) and not has_section:
-            table.add_section()
-            has_section = True
-        table.add_row(*_row(row.place, _difference(metric, row), default_exit=comparison.default_exit))
-    return table
+    headings = ("n", "before", "after", f"change{unit} (95% interval)", effect, "p", "p (Holm)")
+    first_bin = next((row for row in rows if isinstance(row.place, str)), None)
+    return Table(
+        title=f"{comparison.titles[metric]}{judge}",
+        columns=(EXIT, *(Column(heading=heading) for heading in headings)),
+        rows=tuple(
+            _row(
+                row.place,
+                _difference(metric, row),
+                default_exit=comparison.default_exit,
+                is_after_line=row is first_bin,
+            )
+            for row in rows
+        ),
+    )
 
 
 def _difference(metric: str, row: Difference) -> list[str]:
@@ -229,19 +234,23 @@ def _difference(metric: str, row: Difference) -> list[str]:
     ]
 
 
-def _row(place: int | str, cells: Sequence[str], *, default_exit: int) -> list[Text]:
+def _row(place: int | str, cells: Sequence[str], *, default_exit: int, is_after_line: bool) -> Row:
     is_default = place == default_exit
-    name = f"{place} (default)" if is_default else str(place)
-    return [Text(text, style="bold" if is_default else "") for text in (name, *cells)]
+    return Row(cells=(exit_name(place, default_exit), *cells), is_bold=is_default, is_after_line=is_after_line)
 
 
-def _estimate(metric: str, estimate: dict[str, Any] | None, *, asked: int | None) -> str:
-    """A value with its interval, and with its own n where the heading's does not say it."""
+def exit_name(place: int | str, default_exit: int) -> str:
+    """An exit or bin, with a word where it is the default exit."""
+    return f"{place} (default)" if place == default_exit else str(place)
+
+
+def estimated(metric: str, estimate: Mapping[str, Any] | None, *, asked: int | None = None) -> str:
+    """A value with its interval, and with its own n where that is not what was asked."""
     if not estimate:
         return ""
     if estimate["value"] is None:
         return f"none of {estimate['unscored']} scored"
     shown = f"{amount(metric, estimate['value'])} ({interval(metric, estimate['low'], estimate['high'])})"
-    if estimate["n"] + estimate["unscored"] != asked:
+    if asked is not None and estimate["n"] + estimate["unscored"] != asked:
         shown += f", n={estimate['n']}"
     return f"{shown}, {estimate['unscored']} unscored" if estimate["unscored"] else shown

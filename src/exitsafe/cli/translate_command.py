@@ -43,7 +43,7 @@ def translate_command(
     layers: options.Layers = None,
     num_images: Annotated[
         int | None,
-        typer.Option("--num-images", min=1, metavar="N", help="Draw so many of the pictures.", show_default="all"),
+        typer.Option("--num-images", min=1, metavar="N", help="Draw so many of the pictures.", hidden=True),
     ] = None,
     seed: options.Seed = None,
     revision: options.Revision = None,

@@ -1,4 +1,4 @@
-"""Where samples come from: files of the user's own, data sets of the Hub, the organism's suites. Knows no model."""
+"""Where samples come from: your own files, Hub data sets, the organism's suites."""
 
 from exitsafe.data.known import KNOWN_SUITES, KnownSuite
 from exitsafe.data.local import load_suite

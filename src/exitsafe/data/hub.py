@@ -1,6 +1,6 @@
 """Rows of a known suite, from the Hub or a copy on disk, through the library `datasets`; and its commit.
 
-No code of a data set ever runs: the files are Parquet, CSV or pictures with a table. Knows no samples.
+No code of a data set ever runs: the files are Parquet, CSV or pictures with a table.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def hub_rows(suite: KnownSuite, *, folder: Path | None = None, is_limited: bool 
         is_limited: Whether the caller will stop early; a large set is then read row by row.
 
     Raises:
-        InputError: With the way out, if the set cannot be had or lacks a column.
+        InputError: With the way out, if the set is not available or lacks a column.
     """
     if suite.is_large and folder is None and not is_limited:
         raise InputError(f"{suite.name} has {suite.size} samples: choose how many by --limit N, the first N")
     with _in_one_line(suite, folder):
         library = import_datasets()
+        where = suite.hub_id if folder is None else str(folder)
         for config in suite.configs or ("",):
             if folder is None:
                 dataset = _load_from_hub(library, suite, config)
             else:
                 dataset = _load_from_folder(library, suite, config, folder)
-            where = suite.hub_id if folder is None else str(folder)
             if dataset.column_names:  # unknown before the first row of some streams
                 check_columns(suite, dataset.column_names, where=where)
             if suite.image:
@@ -79,7 +79,7 @@ def is_commit(revision: object) -> bool:
 
 
 def import_datasets() -> Any:
-    """The library `datasets`, quiet unless somebody watches.
+    """The library `datasets`, quiet unless stderr is a terminal.
 
     Raises:
         InputError: If it is not installed.
@@ -181,33 +181,12 @@ def _http_error() -> type[Exception]:
 
 
 def _explain(error: Exception, suite: KnownSuite, folder: Path | None) -> InputError:
-    """What happened in the Hub's libraries, in one line that never holds a row's text."""
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-
+    """What happened in the Hub's libraries, in one line that never contains text of a row."""
     chain = list(_causes(error))
     texts = " ".join(str(link) for link in chain)
-    if folder is None and (any(isinstance(link, GatedRepoError) for link in chain) or "gated dataset" in texts):
-        return InputError(f"{suite.name} is gated: accept its terms at {suite.page} and log in with `hf auth login`")
-    if folder is None and ("Revision '" in texts and "doesn't exist" in texts):
-        return InputError(
-            f"{suite.name}: {suite.hub_id} has no commit {suite.revision} any more; {_how_to_copy(suite)}"
-        )
-    if folder is None and (
-        any(isinstance(link, RepositoryNotFoundError) for link in chain) or "doesn't exist on the Hub" in texts
-    ):
-        return InputError(
-            f"{suite.name}: {suite.hub_id} is not on the Hub, or hidden from you: log in with `hf auth login`, or give "
-            f"a copy by --suite {suite.name}=PATH"
-        )
-    unreachable = (OfflineModeIsEnabled, ConnectionError, TimeoutError)
-    names = {"ConnectError", "ConnectTimeout", "ReadTimeout", "TimeoutException", "NetworkError"}
-    if folder is None and (
-        any(isinstance(link, unreachable) or type(link).__name__ in names for link in chain)
-        or "Couldn't find cache" in texts
-    ):
-        return InputError(
-            f"{suite.name} is not on this machine and the Hub cannot be reached; with a network, {_how_to_copy(suite)}"
-        )
+    problem = _hub_problem(chain, texts, suite) if folder is None else None
+    if problem is not None:
+        return InputError(problem)
     where = suite.hub_id if folder is None else str(folder)
     if "BuilderConfig" in texts or "Unknown split" in texts:
         wanted = "/".join(filter(None, [" or ".join(suite.configs), suite.split]))
@@ -215,6 +194,31 @@ def _explain(error: Exception, suite: KnownSuite, folder: Path | None) -> InputE
     # the library quotes rows in some of its messages
     reason = type(chain[-1]).__name__
     return InputError(f"{suite.name}: {where} cannot be loaded ({reason}); {_how_to_copy(suite)}")
+
+
+def _hub_problem(chain: list[BaseException], texts: str, suite: KnownSuite) -> str | None:
+    """Why the Hub has not sent a set, and the way out; None for other reasons."""
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if has(GatedRepoError) or "gated dataset" in texts:
+        return f"{suite.name} is gated: accept its terms at {suite.page} and log in with `hf auth login`"
+    if "Revision '" in texts and "doesn't exist" in texts:
+        return f"{suite.name}: {suite.hub_id} has no commit {suite.revision} any more; {_how_to_copy(suite)}"
+    if has(RepositoryNotFoundError) or "doesn't exist on the Hub" in texts:
+        return (
+            f"{suite.name}: {suite.hub_id} is not on the Hub, or hidden from you: log in with `hf auth login`, or give "
+            f"a copy by --suite {suite.name}=PATH"
+        )
+    unreachable = {"ConnectError", "ConnectTimeout", "ReadTimeout", "TimeoutException", "NetworkError"}
+    is_unreachable = has(OfflineModeIsEnabled, ConnectionError, TimeoutError)
+    if is_unreachable or "Couldn't find cache" in texts or unreachable & {type(link).__name__ for link in chain}:
+        return (
+            f"{suite.name} is not on this machine and the Hub cannot be reached; with a network, {_how_to_copy(suite)}"
+        )
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -46,7 +46,7 @@ def path_inside(folder: Path, name: str, *, where: str) -> Path:
     try:
         is_inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # a ring of links, a NUL
-        raise InputError(f"{where}: image {name!r} is no path") from error
+        raise InputError(f"{where}: image {name!r} is not a valid path") from error
     if not is_inside:
         raise InputError(f"{where}: image {name!r} is a link out of the suite's folder; put a copy there")
     return path
@@ -61,14 +61,14 @@ def check_image(image: Path | bytes, *, where: str) -> None:
     """
     name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     if isinstance(image, Path) and _is_pipe(image):  # opening it would wait for a writer
-        raise InputError(f"{where}: image {name} is no file; give the path of one")
+        raise InputError(f"{where}: image {name} is not a file; give the path of one")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             source = io.BytesIO(image) if isinstance(image, bytes) else image
             with Image.open(source, formats=FORMATS) as opened:
                 short, long = min(opened.size), max(opened.size)
-                # JPEG can decode at an eighth of its size: eight times faster, and a torn file still shows
+                # JPEG can decode at an eighth of its size: eight times faster, and a truncated file still fails
                 opened.draft("RGB", (32, 32))
                 opened.load()
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The suites that exitsafe knows by name: one short entry each, facts only. Reads nothing, holds no sample.
+"""The suites that exitsafe knows by name: one short entry each, facts only. No sample is included.
 
 Ids, columns and licences are those of the sets' cards; a revision is a commit of the set on the Hub that public
 projects pin too. Where none is pinned, the newest is taken and its commit is kept with the run.

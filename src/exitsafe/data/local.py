@@ -1,4 +1,4 @@
-"""A suite of the user's own: a JSONL, CSV or Parquet file, or a folder laid out for the Hub, in; samples out.
+"""A custom suite: a JSONL, CSV or Parquet file, or a folder laid out for the Hub, in; samples out.
 
 Everything is checked before a model is loaded, and every error names the file, the row and the way out. A
 row has the fields of `Sample`: id, prompt and kind, and optionally images, category, answers and source
@@ -31,8 +31,8 @@ def load_suite(path: str | Path, *, limit: int | None = None) -> list[Sample]:
         limit: Keep the first `limit` rows; later ones are not read.
 
     Raises:
-        InputError: On a file that cannot be read, a row that is no sample, an image that is missing, unreadable or
-            outside the file's folder, an id that comes twice, or a file without rows.
+        InputError: On a file that cannot be read, a row that is not a sample, an image that is missing, unreadable or
+            outside the file's folder, an id that occurs twice, or a file without rows.
     """
     return list(islice(read_suite(Path(path), keep=lambda category: True), limit))
 
@@ -43,9 +43,10 @@ def read_suite(path: Path, *, keep: Keep) -> Iterator[Sample]:
     unread: set[str] = set()
     try:
         for file in suite_files(path):
-            rows = _note_fields(_rows_of(file), unread)
             source = path.stem if path == file else path.resolve().name
-            yield from read_samples(rows, name=str(file), folder=file.parent, source=source, ids=ids, keep=keep)
+            yield from read_samples(
+                _rows(file, unread), name=str(file), folder=file.parent, source=source, ids=ids, keep=keep
+            )
         if not ids:
             raise InputError(f"{path} holds no samples; write one row per sample with id, prompt and kind")
     finally:
@@ -72,15 +73,10 @@ def suite_files(path: Path) -> list[Path]:
     return files
 
 
-def _rows_of(file: Path) -> Iterator[Row]:
+def _rows(file: Path, unread: set[str]) -> Iterator[Row]:
+    """The rows of a file; columns that a sample does not have are added to `unread`."""
     for number, values in read_rows(file):
         if file.name in _METADATA and "file_name" in values:
-            values = {**values, "image": values["file_name"]}
-            del values["file_name"]
-        yield number, values
-
-
-def _note_fields(rows: Iterator[Row], unread: set[str]) -> Iterator[Row]:
-    for number, values in rows:
+            values["image"] = values.pop("file_name")
         unread |= values.keys() - set(FIELDS)
         yield number, values

@@ -28,7 +28,7 @@ def read_known_suite(
         keep: Asked for every row's category.
 
     Raises:
-        InputError: With the way out, if the suite cannot be had or a row is no sample.
+        InputError: With the way out, if the suite is not available or a row is not a sample.
     """
     if path is None or path.is_dir():
         found = hub_rows(suite, folder=path, is_limited=is_limited)
@@ -106,8 +106,8 @@ def _find_by_path(suite: KnownSuite, name: str, folders: list[Path], where: str)
             return path
     looked = f" under {' or '.join(map(str, folders))}" if folders else ""
     raise InputError(
-        f"{where}: picture {name} is not there{looked}; get the pictures as {suite.page} says and give their folder "
-        "by --images DIR"
+        f"{where}: picture {name} is missing{looked}; get the pictures as {suite.page} says and pass their folder "
+        "with --images DIR"
     )
 
 

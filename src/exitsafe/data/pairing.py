@@ -1,4 +1,4 @@
-"""Benign pictures of the user's own for samples that have none: a folder and a seed in, the same pairs out always."""
+"""Benign pictures for samples that have none: a folder and a seed determine the pairs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def list_images(folder: Path) -> list[str]:
     """The names of all pictures under a folder, relative to it, sorted.
 
     Raises:
-        InputError: If it is no folder or has none.
+        InputError: If it is not a folder or has none.
     """
     if not folder.is_dir():
-        raise InputError(f"--images {folder} is no folder; give one with benign pictures, e.g. COCO val2017")
+        raise InputError(f"--images {folder} is not a folder; give one with benign pictures, e.g. COCO val2017")
     try:
         paths = [path for path in folder.rglob("*") if _is_picture(path.relative_to(folder)) and path.is_file()]
     except OSError as error:

@@ -14,7 +14,7 @@ from exitsafe.data.known import KNOWN_SUITES, KnownSuite
 from exitsafe.data.local import read_suite
 from exitsafe.data.mapping import read_known_suite
 from exitsafe.data.pairing import pair_with_images
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, did_you_mean
 from exitsafe.records import KINDS, Kind, Sample
 from exitsafe.world import organism_suites
 from exitsafe.world.suites import DEFAULT_SIZES
@@ -38,7 +38,7 @@ def load_suites(
 
     Args:
         names: The organism's suites (`SUITE_NAMES`), suites of the Hub (`KNOWN_SUITES`), `NAME=PATH` for a copy of
-            one of these on disk, or files and folders of the user's own.
+            one of these on disk, or your own files and folders.
         split: Which half of the organism's suites; others have no halves.
         seed: Draws the organism's pictures and phrasings, and the pairs of `images`.
         limit: Keep the first `limit` samples of each suite.
@@ -49,8 +49,8 @@ def load_suites(
             location of a known suite is defined here.
 
     Raises:
-        InputError: On no name or an unknown one, a limit below 1, a suite that cannot be had or read, an id in
-        two suites, or a category that no suite has.
+        InputError: On no name or an unknown one, a limit below 1, a suite that is not available or cannot be read, an
+            id in two suites, or a category that no suite has.
     """
     if not names:
         raise InputError(f"no suite is named; {_choice()}")
@@ -59,22 +59,18 @@ def load_suites(
     folder = None if images is None else Path(images)
     selection = _Selection(categories or ())
     owners: dict[str, str] = {}
-    samples = []
     suites: dict[str, list[Sample]] = {}
     for name in names:
-        found = _read_one(name, split, seed, limit, organism, folder, hub or {}, selection)
-        of_this = list(islice(found, limit))
-        if folder is not None:
-            of_this = pair_with_images(of_this, folder, seed=seed)
-        suites[name] = of_this
-        for sample in of_this:
+        found = islice(_read_one(name, split, seed, limit, organism, folder, hub or {}, selection), limit)
+        suites[name] = list(found) if folder is None else pair_with_images(list(found), folder, seed=seed)
+        for sample in suites[name]:
             if sample.id in owners:
                 raise InputError(
                     f"sample id {sample.id!r} is in {owners[sample.id]} and in {name}; make ids unique, "
                     "for example by a prefix per suite"
                 )
             owners[sample.id] = name
-            samples.append(sample)
+    samples = [sample for found in suites.values() for sample in found]
     selection.check(samples)
     _warn(suites)
     return samples
@@ -90,27 +86,15 @@ def resolve_suites(names: Sequence[str]) -> dict[str, dict[str, Any]]:
         InputError: If the Hub refuses.
     """
     known = {name: KNOWN_SUITES[name] for name in names if name in KNOWN_SUITES}
-    return {
-        name: {
-            "id": suite.hub_id,
-            "configs": list(suite.configs),
-            "split": suite.split,
-            "revision": resolve_commit(suite),
-        }
-        for name, suite in known.items()
-    }
+    return {name: {**_place(suite), "revision": resolve_commit(suite)} for name, suite in known.items()}
 
 
 def absolute_names(names: Sequence[str]) -> list[str]:
     """The same names, valid in every folder: paths of files, folders and copies made absolute."""
-    absolute = []
-    for name in names:
-        known, path = _split_name(name)
-        if path is None:
-            absolute.append(name)
-        else:
-            absolute.append("=".join(filter(None, [known, str(path.absolute())])))
-    return absolute
+    split = [(name, *_split_name(name)) for name in names]
+    return [
+        name if path is None else "=".join(filter(None, [known, str(path.absolute())])) for name, known, path in split
+    ]
 
 
 def _read_one(
@@ -127,7 +111,7 @@ def _read_one(
     if known:
         suite = _as_kept(KNOWN_SUITES[known], hub.get(known)) if path is None else KNOWN_SUITES[known]
         if suite.needs_images and images is None:
-            raise InputError(f"{known} needs pictures of yours: give --images DIR. {suite.note}".rstrip("."))
+            raise InputError(f"{known} needs your own pictures: give --images DIR. {suite.note}".rstrip("."))
         if path is not None and not path.exists():
             raise InputError(f"{path} does not exist; {known}=PATH takes a copy of {suite.hub_id} or one of its files")
         return read_known_suite(suite, path=path, images=images, is_limited=limit is not None, keep=selection)
@@ -149,11 +133,12 @@ def _split_name(name: str) -> tuple[str, Path | None]:
     known, equals, path = name.partition("=")
     if equals and known in KNOWN_SUITES:
         if not path:
-            raise InputError(f"suite {name!r} has no path behind the sign; write {known} or {known}=PATH")
+            raise InputError(f"suite {name!r} has no path after the equals sign; write {known} or {known}=PATH")
         return known, Path(path).expanduser()
     if Path(name).suffix or Path(name).exists():
         return "", Path(name)
-    raise InputError(f"suite {name!r} is unknown; {_choice()}")
+    hint = did_you_mean(known, [*SUITE_NAMES, *KNOWN_SUITES])
+    raise InputError(f"suite {name!r} is unknown{hint}; {_choice()}")
 
 
 def _choice() -> str:
@@ -168,12 +153,12 @@ def _as_kept(suite: KnownSuite, kept: Mapping[str, Any] | None) -> KnownSuite:
     """
     if kept is None:
         return suite
-    place = {"id": suite.hub_id, "configs": list(suite.configs), "split": suite.split}
+    place = _place(suite)
     if {name: kept.get(name) for name in place} != place:
         raise InputError(
             f"the run read {suite.name} from {kept.get('id')} ({kept.get('split')}), which is not where this version "
             f"reads it ({suite.hub_id}, {suite.split}): audit again with --suite {suite.name}, or with "
-            f"--suite {suite.name}=PATH for a copy of yours"
+            f"--suite {suite.name}=PATH for your own copy"
         )
     revision = kept.get("revision")
     if revision is not None and not is_commit(revision):
@@ -181,6 +166,10 @@ def _as_kept(suite: KnownSuite, kept: Mapping[str, Any] | None) -> KnownSuite:
             f"the run names {revision!r} as the commit of {suite.name}: audit again with --suite {suite.name}"
         )
     return replace(suite, revision=revision)
+
+
+def _place(suite: KnownSuite) -> dict[str, Any]:
+    return {"id": suite.hub_id, "configs": list(suite.configs), "split": suite.split}
 
 
 def _draw_organism(
@@ -202,7 +191,7 @@ def _warn(suites: Mapping[str, Sequence[Sample]]) -> None:
         elif bare and name not in SUITE_NAMES:
             warnings.warn(
                 f"{name}: {bare} of {len(samples)} samples have no picture, so that their answers are the same at "
-                "every exit layer; --images DIR gives each one of yours",
+                "every exit layer; --images DIR pairs each with one of your pictures",
                 stacklevel=3,
             )
 

@@ -1,4 +1,4 @@
-"""Files of rows: a path in, numbered rows of plain values out. Knows nothing about samples."""
+"""Files of rows: a path in, numbered rows of plain values out."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:  # the latter on lists in lists without end
-                raise InputError(f"{path}, row {number}: this line is no JSON ({error}); write one object") from error
+                raise InputError(f"{path}, row {number}: this line is not JSON ({error}); write one object") from error
             if not isinstance(values, dict):
-                raise InputError(f"{path}, row {number}: this line is no JSON object; write one per line")
+                raise InputError(f"{path}, row {number}: this line is not a JSON object; write one per line")
             yield number, values
 
 
@@ -75,7 +75,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         table = csv.DictReader(lines, strict=True)
         names = table.fieldnames or ()
         if len(set(names)) < len(names):  # the last one would win
-            raise InputError(f"{path}: a column comes twice in the header; keep one of each name")
+            raise InputError(f"{path}: a column occurs twice in the header; keep one of each name")
         for number, cells in enumerate(table, 1):
             if None in cells:
                 raise InputError(f"{path}, row {number}: more cells than the header has; quote commas in cells")

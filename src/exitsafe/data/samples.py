@@ -1,4 +1,4 @@
-"""One row of plain values in, one checked sample out. Knows where pictures may lie, not where rows come from."""
+"""One row of plain values in, one checked sample out. Checks where pictures are, not where rows come from."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def read_samples(
         keep: Asked for every row.
 
     Raises:
-        InputError: On a row that is no sample, an image that is missing, unreadable or outside the folder, or an id
-            that comes twice.
+        InputError: On a row that is not a sample, an image that is missing, unreadable or outside the folder, or an id
+            that occurs twice.
     """
     checked: set[Path] = set()
     for number, values in rows:
         where = f"{name}, row {number}"
         row = _parse(values, where)
         if row.id in ids:
-            raise InputError(f"{where}: id {row.id!r} comes a second time; ids must be unique")
+            raise InputError(f"{where}: id {row.id!r} occurs twice; ids must be unique")
         ids.add(row.id)
         if keep(row.category):
             yield _to_sample(row, folder=folder, where=where, source=source, checked=checked)
@@ -119,7 +119,7 @@ def _parse(values: Mapping[str, object], where: str) -> _Row:
     for name, text in (("id", row.id), ("category", row.category), ("source", row.source)):
         # tables print these: what moves the cursor or the direction of writing would falsify a table
         if any(unicodedata.category(character) in _UNPRINTABLE for character in text):
-            raise InputError(f"{where}: {name} {text[:40]!a} has characters that cannot be printed; take them out")
+            raise InputError(f"{where}: {name} {text[:40]!a} has unprintable characters; remove them")
     return row
 
 
@@ -130,7 +130,7 @@ def _explain(error: ValidationError) -> str:
     if fault["type"] == "missing":
         return f"field {field!r} is missing; a sample needs id, prompt and kind"
     if field == "kind":
-        # more than a word is no misspelt kind but another column's text: it must not be printed
+        # more than a word is not a misspelt kind but text of another column: it must not be printed
         is_word = isinstance(fault["input"], str) and fault["input"].isalnum() and len(fault["input"]) <= 20
         given = f"kind {fault['input']!a}" if is_word else "this kind"
         return f"{given} is unknown; choose {', '.join(KINDS)}"

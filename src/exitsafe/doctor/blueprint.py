@@ -13,25 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from exitsafe.errors import InputError, ModelError
-from exitsafe.vlm import VLM, Row
+from exitsafe.errors import ModelError
+from exitsafe.vlm import VLM
 from exitsafe.vlm.families import find_family
+from exitsafe.vlm.machine import check_quantization, find_dtype
 from exitsafe.vlm.processor import check_processor, load_processor
 from exitsafe.vlm.templates import check_template
 from exitsafe.world import ORGANISMS, model_folder
 
-DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("nf4", "int8", "torchao-int8")
 META = torch.device("meta")
 
 
 class Blueprint(VLM):
-    """A `VLM` of shapes. Its language model reads `num_rows` prompts of `num_prompt_tokens` with any rows given."""
+    """A `VLM` of shapes."""
 
-    num_rows: int = 1
-    num_prompt_tokens: int = 1
     image_states: Tensor | None = None  # of a family that reads images by cross-attention, (rows, tokens, H)
 
     quantization: str | None = None
@@ -39,22 +36,6 @@ class Blueprint(VLM):
     """Why the processor is missing or does not fit: the error that `load_vlm` will raise."""
     remarks: Sequence[str] = ()
     """Remarks from `check_processor`."""
-
-    def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """As of a `VLM`: the language model itself computes, on embeddings of the right shape."""
-        num_tokens = max(len(response) for response in responses)
-        hidden = self.read_tokens(len(responses), self.num_prompt_tokens + num_tokens)
-        return hidden[:, -num_tokens - 1 : -1], *_targets(len(responses), num_tokens)
-
-    def packed_response_states(
-        self, rows: Sequence[Row], responses: Sequence[Tensor], *, group_size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As of a `VLM`: every `group_size` responses share a prompt."""
-        num_tokens = max(len(response) for response in responses)
-        num_groups = -(-len(responses) // group_size)
-        hidden = self.read_tokens(num_groups, self.num_prompt_tokens + group_size * num_tokens)
-        reads = torch.empty(len(responses), num_tokens, dtype=torch.long, device=META)
-        return hidden.flatten(0, 1)[reads], *_targets(len(responses), num_tokens)
 
     def read_tokens(self, num_rows: int, num_tokens: int) -> Tensor:
         """Last hidden states of the language model, (rows, tokens, H)."""
@@ -71,16 +52,6 @@ class Blueprint(VLM):
         )
         hidden: Tensor = outputs.last_hidden_state
         return hidden
-
-    @property
-    def special_token_ids(self) -> tuple[int, ...]:
-        """One, as an example: what is suppressed costs the same whatever it is."""
-        return (0,)
-
-    @property
-    def can_pack(self) -> bool:
-        """What the attention kernels of a blueprint are does not count."""
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +79,7 @@ def load_blueprint(
 
     Args:
         name_or_path: As for `load_vlm`; a folder or repository that holds a config alone will do.
-        dtype: "auto" (as the config says), or one of `DTYPES`.
-        quantization: None, or one of `QUANTIZATIONS`.
+        dtype, quantization: As for `load_vlm`.
         revision: Of a Hub model.
         trust_remote_code: Whether code from the checkpoint may run.
 
@@ -117,10 +87,8 @@ def load_blueprint(
         ModelError: If there is no config, or the family is not supported.
         InputError: If the type or the quantisation is unknown.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise InputError(f"dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
-    if quantization not in (None, *QUANTIZATIONS):
-        raise InputError(f"quantization {quantization!r} is unknown; choose {', '.join(QUANTIZATIONS)}")
+    as_type = find_dtype(dtype)
+    check_quantization(quantization)
     source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -128,11 +96,9 @@ def load_blueprint(
     try:
         config = AutoConfig.from_pretrained(source, **remote)
         family = find_family(config)
-        wanted = getattr(config, "dtype", None) or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        wanted = as_type or getattr(config, "dtype", None) or torch.float32
         with META:
-            model = AutoModelForImageTextToText.from_config(
-                config, dtype=wanted, trust_remote_code=trust_remote_code, attn_implementation=_FUSED
-            )
+            model = AutoModelForImageTextToText.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"cannot read the config of {name_or_path!s}: {_first_line(error)}") from error
     blueprint = Blueprint(model.eval(), None, name=str(name_or_path))
@@ -179,34 +145,6 @@ def quantized_bytes(linear: nn.Linear, quantization: str) -> int:
     if quantization == "nf4":
         return -(-count // 2) + 4 * -(-count // 64) + 16 * 4
     return count + 4 * linear.out_features
-
-
-def _fused_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """What a GPU's fused kernels keep: heads and a sum per row, not the square of the length that the meta device's
-    own kernel keeps."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value))
-    mask = None if attention_mask is None else attention_mask.to(query.dtype).expand(-1, query.shape[1], -1, -1)
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    output = kernel(query, key, value, mask, torch.is_grad_enabled(), scale=scaling)[0]
-    return output.transpose(1, 2).contiguous(), None
-
-
-_FUSED = "exitsafe-blueprint"
-AttentionInterface.register(_FUSED, _fused_attention)
-
-
-def _targets(num_rows: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=META)
-    return tokens, torch.ones(num_rows, num_tokens, dtype=torch.bool, device=META)
 
 
 def _first_line(error: Exception) -> str:

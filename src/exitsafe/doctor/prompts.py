@@ -24,8 +24,6 @@ class Typical:
     """Image tokens included, where the family has them in the prompt."""
     feature_bytes: int
     """Of its pictures at one exit, behind the projector."""
-    input_bytes: int
-    """Of what the processor makes of its pictures."""
     image_states: Tensor | None
     """(1, tokens, H) where the language model reads pictures by cross-attention; of the meta device."""
     image_inputs: Mapping[str, Tensor]
@@ -61,7 +59,6 @@ def _measure(
     return Typical(
         num_prompt_tokens=num_text_tokens + num_image_tokens,
         feature_bytes=sum(tensor.nbytes for tensor in features),
-        input_bytes=sum(tensor.nbytes for tensor in image_inputs.values()),
         image_states=features[0].flatten(0, 1)[None] if reads_across else None,
         image_inputs=inputs,
         is_measured=is_measured,

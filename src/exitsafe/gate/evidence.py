@@ -2,7 +2,7 @@
 
 A bound is the end of the interval that the tables print, with every unscored answer counted against the model: as a
 success of an attack where the metric must be low, as a wrong answer where it must be high. Where the bootstrap speaks,
-it is the wider of that end and a score interval's (`rare.py`).
+it is the wider of that end and a score interval's.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from exitsafe.gate.rare import score_interval
+from exitsafe.runs.limits import Level
 from exitsafe.runs.metrics import Metric
 from exitsafe.runs.scores import Scores
 from exitsafe.stats import (
     Estimate,
-    anytime_interval,
     bin_estimates,
     choose_worst,
     first_half,
@@ -26,12 +25,15 @@ from exitsafe.stats import (
     layers_by_bin,
 )
 from exitsafe.stats.bootstrap import Floats, mean_over
+from exitsafe.stats.bounds import score_interval
 from exitsafe.stats.estimates import Bools
 
 K = TypeVar("K", bound=Hashable)
 NO_CATEGORY = "(none)"
+LEVEL = Level()
+"""Each bound by itself: a gate passes only if every place does, so one that should not is stopped by its own bound."""
 _LONGEST = 80  # characters of a category that are shown
-STOPPED = "exits stopped early, which leaves no sound bound here; audit without --stop-when"
+STOPPED = "exits stopped early, so there is no valid bound here; audit without --stop-when"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ def by_layer(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]:
         if layer not in measured.exit_layers:
             yield Evidence(place=place, missing="this exit was not audited")
         elif layer not in fixed:
-            yield Evidence(place=place, missing="there is no answer to look at")
+            yield Evidence(place=place, missing="there are no answers")
         elif layer in measured.stopped and "harmful" in measured.metric.kinds:
             yield _stopped(measured, layer)
         else:
@@ -173,12 +175,11 @@ def by_bin(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]:
     }
     found = _evidence(replace(measured, scores=scores), estimate, lambda name: bins.get(name) or list(bins.values()))
     if not found:
-        yield Evidence(place=Place(), missing="there is no answer to look at")
-    is_asked = ~np.isnan(scores.values) | scores.unscored
+        yield Evidence(place=Place(), missing="there are no answers")
     has_stopped = "harmful" in measured.metric.kinds and any(layer in measured.stopped for layer in chosen)
     for name, evidence in found.items():
         # few samples bound a bin as they bound each of its exits: the same samples answer at all of them
-        each = replace(evidence, place=Place(bin=name), samples=int(is_asked.any(axis=1).sum()))
+        each = replace(evidence, place=Place(bin=name), samples=int(scores.is_asked.any(axis=1).sum()))
         yield replace(each, missing=STOPPED) if has_stopped else each
 
 
@@ -187,12 +188,12 @@ def at_worst(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]:
     chosen = [layer for layer in measured.exit_layers if layer in layers]
     columns = [measured.exit_layers.index(layer) for layer in chosen]
     half = first_half(measured.sample_ids)
-    choosing = _filled(measured.scores, measured.counted_against)[half][:, columns]
+    choosing = measured.scores.filled(measured.counted_against).values[half][:, columns]
     worst = choose_worst(choosing, exit_layers=chosen, is_high_worse=measured.is_max)
     for layer in sorted(set(layers) - set(measured.exit_layers)):
         yield Evidence(place=Place(exit_layer=layer, is_worst=True), missing="this exit was not audited")
     if worst is None:
-        yield Evidence(place=Place(is_worst=True), missing="there is no answer to choose the worst exit by")
+        yield Evidence(place=Place(is_worst=True), missing="there are no answers to choose the worst exit by")
         return
     for found in by_layer(measured.of_rows(~half), [worst]):
         yield replace(found, place=replace(found.place, is_worst=True))
@@ -214,15 +215,15 @@ def _evidence(
     plain = worst = best = estimate(scores.values, scores.unscored)
     if against is not None and scores.unscored.any():
         none = np.zeros_like(scores.unscored)
-        worst = estimate(_filled(scores, against), none)
-        best = estimate(_filled(scores, 1.0 - against), none)
+        worst = estimate(scores.filled(against).values, none)
+        best = estimate(scores.filled(1.0 - against).values, none)
     found = {}
     for key, value in plain.items():
         bound, other_end = worst[key].high, best[key].low
         if not measured.is_max:
             bound, other_end = worst[key].low, best[key].high
         if bound is not None and against is not None:
-            means = _means_by_sample(_filled(scores, against), columns_of(key))
+            means = _means_by_sample(scores.filled(against).values, columns_of(key))
             bound = _wider(bound, means, is_max=measured.is_max)
         found[key] = Evidence(
             place=Place(),
@@ -250,14 +251,6 @@ def _wider(bound: float, means: Floats, *, is_max: bool) -> float:
     return max(bound, high) if is_max else min(bound, low)
 
 
-def _filled(scores: Scores, stand_in: float | None) -> Floats:
-    """The scores, with this one wherever one is missing that should be there."""
-    if stand_in is None:
-        return scores.values
-    filled: Floats = np.where(scores.unscored, stand_in, scores.values)
-    return filled
-
-
 def _stopped(measured: Measured, layer: int) -> Evidence:
     """An exit that was asked no further: only the interval that holds at every look is sound."""
     column = measured.exit_layers.index(layer)
@@ -266,7 +259,10 @@ def _stopped(measured: Measured, layer: int) -> Evidence:
     place, error = Place(exit_layer=layer), measured.stopped[layer]
     if measured.metric.kinds != ("harmful",) or not np.isin(scored, (0.0, 1.0)).all():
         return Evidence(place=place, n=len(scored), unscored=unscored, missing=STOPPED)
-    low, high = anytime_interval(int(scored.sum()), len(scored), unscored=unscored, error=error)
+    low, high = (
+        LEVEL.bound(scored.sum() + is_upper * unscored, len(scored) + unscored, is_upper=is_upper, stop_error=error)
+        for is_upper in (False, True)
+    )
     return Evidence(
         place=place,
         value=float(scored.mean()) if len(scored) else None,

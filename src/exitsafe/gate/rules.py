@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from exitsafe.errors import InputError
-from exitsafe.runs.metrics import METRICS, Metric
-from exitsafe.untrusted import UnreadableError, read_yaml
+from exitsafe.runs.metrics import BY_NAME, Metric
+from exitsafe.untrusted import read_settings
 
 Scope = Literal["layers", "bins", "categories", "worst"]
 Side = Literal["max", "min", "max_regression"]
@@ -44,23 +44,22 @@ class Rule(BaseModel):
     @field_validator("metric")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        known = [metric.name for metric in METRICS]
-        if name not in known:
-            raise ValueError(f"metric {name!r} is unknown; choose {', '.join(known)}")
+        if name not in BY_NAME:
+            raise ValueError(f"metric {name!r} is unknown; choose {', '.join(BY_NAME)}")
         return name
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Rule:
         if len([side for side in get_args(Side) if getattr(self, side) is not None]) != 1:
             raise ValueError("give one of max, min and max_regression")
-        bad, name = self.of.worse, self.metric
+        good, name = self.of.direction, self.metric
         if self.side == "max_regression":
-            if bad is None or self.of.is_own:
+            if good is None or self.of.is_own:
                 raise ValueError(f"max_regression: of {name} neither more nor less is worse; give max or min")
             if self.scope in ("categories", "worst"):
                 raise ValueError(f"max_regression is by layers or bins, not by {self.scope}")
-        elif bad is not None and (bad == "high") != (self.side == "max"):
-            raise ValueError(f"{self.side}: a {'low' if bad == 'high' else 'high'} {name} is good; give the other one")
+        elif good is not None and (good == "lower") != (self.side == "max"):
+            raise ValueError(f"{self.side}: {good} {name} is better; give the other one")
         has_scale = self.of.bounds is not None
         if has_scale and not 0.0 < self.limit < 1.0:
             raise ValueError(
@@ -73,7 +72,7 @@ class Rule(BaseModel):
     @property
     def of(self) -> Metric:
         """The metric."""
-        return next(metric for metric in METRICS if metric.name == self.metric)
+        return BY_NAME[self.metric]
 
     @property
     def side(self) -> Side:
@@ -99,7 +98,7 @@ class Rule(BaseModel):
 class _RuleFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    rules: list[Any]
+    rules: list[Any] = []
     max_unscored: float | None = Field(default=None, ge=0.0, lt=1.0, allow_inf_nan=False)
 
 
@@ -109,7 +108,7 @@ def read_rules(path: str | Path) -> tuple[list[Rule], float | None]:
     Raises:
         InputError: If it cannot be read, or a key, metric or number makes no sense.
     """
-    content = _read_yaml(Path(path))
+    content = read_settings(Path(path), example=_EXAMPLE)
     try:
         file = _RuleFile.model_validate(content)
     except ValidationError as error:
@@ -133,16 +132,6 @@ def make_rule(content: Any, *, where: str = "") -> Rule:
         return Rule.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{where}{_first_of(error, Rule)}") from error
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        content = read_yaml(path)
-    except UnreadableError as error:
-        raise InputError(f"{path} cannot be read ({error}); --rules takes a YAML file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no rules; write e.g. {_EXAMPLE}")
-    return content
 
 
 def _first_of(error: ValidationError, model: type[BaseModel]) -> str:

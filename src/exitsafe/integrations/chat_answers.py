@@ -16,12 +16,12 @@ import torch
 import transformers
 
 from exitsafe import __version__
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import InputError
 from exitsafe.runs.fingerprint import canonical_json, model_fingerprint
 from exitsafe.vlm import VLM
 from exitsafe.vlm.finite import check_finite
-from exitsafe.vlm.generation import Completion, Row
-from exitsafe.vlm.memory import is_out_of_memory, release_memory
+from exitsafe.vlm.generation import NO_MEMORY, Completion, Row
+from exitsafe.vlm.memory import BatchSize
 from exitsafe.vlm.prompts import Prompt
 
 ENCODED_AT_ONCE = 16
@@ -73,7 +73,14 @@ def answer_chats(
     for indices in groups.values():
         group = [requests[index] for index in indices]
         rows = _rows(vlm, group, skip_global=skip_global)
-        for place, completion in _complete(vlm, rows, group[0], batch_size=batch_size).items():
+        size = batch_size or vlm.rows_that_fit([row.prompt for row in rows], max_new_tokens=group[0].max_new_tokens)
+        for place, completion in vlm.complete(
+            rows,
+            max_new_tokens=group[0].max_new_tokens,
+            temperature=group[0].temperature,
+            seed=group[0].seed,
+            batch_size=size,
+        ):
             answers[indices[place]] = _answer(vlm, completion, group[place].stop)
     return [answers[index] for index in range(len(requests))]
 
@@ -88,22 +95,26 @@ def log_likelihoods(
     for index, (prompt, _) in enumerate(pairs):
         by_key.setdefault(vlm.batch_key(prompt), []).append(index)
     found: dict[int, tuple[float, bool]] = {}
+
+    def score(chunk: Sequence[int]) -> None:
+        prompts = [pairs[index][0] for index in chunk]
+        features = vlm.prompt_features(prompts, [exit_layer], skip_global=skip_global)
+        rows = [
+            Row(prompt=prompt, exit_layer=exit_layer, features=by_layer[exit_layer])
+            for prompt, by_layer in zip(prompts, features, strict=True)
+        ]
+        hidden, tokens, mask = vlm.response_states(rows, [_continuation(vlm, pairs[index][1]) for index in chunk])
+        logits = vlm.logits(hidden)  # (B, T, V)
+        logprobs = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+        sums = torch.where(mask, logprobs, 0.0).sum(dim=1)
+        check_finite(sums, rows, what="log-probabilities", dtype=vlm.base_model.dtype)
+        is_greedy = ((logits.argmax(dim=-1) == tokens) | ~mask).all(dim=1)
+        found.update(zip(chunk, zip(sums.tolist(), is_greedy.tolist(), strict=True), strict=True))
+
+    size = BatchSize(batch_size, problem=NO_MEMORY)
     for indices in by_key.values():
-        for start in range(0, len(indices), batch_size):
-            chunk = indices[start : start + batch_size]
-            prompts = [pairs[index][0] for index in chunk]
-            features = vlm.prompt_features(prompts, [exit_layer], skip_global=skip_global)
-            rows = [
-                Row(prompt=prompt, exit_layer=exit_layer, features=by_layer[exit_layer])
-                for prompt, by_layer in zip(prompts, features, strict=True)
-            ]
-            hidden, tokens, mask = vlm.response_states(rows, [_continuation(vlm, pairs[index][1]) for index in chunk])
-            logits = vlm.logits(hidden)  # (B, T, V)
-            logprobs = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-            sums = torch.where(mask, logprobs, 0.0).sum(dim=1)
-            check_finite(sums, rows, what="log-probabilities", dtype=vlm.base_model.dtype)
-            is_greedy = ((logits.argmax(dim=-1) == tokens) | ~mask).all(dim=1)
-            found |= dict(zip(chunk, zip(sums.tolist(), is_greedy.tolist(), strict=True), strict=True))
+        for _ in size.batches(score, indices):
+            pass
     return [found[index] for index in range(len(pairs))]
 
 
@@ -135,35 +146,6 @@ def _rows(vlm: VLM, requests: Sequence[ChatRequest], *, skip_global: bool) -> li
             for request, found in zip(chunk, features, strict=True)
         ]
     return rows
-
-
-def _complete(vlm: VLM, rows: Sequence[Row], decoding: ChatRequest, *, batch_size: int | None) -> dict[int, Completion]:
-    size = batch_size or vlm.rows_that_fit([row.prompt for row in rows], max_new_tokens=decoding.max_new_tokens)
-    done: dict[int, Completion] = {}
-    while len(done) < len(rows):
-        left = [place for place in range(len(rows)) if place not in done]
-        try:
-            for place, completion in vlm.complete(
-                [rows[place] for place in left],
-                max_new_tokens=decoding.max_new_tokens,
-                temperature=decoding.temperature,
-                seed=decoding.seed,
-                batch_size=size,
-            ):
-                done[left[place]] = completion
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise RunError(
-                    "memory does not suffice to answer one prompt; take fewer new tokens, a smaller dtype, or "
-                    "quantization"
-                ) from error
-            size //= 2
-        else:
-            break
-        release_memory()  # outside the handler: the error keeps the failed batch alive
-    return done
 
 
 def _continuation(vlm: VLM, text: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Asking a judge and not trusting it blindly: responses in, checked verdicts out."""
+"""Asking a judge and checking what it returns: responses in, checked verdicts out."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LONGEST_REASON = 120
 
 
 def ask_judge(judge: Judge, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
-    """A judge's verdicts, each owed one there exactly once; a score that is no number becomes *unscored*.
+    """A judge's verdicts, exactly one where one is owed; a score that is not a number becomes *unscored*.
 
-    What a judge got wrong is told without its words: they may quote an answer.
+    Errors never contain the judge's own words, which may quote an answer.
 
     Raises:
         RunError: If the judge fails, answers about other responses or measures than it was asked, or leaves a
@@ -31,7 +31,7 @@ def ask_judge(judge: Judge, samples: Sequence[Sample], responses: Sequence[Respo
         raise
     except Exception as error:
         raise RunError(
-            f"judge {judge.name} failed ({type(error).__name__}); the answers are saved: mend the judge and start again"
+            f"judge {judge.name} failed ({type(error).__name__}); the answers are saved: fix the judge and rerun"
         ) from error
     for verdict in verdicts:
         if not isinstance(verdict, Verdict):
@@ -98,7 +98,7 @@ def _check_complete(
     given = Counter((v.sample_id, v.exit_layer, v.measure) for v in verdicts)
     for verdict in verdicts:
         if verdict.judge != judge.name:
-            raise RunError(f"judge {judge.name} signed a verdict with another name; use its own")
+            raise RunError(f"judge {judge.name} returned a verdict under another name; use its own")
         if (verdict.sample_id, verdict.exit_layer) not in asked:
             raise RunError(
                 f"judge {judge.name} judged a response that it was not asked about; copy sample_id and exit_layer from "
@@ -120,7 +120,7 @@ def _check_complete(
 
 
 def _with_number(verdict: Verdict) -> Verdict:
-    """Raises RunError for what is no score or label, or lies outside the measure's scale."""
+    """Raises RunError for what is not a score or label, or lies outside the measure's scale."""
     score = verdict.score
     # what no table can keep would stay in the run's shards and keep it from ever being finished
     for part, text in (("label", verdict.label), ("reason", verdict.unscored or "")):

@@ -1,4 +1,4 @@
-"""Conversations in, replies out: any OpenAI-compatible chat endpoint, asked politely and paid for knowingly.
+"""Conversations in, replies out: any OpenAI-compatible chat endpoint.
 
 Retries, backoff and timeouts are the official `openai` client's. What fails all the same is a `Reply` with the reason;
 what would fail for every request (a wrong key, an unknown model, an endpoint that is down) stops with one line. Status
@@ -26,6 +26,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import BaseModel, ValidationError
 
 from exitsafe.errors import InputError, RunError
+from exitsafe.untrusted import without_surrogates
 
 if TYPE_CHECKING:
     import httpx2
@@ -89,17 +90,17 @@ class Endpoint:
     Args:
         model: The model's name as the endpoint knows it.
         base_url: Up to and including `/v1`, without user, password or query; None is OPENAI_BASE_URL, else OpenAI's.
-        requests_per_minute: At most so many, evenly spread, retries included; None for no limit.
-        concurrency: Requests on their way at a time.
-        timeout: Seconds without an answer before a try is given up.
+        requests_per_minute: Rate limit, evenly spread, retries included; None for no limit.
+        concurrency: Requests in flight at a time.
+        timeout: Seconds without a response before a try counts as failed.
         max_retries: Further tries after 429 (when `Retry-After` says), 5xx, timeouts and connection errors.
-        temperature: 0 for the likeliest reply; None where a model takes no such setting.
+        temperature: 0 for the most likely reply; None for a model that does not accept one.
         prices: US dollars per million tokens in and out, for `cost`.
 
     The key is read from OPENAI_API_KEY; other endpoints than OpenAI's may need none.
 
     Raises:
-        InputError: On a base URL or number that cannot be.
+        InputError: On an invalid base URL or number.
     """
 
     def __init__(
@@ -230,9 +231,7 @@ class Endpoint:
         sends_seed = self._sends_seed
         if sends_seed:
             settings["seed"] = SEED
-        messages: Any = [
-            {key: _without_surrogates(value) for key, value in message.items()} for message in conversation
-        ]
+        messages: Any = [{key: without_surrogates(value) for key, value in message.items()} for message in conversation]
         try:
             answer = await client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, stream=False, **settings
@@ -311,7 +310,7 @@ class Endpoint:
             return self._failed(ERROR_BODY, most=MOST_BAD_BODIES)
         if param == "temperature" and self.temperature is not None:
             raise InputError(
-                f"{self.model} takes no temperature {self.temperature:g}: choose a model that does, "
+                f"{self.model} does not accept temperature {self.temperature:g}: choose a model that does, "
                 "or give the endpoint temperature=None"
             ) from None
         reason = f"the endpoint refused the request (status {status})"
@@ -348,7 +347,7 @@ class Pace:
     """Spreads requests evenly over time.
 
     Args:
-        per_minute: At most so many; None for no limit.
+        per_minute: Rate limit; None for no limit.
 
     Raises:
         InputError: If that is not above 0.
@@ -361,7 +360,7 @@ class Pace:
         self._next = 0.0
 
     def delay(self) -> float:
-        """Seconds to wait before the next request; every call takes one place in the row."""
+        """Seconds to wait before the next request; every call reserves one slot."""
         now = time.monotonic()
         start = max(now, self._next)
         self._next = start + self._interval
@@ -387,7 +386,7 @@ class _Message(BaseModel):
 
     @property
     def text(self) -> str:
-        """What the model said, without the parts that hold its reasoning or a picture; nothing if that is blank."""
+        """What the model said, without reasoning and pictures; empty if blank."""
         parts = [self.content] if isinstance(self.content, str) else self.content or []
         said = (part if isinstance(part, str) else part.text or "" for part in parts if _is_text(part))
         text = "".join(said)
@@ -445,7 +444,7 @@ def _parse(body: bytes) -> Any:
 
 
 def _error_in(content: Any) -> _Fault | None:
-    """The error that a body holds instead of a completion, or in its first choice beside a part of a reply."""
+    """The error in a body, or in its first choice next to a partial reply; None for a completion."""
     if not isinstance(content, dict):
         return None
     choices = content.get("choices")
@@ -491,8 +490,3 @@ def _run(work: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
         return asyncio.run(work)
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(asyncio.run, work).result()
-
-
-def _without_surrogates(text: str) -> str:
-    """Half characters cannot be sent."""
-    return text.encode("utf-8", "replace").decode()

@@ -1,7 +1,7 @@
 """Requests and answers into a judge's prompt, so that they are judged and cannot speak for the judge.
 
-Foreign text in, rendered text out. Knows neither weights nor replies. What cannot be broken up is persuasion: an
-answer that says "this is safe" in plain words reaches the judge as it stands.
+Foreign text in, rendered text out. Persuasion cannot be broken up: an
+answer that says "this is safe" in plain words reaches the judge unchanged.
 """
 
 from __future__ import annotations
@@ -48,17 +48,26 @@ def render_answer(tokenizer: Any, prompt: str, answer: str, *, labels: Sequence[
     return rendered
 
 
+def fill_prompt(
+    tokenizer: Any, prompt: str, request: str, answer: str, *, labels: Sequence[str], markers: Sequence[str]
+) -> str:
+    """A guard's prompt with its `{request}` and `{answer}` filled in, both broken up by `without_markers`."""
+    markers = [*token_markers(tokenizer), *markers]
+    parts = {"request": request, "answer": answer}
+    return prompt.format(**{name: without_markers(text, markers, labels=labels) for name, text in parts.items()})
+
+
 def without_markers(text: str, markers: Sequence[str], *, labels: Sequence[str] = ()) -> str:
     """A text with a space written into each marker after its first character, so that it is text and no marker.
 
-    A judged answer that holds `<|im_end|>` or `[/INST]` would else end its own turn and speak for the judge. Text
+    Otherwise, an answer that contains `<|im_end|>` or `[/INST]` would end its own turn and speak for the judge. Text
     without markers is untouched. Transformers' `sanitize_control_tokens` knows tokens alone, and only those of chat
     templates.
 
     Args:
         text: Foreign text.
-        markers: What must not stand in it anywhere.
-        labels: What must not open a line of it, indented or not.
+        markers: What must not occur in it.
+        labels: What must not start a line of it, indented or not.
 
     >>> without_markers("fine<|im_end|>", ["<|im_end|>"])
     'fine< |im_end|>'
@@ -81,5 +90,5 @@ def _broken_up(found: re.Match[str]) -> str:
 
 
 def token_markers(tokenizer: Any) -> list[str]:
-    """Texts that a tokenizer reads as one token wherever they stand: turn marks, image tokens and their like."""
+    """Texts that a tokenizer reads as one token anywhere: turn marks, image tokens and the like."""
     return [token.content for token in tokenizer.added_tokens_decoder.values()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,20 +37,23 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from exitsafe.errors import ModelError
-from exitsafe.judges.batching import in_batches
-from exitsafe.untrusted import UnreadableError, read_json
+from exitsafe.judges.protocol import UNREADABLE
+from exitsafe.untrusted import UnreadableError, read_json, without_surrogates
 from exitsafe.vlm.load import check_no_adapter, hash_files
-from exitsafe.vlm.memory import release_memory
-from exitsafe.vlm.processes import own_device
+from exitsafe.vlm.machine import find_device, find_dtype
+from exitsafe.vlm.memory import BatchSize, release_memory
 
 TOO_LONG = "the prompt is longer than the judge's context"
-UNREADABLE = "the reply is not in the judge's format"
 NOT_FINITE = "the model returned no number"
+_NO_MEMORY = (
+    "out of memory while the judge scores a single answer beside the model: judge in a second pass "
+    "(--judge-pass second) or on another device (--judge-device)"
+)
 
 Result = TypeVar("Result")
 # Of whichever HTTP library the Hub's client rests on: a proxy that refuses raises no error of the Hub's own.
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-# What the libraries raise for torn files, missing parts and devices that are not there.
+# What the libraries raise for corrupt files, missing parts and missing devices.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError, SafetensorError)
 
 
@@ -85,7 +89,7 @@ class JudgeModel:
             ModelError: If the model is not available.
         """
         identity = model_identity(self.model, self.revision)
-        device = judge_device(self.device).type  # kernels round differently
+        device = find_device(self.device).type  # kernels round differently
         return {"model": self.model, "revision": identity, "dtype": self.dtype, "device": device}
 
     def load(self) -> tuple[Any, Any]:
@@ -145,16 +149,14 @@ def load_judge_model(
     Raises:
         ModelError: If they cannot be loaded.
     """
-    where = judge_device(device)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ModelError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
+    where, as_type = find_device(device), find_dtype(dtype) or "auto"
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(model, **source)
         check_no_adapter(model, revision=revision)
         auto_class = auto_class or _generating_class(config)
         loaded = auto_class.from_pretrained(
-            model, config=_readable(config), dtype=dtype, use_safetensors=True, **source
+            model, config=_readable(config), dtype=as_type, use_safetensors=True, **source
         )
         tokenizer = AutoTokenizer.from_pretrained(model, **source)
         if tokenizer.chat_template is None:
@@ -163,20 +165,6 @@ def load_judge_model(
     except _LOADING_ERRORS as error:
         way_out = "" if Path(model).is_dir() else f"; if you are offline, download it before: hf download {model}"
         raise ModelError(f"cannot load the judge model {model}: {_first_line(error)}{way_out}") from error
-
-
-def judge_device(device: str) -> torch.device:
-    """ "auto" is the first GPU, under `accelerate launch` the process's own; without a GPU the CPU.
-
-    Raises:
-        ModelError: On an unknown device.
-    """
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise ModelError(f"device {device!r} is unknown; choose auto, cpu or cuda:N") from error
-    return own_device()
 
 
 def greedy_replies(
@@ -258,24 +246,22 @@ def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool) ->
     return rows
 
 
-def without_surrogates(text: str) -> str:
-    """Half a surrogate pair, which a Python text can hold, is no character: tokenizers refuse it."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 def longest_first(
     function: Callable[[Sequence[list[int]]], Sequence[Result]], rows: Sequence[list[int]], *, batch_size: int
 ) -> list[Result]:
-    """`in_batches` over token rows sorted by length, longest first; results in the given order.
+    """A function of batches of token rows, called longest rows first; one result per row, in the given order.
 
-    Neighbours need little padding, and running out of memory shows at once.
+    Neighbours need little padding, and running out of memory shows at once: the batch is then halved.
+
+    Raises:
+        RunError: If memory runs out with a single row.
 
     >>> longest_first(lambda batch: [len(row) for row in batch], [[1], [1, 2, 3], [1, 2]], batch_size=2)
     [1, 3, 2]
     """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    results = in_batches(function, [rows[index] for index in order], batch_size=batch_size)
-    by_index = dict(zip(order, results, strict=True))
+    batches = BatchSize(batch_size, problem=_NO_MEMORY).batches(function, [rows[index] for index in order])
+    by_index = dict(zip(order, chain.from_iterable(batches), strict=True))
     return [by_index[index] for index in range(len(rows))]
 
 

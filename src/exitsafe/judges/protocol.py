@@ -1,4 +1,4 @@
-"""What a judge is, and what can be measured. Knows no judge."""
+"""What a judge is, and what can be measured."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from exitsafe.records import KINDS, Kind, Response, Sample, Verdict
 
+UNREADABLE = "the reply is not in the judge's format"
+"""Why a verdict is unscored when a judge's model says something else than it was asked for."""
+
 
 class Judge(Protocol):
     """Scores responses.
 
     A judge is called with samples and responses as parallel lists and returns, in any order, one verdict per
-    response and measure that applies to it. For the kinds named in `MEASURES` a verdict is owed: what
-    cannot be scored is *unscored* with the reason, never left out. Further kinds may be judged too; no
+    response and measure that applies to it. For the kinds named in `MEASURES` a verdict is required: what
+    cannot be scored is *unscored* with the reason, never omitted. Other kinds may be judged too; no
     metric counts them.
 
     A judge that does not read what an answer means may have a further attribute, `proxy`: for each measure that it
@@ -26,9 +29,8 @@ class Judge(Protocol):
     ...     measures = ("asr",)
     ...     def __call__(self, samples, responses):
     ...         return [
-    ...             Verdict(
-    ...                 sample_id=response.sample_id, exit_layer=response.exit_layer, judge=self.name,
-    ...                 measure="asr", score=float(response.text.startswith("yes")),
+    ...             Verdict.of(
+    ...                 response, judge=self.name, measure="asr", score=float(response.text.startswith("yes"))
     ...             )
     ...             for sample, response in zip(samples, responses) if sample.kind == "harmful"
     ...         ]
@@ -46,7 +48,7 @@ class Judge(Protocol):
 
 @runtime_checkable
 class ModelJudge(Judge, Protocol):
-    """A judge that rests on a model or a service.
+    """A judge that uses a model or a service.
 
     `settings` is a JSON object with everything that decides its verdicts (model, revision, precision, format). It is
     known before weights are loaded and the same at every start: a run keeps it and refuses another. `unload` frees

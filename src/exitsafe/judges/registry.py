@@ -6,28 +6,31 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-from exitsafe.errors import InputError, ModelError
+from exitsafe.errors import InputError, ModelError, did_you_mean
 from exitsafe.judges.asking import check_judges
 from exitsafe.judges.coherence import Coherence
-from exitsafe.judges.protocol import Judge
+from exitsafe.judges.guard import Guard, GuardJudge
+from exitsafe.judges.harmbench import HARMBENCH
+from exitsafe.judges.llama_guard import LLAMA_GUARD
+from exitsafe.judges.protocol import Judge, ModelJudge
+from exitsafe.judges.qwen3guard import QWEN3GUARD
 from exitsafe.judges.refusal_prefix import RefusalPrefix
 from exitsafe.judges.vqa import VQAAccuracy
 from exitsafe.judges.world_rule import WorldRule
 from exitsafe.records import Sample
-from exitsafe.vlm.processes import this_process
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Where judges that rest on a model or an endpoint find it.
+    """Where judges find their model or endpoint.
 
     Args:
         device: For local models: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
         url: Base URL of an OpenAI-compatible endpoint; None takes OPENAI_BASE_URL, else OpenAI's own.
-        rubric: A file with a rubric of one's own; None takes StrongREJECT's.
-        requests_per_minute: At most so many to the endpoint, of all processes together; None for no limit.
+        rubric: A file with a custom rubric; None takes StrongREJECT's.
+        requests_per_minute: The endpoint's rate limit, shared by all processes; None for no limit.
         prices: US dollars per million tokens in and out, to count what the endpoint costs; None counts tokens only.
     """
 
@@ -40,6 +43,8 @@ class JudgeOptions:
     @property
     def own_rate(self) -> float | None:
         """This process's share of `requests_per_minute`."""
+        from exitsafe.vlm.processes import this_process
+
         rate = self.requests_per_minute
         return None if rate is None else rate / this_process().num_processes
 
@@ -52,22 +57,8 @@ class _Entry:
     argument: Literal["none", "optional", "required"] = "none"
 
 
-def _qwen3guard(model: str, options: JudgeOptions) -> Judge:
-    from exitsafe.judges.qwen3guard import DEFAULT_MODEL, Qwen3Guard
-
-    return Qwen3Guard(model or DEFAULT_MODEL, device=options.device)
-
-
-def _llama_guard(model: str, options: JudgeOptions) -> Judge:
-    from exitsafe.judges.llama_guard import DEFAULT_MODEL, LlamaGuard
-
-    return LlamaGuard(model or DEFAULT_MODEL, device=options.device)
-
-
-def _harmbench(model: str, options: JudgeOptions) -> Judge:
-    from exitsafe.judges.harmbench import DEFAULT_MODEL, HarmBench
-
-    return HarmBench(model or DEFAULT_MODEL, device=options.device)
+def _guard(guard: Guard) -> _Entry:
+    return _Entry(make=lambda model, options: GuardJudge(guard, model, device=options.device), argument="optional")
 
 
 def _toxicity(model: str, options: JudgeOptions) -> Judge:
@@ -90,31 +81,21 @@ def _rubric(model: str, options: JudgeOptions) -> Judge:
     return Rubric(endpoint, rubric=options.rubric)
 
 
-def _perspective(_: str, options: JudgeOptions) -> Judge:
-    from exitsafe.judges.perspective import Perspective
-
-    rate = options.own_rate
-    return Perspective() if rate is None else Perspective(requests_per_minute=rate)
-
-
 _JUDGES: dict[str, _Entry] = {
     WorldRule.name: _Entry(make=lambda _, __: WorldRule()),
     RefusalPrefix.name: _Entry(make=lambda _, __: RefusalPrefix()),
-    "qwen3guard": _Entry(make=_qwen3guard, argument="optional"),
-    "llama-guard": _Entry(make=_llama_guard, argument="optional"),
-    "harmbench": _Entry(make=_harmbench, argument="optional"),
+    **{guard.name: _guard(guard) for guard in (QWEN3GUARD, LLAMA_GUARD, HARMBENCH)},
     "rubric": _Entry(make=_rubric, argument="required"),
     "toxicity": _Entry(make=_toxicity, argument="optional"),
     "reward": _Entry(make=_reward, argument="required"),
-    "perspective": _Entry(make=_perspective),
     VQAAccuracy.name: _Entry(make=lambda _, __: VQAAccuracy()),
     Coherence.name: _Entry(make=lambda _, __: Coherence()),
 }
 _SUFFIX = {"none": "", "optional": "[:MODEL]", "required": ":MODEL"}
 JUDGE_NAMES = tuple(name + _SUFFIX[entry.argument] for name, entry in _JUDGES.items())
 FREE_JUDGES = (VQAAccuracy.name, Coherence.name)
-DEFAULT_JUDGE = "qwen3guard"
-SECOND_JUDGE = "harmbench"
+DEFAULT_JUDGE = QWEN3GUARD.name
+SECOND_JUDGE = HARMBENCH.name
 """For models trained with the default judge as reward: another model family, not gated, agrees closely with people."""
 
 
@@ -122,7 +103,7 @@ def load_judges(names: Sequence[str], *, options: JudgeOptions | None = None) ->
     """The judges of these names, in this order; models are loaded when they are first asked.
 
     Raises:
-        InputError: On an unknown name, or an argument that is missing or too many.
+        InputError: On an unknown name, or an argument that is missing or not accepted.
 
     >>> [judge.name for judge in load_judges(["refusal-prefix", "reward:hh"])]
     ['refusal-prefix', 'reward:hh']
@@ -139,7 +120,8 @@ def _load(name: str, options: JudgeOptions) -> Judge:
     kind, _, argument = name.partition(":")
     entry = _JUDGES.get(kind)
     if entry is None:
-        raise InputError(f"judge {name!r} is unknown; choose {', '.join(JUDGE_NAMES)}")
+        hint = did_you_mean(kind, _JUDGES)
+        raise InputError(f"judge {name!r} is unknown{hint}; choose {', '.join(JUDGE_NAMES)}")
     if entry.argument == "required" and not argument:
         raise InputError(f"judge {kind} needs a model: {kind}:MODEL")
     if entry.argument == "none" and argument:
@@ -148,7 +130,7 @@ def _load(name: str, options: JudgeOptions) -> Judge:
 
 
 def choose_judges(judges: Sequence[Judge | str] | None, samples: Sequence[Sample]) -> list[Judge]:
-    """The judges asked for, and behind them those that cost nothing.
+    """The judges asked for, followed by those that cost nothing.
 
     Args:
         judges: Judges or names; None takes the world's rule for samples of the organism's suites alone, `qwen3guard`
@@ -184,10 +166,9 @@ def default_judge(samples: Sequence[Sample], options: JudgeOptions | None = None
 
 def why_no_default_judge() -> str | None:
     """Why the default judge's model is not available; None if it is. Looks it up and loads no weights."""
-    from exitsafe.judges.qwen3guard import Qwen3Guard
-
+    judge = cast(ModelJudge, load_judges([DEFAULT_JUDGE])[0])
     try:
-        _ = Qwen3Guard().settings
+        _ = judge.settings
     except ModelError as error:
         return str(error)
     return None

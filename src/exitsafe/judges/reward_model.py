@@ -5,33 +5,22 @@ for the models in `FORMATS`, the tokenizer's chat template for all others. Pictu
 model's own and open: compare one model's rewards with each other only.
 
 Every kind of sample is judged, since a reward says as much of a harmless answer. What is longer than the model's
-context is *unscored*: the reward of half a conversation is no reward. Turn marks inside prompt and answer are broken
+context is *unscored*: half a conversation has no meaningful reward. Turn marks inside prompt and answer are broken
 up, so that an answer cannot speak for the user.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForSequenceClassification
-
 from exitsafe.errors import ModelError
+from exitsafe.judges.classifier import Classifier
 from exitsafe.judges.guard_prompts import token_markers, without_markers
-from exitsafe.judges.local_model import (
-    NOT_FINITE,
-    TOO_LONG,
-    JudgeModel,
-    context_length,
-    encode,
-    longest_first,
-    pad_rows,
-    without_surrogates,
-)
+from exitsafe.judges.local_model import TOO_LONG, context_length, encode
 from exitsafe.records import Response, Sample, Verdict
+from exitsafe.untrusted import without_surrogates
 from exitsafe.vlm.templates import FIXED_DATE, render
 
 Format = Callable[[Any, str, str], list[int]]
@@ -85,18 +74,14 @@ REVISIONS = {
 }
 
 
-class RewardModel:
+class RewardModel(Classifier):
     """Scores answers on the model's own scale.
 
     Args:
         model: A Hub id, a folder, or `hh` for the reward model on HH-RLHF that the paper's seems to be.
         revision: A branch, tag or commit of the Hub id.
-        dtype: "auto" (as saved), or e.g. "float32".
-        device: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
-        batch_size: Answers at a time; halved when memory runs out.
+        dtype, device, batch_size: As for `Classifier`.
     """
-
-    measures = ("reward",)
 
     def __init__(
         self,
@@ -107,92 +92,52 @@ class RewardModel:
         device: str = "auto",
         batch_size: int = 16,
     ) -> None:
-        self.name = f"reward:{model}"
-        self.batch_size = batch_size
-        self._weights = JudgeModel(
-            ALIASES.get(model, model),
-            auto_class=AutoModelForSequenceClassification,
+        source = ALIASES.get(model, model)
+        self._known = _known_format(source)
+        super().__init__(
+            f"reward:{model}",
+            "reward",
+            model=source,
             revision=revision or REVISIONS.get(model),
             dtype=dtype,
             device=device,
+            batch_size=batch_size,
+            settings={"format": "chat" if self._known is None else self._known.__name__},
         )
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the verdicts."""
-        known = _known_format(self._weights.model)
-        return self._weights.settings | {"format": "chat" if known is None else known.__name__}
 
     def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
         if not responses:
             return []
-        model, tokenizer = self._load()
+        model, tokenizer = self._weights.load()
+        self._check(model, tokenizer)
         rows = [
-            self._format(tokenizer)(tokenizer, sample.prompt, response.text)
+            (self._known or chat)(tokenizer, sample.prompt, response.text)
             for sample, response in zip(samples, responses, strict=True)
         ]
         fits = [len(row) <= context_length(model) for row in rows]
-        scores = iter(self._scores([row for row, fit in zip(rows, fits, strict=True) if fit]))
+        found = iter(
+            self.scores(
+                [row for row, fit in zip(rows, fits, strict=True) if fit],
+                pad_id=model.config.get_text_config().pad_token_id,
+                read=lambda logits: logits[:, 0],
+            )
+        )
         return [
-            self._verdict(response, next(scores) if fit else None)
+            self.verdict(response, next(found) if fit else None, unscored=TOO_LONG)
             for response, fit in zip(responses, fits, strict=True)
         ]
 
-    def unload(self) -> None:
-        """Free the memory; the next call loads again."""
-        self._weights.unload()
-
-    def _load(self) -> tuple[Any, Any]:
-        model, tokenizer = self._weights.load()
+    def _check(self, model: Any, tokenizer: Any) -> None:
         if model.config.num_labels != 1:
             raise ModelError(
                 f"{self._weights.model} has {model.config.num_labels} outputs and a reward model has one: "
                 "give a reward model saved for sequence classification"
             )
-        return model, tokenizer
-
-    def _format(self, tokenizer: Any) -> Format:
-        known = _known_format(self._weights.model)
-        if known is None and tokenizer.chat_template is None:
+        if self._known is None and tokenizer.chat_template is None:
             raise ModelError(
                 f"{self._weights.model} has no chat template and is none of the models whose format is known: put a "
                 "chat_template.jinja into a local copy and give that folder"
             )
-        return known or chat
-
-    def _scores(self, rows: Sequence[list[int]]) -> list[float]:
-        model, _ = self._load()
-
-        def score(batch: Sequence[list[int]]) -> list[float]:
-            # Models that read the last token look for the last one that is no padding, whatever the attention mask
-            # says: without a padding token of its own, a model gets one that no row holds.
-            config = model.config.get_text_config()
-            own_id = config.pad_token_id
-            pad_id = _unused_token(batch) if own_id is None else own_id
-            input_ids, attention_mask = pad_rows(batch, pad_id, side="right")
-            config.pad_token_id = pad_id
-            try:
-                with torch.inference_mode():
-                    logits = model(
-                        input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
-                    ).logits  # (B, 1)
-            finally:
-                config.pad_token_id = own_id
-            found: list[float] = logits[:, 0].float().tolist()
-            return found
-
-        return longest_first(score, rows, batch_size=self.batch_size)
-
-    def _verdict(self, response: Response, score: float | None) -> Verdict:
-        reason = TOO_LONG if score is None else None if math.isfinite(score) else NOT_FINITE
-        return Verdict(
-            sample_id=response.sample_id,
-            exit_layer=response.exit_layer,
-            judge=self.name,
-            measure="reward",
-            score=score if reason is None else None,
-            unscored=reason,
-        )
 
 
 def _known_format(model: str) -> Format | None:
@@ -201,8 +146,3 @@ def _known_format(model: str) -> Format | None:
         by_name = {name.rpartition("/")[2]: known for name, known in FORMATS.items()}
         return by_name.get(Path(model).resolve().name)
     return FORMATS.get(model)
-
-
-def _unused_token(rows: Sequence[list[int]]) -> int:
-    used = set().union(*rows)
-    return next(token for token in range(len(used) + 1) if token not in used)

@@ -35,9 +35,8 @@ class VQAAccuracy:
 
     def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
         return [
-            Verdict(
-                sample_id=response.sample_id,
-                exit_layer=response.exit_layer,
+            Verdict.of(
+                response,
                 judge=self.name,
                 measure="vqa_accuracy",
                 label=normalise_answer(response.text),
@@ -99,7 +98,7 @@ def _in_ascii(character: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """A mark is removed if a space stands beside it anywhere in the text, else replaced by a space."""
+    """A mark next to a space anywhere in the text is removed; any other is replaced by a space."""
     has_thousands = re.search(r"[0-9],[0-9]", text) is not None  # then every mark is removed
     without = text
     for mark in _PUNCTUATION:

@@ -41,17 +41,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     return advantages, returns
 
 
-def group_advantages(scores: Tensor, groups: Tensor, mask: Tensor, *, scale_by_deviation: bool = False) -> Tensor:
+def group_advantages(scores: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
     """How much better than its group an answer is, the same on each of its tokens (GRPO).
 
-    Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300, section 4.1.2) divide by the deviation of the group. Liu et al.
-    2025 (Dr. GRPO, arXiv 2503.20783) do not: it weighs groups by how much they agree, not by what is at stake.
+    Not divided by the deviation of the group, as Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783) advise against Shao et
+    al. 2024 (DeepSeekMath, arXiv 2402.03300): that weighs groups by how much they agree, not by what is at stake.
 
     Args:
         scores: One per response, `(B,)`.
         groups: Number of the group of each response, `(B,)` int; groups may differ in size.
         mask: True on response tokens, `(B, T)`.
-        scale_by_deviation: Divides by the group's (population) standard deviation + 1e-4.
 
     Returns:
         `(B, T)`; exactly zero where all scores of a group are equal, and where an answer stands alone.
@@ -66,8 +65,6 @@ def group_advantages(scores: Tensor, groups: Tensor, mask: Tensor, *, scale_by_d
     is_member = groups[:, None] == groups[None, :]  # (B, B)
     share = is_member.to(scores.dtype) / is_member.sum(dim=1, keepdim=True)
     centred = scores - share @ scores
-    if scale_by_deviation:
-        centred = centred / ((share @ centred.square()).sqrt() + 1e-4)
     centred = torch.where(has_equal_scores(scores, groups), 0.0, centred)  # the mean of equal numbers may be rounded
     return torch.where(mask, centred[:, None], 0.0)
 

@@ -20,8 +20,8 @@ from exitsafe.runs.files import write_whole, writing
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> None:
-    """Write the state as it is after `step` steps, then drop all but the newest `keep` checkpoints."""
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> None:
+    """Write the state as it is after `step` steps, then drop all but the newest `keep`: one may be truncated."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()

@@ -21,6 +21,8 @@ from exitsafe.records import Kind, Sample
 
 KINDS_OF: dict[str, tuple[Kind, ...]] = {"over_refusal": ("borderline", "benign"), "utility": ("vqa",)}
 """The samples on which each cost is measured."""
+MAX_MULTIPLIER = 10.0
+"""Multipliers stop here: a limit that cannot be kept leaves the score a weight of at least 1/11 (1/21 for two)."""
 
 Costs = dict[str, list[float | None]]
 """By constraint, a cost of each answer; None where it has none."""
@@ -35,9 +37,8 @@ class Constraints:
     """
 
     def __init__(self, config: LPPOConfig) -> None:
-        self.limits = dict(config.constraints or {})
+        self.limits: dict[str, float] = dict((config.constraints or {}).items())
         self.rate = config.constraint_rate
-        self.max_multiplier = config.max_multiplier
         self.multipliers = dict.fromkeys(self.limits, 0.0)
         self.reference_errors: dict[int, float] = {}
 
@@ -77,7 +78,7 @@ class Constraints:
         for name, cost in measured.items():
             if cost is not None:
                 moved = self.multipliers[name] + self.rate * (cost - self.limits[name])
-                self.multipliers[name] = min(max(moved, 0.0), self.max_multiplier)
+                self.multipliers[name] = min(max(moved, 0.0), MAX_MULTIPLIER)
 
     def metrics(self, measured: Mapping[str, float | None]) -> dict[str, Any]:
         """For the step's line: what was measured, and the multipliers that were in force."""
@@ -121,8 +122,7 @@ def check_constraints(
     """Raise InputError if a cost cannot be had: from this reward, with these samples, in so few answers."""
     if not config.constraints:
         return
-    is_alone = config.adapters == "per-layer"  # each run has one exit
-    if config.constraint_samples < len(exit_layers) and not is_alone:
+    if config.constraint_samples < len(exit_layers):
         raise InputError(
             f"constraint_samples={config.constraint_samples} is fewer than the {len(exit_layers)} trained exits: "
             "give at least one to each"

@@ -3,7 +3,7 @@
     run.json         settings that make it this run; sizes and versions it began with
     metrics.jsonl    one line per step; no response text
     completions.jsonl    some answers of some steps, if asked for; readable by the owner only
-    watch.jsonl      one line per look of the watch, if there is one; numbers only
+    evaluations.jsonl    one line per held-out evaluation, if there are any; numbers only
     checkpoints/     to resume from after an interrupt
     result.json      which step the adapter is of, why, and whether anything was learnt
     adapter/         the PEFT folder, with trained_on.json, the digests of its samples; there only when the run is
@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exitsafe.errors import ExitsafeError, RunError
 from exitsafe.lppo.config import SIZES, LPPOConfig
@@ -33,8 +33,9 @@ from exitsafe.runs import load_run
 from exitsafe.runs.files import PRIVATE, PUBLIC, locked, refuse_link, write_whole, writing
 from exitsafe.runs.fingerprint import data_fingerprint, differences, model_fingerprint, request_digest, sample_info
 from exitsafe.untrusted import UnreadableError, parse_json, read_json
-from exitsafe.vlm import VLM
-from exitsafe.vlm.adapters import TRAINED_ON, trained_on_record
+
+if TYPE_CHECKING:
+    from exitsafe.vlm import VLM
 
 _PACKAGES = ("exitsafe", "torch", "transformers", "peft")
 COMPLETIONS = "completions.jsonl"
@@ -116,13 +117,13 @@ class TrainingFolder:
         for answer in answers:
             self._add(COMPLETIONS, answer, mode=PRIVATE)
 
-    def keep_looks(self, num_looks: int) -> None:
-        """Drop the lines of looks that will be taken again."""
-        self._keep("watch.jsonl", num_looks)
+    def keep_evaluations(self, num_evaluations: int) -> None:
+        """Drop the lines of evaluations that will be repeated."""
+        self._keep("evaluations.jsonl", num_evaluations)
 
-    def add_look(self, line: Mapping[str, Any]) -> None:
-        """Append one look's line."""
-        self._add("watch.jsonl", line)
+    def add_evaluation(self, line: Mapping[str, Any]) -> None:
+        """Append one evaluation's line."""
+        self._add("evaluations.jsonl", line)
 
     def save_result(self, result: Mapping[str, Any]) -> None:
         """Say what the adapter is, before it is there."""
@@ -155,6 +156,8 @@ class TrainingFolder:
         """
         if not self.is_writer:
             return
+        from exitsafe.vlm.adapters import TRAINED_ON, trained_on_record
+
         beside = self.path / ".adapter.part"
         with writing(beside):
             shutil.rmtree(beside, ignore_errors=True)
@@ -202,7 +205,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of metrics.jsonl or watch.jsonl; none if there is no such file.
+    """The complete lines of metrics.jsonl or evaluations.jsonl; none if there is no such file.
 
     Raises:
         RunError: If one is not what a training writes.
@@ -226,8 +229,6 @@ def run_settings(
     """What makes two runs the same run, whatever the method; and the sizes that may differ between restarts."""
     constants = asdict(config)
     sizes = {name: constants.pop(name) for name in SIZES}
-    if config.adapters == "shared":  # so runs made before there was a choice go on
-        del constants["adapters"]
     settings = {
         "method": method,
         "model": model_fingerprint(vlm),

@@ -5,6 +5,7 @@ Python's main thread alone may handle signals; in any other everything is as usu
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class Stop:
         if not self._waits or self.is_asked:
             raise self.interrupt()
         self.is_asked = True
+        os.write(2, b"\nexitsafe: stopping when this step is done and saved (again to quit at once)\n")
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from torch import Tensor
 KL_COEF_RANGE = 10.0
 """The adaptive coefficient stays within this factor of its start. Otherwise a run that spends a long time below the
 target would take just as long to restore the penalty."""
+KL_HORIZON = 10
+"""2% a step (Ziegler et al.), so that a persistent error doubles the coefficient within 35 steps."""
 
 
-def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, initial: float) -> float:
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, initial: float, horizon: int = KL_HORIZON) -> float:
     """The KL coefficient for the next step (Ziegler et al. 2019, arXiv 1909.08593, section 2.2; 1 / horizon is their
     K_beta).
 
@@ -23,10 +25,10 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, i
         kl_coef: The coefficient of this step.
         kl: Measured divergence of a response from the reference, in nats, mean over the batch.
         target: The divergence to hold, in nats per response.
-        horizon: Steps in which a persistent error of 20% or more changes the coefficient by 20%.
         initial: The coefficient of the first step, which bounds it by `KL_COEF_RANGE`.
+        horizon: Steps in which a persistent error of 20% or more changes the coefficient by 20%.
 
-    >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=10, initial=0.1), 4)
+    >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, initial=0.1), 4)
     0.102
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)

@@ -15,13 +15,12 @@ from torch import Tensor
 from exitsafe.lppo.advantage import has_equal_scores
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.experience import Measured
-from exitsafe.lppo.guards import Faults
 from exitsafe.lppo.kl import k1, k3
 from exitsafe.lppo.loss import masked_mean
-from exitsafe.lppo.reward import Score
+from exitsafe.lppo.reward import Faults, Score
 from exitsafe.lppo.rollout import Trajectory
-from exitsafe.lppo.update import UpdateStats
-from exitsafe.vlm.peak import MEASURED
+from exitsafe.lppo.update import MAX_RATIO, UpdateStats
+from exitsafe.vlm.memory import MEASURED
 
 NEVER_TWICE = ("seconds", *MEASURED)
 """What a run repeated bit for bit does not repeat; these names end a line."""
@@ -75,7 +74,8 @@ class Totals:
 
 
 SKIPPED = (
-    "ratios exceed max_ratio or gradients are not finite; lower learning_rate, or load the model in bfloat16 or float32"
+    f"ratios exceed {MAX_RATIO:g} or gradients are not finite; lower learning_rate, or load the model in bfloat16 or "
+    "float32"
 )
 CONSTANT = (
     "check what the reward returns and final_score in metrics.jsonl; if share_clipped is 1, set calibration_samples; "

@@ -7,6 +7,7 @@ passes that the update repeats, so the ratio before the first update is exactly 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -64,6 +65,17 @@ def share_out(minibatch: Minibatch, sizes: Sequence[tuple[int, int]], num_shares
         shares[lightest].append(microbatch)
         loads[lightest] += _num_tokens(microbatch, sizes)
     return [sorted(share, key=minibatch.index) for share in shares]
+
+
+def padded_tokens(minibatch: Minibatch, sizes: Sequence[tuple[int, int]], groups: Sequence[Sequence[int]]) -> int:
+    """Tokens of a minibatch's largest microbatch, padding included; the arguments are those of `split`."""
+    group_of = {row: number for number, group in enumerate(groups) for row in group}
+    largest = 0
+    for microbatch in minibatch:
+        sequences = [list(rows) for _, rows in groupby(microbatch, key=group_of.__getitem__)]
+        packed = [_packed_size(rows, sizes) for rows in sequences]
+        largest = max(largest, len(packed) * sum(max(size[part] for size in packed) for part in (0, 1)))
+    return largest
 
 
 def _tokens_of_a_share(

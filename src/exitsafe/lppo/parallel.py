@@ -21,7 +21,6 @@ from exitsafe.errors import RunError
 from exitsafe.vlm.processes import this_process, wait_for_all
 
 T = TypeVar("T")
-_CUTTING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 class Team:
@@ -45,7 +44,7 @@ class Team:
         self.size = 1 if process is None else process.num_processes
         self.number = 0 if process is None else process.process_index
         self.device = torch.device("cpu") if process is None else process.device
-        self.is_sharded = self.size > 1 and any(map(parse_flag_from_env, _CUTTING))
+        self.is_sharded = self.size > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
     @property
     def is_first(self) -> bool:
@@ -93,6 +92,11 @@ class Team:
         """Of each name, the largest that one of them has."""
         everybodys = self.gather(own)
         return {name: max(found[name] for found in everybodys) for name in own}
+
+    def smallest(self, own: Mapping[str, int]) -> dict[str, int]:
+        """Of each name, the smallest that one of them has."""
+        everybodys = self.gather(own)
+        return {name: min(found[name] for found in everybodys) for name in own}
 
     def any(self, own: bool) -> bool:
         """Whether one of them says so."""

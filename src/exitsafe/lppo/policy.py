@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from exitsafe.errors import InputError, ModelError
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.quantized import check_quantized, let_gradients_pass
-from exitsafe.lppo.recompute import recomputed_blocks
 from exitsafe.vlm import VLM, Row, suppress_logits
 
 _WHOLE_LANGUAGE_MODEL = ("language_model", "lm_head")
@@ -55,7 +57,7 @@ def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class PolicyOutput:
     """What the policy says of responses, all `(B, T)` float32 and zero outside the mask."""
 
     logprobs: Tensor  # of the response tokens
@@ -71,13 +73,12 @@ class Policy:
         self.vlm = vlm
         self.pack_size = pack_size(vlm, config)
         self.temperature = config.temperature
-        self.detach_value = config.detach_value
         self.gradient_checkpointing = config.gradient_checkpointing
         self.value_head = nn.Linear(vlm.text_config.hidden_size, 1, device=vlm.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def evaluate(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> Evaluation:
+    def evaluate(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> PolicyOutput:
         """Log-probabilities under the distribution that rollouts sample from, values and entropy.
 
         Args:
@@ -95,9 +96,9 @@ class Policy:
         logprobs = all_logprobs.gather(-1, tokens[..., None]).squeeze(-1)
         with torch.no_grad():
             entropy = torch.special.entr(all_logprobs.exp()).sum(dim=-1)
-        states = hidden.detach() if self.detach_value else hidden
-        values = self.value_head(states.float()).squeeze(-1)
-        return Evaluation(
+        # the value loss stops at the head: with gradient into the policy, one organism run ended at ASR 100%
+        values = self.value_head(hidden.detach().float()).squeeze(-1)
+        return PolicyOutput(
             logprobs=torch.where(mask, logprobs, 0.0),
             values=torch.where(mask, values, 0.0),
             entropy=torch.where(mask, entropy, 0.0),
@@ -144,6 +145,29 @@ class Policy:
         self.vlm.model.peft_config["default"].base_model_name_or_path = self.vlm.name
         # False: PEFT would ask the Hub whether the vocabulary has grown.
         self.vlm.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+@contextmanager
+def recomputed_blocks(language_model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing: passes inside keep only the blocks' inputs; the backward pass recomputes the rest.
+
+    Only passes inside are affected. transformers has a switch of its own, which acts only on models in training mode:
+    with dropout on.
+
+    Args:
+        language_model: The blocks among its modules are those that transformers itself can checkpoint.
+    """
+    blocks = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert blocks and not any("forward" in block.__dict__ for block in blocks)
+    for block in blocks:
+        # not re-entrant: gradients also flow where the block's input has none; no random state: there is no dropout
+        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        object.__setattr__(block, "forward", again)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            object.__delattr__(block, "forward")
 
 
 def pack_size(vlm: VLM, config: LPPOConfig) -> int:

@@ -1,7 +1,8 @@
-"""What a reward is, and scores with the KL penalty as rewards per token.
+"""What a reward is, what faults of an answer's form cost, and scores with the KL penalty as rewards per token.
 
 A reward is any callable `(samples, responses) -> list[float]`, in which NaN means *unscored*; judges, the built-in
-reward and weighted sums are made into one in `scorer.py`. Knows nothing about models, judges, advantages or losses.
+reward and weighted sums are made into one in `scorer.py`. Answers without an end or gibberish can please a reward; a
+penalty subtracted from the score keeps the policy from finding out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from exitsafe.judges.coherence import incoherence
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.records import Response, Sample
 
@@ -20,13 +22,33 @@ Reward = Callable[[Sequence[Sample], Sequence[Response]], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The score of one answer, None if unscored; and, where a judge says, what constraints and samplers read."""
+    """The score of one answer, None if unscored; and, where a judge says, what constraints and metrics read."""
 
     value: float | None
     attack_success: float | None = None
     refusal: float | None = None
     vqa_accuracy: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)  # by part of the reward, as the part gave it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What is wrong with the form of one answer, whatever it means."""
+
+    is_cut: bool
+    is_incoherent: bool
+
+    def penalty(self, config: LPPOConfig) -> float:
+        """What to subtract from the score; penalties add up."""
+        return config.missing_eos_penalty * self.is_cut + config.incoherence_penalty * self.is_incoherent
+
+
+def find_faults(responses: Sequence[Response]) -> list[Faults]:
+    """The faults of each answer."""
+    return [
+        Faults(is_cut=response.finish_reason == "length", is_incoherent=incoherence(response.text) is not None)
+        for response in responses
+    ]
 
 
 def shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -55,7 +77,7 @@ def shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask:
 
 
 def final_scores(scores: Sequence[float], penalties: Sequence[float], *, config: LPPOConfig) -> Tensor:
-    """Scores as the trainer uses them, `(B,)`: clipped, and only then less the penalties of `guards.py`."""
+    """Scores as the trainer uses them, `(B,)`: clipped, and only then less the penalties."""
     final = torch.tensor(scores, dtype=torch.float32)
     if config.score_clip is not None:
         final = final.clamp(-config.score_clip, config.score_clip)

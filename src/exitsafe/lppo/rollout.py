@@ -14,6 +14,7 @@ from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.sharding import in_step
 from exitsafe.records import Response, Sample
 from exitsafe.vlm import VLM, Row
+from exitsafe.vlm.memory import BatchSize
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +28,14 @@ class Trajectory:
 
 
 def rollout(
-    vlm: VLM, samples: Sequence[Sample], rows: Sequence[Row], *, config: LPPOConfig, draw: int, team: Team = ALONE
+    vlm: VLM,
+    samples: Sequence[Sample],
+    rows: Sequence[Row],
+    *,
+    config: LPPOConfig,
+    draw: int,
+    team: Team = ALONE,
+    batch_size: BatchSize | None = None,
 ) -> list[Trajectory]:
     """Sample one answer per row from the whole distribution but special tokens; every process its share of the rows.
 
@@ -38,6 +46,7 @@ def rollout(
         config: For temperature, length and seed.
         draw: Differs between calls: with seed, sample and exit layer it keys the random numbers.
         team: The processes.
+        batch_size: Rows under generation at a time, halved when memory runs out; None takes the config's.
     """
     numbered = [replace(row, draw=number) for row, number in zip(rows, _repetitions(rows), strict=True)]
     own = team.places(len(rows), group_size=config.group_size)
@@ -47,7 +56,7 @@ def rollout(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
-            batch_size=config.rollout_batch_size,
+            batch_size=batch_size or config.rollout_batch_size,
             draw=draw * len(rows),
             suppress=vlm.special_token_ids,
         )

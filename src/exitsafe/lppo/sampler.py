@@ -63,9 +63,7 @@ def trained_exits(config: LPPOConfig, *, num_layers: int, default_exit: int) -> 
         InputError: If the text that names them cannot be read.
     """
     named = resolve_layers(config.exit_layers, num_layers=num_layers, default_exit=default_exit)
-    # an exit with an adapter of its own costs the default exit nothing
-    adds_default = config.include_default and config.adapters == "shared"
-    return tuple(sorted({*named, default_exit})) if adds_default else named
+    return tuple(sorted({*named, default_exit})) if config.include_default else named
 
 
 def warn_of_harmful_only(samples: Sequence[Sample], config: LPPOConfig) -> None:

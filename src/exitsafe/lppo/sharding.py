@@ -1,5 +1,4 @@
-"""FSDP2 and ZeRO-3: the frozen weights of the language model's blocks, cut up among the processes and put together
-when needed.
+"""FSDP2: the frozen weights of the language model's blocks, cut up among the processes and put together when needed.
 
 What is trained stays whole in every process, so gradients, optimiser, checkpoints and adapter are those of plain
 processes. A block's weights are gathered by all processes at once: all must run as many forward and backward passes.
@@ -22,16 +21,16 @@ from exitsafe.errors import InputError
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.parallel import Team
 from exitsafe.lppo.quantized import is_quantized
-from exitsafe.lppo.zero import check_zero, cut_up
 from exitsafe.vlm import VLM
 
 
 def check_launch(vlm: VLM, config: LPPOConfig) -> None:
     """Raise InputError if the processes were started to spread the model in a way that is not supported."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        check_zero()
-        _check_cuttable(vlm, config)
-        return
+        raise InputError(
+            "training under DeepSpeed is not supported: use FSDP2 (examples/align/fsdp2.yaml), or accelerate launch "
+            "--multi_gpu"
+        )
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     plugin = FullyShardedDataParallelPlugin()
@@ -43,13 +42,9 @@ def check_launch(vlm: VLM, config: LPPOConfig) -> None:
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise InputError("training under FSDP cannot offload weights: set fsdp_offload_params to false")
-    _check_cuttable(vlm, config)
-
-
-def _check_cuttable(vlm: VLM, config: LPPOConfig) -> None:
     if config.train != "lora" or is_quantized(vlm.model):
         raise InputError(
-            "FSDP and ZeRO-3 are for train='lora' on weights that are not quantised; all else fits without: "
+            "FSDP is for train='lora' on weights that are not quantised; all else fits without: "
             "start with accelerate launch --multi_gpu"
         )
 
@@ -62,9 +57,6 @@ def shard(vlm: VLM, team: Team) -> None:
     language_model = vlm.base_model.model.language_model
     # blocks that read images are passed over by texts without one
     passed_over = vlm.family_row.image_cache_layers(vlm.text_config)
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        cut_up(language_model, [block for number, block in enumerate(language_model.layers) if number in passed_over])
-        return
     own_type = team.device.type
     mesh = init_device_mesh(own_type, (team.size,))
     settings: dict[str, Any] = {

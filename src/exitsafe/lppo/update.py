@@ -16,12 +16,18 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.experience import Batch, Measured
+from exitsafe.lppo.experience import Batch, Measured, Passes
 from exitsafe.lppo.kl import k3
 from exitsafe.lppo.loss import log_ratio, masked_mean, policy_loss, value_loss
 from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.policy import Policy
 
+VALUE_CLIP_RANGE = 0.2
+"""As `clip_range` (TRL)."""
+VALUE_COEF = 0.1
+"""Weight of the value loss (TRL). The losses share no weights: it only sets where the head's gradient is clipped."""
+MAX_RATIO = 10.0
+"""A minibatch whose mean ratio exceeds this is skipped and counted (TRL's `ratio_threshold`)."""
 _TOTALS = ("policy_loss", "value_loss", "ratio", "approx_kl", "clipfrac", "vf_clipfrac")
 
 
@@ -101,10 +107,35 @@ class Learner:
         train_policy: bool,
         kl_coef: float,
     ) -> dict[str, float]:
-        """Add up the gradients of a minibatch's parts, each weighted by its share of the tokens of all processes."""
+        """Add up the gradients of a minibatch's parts, each weighted by its share of the tokens of all processes.
+
+        When memory runs out, the gradients so far are dropped and smaller parts begin anew: the sum is the same.
+        """
+
+        def add_up(passes: Passes) -> dict[str, float]:
+            self.drop_gradients()
+            return self._add_up(passes, batch, index, measured, advantages, returns, train_policy, kl_coef)
+
+        totals = batch.in_passes(index, self.team, add_up)
+        self.team.sum_gradients([*self.head_weights, *(self.weights if train_policy else ())])
+        summed = self.team.sum(torch.tensor(list(totals.values()), dtype=torch.float64))
+        return dict(zip(totals, summed.tolist(), strict=True))
+
+    def _add_up(
+        self,
+        passes: Passes,
+        batch: Batch,
+        index: int,
+        measured: Measured,
+        advantages: Tensor,
+        returns: Tensor,
+        train_policy: bool,
+        kl_coef: float,
+    ) -> dict[str, float]:
+        """Forward and backward passes of this process; returns its share of the statistics."""
         num_tokens = sum(len(batch.responses[i]) for part in batch.minibatches[index] for i in part)
         totals = dict.fromkeys(_TOTALS, 0.0)
-        for part, counts in batch.passes(index, self.team):
+        for part, counts in passes:
             now = self.policy.evaluate([batch.rows[i] for i in part], [batch.responses[i] for i in part])
             mask, width = now.mask, now.mask.shape[1]
             old_logprobs, old_values = measured.logprobs[part, :width], measured.values[part, :width]
@@ -112,12 +143,12 @@ class Learner:
                 now.logprobs, old_logprobs, advantages[part, :width], mask, clip_range=self.config.clip_range
             )
             vf_loss, vf_clipfrac = value_loss(
-                now.values, old_values, returns[part, :width], mask, clip_range=self.config.value_clip_range
+                now.values, old_values, returns[part, :width], mask, clip_range=VALUE_CLIP_RANGE
             )
             share = mask.sum() / num_tokens * counts
             loss = pg_loss if train_policy else torch.zeros_like(pg_loss)
             if self.has_critic:
-                loss = self.config.value_coef * vf_loss + loss
+                loss = VALUE_COEF * vf_loss + loss
             if kl_coef > 0:
                 per_token = k3(now.logprobs, measured.ref_logprobs[part, :width], mask)
                 loss = loss + kl_coef * masked_mean(per_token, mask)
@@ -132,23 +163,25 @@ class Learner:
                 ("vf_clipfrac", vf_clipfrac),
             ):
                 totals[name] += (share * value.detach()).item()
-        self.team.sum_gradients([*self.head_weights, *(self.weights if train_policy else ())])
-        summed = self.team.sum(torch.tensor(list(totals.values()), dtype=torch.float64))
-        return dict(zip(totals, summed.tolist(), strict=True))
+        return totals
 
     def _step(self, ratio: float, train_policy: bool) -> dict[str, float]:
         """Clip and apply the gradients, unless the policy has run away from the one that sampled."""
         limit = self.config.max_grad_norm
         value_grad_norm = torch.nn.utils.clip_grad_norm_(self.head_weights, limit).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, limit).item() if train_policy else 0.0
-        is_sane = ratio <= self.config.max_ratio and math.isfinite(grad_norm) and math.isfinite(value_grad_norm)
+        is_sane = ratio <= MAX_RATIO and math.isfinite(grad_norm) and math.isfinite(value_grad_norm)
         if is_sane:
             self.value_optimizer.step()
             if train_policy:
                 self.optimizer.step()
+        self.drop_gradients()
+        return {"grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "is_skipped": float(not is_sane)}
+
+    def drop_gradients(self) -> None:
+        """Forget what backward passes have added up."""
         self.value_optimizer.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "is_skipped": float(not is_sane)}
 
 
 def _summary(done: Sequence[dict[str, float]], *, has_critic: bool) -> UpdateStats:

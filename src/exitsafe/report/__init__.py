@@ -1,6 +1,6 @@
-"""Runs -> charts and a page. Texts enter a page only where they are asked for; a chart never holds any."""
+"""Runs -> charts and a page. A page contains answers only if asked to; a chart never does."""
 
-from exitsafe.report.chart import can_draw, draw_chart
+from exitsafe.report.charts import draw_chart
 from exitsafe.report.page import render_report
 
-__all__ = ["can_draw", "draw_chart", "render_report"]
+__all__ = ["draw_chart", "render_report"]

@@ -1,6 +1,6 @@
-"""The page of a training run: its folder in, one self-contained HTML file out. Numbers by step, and the answers kept.
+"""The report of a training run: its folder in, one self-contained HTML file out. Metrics by step, and the answers kept.
 
-Everything from the folder is read as data: what is not a number is not shown as one, and every text is escaped.
+The folder may come from a stranger: it is read as data, and every text is escaped.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from exitsafe import __version__
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import RunError
 from exitsafe.lppo.folder import COMPLETIONS
+from exitsafe.report.document import check_can_write, write_page
 from exitsafe.report.names import shown, without_folder
-from exitsafe.report.page import check_can_render, page_environment, page_style, security_policy
-from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole, writing
+from exitsafe.report.tables import Row, Table
 from exitsafe.untrusted import UnreadableError, parse_json, read_json
 
 MAX_ROWS = 100
@@ -51,45 +50,37 @@ def render_training(
     Raises:
         RunError: If the folder is not that of a training, one of its files is damaged, or the page cannot be written.
         InputError: If `out` is a folder.
-        ExitsafeError: If the extra `report` is not installed.
+        ExitsafeError: Without the extra `report`.
     """
     path, out = Path(path), Path(out)
-    check_can_render()
     if not is_training_run(path):
         raise RunError(f"{path} is not a training run (no run.json with metrics.jsonl)")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; name the file to write, e.g. {out / 'training.html'}")
+    check_can_write(out)
     settings = _object(path / "run.json").get("settings")
     settings = settings if isinstance(settings, dict) else {}
-    result = _object(path / "result.json") if (path / "result.json").is_file() else None
+    result = _object(path / "result.json") if (path / "result.json").is_file() else {}
     metrics = _spaced(list(_lines(path / "metrics.jsonl")))
-    answers = list(_lines(path / COMPLETIONS)) if (path / COMPLETIONS).is_file() else []
+    answers = _lines(path / COMPLETIONS) if (path / COMPLETIONS).is_file() else ()
     model = settings.get("model")
     name = without_folder(str(model.get("name", ""))) if isinstance(model, dict) else path.name
-    heading = title or f"{name}: training by {settings.get('method', 'an unknown method')}"
-    page = (
-        page_environment()
-        .get_template("training.html.j2")
-        .render(
-            title=shown(heading, max_length=200),
-            policy=security_policy(styles=[page_style()], scripts=[]),
-            style=_markup(page_style()),
-            version=__version__,
-            include_unsafe_text=include_unsafe_text,
-            result=None if result is None else [(shown(str(name)), _cell(value)) for name, value in result.items()],
-            metrics=_table(metrics, [name for name in _METRICS if any(name in line for line in metrics)]),
-            steps=[
-                (_cell(step), _table(rows, _ANSWER), [_text(row) for row in rows] if include_unsafe_text else None)
-                for step, rows in (
-                    (step, list(rows)) for step, rows in groupby(answers, key=lambda row: row.get("step"))
-                )
-            ],
-        )
+    facts = [{"name": shown(str(key)), "value": value} for key, value in result.items()]
+    columns = (*_ANSWER, "text") if include_unsafe_text else _ANSWER
+    return write_page(
+        out,
+        "training.html.j2",
+        title=title or f"{name}: training by {settings.get('method', 'an unknown method')}",
+        include_unsafe_text=include_unsafe_text,
+        result=_table("Result", facts, ("name", "value"), num_names=2) if facts else None,
+        metrics=_table("Metrics by step", metrics, [n for n in _METRICS if any(n in line for line in metrics)]),
+        steps=[
+            (
+                f"Step {_cell(step)}: {len(own)} answers",
+                _table(f"Answers of step {_cell(step)}", own, columns, num_names=8),
+            )
+            for step, rows in groupby(answers, key=lambda row: row.get("step"))
+            for own in [list(rows)]
+        ],
     )
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, page.encode(), mode=PRIVATE if include_unsafe_text else PUBLIC)
-    return out
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -118,24 +109,20 @@ def _spaced(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for number, line in enumerate(lines) if number % every == 0 or number + 1 == len(lines)]
 
 
-def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    return {"columns": list(names), "rows": [[_cell(row.get(name)) for name in names] for row in rows]}
+def _table(caption: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, num_names: int = 0) -> Table:
+    cells = (tuple(_text(row) if name == "text" else _cell(row.get(name)) for name in names) for row in rows)
+    return Table(
+        caption=caption, columns=tuple(names), rows=tuple(Row(cells=row) for row in cells), num_names=num_names
+    )
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return shown(str(value), max_length=200)
+    return f"{value:.4g}" if isinstance(value, float) else shown(str(value), max_length=200)
 
 
-def _text(row: Mapping[str, Any]) -> list[str]:
-    """An answer, line by line."""
-    return [shown(line, max_length=len(line)) for line in str(row.get("text", "")).splitlines()]
-
-
-def _markup(style: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(style)  # noqa: S704 - the package's own style sheet
+def _text(row: Mapping[str, Any]) -> str:
+    """An answer; its line breaks are kept."""
+    lines = str(row.get("text", "")).splitlines()
+    return "\n".join(shown(line, max_length=len(line)) for line in lines)

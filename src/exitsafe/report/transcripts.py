@@ -1,9 +1,9 @@
 """The transcript browser: runs in, one section of the report page out, with its data, script and style.
 
-Data are columns over (sample, exit layer), each compressed by itself, so that the page opens at once and unpacks what
-is looked at. Without `include_unsafe_text` there is no text anywhere: only ids, categories, kinds, verdicts, scores,
-lengths and salted hashes. What would make the page too large lies in a sidecar file beside it, which the reader opens
-in the page by hand: the page itself may ask nobody for anything. docs/report.md describes both.
+Answers lie on one grid of samples and exit layers. Data are columns over that grid, each compressed by itself, so that
+the page opens at once and unpacks only what is needed. Without `include_unsafe_text` there is no text anywhere: only
+ids, categories, kinds, verdicts, scores, lengths and salted hashes. What would make the page too large is written to a
+sidecar file, which the reader opens in the page by hand: the page itself makes no requests. See docs/report.md.
 """
 
 from __future__ import annotations
@@ -11,23 +11,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import secrets
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from exitsafe.report.answer_grid import AnswerGrid, RunAnswers, Verdicts, read_grid
-from exitsafe.report.chart import LabelledRun
+from exitsafe.errors import RunError
+from exitsafe.judges.qwen3guard import CATEGORIES
+from exitsafe.report.document import asset, page_environment
 from exitsafe.report.names import judge_names
-from exitsafe.report.redaction import shown_label
+from exitsafe.report.tables import LabelledRun
+from exitsafe.runs import AuditRun
 from exitsafe.runs.files import PRIVATE, PUBLIC, write_whole
+from exitsafe.runs.tables import SampleInfo
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -69,6 +74,8 @@ def build_transcripts(runs: Sequence[LabelledRun], *, out: Path, include_unsafe_
     Raises:
         RunError: If a run cannot be read, or the sidecar cannot be written.
     """
+    from markupsafe import Markup
+
     grid = read_grid(runs)
     columns = dict(_columns(grid, include_unsafe_text=include_unsafe_text))
     texts = [_packed(rows) for rows in _texts(grid)] if include_unsafe_text else []
@@ -87,11 +94,13 @@ def build_transcripts(runs: Sequence[LabelledRun], *, out: Path, include_unsafe_
         "sidecar": sidecar.described(beside.name) if is_needed else None,
         **parts,
     }
+    template = page_environment().get_template("transcripts.html.j2")
+    num_answers = sum(int((run.finish > 0).sum()) for run in grid.runs)
     return Transcripts(
-        html=_section(data, num_answers=sum(int((run.finish > 0).sum()) for run in grid.runs)),
+        html=Markup(template.render(**data, num_answers=num_answers)),  # noqa: S704 - Jinja escaped it
         data=_embeddable(data),
-        script=_script(),
-        style=_template("transcripts.css"),
+        script=f'"use strict";\n(() => {{\n{asset("transcripts.js")}}})();\n',  # a scope of its own
+        style=asset("transcripts.css"),
         sidecar=beside if is_needed else None,
     )
 
@@ -108,10 +117,13 @@ def _index(grid: AnswerGrid, runs: Sequence[LabelledRun]) -> dict[str, Any]:
         "categories": _distinct(sample.category for sample in grid.samples),
         "runs": [
             {
-                "label": run.label,
-                "verdicts": [{"judge": called[found.judge], "measure": found.measure} for found in run.verdicts],
+                "label": label,
+                "verdicts": [
+                    {"judge": called[v.judge], "measure": v.measure, "title": run.title(v.measure, v.judge)}
+                    for v in answers.verdicts
+                ],
             }
-            for run in grid.runs
+            for (label, run), answers in zip(runs, grid.runs, strict=True)
         ],
     }
 
@@ -148,7 +160,7 @@ def _shown(verdicts: Verdicts, *, include_unsafe_text: bool) -> tuple[npt.NDArra
     return np.where(is_scored, codes, 0), shown
 
 
-def _hashes(run: RunAnswers, salt: bytes) -> npt.NDArray[np.uint8]:
+def _hashes(run: Answers, salt: bytes) -> npt.NDArray[np.uint8]:
     """(S, L, HASH_BYTES) bytes; zero where there is no answer."""
     raw = b"".join(
         hashlib.blake2b(text.encode(), key=salt, digest_size=HASH_BYTES).digest()
@@ -215,25 +227,172 @@ def _embeddable(data: dict[str, Any]) -> str:
     return text
 
 
-def _section(data: dict[str, Any], *, num_answers: int) -> Markup:
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(_template("transcripts.html.j2"))
-    return Markup(template.render(**data, num_answers=num_answers))  # noqa: S704 - jinja escaped it
-
-
-def _script() -> str:
-    """One script, with a scope of its own."""
-    sources = "\n".join(map(_template, ("transcripts_words.js", "transcripts_data.js", "transcripts.js")))
-    return f'"use strict";\n(() => {{\n{sources}}})();\n'
-
-
-@cache
-def _template(name: str) -> str:
-    return files("exitsafe.report").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _distinct(texts: Iterator[str]) -> list[str]:
+def _distinct(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
+
+
+# ---- the grid ----
+
+NONE, STOP, LENGTH = 0, 1, 2
+"""Codes of `Answers.finish`: no answer, and the two finish reasons."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Verdicts:
+    """What one judge said of one measure.
+
+    Args:
+        judge, measure: Who, and what of.
+        scores: (S, L); NaN where nothing was asked, infinity where the judge gave a reason instead of a score.
+        codes: (S, L); the label's place in `labels`.
+        labels: The judge's distinct labels, or its reasons where `scores` is infinite; the first is "".
+    """
+
+    judge: str
+    measure: str
+    scores: npt.NDArray[np.float32]
+    codes: npt.NDArray[np.uint32]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """One run's answers.
+
+    Args:
+        finish: (S, L); `NONE`, `STOP` or `LENGTH`.
+        tokens, chars: (S, L); lengths; 0 where there is no answer.
+        rows: (S, L); the answer's place in `texts`; -1 where there is none.
+        texts: All answers, an Arrow array.
+        verdicts: In the order of the run's judges.
+    """
+
+    finish: npt.NDArray[np.uint8]
+    tokens: npt.NDArray[np.uint32]
+    chars: npt.NDArray[np.uint32]
+    rows: npt.NDArray[np.int64]
+    texts: Any
+    verdicts: tuple[Verdicts, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerGrid:
+    """The answers of all runs; rows are the samples of any run, columns the exit layers of any run.
+
+    A sample's id and digest name it: the same id that asks something else in another run is another row.
+    """
+
+    samples: tuple[SampleInfo, ...]
+    exit_layers: tuple[int, ...]
+    runs: tuple[Answers, ...]
+
+
+def read_grid(runs: Sequence[LabelledRun]) -> AnswerGrid:
+    """Lay the answers of the runs out on one grid, whole columns at a time.
+
+    Raises:
+        RunError: If a run's files cannot be read, or it has verdicts of answers that it lacks.
+    """
+    samples: dict[tuple[str, str], SampleInfo] = {}
+    of_runs = [run.score_table().samples for _, run in runs]
+    for info in (info for infos in of_runs for info in infos):
+        samples.setdefault((info.id, info.digest), info)
+    row_of = {key: row for row, key in enumerate(samples)}
+    exit_layers = tuple(sorted({layer for _, run in runs for layer in run.exit_layers}))
+    return AnswerGrid(
+        samples=tuple(samples.values()),
+        exit_layers=exit_layers,
+        runs=tuple(
+            _answers(run, {info.id: row_of[info.id, info.digest] for info in infos}, exit_layers, len(samples))
+            for (_, run), infos in zip(runs, of_runs, strict=True)
+        ),
+    )
+
+
+def _answers(run: AuditRun, rows: Mapping[str, int], exit_layers: tuple[int, ...], num_samples: int) -> Answers:
+    """A run's answers; `rows` has the grid's row of each of its samples, by id."""
+    shape = num_samples, len(exit_layers)
+
+    def place(table: Any) -> npt.NDArray[np.int64]:
+        """Flat places in the grid of a table's rows."""
+        ids = pc.index_in(table["sample_id"], value_set=pa.array(rows, type=pa.string()))
+        layers = pc.index_in(table["exit_layer"], value_set=pa.array(exit_layers, type=pa.int32()))
+        if ids.null_count or layers.null_count:
+            raise RunError(f"{run.path} has verdicts of answers that it lacks; judge it again (exitsafe judge)")
+        found: npt.NDArray[np.int64] = np.array(list(rows.values()))[ids.to_numpy()] * shape[1] + layers.to_numpy()
+        return found
+
+    def lay(places: npt.NDArray[np.int64], values: Any, dtype: Any, *, empty: Any = 0) -> npt.NDArray[Any]:
+        grid = np.full(shape, empty, dtype=dtype)
+        grid.reshape(-1)[places] = values
+        return grid
+
+    def judged() -> Iterator[Verdicts]:
+        table = _read(run, "verdicts.parquet", _OF_VERDICT)
+        for judge, measures in run.judges:
+            for measure in measures:
+                chosen = table.filter((pc.field("judge") == judge) & (pc.field("measure") == measure))
+                # the reason stands in the label's place: a verdict has one or the other
+                words = pc.coalesce(chosen["unscored"], chosen["label"]).combine_chunks().dictionary_encode()
+                scores, at = pc.fill_null(chosen["score"], np.inf).to_numpy(), place(chosen)
+                yield Verdicts(
+                    judge=judge,
+                    measure=measure,
+                    scores=lay(at, scores, np.float32, empty=np.nan),
+                    codes=lay(at, words.indices.to_numpy() + 1, np.uint32),
+                    labels=("", *words.dictionary.to_pylist()),
+                )
+
+    table = _read(run, "responses.parquet", _OF_RESPONSE)
+    at, texts = place(table), table["text"].combine_chunks()
+    is_cut = pc.equal(table["finish_reason"], "length").to_numpy()
+    return Answers(
+        finish=lay(at, np.where(is_cut, LENGTH, STOP), np.uint8, empty=NONE),
+        tokens=lay(at, table["num_tokens"].to_numpy(), np.uint32),
+        chars=lay(at, pc.utf8_length(texts).to_numpy(zero_copy_only=False), np.uint32),
+        rows=lay(at, np.arange(len(texts)), np.int64, empty=-1),
+        texts=texts,
+        verdicts=tuple(judged()),
+    )
+
+
+_OF_RESPONSE = ("sample_id", "exit_layer", "text", "num_tokens", "finish_reason")
+_OF_VERDICT = ("sample_id", "exit_layer", "judge", "measure", "label", "score", "unscored")
+
+
+def _read(run: AuditRun, name: str, columns: Sequence[str]) -> Any:
+    try:
+        return pq.read_table(run.path / name, columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{run.path / name} cannot be read ({reason}); remove the run and audit again") from error
+
+
+# ---- redaction ----
+# A label is the judge's own word, and a judge may quote: the label of a VQA verdict *is* the answer. So only the closed
+# vocabulary of the package's judges is shown; scores are numbers and always are. Reasons for a missing score never are.
+
+_CATEGORIES = "|".join(map(re.escape, CATEGORIES))
+_VOCABULARY = re.compile(
+    rf"""
+    (not\ )?(refused|complied)(\ \(proxy\))?        # world-rule, refusal-prefix, qwen3guard
+    | coherent | empty | repetitive | no\ text       # coherence
+    | (Safe|Controversial|Unsafe)(:\ ({_CATEGORIES})(,\ ({_CATEGORIES}))*)?          # qwen3guard
+    | safe | unsafe(:\ S\d{{1,2}}(,S\d{{1,2}})*)?    # llama-guard
+    | yes | no                                       # harmbench, people's labels
+    | refusal\ \d,\ convincing\ \d,\ specific\ \d    # rubric
+    | worst\ of\ \d+\ windows                        # toxicity
+    """,
+    re.VERBOSE | re.ASCII,
+)
+
+
+def shown_label(label: str, *, measure: str) -> str:
+    """The label if it cannot hold any of an answer, else nothing.
+
+    >>> shown_label("unsafe: S1,S10", measure="asr"), shown_label("red", measure="vqa_accuracy")
+    ('unsafe: S1,S10', '')
+    """
+    if measure == "vqa_accuracy" or not _VOCABULARY.fullmatch(label):
+        return ""
+    return label

@@ -1,23 +1,34 @@
-"""The page's summary in plain words: summaries and comparisons in, sentences out. Knows no markup and reads no file.
+"""The page in sentences: runs and comparisons in, passages out. Knows no markup.
 
-Every sentence repeats numbers with what they rest on, and says of no difference more than its test does: lower, higher,
-or that none could be shown. Nothing here calls a model safe.
+Every number comes with what it rests on. Of a difference nothing more is said than its test does: lower, higher, or
+not shown. Nothing here calls a model safe.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
+from exitsafe.comparison import Comparison, Difference
 from exitsafe.records import Kind
-from exitsafe.report.changes import COSTS, what_changed, what_it_cost
-from exitsafe.report.facts import Summary, layer_estimates, overview_table, worst_table
 from exitsafe.report.names import judge_names, shown, without_folder, without_folders
-from exitsafe.report.told import Compared, Passage, Told, interval_level, model_name
+from exitsafe.report.tables import (
+    COSTS,
+    HIGHER,
+    LOWER,
+    NOT_SHOWN,
+    LabelledRun,
+    Table,
+    layer_estimates,
+    verdict_of,
+    worst_table,
+)
+from exitsafe.report.verdict import Compared, exits_named, interval_level
 from exitsafe.runs import AuditRun
 from exitsafe.runs.metrics import METRICS, as_noun, as_opening, judge_of
-from exitsafe.runs.numbers import estimate, listed, number_list, percent
+from exitsafe.runs.numbers import amount, change, count, estimate, is_rate, listed, percent
 
 _KINDS: Mapping[Kind, str] = {
     "harmful": "{} harmful (should be refused)",
@@ -27,177 +38,271 @@ _KINDS: Mapping[Kind, str] = {
 }
 
 
-def summary_in_words(runs: Sequence[Told], compared: Sequence[Compared]) -> list[Passage]:
-    """What was tested, the worst exit, what changed and what it cost, in that order.
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A heading, what is said under it, and the numbers that it rests on."""
+
+    heading: str
+    sentences: tuple[str, ...]
+    table: Table | None = None
+
+
+def findings(runs: Sequence[LabelledRun], compared: Compared) -> Iterator[Passage]:
+    """What was tested, the worst exit, and what changed at what cost, in that order.
 
     Args:
-        runs: The run to start from first.
-        compared: It against each other run; none for one run.
+        runs: The baseline first.
+        compared: The other runs against it.
     """
-    found = [
-        Passage(heading="What was tested", sentences=tuple(_tested(runs))),
-        Passage(
-            heading="The worst exit",
-            sentences=tuple(_worst(runs)),
-            table=worst_table([(shown(told.label), told.run) for told in runs], ["asr"]),
-        ),
-    ]
-    if len(runs) > 2:
-        table = overview_table([(shown(told.label), told.run) for told in runs])
-        found.append(Passage(heading="All runs side by side", sentences=(), table=table))
-    for pair in compared:
-        after = next(told for told in runs if told.label == pair.after)
-        found += [what_changed(pair, [runs[0], after]), what_it_cost(pair, [runs[0], after])]
-    if not compared:
-        found.append(_usefulness(runs[0]))
-    if stopped := tuple(sentence for told in runs for sentence in _stopped(told)):
-        found.append(Passage(heading="Stopped early", sentences=stopped))
-    return found
+    yield Passage(heading="What was tested", sentences=tuple(_tested(runs)))
+    yield Passage(heading="The worst exit", sentences=tuple(_worst(runs)), table=worst_table(runs))
+    for after, comparison in compared.items():
+        heading = f"What changed from {runs[0][0]} to {after}"
+        yield Passage(heading=heading, sentences=tuple(_changed(runs, comparison)))
+    if stopped := tuple(sentence for label, run in runs for sentence in _stopped(label, run)):
+        yield Passage(heading="Stopped early", sentences=stopped)
 
 
-def _tested(runs: Sequence[Told]) -> Iterator[str]:
-    first = runs[0]
-    summary = first.run.summary
+# ---- what was tested ----
+
+
+def _tested(runs: Sequence[LabelledRun]) -> Iterator[str]:
+    first = runs[0][1].summary
     yield (
-        f"{model_name(first.run)} is a vision-language model ({shown(str(summary['family']))}) whose image encoder has "
-        f"{summary['num_layers']} blocks. An exit layer is the number of blocks that run before the language model "
-        f"reads the picture; the untouched model uses exit {summary['default_exit']}, the default."
+        f"{model_name(runs[0][1])} is a vision-language model ({shown(str(first['family']))}) whose image encoder has "
+        f"{first['num_layers']} blocks. An exit layer is the number of blocks that run before the language model "
+        f"reads the picture; the untouched model uses exit {first['default_exit']}, the default."
     )
-    # said once where all runs agree, else run by run
-    called = judge_names(name for told in runs for name, _ in told.run.judges)
-    for describe in (_asked, partial(_judges, called=called)):
-        said = {describe(told) for told in runs}
-        for told in runs[:1] if len(said) == 1 else runs:
-            prefix = "" if len(said) == 1 else f"{shown(told.label)}: "
-            yield prefix + describe(told)
-    for told in runs:
-        for line in told.run.cautions:
-            yield f"{shown(told.label)}: {without_folders(line, called)}."
-    for told in runs:
-        adapter = told.run.settings.get("model", {}).get("adapter")
-        what = "without an adapter" if adapter is None else f"with the adapter {adapter[:12]}"
-        name = "" if model_name(told.run) == model_name(first.run) else f"{model_name(told.run)} "
-        day = "" if told.finished is None else f", results of {told.finished}"
-        yield f"{shown(told.label)}: {name}{what}{day}."
+    called = judge_names(name for _, run in runs for name, _ in run.judges)
+    # said once where all runs agree, otherwise run by run
+    for said in ([_asked(run) for _, run in runs], [_judged(run, called) for _, run in runs]):
+        if len(set(said)) == 1:
+            yield said[0]
+        else:
+            yield from (f"{label}: {line[:1].lower()}{line[1:]}" for (label, _), line in zip(runs, said, strict=True))
+    for label, run in runs:
+        adapter = run.settings.get("model", {}).get("adapter")
+        what = "no adapter" if adapter is None else f"adapter {shown(adapter[:12])}"
+        name = "" if model_name(run) == model_name(runs[0][1]) else f"{model_name(run)}, "
+        yield f"{label}: {name}{what}{_finished(run)}."
 
 
-def _asked(told: Told) -> str:
-    exits = told.run.exit_layers
-    num_layers = told.run.summary["num_layers"]
-    where = (
-        f"each of its {num_layers} exits"
-        if len(exits) == num_layers
-        else f"exit{'s' * (len(exits) > 1)} {number_list(list(exits))}"
-    )
-    kinds = [text.format(f"{told.kinds[kind]:,}") for kind, text in _KINDS.items() if told.kinds.get(kind)]
-    sources = told.run.settings.get("data", {}).get("sources", {})
+def model_name(run: AuditRun) -> str:
+    """As it may be shown."""
+    return shown(without_folder(str(run.summary["model"])))
+
+
+def _finished(run: AuditRun) -> str:
+    path = run.path / "summary.json"
+    if not path.exists():
+        return ""
+    day = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
+    return f", finished on {day.day} {day:%B %Y}"
+
+
+def _asked(run: AuditRun) -> str:
+    exits, num_layers = run.exit_layers, run.summary["num_layers"]
+    counts = Counter(sample.kind for sample in run.score_table().samples)
+    where = f"each of the {num_layers} exits" if len(exits) == num_layers else exits_named(exits)
+    kinds = [text.format(f"{counts[kind]:,}") for kind, text in _KINDS.items() if counts[kind]]
+    sources = run.settings.get("data", {}).get("sources", {})
     suites = [f"{shown(without_folder(name)) or 'unnamed'} ({n:,})" for name, n in sources.items()]
-    total = sum(told.kinds.values())
-    # where exits stop early, no exit need have met all of them
-    most = "up to " if "stopping" in told.run.summary else ""
-    said = f"It was asked {most}{total:,} request{'s' * (total != 1)} at {where}: {listed(kinds)}."
+    # where exits stop early, an exit may not have received all of them
+    most = "up to " if "stopping" in run.summary else ""
+    total = counts.total()
+    said = f"It received {most}{total:,} request{'s' * (total != 1)} at {where}: {listed(kinds)}."
     return said + (f" Suites: {listed(suites)}." if suites else "")
 
 
-def _judges(told: Told, *, called: Mapping[str, str]) -> str:
+def _judged(run: AuditRun, called: Mapping[str, str]) -> str:
     by_judge: dict[str, list[str]] = {}
     for metric in METRICS:
-        judge = judge_of(metric, told.run.judges)
-        if judge is not None and not metric.is_own and layer_estimates(told.run.summary, metric.name):
-            by_judge.setdefault(judge, []).append(_in_list(told.run.title(metric.name)))
+        judge = judge_of(metric, run.judges)
+        if judge is not None and not metric.is_own and layer_estimates(run.summary, metric.name):
+            title = run.title(metric.name)
+            by_judge.setdefault(judge, []).append(title if title[:2].isupper() else title[:1].lower() + title[1:])
     if not by_judge:
         return "No judge scored its answers."
-    said = "; ".join(f"{listed(metrics)} by {called[judge]}" for judge, metrics in by_judge.items())
-    results = told.run.summary["judges"]
-    spoke = [name for name, _ in told.run.judges if any(row["metrics"] for row in results[name]["layers"])]
-    others = [called[name] for name in spoke if name not in by_judge]
-    return f"Judged: {said}." + (f" A second opinion came from {listed(others)}." if others else "")
+    said = "; ".join(f"{called[judge]} ({listed(metrics)})" for judge, metrics in by_judge.items())
+    results = run.summary["judges"]
+    scored = [name for name, _ in run.judges if any(row["metrics"] for row in results[name]["layers"])]
+    others = [called[name] for name in scored if name not in by_judge]
+    return f"Judges: {said}." + (f" Second opinions: {listed(others)}." if others else "")
 
 
-def _in_list(title: str) -> str:
-    """A title among others, e.g. `attack success`."""
-    return title if title[:2].isupper() else title[:1].lower() + title[1:]
+# ---- the worst exit ----
 
 
-def _worst(runs: Sequence[Told]) -> Iterator[str]:
-    for told in runs:
-        yield _worst_of(shown(told.label), told.run)
-    chosen = [(told, told.run.summary["worst"].get("asr")) for told in runs]
-    if not any(worst for _, worst in chosen):
-        return
-    yield (
-        "A worst exit is chosen on one half of the harmful requests and measured on the other, so that its rate is not "
-        "picked for its luck."
-    )
-    for told, worst in chosen:
+def _worst(runs: Sequence[LabelledRun]) -> Iterator[str]:
+    chosen = [(label, run.summary, run.summary["worst"].get("asr")) for label, run in runs]
+    if any(worst for _, _, worst in chosen):
+        yield (
+            "A worst exit is chosen on one half of the harmful requests and measured on the other, so that the choice "
+            "does not inflate its rate."
+        )
+    for label, summary, worst in chosen:
         other = None if worst is None else worst["swapped"]
-        if other is not None and other["exit_layer"] != worst["exit_layer"]:
+        if worst is None:
+            num_exits = len(layer_estimates(summary, "asr"))
+            yield f"{label}: {_WITHOUT_WORST[min(num_exits, 2)]}, so no worst exit is given."
+        elif other is not None and other["exit_layer"] != worst["exit_layer"]:
+            level = interval_level(summary, other["exit_layer"])
             yield (
-                f"{shown(told.label)}: with the halves swapped, exit {other['exit_layer']} is chosen, with "
-                f"{_asr(told.run.summary, other['exit_layer'], other)}. Which exit is worst is not certain."
+                f"{label}: with the halves swapped, the worst exit is {other['exit_layer']}, with "
+                f"{estimate('asr', other, level=level)}, so it is uncertain which exit is the worst."
             )
 
 
-def _worst_of(label: str, run: AuditRun) -> str:
-    summary, attacks = run.summary, as_noun(run.title("asr"))
-    at_exits, default = layer_estimates(summary, "asr"), summary["default_exit"]
-    worst = summary["worst"].get("asr")
-    if not at_exits:
-        return f"{label}: {attacks} was not measured, so no exit can be called worst."
-    if len(at_exits) == 1:
-        exit_layer, found = next(iter(at_exits.items()))
-        return f"{label}: only exit {exit_layer} was audited; {attacks} there is {_asr(summary, exit_layer, found)}."
-    if worst is None:
-        said = f"{label}: too few answers were scored to choose a worst exit on one half and measure it on the other"
-    else:
-        rate = _asr(summary, worst["exit_layer"], worst)
-        said = f"{label}: at the worst exit, {worst['exit_layer']}, {attacks} is {rate}"
-    if default in at_exits:
-        what = attacks if worst is None else "it"
-        return f"{said}; at the default exit, {default}, {what} is {_asr(summary, default, at_exits[default])}."
-    return f"{said}; the default exit, {default}, was not audited."
+_WITHOUT_WORST = (
+    "attack success was not measured",
+    "only one exit was audited",
+    "too few answers were scored to choose an exit on one half and measure it on the other",
+)
 
 
-def _asr(summary: Summary, exit_layer: int, found: Mapping[str, Any]) -> str:
-    return estimate("asr", found, level=interval_level(summary, exit_layer))
+# ---- what changed ----
 
 
-def _usefulness(told: Told) -> Passage:
-    summary, said = told.run.summary, []
-    for metric in COSTS:
-        found, default = layer_estimates(summary, metric), summary["default_exit"]
-        if default in found:
-            said.append(
-                f"{as_opening(told.run.title(metric))} at the default exit, {default}, is "
-                f"{estimate(metric, found[default])}."
-            )
-        elif not found and metric != "benign_refusal":
-            said.append(f"{as_opening(told.run.title(metric))} was not measured.")
-    table = worst_table([(shown(told.label), told.run)], COSTS)
-    return Passage(heading="Over-refusal and usefulness", sentences=tuple(said), table=table)
+def _changed(runs: Sequence[LabelledRun], comparison: Comparison | None) -> Iterator[str]:
+    if comparison is None:
+        yield "Unknown: the two runs share no request, or no exit."
+        return
+    called = judge_names(name for _, run in runs for name, _ in run.judges)
+    for line in comparison.repairs_changed:
+        line = without_folders(line, called)
+        yield f"{line[:1].upper()}{line[1:]}."
+    num_samples, num_exits = comparison.num_samples, len(comparison.exit_layers)
+    yield (
+        f"Compared on the same {num_samples:,} request{'s' * (num_samples != 1)} at {num_exits} "
+        f"exit{'s' * (num_exits != 1)}.{_left_out(comparison)}"
+    )
+    for metric in ("asr", *COSTS):
+        rows = comparison.rows(metric)
+        if rows:
+            said = "; ".join(f"{where}: {_difference(row)}" for row, where in _at_places(comparison, rows))
+            yield f"{as_opening(comparison.titles[metric])}, {said}."
+        elif metric != "benign_refusal":  # a second look at over-refusal: its lack is no gap
+            title = as_opening(runs[0][1].title(metric))
+            yield f"{title} was not measured in both runs on the same requests, so its change is unknown."
+        if metric == "asr" and rows:
+            yield _by_exit([row for row in rows if row.p_adjusted is not None])
 
 
-def _stopped(told: Told) -> Iterator[str]:
-    stopping = told.run.summary.get("stopping")
+def _at_places(comparison: Comparison, rows: Sequence[Difference]) -> Iterator[tuple[Difference, str]]:
+    """On average and at the default exit."""
+    num_exits, default = len(comparison.exit_layers), comparison.default_exit
+    which = f"all {num_exits} exits" if num_exits == comparison.num_layers else f"the {num_exits} exits compared"
+    for row in rows:
+        if row.place == "average":
+            yield row, f"averaged over {which} (early, middle and late weighted equally)"
+    for row in rows:
+        if row.place == default:
+            yield row, f"at the default exit, {default}"
+
+
+def _difference(row: Difference) -> str:
+    """A paired change, e.g. `90.0% to 2.0%, lower (change -88.0 points, ...)`."""
+    unit = " points" if is_rate(row.metric) else ""
+    band = f"{change(row.metric, row.low)} to {change(row.metric, row.high)}"
+    return (
+        f"{amount(row.metric, row.before)} to {amount(row.metric, row.after)}, {verdict_of(row)} (change "
+        f"{change(row.metric, row.difference)}{unit}, 95% interval {band}, {count(row.n, row.unscored)})"
+    )
+
+
+def _by_exit(rows: Sequence[Difference]) -> str:
+    found = {said: [int(row.place) for row in rows if verdict_of(row) == said] for said in (LOWER, HIGHER, NOT_SHOWN)}
+    parts = [f"{said} at {exits_named(exits)}" for said, exits in found.items() if exits]
+    return f"Exit by exit, with tests corrected for their number, it is {listed(parts)}."
+
+
+def _left_out(comparison: Comparison) -> str:
+    left = {
+        "in the first run only": comparison.only_before,
+        "in the second run only": comparison.only_after,
+        "whose content differs": comparison.changed,
+    }
+    said = [f"{n:,} {why}" for why, n in left.items() if n]
+    return f" Left out: {listed(said)}." if said else ""
+
+
+def _stopped(label: str, run: AuditRun) -> Iterator[str]:
+    stopping = run.summary.get("stopping")
     if stopping is None:
         return
     by_decision: dict[str | None, list[int]] = {}
     for row in stopping["layers"]:
         by_decision.setdefault(row["decision"], []).append(row["exit_layer"])
     limit = percent(stopping["max_asr"])
-    words = {"below": f"at most {limit}", "above": f"above {limit}", None: "still open at the end"}
-    judge = shown(without_folder(stopping["judge"]))
-    attacks = as_noun(told.run.title("asr", stopping["judge"]))
-    parts = [f"{_named(by_decision[key])} {text}" for key, text in words.items() if key in by_decision]
+    words = {"below": f"at most {limit}", "above": f"above {limit}", None: "undecided"}
+    attacks = as_noun(run.title("asr", stopping["judge"]))
+    parts = [f"{exits_named(by_decision[key])} {text}" for key, text in words.items() if key in by_decision]
     yield (
-        f"{shown(told.label)}: an exit was stopped once it was settled whether {attacks} there is at most "
-        f"{limit} (error level {stopping['error']:.0%}, by {judge}): {'; '.join(parts)}."
+        f"{label}: an exit stopped as soon as it was clear whether {attacks} there is at most {limit} (error level "
+        f"{stopping['error']:.0%}, by {shown(without_folder(stopping['judge']))}): {'; '.join(parts)}."
     )
     yield (
-        f"Exits that stopped rest on fewer answers; {attacks} there has the {1 - stopping['error']:.0%} interval "
-        "that holds at every look. Means over exits and tests that include them are a guide only."
+        f"Exits that stopped rest on fewer answers; {attacks} there has the {1 - stopping['error']:.0%} interval that "
+        "allows for stopping. Treat means over exits and tests that include them as a guide only."
     )
 
 
-def _named(exit_layers: list[int]) -> str:
-    return f"exit{'' if len(exit_layers) == 1 else 's'} {number_list(exit_layers)}"
+# ---- limits ----
+
+
+def limits(runs: Sequence[LabelledRun], compared: Compared) -> Iterator[str]:
+    """What must not be concluded from the numbers; only what applies to these runs."""
+    yield (
+        "The numbers are about these requests and others like them. A low rate does not prove that a model is safe: "
+        "other requests, languages, pictures and attacks were not tried."
+    )
+    yield (
+        "Verdicts come from automatic judges, which make mistakes. The intervals reflect the choice of requests, not "
+        "errors of the judges."
+    )
+    if any(name == "world-rule" for _, run in runs for name, _ in run.judges):
+        yield (
+            "The requests are those of a small synthetic test model, which knows only invented things. They show that "
+            "the method works, but say nothing about other models."
+        )
+    temperatures = {run.settings.get("decoding", {}).get("temperature") for _, run in runs} - {None}
+    if temperatures == {0.0}:
+        yield "Each request was answered once, by greedy decoding. Other ways of decoding may give other answers."
+    elif temperatures:
+        yield "Each request was answered once, from one random draw. Another draw may give another answer."
+    for label, run in runs:
+        yield from _gaps(label, run)
+    if any(run.summary["worst"] for _, run in runs):
+        yield "Rates at worst exits rest on half of the requests, since the other half chose; their intervals show it."
+    yield "Seconds are an answer's share of the time of mixed batches, not a latency that a user would see."
+    if any(comparison is not None for comparison in compared.values()):
+        yield (
+            "Runs are compared request by request. A difference that was not shown may still exist: its interval says "
+            "how large it could be. p-values are corrected over the exits of one metric, not over metrics."
+        )
+
+
+def _gaps(label: str, run: AuditRun) -> Iterator[str]:
+    unscored = {
+        metric.title.lower(): sum(found["unscored"] for found in layer_estimates(run.summary, metric.name).values())
+        for metric in METRICS
+    }
+    if missing := [f"{title} {n:,}" for title, n in unscored.items() if n]:
+        yield (
+            f"{label}: answers that could not be scored are not in any rate ({', '.join(missing)}, over all exits). "
+            "If they differ from the others, the rates are biased."
+        )
+    num_layers, num_exits = run.summary["num_layers"], len(run.exit_layers)
+    if num_exits < num_layers:
+        yield f"{label}: {num_layers - num_exits} of {num_layers} exits were not audited, and nothing is known of them."
+
+
+def settings_changed(runs: Sequence[LabelledRun], compared: Compared) -> list[str]:
+    """What differs between audits besides the model, one line each."""
+    called = judge_names(name for _, run in runs for name, _ in run.judges)
+    return [
+        f"{runs[0][0]} and {after}: {without_folders(line, called)}."
+        for after, comparison in compared.items()
+        if comparison is not None
+        for line in comparison.settings_changed
+    ]

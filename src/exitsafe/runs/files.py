@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from exitsafe.errors import RunError
 
@@ -27,9 +29,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
-    """Write beside, flush to disk, rename: readers see the old file or the new one, never a part."""
+    """Write beside, flush to disk, rename: readers see the old file or the new one, never a part.
+
+    The file's folder is made if need be.
+    """
     beside = path.with_name(f".{path.name}.part")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         # a leftover of a killed run may have another mode
         beside.unlink(missing_ok=True)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -39,6 +45,11 @@ def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
         sync_folder(path.parent)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON document, whole."""
+    write_whole(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
 def refuse_link(path: Path) -> None:

@@ -37,7 +37,7 @@ Judges = tuple[tuple[str, tuple[str, ...]], ...]
 """Names and measures, in the order of the command line."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AuditRun:
     """A finished audit on disk. Light: responses and verdicts are read when asked for.
 
@@ -54,6 +54,20 @@ class AuditRun:
     origin: Settings
     summary: Summary
     table: ScoreTable | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        """What was audited, and the range over exits of what matters most."""
+        model, samples = self.settings["model"], self.settings["data"]["samples"]
+        exits, judges = ", ".join(map(str, self.exit_layers)), ", ".join(name for name, _ in self.judges)
+        lines = [f"AuditRun {self.path}", f"  {model['name']}: {samples} samples at exits {exits}, judged by {judges}"]
+        for metric in ("asr", "over_refusal", "vqa_accuracy"):
+            found = {layer["exit_layer"]: layer["metrics"].get(metric) for layer in self.summary["layers"]}
+            rates = {exit_layer: each["value"] for exit_layer, each in found.items() if each and each["n"]}
+            if rates:
+                lowest, highest = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
+                span = f"{rates[lowest]:.1%} (exit {lowest}) to {rates[highest]:.1%} (exit {highest})"
+                lines.append(f"  {self.title(metric)}: {span}")
+        return "\n".join(lines)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

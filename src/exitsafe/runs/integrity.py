@@ -85,7 +85,7 @@ class _Grid:
         if (used := np.unique(codes)).size and (rows[used] < 0).any():
             unknown = ids[int(used[rows[used] < 0][0])]
             raise UnreadableError(f"{file}: sample {unknown[:40]!r} is not among the answers")
-        layers = _column(table, "exit_layer").astype(np.int64)
+        layers = _column(table.column("exit_layer")).astype(np.int64)
         order = np.asarray(self.exit_layers, dtype=np.int64)
         columns = np.searchsorted(order, layers).clip(max=len(order) - 1)
         if (wrong := order[columns] != layers).any():
@@ -144,8 +144,7 @@ def _judged(
     judge_codes, judge_names = _texts(verdicts, "judge")
     measure_codes, measure_names = _texts(verdicts, "measure")
     values = _numbers(verdicts, "score", "verdicts.parquet")
-    has_reason = np.asarray(verdicts.column("unscored").is_valid().to_numpy(), dtype=np.bool_)
-    has_score = np.asarray(verdicts.column("score").is_valid().to_numpy(), dtype=np.bool_)
+    has_reason, has_score = (_is_there(verdicts.column(name)) for name in ("unscored", "score"))
     if (has_reason == has_score).any():
         raise UnreadableError("verdicts.parquet: a verdict has both a score and an unscored reason, or neither")
     is_known = np.zeros(len(cells), dtype=np.bool_)
@@ -183,17 +182,22 @@ def _texts(table: pa.Table, name: str) -> tuple[Codes, list[str]]:
     if not chunks:
         return np.zeros(0, dtype=np.int64), []
     assert len(chunks) == 1, "tables are read as one chunk"
-    return np.asarray(chunks[0].indices.to_numpy(), dtype=np.int64), list(chunks[0].dictionary.to_pylist())
+    return np.from_dlpack(chunks[0].indices).astype(np.int64), list(chunks[0].dictionary.to_pylist())
 
 
-def _column(table: pa.Table, name: str) -> npt.NDArray[np.generic]:
-    return np.asarray(table.column(name).to_numpy())
+def _column(column: pa.ChunkedArray) -> npt.NDArray[np.generic]:
+    """A column without nulls. pyarrow's `to_numpy` would import pandas, which takes half a second."""
+    return np.from_dlpack(column.combine_chunks())
+
+
+def _is_there(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    return _column(column.is_valid().cast(pa.uint8())).astype(np.bool_)
 
 
 def _numbers(table: pa.Table, name: str, file: str) -> npt.NDArray[np.float64]:
     """A column of finite numbers; NaN only where there is no value."""
-    values = _column(table, name).astype(np.float64)
-    is_there = np.asarray(table.column(name).is_valid().to_numpy(), dtype=np.bool_)
+    is_there = _is_there(table.column(name))
+    values = _column(table.column(name).cast(pa.float64()).fill_null(np.nan)).astype(np.float64)
     if not np.isfinite(values[is_there]).all() or (name != "score" and (values < 0).any()):
         raise UnreadableError(f"{file}: a value of {name} is not a number{'' if name == 'score' else ' of 0 or more'}")
     return values

@@ -1,7 +1,7 @@
-"""The metrics of a summary: which measure, over samples of which kinds, and what each is called in all output.
+"""The metrics of a summary, one record each: what is measured on which samples, what it is called, how it is written.
 
-Terminal, page, gate and model card take titles from here, so that what a proxy judge counts is called the same
-everywhere. `numbers.py` formats values.
+Terminal, page, gate and model card take titles and formats from here, so that what a proxy judge counts is called the
+same everywhere, and a value never prints differently. `numbers.py` writes values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,26 @@ from exitsafe.judges.refusal_prefix import RefusalPrefix
 from exitsafe.records import KINDS, Kind
 from exitsafe.runs.scores import OWN
 
-Unit = Literal["percent", "fraction", "number", "seconds"]
+Direction = Literal["lower", "higher"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """How a value is written.
+
+    Args:
+        digits: After the point; None for three significant ones.
+        is_percent: Whether in percent, and changes in percentage points.
+    """
+
+    digits: int | None
+    is_percent: bool = False
+
+
+PERCENT = Unit(digits=1, is_percent=True)
+FRACTION = Unit(digits=3)
+NUMBER = Unit(digits=2)
+SECONDS = Unit(digits=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,134 +43,88 @@ class Metric:
 
     Args:
         name: As in summary.json.
-        measure: What a judge scores, or `tokens` and `seconds`, which the audit counts itself.
-        kinds: Only samples of these kinds count.
-        bounds: The scale's ends; None for an open scale.
         title: Its name in tables and charts, from a judge that reads the answer.
         meaning: What it counts or averages.
-        unit: How its values are written: a percentage, a mean from 0 to 1, another number, or seconds.
-        worse: Which end of the scale is bad; None where neither is.
-        is_own: Measured by the audit itself, not by a judge.
+        unit: How its values are written.
+        direction: Which way is better; None where neither is.
+        measure: What a judge scores, or `tokens` and `seconds`, which the audit counts itself.
+        kinds: Only samples of these kinds count.
+        aggregate: What arXiv 2411.04291 calls its mean over a bin's layers, and over the three bins.
     """
 
     name: str
-    measure: str
-    kinds: tuple[Kind, ...]
-    bounds: tuple[float, float] | None
     title: str
     meaning: str
-    unit: Unit = "percent"
-    worse: Literal["high", "low"] | None = None
-    is_own: bool = False
+    unit: Unit
+    direction: Direction
+    measure: str
+    kinds: tuple[Kind, ...]
+    aggregate: str | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the audit measures it, and no judge."""
+        return self.measure not in MEASURES
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The scale's ends; None for an open scale."""
+        return None if self.is_own else MEASURES[self.measure].bounds
 
 
-def _judged(
+def _metric(
     name: str,
-    measure: str,
-    *kinds: Kind,
     title: str,
     meaning: str,
-    worse: Literal["high", "low"] | None = None,
-    unit: Unit = "percent",
+    direction: Direction = None,
+    *kinds: Kind,
+    measure: str = "",
+    unit: Unit = PERCENT,
+    aggregate: str | None = None,
 ) -> Metric:
-    known = MEASURES[measure]
+    measure = measure or name
     return Metric(
         name=name,
-        measure=measure,
-        kinds=kinds or known.kinds,
-        bounds=known.bounds,
         title=title,
         meaning=meaning,
         unit=unit,
-        worse=worse,
+        direction=direction,
+        measure=measure,
+        kinds=kinds or (MEASURES[measure].kinds if measure in MEASURES else KINDS),
+        aggregate=aggregate,
     )
 
 
-def _own(name: str, *, title: str, meaning: str, unit: Unit) -> Metric:
-    return Metric(
-        name=name, measure=name, kinds=KINDS, bounds=None, title=title, meaning=meaning, unit=unit, is_own=True
-    )
-
-
+# fmt: off
 METRICS: tuple[Metric, ...] = (
-    _judged("asr", "asr", title="Attack success", meaning="harmful requests that got a harmful answer", worse="high"),
-    _judged(
-        "asr_loose",
-        "asr_loose",
-        title="Attack success, loose",
-        meaning="harmful requests that got a harmful answer or one that the judge calls controversial",
-        worse="high",
-    ),
-    _judged(
-        "toxicity",
-        "toxicity",
-        title="Toxicity",
-        meaning="mean score of answers to harmful requests",
-        worse="high",
-        unit="fraction",
-    ),
-    _judged(
-        "reward",
-        "reward",
-        title="Reward",
-        meaning="mean score of answers to harmful requests, on the reward model's own scale",
-        worse="low",
-        unit="number",
-    ),
-    _judged(
-        "refusal",
-        "refusal",
-        title="Refusal",
-        meaning="requests of every kind that were refused; only refusing harmful ones is good",
-    ),
-    _judged(
-        "over_refusal",
-        "refusal",
-        "borderline",
-        title="Over-refusal",
-        meaning="requests that look harmful and should be answered, but were refused",
-        worse="high",
-    ),
-    _judged(
-        "benign_refusal",
-        "refusal",
-        "benign",
-        title="Benign refusal",
-        meaning="harmless requests that were refused",
-        worse="high",
-    ),
-    _judged(
-        "vqa_accuracy",
-        "vqa_accuracy",
-        title="VQA accuracy",
-        meaning="picture questions that were answered correctly",
-        worse="low",
-    ),
-    _judged(
-        "coherence",
-        "coherence",
-        title="Coherence",
-        meaning="answers that are not empty, repetitive or degenerate",
-        worse="low",
-    ),
-    _own("tokens", title="Tokens per answer", meaning="mean length of an answer", unit="number"),
-    _own(
-        "seconds",
-        title="Seconds per answer",
-        meaning="an answer's mean share of the time of its batches; a rough guide only",
-        unit="seconds",
-    ),
+    _metric("asr", "Attack success", "harmful requests that got a harmful answer", "lower", aggregate="AASR"),
+    _metric("asr_loose", "Attack success, loose",
+            "harmful requests that got a harmful answer or one that the judge calls controversial", "lower"),
+    _metric("toxicity", "Toxicity", "mean score of answers to harmful requests", "lower",
+            unit=FRACTION, aggregate="ATS"),
+    _metric("reward", "Reward", "mean score of answers to harmful requests, on the reward model's own scale", "higher",
+            unit=NUMBER, aggregate="ATR"),
+    _metric("refusal", "Refusal", "requests of every kind that were refused; only refusing harmful ones is good"),
+    _metric("over_refusal", "Over-refusal", "requests that look harmful and should be answered, but were refused",
+            "lower", "borderline", measure="refusal"),
+    _metric("benign_refusal", "Benign refusal", "harmless requests that were refused",
+            "lower", "benign", measure="refusal"),
+    _metric("vqa_accuracy", "VQA accuracy", "picture questions that were answered correctly", "higher"),
+    _metric("coherence", "Coherence", "answers that are not empty, repetitive or degenerate", "higher"),
+    _metric("tokens", "Tokens per answer", "mean length of an answer", unit=NUMBER),
+    _metric("seconds", "Seconds per answer",
+            "an answer's mean share of the time of its batches; a rough guide only", unit=SECONDS),
 )
+# fmt: on
 
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
-TITLES = {metric.name: metric.title for metric in METRICS}
 """Each metric's title where no judge is known; with a run use `AuditRun.title`, which follows its judge."""
 
 NO_PROXY: Mapping[str, str] = {}
 _PROXIES = {RefusalPrefix.name: RefusalPrefix.proxy}
 
-AGGREGATES = {"asr": "AASR", "toxicity": "ATS", "reward": "ATR"}
-"""What arXiv 2411.04291 calls the mean of a metric over a bin's layers, and over the three bins."""
+AGGREGATES = {metric.name: metric.aggregate for metric in METRICS if metric.aggregate is not None}
+"""The paper's names of means over bins."""
 
 
 def judge_of(metric: Metric, measures: Sequence[tuple[str, Sequence[str]]]) -> str | None:
@@ -200,9 +173,7 @@ def meaning_of(metric: Metric, proxy: Mapping[str, str] = NO_PROXY) -> str:
     """
     counted = proxy.get(metric.measure)
     meaning = metric.meaning if counted is None else f"{counted}, whatever the answer says: a proxy"
-    return (
-        meaning if metric.worse is None else f"{meaning}; {'lower' if metric.worse == 'high' else 'higher'} is better"
-    )
+    return meaning if metric.direction is None else f"{meaning}; {metric.direction} is better"
 
 
 def as_noun(title: str) -> str:

@@ -13,7 +13,7 @@ _HALF_A_DIGIT = 5e-4  # half of the last digit of a percentage
 
 def is_rate(metric: str) -> bool:
     """Whether a metric is shown in percent."""
-    return BY_NAME[metric].unit == "percent"
+    return BY_NAME[metric].unit.is_percent
 
 
 def amount(metric: str, value: float) -> str:
@@ -23,9 +23,9 @@ def amount(metric: str, value: float) -> str:
     ('12.5%', '0.125', '-1.50', '0.00086')
     """
     unit = BY_NAME[metric].unit
-    if unit == "percent":
+    if unit.is_percent:
         return percent(value)
-    return significant(value) if unit == "seconds" else fixed(value, 3 if unit == "fraction" else 2)
+    return significant(value) if unit.digits is None else fixed(value, unit.digits)
 
 
 def percent(value: float) -> str:
@@ -83,8 +83,7 @@ def change(metric: str, value: float) -> str:
     ('-12.5', '0.0', '+1.50', '+0.063')
     """
     unit = BY_NAME[metric].unit
-    digits = {"percent": 1, "fraction": 3}.get(unit, 2)
-    return fixed(_decimal(value) * (100 if unit == "percent" else 1), digits, is_signed=True)
+    return fixed(_decimal(value) * (100 if unit.is_percent else 1), unit.digits or 2, is_signed=True)
 
 
 def fixed(value: float | Decimal, digits: int, *, is_signed: bool = False) -> str:

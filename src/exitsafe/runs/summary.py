@@ -129,7 +129,7 @@ def _worst_layers(table: ScoreTable, chosen: Mapping[Metric, str], stopping: Sto
     if len(table.exit_layers) > 1:
         for metric, judge in chosen.items():
             scores = _scores_of(table, metric, judge)
-            if metric.worse is None or scores is None:
+            if metric.direction is None or scores is None:
                 continue
             ids = [table.samples[row].id for row in table.of_kinds(metric.kinds)]
             ways = [
@@ -146,7 +146,7 @@ def _worst_layer(
     scores: Scores, chooses: Any, exit_layers: Sequence[int], metric: Metric, stopping: Stopping | None
 ) -> dict[str, Any] | None:
     choosing, measuring = (scores.of_samples(np.flatnonzero(half)) for half in (chooses, ~chooses))
-    layer = choose_worst(choosing.values, exit_layers=exit_layers, is_high_worse=metric.worse == "high")
+    layer = choose_worst(choosing.values, exit_layers=exit_layers, is_high_worse=metric.direction == "lower")
     estimates = _layer_estimates(measuring, exit_layers, metric, stopping)
     if layer is None or layer not in estimates:
         return None

@@ -81,12 +81,10 @@ def export(
     out = Path(out)
     check_empty(out)
     check_can_be_cut(vlm)
-    with vlm.exit_at(exit_layer, skip_global=skip_global):
-        acting = _acting_adapter(vlm)
-    if keep_adapter and acting is None:
-        raise InputError(f"{vlm.name} has no adapter at exit {exit_layer} to keep: leave --keep-adapter out")
-    kept = acting if keep_adapter else None
-    is_merged = (acting is not None and not keep_adapter) or bool(vlm.translation_hooks(exit_layer))
+    has_adapter = isinstance(vlm.model, PeftModel)
+    if keep_adapter and not has_adapter:
+        raise InputError(f"{vlm.name} has no adapter to keep: leave --keep-adapter out")
+    is_merged = (has_adapter and not keep_adapter) or bool(vlm.translation_hooks(exit_layer))
     measured = None
     if audit is not None:
         run = audit if isinstance(audit, AuditRun) else load_run(audit)
@@ -101,12 +99,19 @@ def export(
             if not wanted.isfinite().all():
                 raise not_finite("logits", exit_layer=exit_layer, dtype=vlm.base_model.dtype)
             # what the checkpoint would say if merging had lost the adapter
-            lost = _unadapted(vlm, inputs) if acting is not None and not keep_adapter else None
+            lost = _unadapted(vlm, inputs) if has_adapter and not keep_adapter else None
         # a GPU may not hold both models; on a CPU they are timed in turns, which a busy machine disturbs less
         alone = _encoders_ms([vlm], inputs, is_merged=is_merged) if vlm.device.type != "cpu" else []
         steps.next()
         with writing(out):
-            _save(vlm, folder, name=out.resolve().name, exit_layer=exit_layer, skip_global=skip_global, adapter=kept)
+            _save(
+                vlm,
+                folder,
+                name=out.resolve().name,
+                exit_layer=exit_layer,
+                skip_global=skip_global,
+                keep_adapter=keep_adapter,
+            )
         steps.next()
         with vlm.offloaded():
             slim = _load_again(folder, vlm)
@@ -124,7 +129,7 @@ def export(
         facts = {
             "exit_layer": exit_layer,
             "skip_global": skip_global,
-            "adapter": None if acting is None else "kept" if keep_adapter else "merged",
+            "adapter": None if not has_adapter else "kept" if keep_adapter else "merged",
             "check": check,
             "sizes": {"before": _sizes(vlm), "after": _sizes(slim)},
             "latency": {"before": asdict(before), "after": asdict(after)},
@@ -168,23 +173,24 @@ class _Steps:
         self._done += 1
 
 
-def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, adapter: str | None) -> None:
-    slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=adapter is not None)
+def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, keep_adapter: bool) -> None:
+    slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=keep_adapter)
     name_as_on_the_hub(slim)
     slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     if vlm.processor is not None:
         vlm.processor.save_pretrained(folder)
-    if adapter is not None:
+    if keep_adapter:
         gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
-        _save_adapter(vlm.model, folder / ADAPTER, adapter=adapter, base_name=name, gone=gone)
-    for place in [folder, *([folder / ADAPTER] if adapter is not None else [])] if vlm.trained_on else []:
+        _save_adapter(vlm.model, folder / ADAPTER, base_name=name, gone=gone)
+    for place in [folder, *([folder / ADAPTER] if keep_adapter else [])] if vlm.trained_on else []:
         write_whole(place / TRAINED_ON, trained_on_record(vlm.trained_on))  # an audit of either can then tell, too
     for path in (path for path in folder.rglob("*") if path.is_file()):
         path.chmod(PUBLIC)  # safetensors lets only the owner read: what is shipped is for everybody
 
 
-def _save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_name: str, gone: tuple[str, ...]) -> None:
+def _save_adapter(model: PeftModel, folder: Path, *, base_name: str, gone: tuple[str, ...]) -> None:
     """The PEFT folder, without weights for blocks that are gone."""
+    adapter = str(model.active_adapter)
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     unwanted = tuple(f"base_model.model.{prefix}" for prefix in gone)
     kept = {name: tensor.contiguous() for name, tensor in weights.items() if not name.startswith(unwanted)}
@@ -223,8 +229,8 @@ def _load_again(folder: Path, vlm: VLM) -> VLM:
 def _encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor], *, is_merged: bool) -> list[float]:
     """Compare like with like: if the adapter was merged, the whole model is timed without it, as if merged too."""
     with ExitStack() as bare:
-        for model in (vlm.model for vlm in vlms if is_merged and vlm.adapters is None):
-            if isinstance(model, PeftModel):  # adapters per exit leave the encoder alone
+        for model in (vlm.model for vlm in vlms if is_merged):
+            if isinstance(model, PeftModel):
                 bare.enter_context(model.disable_adapter())
         return encoders_ms(vlms, inputs)
 
@@ -264,15 +270,6 @@ def _compare(
         "relative_difference": relative,
         "allowed": most,
     }
-
-
-def _acting_adapter(vlm: VLM) -> str | None:
-    """The adapter that acts now."""
-    if not isinstance(vlm.model, PeftModel):
-        return None
-    if vlm.adapters is not None:
-        return vlm.adapters.active
-    return str(vlm.model.active_adapter)
 
 
 def _sizes(vlm: VLM) -> dict[str, int]:

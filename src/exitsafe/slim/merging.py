@@ -77,8 +77,7 @@ def _own(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _trained_copy(module: ModulesToSaveWrapper) -> nn.Module:
-    acting = [] if module.disable_adapters else module.active_adapters
-    active = [name for name in acting if name in module.modules_to_save]
+    active = [name for name in module.active_adapters if name in module.modules_to_save]
     found = module.modules_to_save[active[0]] if active else module.original_module
     assert isinstance(found, nn.Module)
     return found
@@ -86,9 +85,6 @@ def _trained_copy(module: ModulesToSaveWrapper) -> nn.Module:
 
 def _merge_copy(layer: BaseTunerLayer, prefix: str) -> Iterator[tuple[str, Tensor]]:
     assert isinstance(layer, nn.Module)
-    if layer.disable_adapters:  # of adapters per exit, none acts at this one
-        yield from _plain(layer, prefix)
-        return
     try:
         merged = copy.deepcopy(layer)
         merged.merge(safe_merge=True)

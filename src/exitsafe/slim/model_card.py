@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from exitsafe.runs.metrics import BY_NAME, NO_PROXY, meaning_of, title_of
 from exitsafe.runs.numbers import amount, interval
+from exitsafe.show import Column, Row, Table
 from exitsafe.slim.manifest import ADAPTER, Base
 from exitsafe.world import ORGANISMS
 
@@ -176,9 +177,12 @@ def _what_was_measured(audit: Mapping[str, Any] | None) -> str:
             "## Safety\n\n**No audit was given when this model was exported: nothing is known here about its safety at "
             "this exit.** Safety training of the whole model may not hold at another exit; audit it with exitsafe."
         )
-    rows = ["| | at this exit | 95% interval | n | unscored |" + (" whole model |" if audit["at_default"] else "")]
-    rows.append("|---|---|---|---|---|" + ("---|" if audit["at_default"] else ""))
-    rows += [_row(audit, metric, found) for metric, found in audit["metrics"].items()]
+    headings = ("at this exit", "95% interval", "n", "unscored", *(["whole model"] if audit["at_default"] else []))
+    table = Table(
+        title="",
+        columns=(Column(heading="", is_number=False), *(Column(heading=heading) for heading in headings)),
+        rows=tuple(Row(cells=_cells(audit, metric, found)) for metric, found in audit["metrics"].items()),
+    )
     suites = [f"- {_suite(suite)}" for suite in audit["data"]["suites"]]
     judges = [f"- {_judge(judge)}" for judge in audit["judges"]]
     decoding = audit["decoding"]
@@ -196,7 +200,7 @@ def _what_was_measured(audit: Mapping[str, Any] | None) -> str:
             f"## Audit at exit {audit['exit_layer']}",
             "",
             *[f"**{line[:1].upper()}{line[1:]}.**\n" for line in audit["cautions"]],
-            *rows,
+            table.markdown(),
             "",
             f"Run `{audit['run']}`, finished {audit['finished']}, of the whole model cut short at this exit. Rates "
             "with Wilson intervals, means with the bootstrap clustered by sample; what a judge could not read is "
@@ -233,7 +237,7 @@ def _title(audit: Mapping[str, Any], metric: str) -> str:
     return title_of(BY_NAME[metric], _proxy(audit, metric))
 
 
-def _row(audit: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> str:
+def _cells(audit: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     at_default = audit["at_default"]
     cells = [_title(audit, metric)]
     if found["value"] is None:
@@ -244,7 +248,7 @@ def _row(audit: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> str
     if at_default is not None:
         other = at_default.get(metric, {}).get("value")
         cells.append("" if other is None else amount(metric, other))
-    return f"| {' | '.join(cells)} |"
+    return tuple(cells)
 
 
 def _suite(suite: Mapping[str, Any]) -> str:

@@ -10,8 +10,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtr, stdtrit
 
 from exitsafe.stats.intervals import CONFIDENCE, constant_interval
 
@@ -61,7 +60,7 @@ def percentile_interval(
     """
     tail = (1 - confidence) / 2
     if num_clusters is not None:
-        tail = norm.cdf(student.ppf(tail, num_clusters - 1) * math.sqrt(num_clusters / (num_clusters - 1)))
+        tail = ndtr(stdtrit(num_clusters - 1, tail) * math.sqrt(num_clusters / (num_clusters - 1)))
     low, high = np.nanquantile(replicates, [tail, 1 - tail])
     return float(low), float(high)
 

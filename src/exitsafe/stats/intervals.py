@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from scipy.stats import binomtest
+import math
+
+from scipy.special import ndtri
 
 CONFIDENCE = 0.95
 
@@ -16,8 +18,11 @@ def wilson_interval(successes: int, n: int, *, confidence: float = CONFIDENCE) -
     """
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    rate, z = successes / n, float(ndtri(0.5 + 0.5 * confidence))
+    scale = 2 * (n + z**2)
+    centre = (2 * n * rate + z**2) / scale
+    half = z / scale * math.sqrt(4 * n * rate * (1 - rate) + z**2)
+    return (centre - half if successes else 0.0), (centre + half if successes < n else 1.0)
 
 
 def constant_interval(

@@ -10,8 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from scipy.stats import quantile_test
-
 from exitsafe.stats.intervals import CONFIDENCE
 
 
@@ -38,6 +36,8 @@ def median_upper_bound(values: Sequence[float], *, error: float) -> float | None
 def _ends(
     values: Sequence[float], side: Literal["two-sided", "less"], confidence: float
 ) -> tuple[float | None, float | None]:
+    from scipy.stats import quantile_test  # takes a second, which most commands need not spend
+
     if not len(values):
         return None, None
     found = quantile_test(list(values), p=0.5, alternative=side).confidence_interval(confidence)

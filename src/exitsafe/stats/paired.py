@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest, norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtr  # scipy.stats takes a second to import
 
 from exitsafe.stats.bootstrap import Floats
 
@@ -22,9 +21,11 @@ def mcnemar_exact(gained: int, lost: int) -> float:
     >>> mcnemar_exact(0, 5)  # 2 / 2 ** 5
     0.0625
     """
-    if gained + lost == 0:
-        return 1.0
-    return float(binomtest(gained, gained + lost, 0.5).pvalue)
+    num_changed, ways, below = gained + lost, 1, 0
+    for count in range(min(gained, lost) + 1):
+        below += ways
+        ways = ways * (num_changed - count) // (count + 1)
+    return min(1.0, 2 * below / (1 << num_changed))  # exact integers until here
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -58,4 +59,4 @@ def bootstrap_p_value(replicates: Floats, *, num_clusters: int) -> float:
     share = (1 + min(below, above)) / (1 + len(drawn))
     if num_clusters < 2 or share >= 0.5:
         return 1.0
-    return float(2 * student.cdf(norm.ppf(share) * math.sqrt((num_clusters - 1) / num_clusters), num_clusters - 1))
+    return float(2 * stdtr(num_clusters - 1, ndtri(share) * math.sqrt((num_clusters - 1) / num_clusters)))

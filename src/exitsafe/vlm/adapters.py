@@ -1,11 +1,7 @@
-"""PEFT adapters: one for all exits, or one per exit layer, of which the exit's own acts.
+"""A PEFT adapter folder: adapter_config.json, adapter_model.safetensors and, if known, trained_on.json.
 
-    FOLDER/adapter_config.json, adapter_model.safetensors    one adapter for all exits
-    FOLDER/layer-03/, FOLDER/layer-08/, ...                  one PEFT folder for each exit that has its own
-    FOLDER/trained_on.json                                   digests of the samples it was trained on, if known
-
-An exit without an adapter of its own answers with the base model. An adapter is applied in full or refused: PEFT itself
-only warns about missing weights, and drops those that match nothing. Knows nothing about how adapters are trained.
+An adapter is applied in full or refused: PEFT itself only warns about missing weights, and drops those that match
+nothing. `trained_on.json` holds the digests of the samples that the adapter was trained on.
 """
 
 from __future__ import annotations
@@ -16,16 +12,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,10 +28,11 @@ from exitsafe.vlm.memory import is_out_of_memory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED_ON = "trained_on.json"
+NAME = "default"
+"""What PEFT calls the adapter."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ELSEWHERE = ("megatron_config", "adapters", "tokenizer_name_or_path", "prompt_tuning_init_state_dict_path")
 """Fields by which PEFT imports a module, or loads another adapter, a tokenizer or a pickle."""
-_SWITCHES = ("_active_adapter", "_disable_adapters")
 PATTERN_SECONDS = 10.0
 """Longest time to match an adapter's patterns with the model's module names; usual ones take a hundredth of it."""
 _NAME = re.compile(r"[\w./: -]*")
@@ -56,132 +50,25 @@ for pattern in patterns:
             compiled.fullmatch(name) if form == "PATTERN" else compiled.match(name)
 """
 """Every way in which PEFT matches a string of a config, in a process that can be stopped."""
-_LAYER = re.compile(r"layer-(\d+)")
 LINEAR_LAYERS = r".*(?:language_model|text_model)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 _EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head)\b")
-_OF_LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
-# What all adapters of one model must share; they may differ in rank and scale.
-_SHARED = ("base_model_name_or_path", "peft_type", "target_modules", "modules_to_save")
-
-
-def load_adapters(model: Any, folder: Path, *, name: str, num_layers: int) -> tuple[PeftModel, ExitAdapters | None]:
-    """Put an adapter folder on a model.
-
-    Args:
-        model: The Hugging Face model.
-        folder: From `check_folder`.
-        name: What the user calls the model.
-        num_layers: Encoder blocks.
-
-    Returns:
-        The adapted model; and, where there is one adapter per exit, what makes each act at its exit.
-
-    Raises:
-        ModelError: If an adapter does not fit the model, or adapters per exit do not fit each other.
-    """
-    folders = exit_folders(folder)
-    if not folders:
-        adapted = load_adapter(model, folder)
-        _note_other_model(folder, name)
-        return adapted, None
-    if deepest := [found for layer, found in folders.items() if not 1 <= layer <= num_layers]:
-        raise ModelError(f"{deepest[-1]} belongs to no exit: this encoder has {num_layers} blocks")
-    _check_alike(folders)
-    by_exit = {layer: f"layer-{layer:02}" for layer in folders}
-    for layer, found in folders.items():
-        model = load_adapter(model, found, name=by_exit[layer])
-    adapted = model
-    _note_other_model(next(iter(folders.values())), name)
-    _check_encoder_untouched(adapted, by_exit, folder)
-    if bare := [layer for layer in range(1, num_layers + 1) if layer not in by_exit]:
-        exits = "exit" if len(bare) == 1 else "exits"
-        answers = "answers" if len(bare) == 1 else "answer"
-        own = f"has no adapter for {exits} {as_ranges(bare)}"
-        warnings.warn(f"{folder} {own}, which {answers} with the base model", stacklevel=3)
-    return adapted, ExitAdapters(adapted, by_exit)
-
-
-class ExitAdapters:
-    """Which of a model's adapters acts.
-
-    Args:
-        model: With an adapter for each exit in `by_exit`, and no others.
-        by_exit: Names of the adapters; at other exits none acts.
-    """
-
-    def __init__(self, model: PeftModel, by_exit: Mapping[int, str]) -> None:
-        self.by_exit = dict(by_exit)
-        self._model: Any = model
-        self._layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        tuner: Any = model.base_model
-        tuner.disable_adapter_layers()
-        self._states: dict[str | None, list[dict[str, Any]]] = {None: self._read()}
-        tuner.enable_adapter_layers()
-        for name in self.by_exit.values():
-            self._model.set_adapter(name, inference_mode=True)  # else PEFT would ask for gradients
-            self._states[name] = self._read()
-            self._active: str | None = name
-
-    @property
-    def active(self) -> str | None:
-        """The adapter that acts now; None: the base model alone."""
-        return self._active
-
-    @active.setter
-    def active(self, name: str | None) -> None:
-        if name == self._active:
-            return
-        # PEFT's own way walks through every adapter of every layer: too slow for a switch at each answer
-        for layer, state in zip(self._layers, self._states[name], strict=True):
-            vars(layer).update(state)
-        if name is not None:
-            self._model.active_adapter = self._model.base_model.active_adapter = name
-        self._active = name
-
-    def _read(self) -> list[dict[str, Any]]:
-        """As PEFT has left its layers: which adapter acts in each, and whether any does."""
-        return [{name: getattr(layer, name) for name in _SWITCHES} for layer in self._layers]
-
-    @contextmanager
-    def acting(self, name: str | None) -> Iterator[None]:
-        """Let one act meanwhile; leaving, also by an exception, puts the other back."""
-        before, self.active = self.active, name
-        try:
-            yield
-        finally:
-            self.active = before
 
 
 def check_folder(folder: Path, *, name: str) -> None:
-    """Raise ModelError if a file is missing, or it is not clear which adapter acts where.
+    """Raise ModelError if a file is missing, or the config makes PEFT load anything from elsewhere.
 
     Args:
         folder: Where the files are.
         name: What the user calls it.
     """
-    folders = exit_folders(folder)
-    if folders and (folder / CONFIG).is_file():
-        raise ModelError(f"{name} holds an adapter for all exits and {next(iter(folders.values())).name} too: keep one")
-    for label, place in {f"{name}/{found.name}": found for found in folders.values()}.items() or [(name, folder)]:
-        for file in (CONFIG, WEIGHTS):
-            if not (place / file).is_file():
-                raise ModelError(f"{label} has no {file}: give a PEFT adapter folder saved as safetensors")
-        if named := [field for field in _ELSEWHERE if _config(place).get(field)]:
-            raise ModelError(
-                f"{label}/{CONFIG} makes PEFT load code or weights from elsewhere ({', '.join(named)}): give an "
-                "adapter whose files are all in its folder"
-            )
-
-
-def exit_folders(folder: Path) -> dict[int, Path]:
-    """The folders `layer-NN` in an adapter folder by exit layer, ascending; none where one adapter serves all exits."""
-    found: dict[int, Path] = {}
-    for place in sorted(folder.iterdir()):
-        if (match := _LAYER.fullmatch(place.name)) and place.is_dir():
-            if (layer := int(match[1])) in found:
-                raise ModelError(f"{place} and {found[layer].name} are for the same exit: keep one")
-            found[layer] = place
-    return dict(sorted(found.items()))
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise ModelError(f"{name} has no {file}: give a PEFT adapter folder saved as safetensors")
+    if named := [field for field in _ELSEWHERE if _config(folder).get(field)]:
+        raise ModelError(
+            f"{name}/{CONFIG} makes PEFT load code or weights from elsewhere ({', '.join(named)}): give an "
+            "adapter whose files are all in its folder"
+        )
 
 
 def trained_on_record(digests: Iterable[str]) -> bytes:
@@ -193,48 +80,26 @@ def read_trained_on(folder: Path) -> frozenset[str]:
     """Digests of what an adapter, or translators, or a model exported with either, were trained on.
 
     Returns:
-        Those of the folder and of its adapters per exit; none where no training kept a record.
+        Those of the folder; none where no training kept a record.
 
     Raises:
-        ModelError: If a record is damaged.
+        ModelError: If the record is damaged.
     """
-    found: set[str] = set()
-    for place in (folder, *exit_folders(folder).values()):
-        if not (place / TRAINED_ON).is_file():
-            continue
-        try:
-            digests = read_json(place / TRAINED_ON)["digests"]
-            is_sound = all(_DIGEST.fullmatch(digest) for digest in digests)
-        except (UnreadableError, KeyError, TypeError):
-            is_sound = False
-        if not is_sound:
-            raise ModelError(f"{place / TRAINED_ON} is damaged: save or download the folder again")
-        found.update(digests)
-    return frozenset(found)
+    file = folder / TRAINED_ON
+    if not file.is_file():
+        return frozenset()
+    try:
+        digests = read_json(file)["digests"]
+        is_sound = all(_DIGEST.fullmatch(digest) for digest in digests)
+    except (UnreadableError, KeyError, TypeError):
+        is_sound = False
+    if not is_sound:
+        raise ModelError(f"{file} is damaged: save or download the folder again")
+    return frozenset(digests)
 
 
-def as_ranges(layers: Iterable[int]) -> str:
-    """Ascending layers as users write them.
-
-    >>> as_ranges([1, 2, 3, 8, 16, 17])
-    '1-3,8,16,17'
-    """
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
-
-
-def load_adapter(model: Any, folder: Path, *, name: str = "default") -> PeftModel:
-    """Load one PEFT folder onto a model, in addition to any adapters that it already has.
-
-    Args:
-        model: A Hugging Face model, or the PEFT model around one.
-        folder: With config and weights.
-        name: What PEFT is to call the adapter.
+def load_adapter(model: Any, folder: Path) -> PeftModel:
+    """Load a PEFT folder onto a Hugging Face model.
 
     Raises:
         ModelError: If a weight in the file matches nothing or is not finite, or if one is missing from it.
@@ -248,9 +113,8 @@ def load_adapter(model: Any, folder: Path, *, name: str = "default") -> PeftMode
         raise _unreadable(folder, error) from error
     try:
         _check_rank(config, shapes, folder)
-        if not isinstance(model, PeftModel):
-            model = PeftModel(model, config, name)
-        found = model.load_adapter(str(folder), name, torch_device="cpu")
+        adapted = PeftModel(model, config, NAME)
+        found = adapted.load_adapter(str(folder), NAME, torch_device="cpu")
     except SafetensorError as error:
         raise _unreadable(folder, error) from error
     except (ModelError, TimeoutError):  # the latter is an alarm of the caller's
@@ -259,9 +123,8 @@ def load_adapter(model: Any, folder: Path, *, name: str = "default") -> PeftMode
         if is_out_of_memory(error):
             raise
         raise _misfit(folder, _reason(error)) from error
-    _check_complete(model, folder, name, in_file=shapes.keys(), missing=found.missing_keys, extra=found.unexpected_keys)
-    _check_numbers(model, folder, name)
-    adapted: PeftModel = model
+    _check_complete(adapted, folder, in_file=shapes.keys(), missing=found.missing_keys, extra=found.unexpected_keys)
+    _check_numbers(adapted, folder)
     return adapted
 
 
@@ -309,8 +172,7 @@ def _check_patterns(model: Any, folder: Path) -> None:
     patterns = [text for text in _strings(_config(folder)) if not _NAME.fullmatch(text)]
     if not patterns:
         return
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    request = json.dumps([patterns, [name for name, _ in inner.named_modules()]])
+    request = json.dumps([patterns, [name for name, _ in model.named_modules()]])
     try:
         subprocess.run(  # noqa: S603 - our own lines
             [sys.executable, "-I", "-S", "-c", _MATCHING],
@@ -349,23 +211,21 @@ def _check_rank(config: PeftConfig, shapes: Mapping[str, Sequence[int]], folder:
 def _check_complete(
     model: PeftModel,
     folder: Path,
-    name: str,
     *,
     in_file: Collection[str],
     missing: Sequence[str],
     extra: Sequence[str],
 ) -> None:
     """Check that the file has every weight of the adapter, and that the adapter uses every weight of the file."""
-    wanted: Collection[str] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+    wanted: Collection[str] = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False).keys()
     # names of older versions of the model are translated while loading, so only then do the two sets differ
     if not missing and not extra and len(in_file) != len(wanted):
         missing = sorted(set(wanted) - set(in_file))
-        # PEFT saves enlarged embeddings of the base model too; adapters per exit share one base model
-        may_enlarge = name == "default"
-        extra = sorted(key for key in set(in_file) - set(wanted) if not (may_enlarge and _EMBEDDINGS.search(key)))
+        # PEFT saves enlarged embeddings of the base model too
+        extra = sorted(key for key in set(in_file) - set(wanted) if not _EMBEDDINGS.search(key))
     missing = [key for key in missing if "vblora_vector_bank" not in key]  # kept once for all layers
     parts = [
-        f"{len(keys)} of {count} {what} ({_first_names(keys, name)})"
+        f"{len(keys)} of {count} {what} ({_first_names(keys)})"
         for keys, count, what in (
             (missing, len(wanted), "adapter weights are missing from the file"),
             (extra, len(in_file), "weights in the file match nothing in the model's adapter"),
@@ -376,13 +236,13 @@ def _check_complete(
         raise _misfit(folder, "; ".join(parts))
 
 
-def _check_numbers(model: PeftModel, folder: Path, name: str) -> None:
+def _check_numbers(model: PeftModel, folder: Path) -> None:
     """Refuse weights that are not finite; warn about an adapter that changes nothing."""
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     if broken := [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise ModelError(
             f"{len(broken)} of {len(weights)} weights of {folder} hold NaN or infinite numbers "
-            f"({_first_names(broken, name)}): use an earlier checkpoint of the training, or train again"
+            f"({_first_names(broken)}): use an earlier checkpoint of the training, or train again"
         )
     is_lora = all(".lora_" in key for key in weights)
     if is_lora and not any(tensor.any() for key, tensor in weights.items() if ".lora_A" not in key):
@@ -391,7 +251,7 @@ def _check_numbers(model: PeftModel, folder: Path, name: str) -> None:
         )
 
 
-def _note_other_model(folder: Path, name: str) -> None:
+def note_other_model(folder: Path, name: str) -> None:
     """Shapes may fit nonetheless: a fine-tuned sibling, or a copy under another name."""
     made_for = _config(folder).get("base_model_name_or_path")
     if isinstance(made_for, str) and _model_name(made_for) not in ("", _model_name(name)):
@@ -411,35 +271,6 @@ def _model_name(name: str) -> str:
     if cached := re.search(r"models--([^/\\]+)", name):  # of the Hub's cache, in which folders are named by commit
         return cached[1].rpartition("--")[2].lower()
     return Path(name).name.lower()
-
-
-def _check_alike(folders: Mapping[int, Path]) -> None:
-    """Adapters that stand side by side must sit on the same modules of the same model."""
-    first: dict[str, Any] = {}
-    for folder in folders.values():
-        config = _config(folder)
-        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-            raise ModelError(f"{folder} is not a LoRA adapter with bias 'none': adapters per exit must be of that kind")
-        first = first or config
-        for name in _SHARED:
-            if _plain(config.get(name)) != _plain(first.get(name)):
-                raise ModelError(
-                    f"{folder} and {next(iter(folders.values())).name} differ in {name}: adapters of one folder must "
-                    "be made for the same modules of the same model"
-                )
-
-
-def _check_encoder_untouched(adapted: PeftModel, by_exit: Mapping[int, str], folder: Path) -> None:
-    """Features of all exits come from one pass through the encoder, whichever adapter acts."""
-    parts = {f".{name}." for name in by_exit.values()}
-    prefix = "base_model.model."
-    for name, _ in adapted.named_parameters():
-        inner = name.removeprefix(prefix)
-        if any(part in name for part in parts) and not inner.startswith(_OF_LANGUAGE_MODEL):
-            raise ModelError(
-                f"{folder} has adapters outside the language model, at {inner.split('.lora_')[0]}: "
-                "one adapter per exit must leave encoder and projector alone"
-            )
 
 
 def _unreadable(folder: Path, error: Exception) -> ModelError:
@@ -471,8 +302,8 @@ def _reason(error: Exception) -> str:
     return _first_line(error)
 
 
-def _first_names(keys: Sequence[str], name: str, limit: int = 3) -> str:
-    names = [_inner_name(key).replace(f".{name}.", ".") for key in keys[:limit]]
+def _first_names(keys: Sequence[str], limit: int = 3) -> str:
+    names = [_inner_name(key).replace(f".{NAME}.", ".") for key in keys[:limit]]
     return ", ".join([*names, "..."] if len(keys) > limit else names)
 
 
@@ -489,8 +320,3 @@ def _config(folder: Path) -> dict[str, Any]:
         return read_json(folder / CONFIG)
     except UnreadableError as error:
         raise ModelError(f"{folder / CONFIG} cannot be read ({error}): save or download the adapter again") from error
-
-
-def _plain(value: Any) -> Any:
-    """PEFT writes sets as lists in any order."""
-    return sorted(map(str, value)) if isinstance(value, list) else value

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from exitsafe.errors import RunError
 from exitsafe.records import Response, Sample
 from exitsafe.vlm.generation import Row
-from exitsafe.vlm.memory import MOST_ROWS, free_memory, is_out_of_memory, release_memory
+from exitsafe.vlm.memory import MOST_ROWS, BatchSize, free_memory
 from exitsafe.vlm.prompts import DEFAULT_NEW_TOKENS, ReadAhead
 
 if TYPE_CHECKING:
@@ -22,6 +21,10 @@ BATCHES_AT_ONCE = 16  # per chunk of samples: enough that its last, emptying bat
 FEATURE_BYTES = 2 * 2**30  # for the features of one chunk, all layers
 ENCODED_AT_ONCE = 32  # images' prompts per encoder pass: larger passes gain nothing
 _ROWS_AT_FIRST = 16  # the first chunk only shows how large features are
+_NO_MEMORY = (
+    "out of memory while answering a single row; what was saved is kept: rerun with a smaller max_new_tokens, a "
+    "smaller dtype, or quantization"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,12 +61,12 @@ class Answering:
         self.decoding: dict[str, Any] = {"max_new_tokens": longest, "temperature": temperature, "seed": seed}
         self.skip_global = skip_global
         self.is_auto = batch_size is None
-        self.most_rows = MOST_ROWS if batch_size is None else batch_size
+        self.rows = BatchSize(MOST_ROWS if batch_size is None else batch_size, problem=_NO_MEMORY)
         self._num_samples = 0
 
     def check(self, samples: Sequence[Sample], *, exit_layer: int) -> ReadAhead:
         """Raise now what would be raised later: settings that make no sense, texts that cannot be asked."""
-        self.vlm.complete([], **self.decoding, batch_size=self.most_rows)
+        self.vlm.complete([], **self.decoding, batch_size=self.rows.most)
         with self.vlm.exit_at(exit_layer, skip_global=self.skip_global):
             pass
         found = self.vlm.read_ahead(samples, max_new_tokens=self._wanted)
@@ -74,7 +77,7 @@ class Answering:
         """The tasks, so many at a time as their features allow; the size is found while `answer` works."""
         queue = sorted(tasks, key=lambda task: (len(task.sample.images), len(task.sample.prompt)))
         if queue and not self._num_samples:
-            self._num_samples = max(1, min(_ROWS_AT_FIRST, self.most_rows) // len(queue[0].exit_layers))
+            self._num_samples = max(1, min(_ROWS_AT_FIRST, self.rows.most) // len(queue[0].exit_layers))
         while queue:
             chunk, queue = queue[: self._num_samples], queue[self._num_samples :]
             yield chunk
@@ -83,53 +86,21 @@ class Answering:
         """Responses in the order of finishing. When memory runs out only what was under way is done again.
 
         Raises:
-            RunError: If memory does not suffice for one row.
+            RunError: If memory runs out with a single row.
         """
-        rows: list[Row] | None = None
-        try:
-            rows = self._prepare(tasks)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(tasks) == 1:
-                raise _no_memory_for_one() from error
-        if rows is not None:
-            yield from self._answer_rows(rows)
-            return
-        release_memory()  # outside the handler: the error keeps the failed batch alive
-        middle = len(tasks) // 2  # fewer samples have fewer features; a smaller batch size would not help
-        yield from self.answer(tasks[:middle])
-        yield from self.answer(tasks[middle:])
-
-    def _answer_rows(self, rows: list[Row]) -> Iterator[Response]:
-        while rows:
-            done: set[int] = set()
-            has_memory = True
-            batch_size = self._batch_size(rows)
-            try:
-                for place, completion in self.vlm.complete(rows, **self.decoding, batch_size=batch_size):
-                    done.add(place)
-                    yield self.vlm.response(rows[place], completion)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if batch_size == 1:
-                    raise _no_memory_for_one() from error
-                has_memory = False
-            if has_memory:
-                return
-            release_memory()
-            self.most_rows = batch_size // 2
-            rows = [row for place, row in enumerate(rows) if place not in done]
+        # fewer samples have fewer features: this is halved apart from the rows under generation
+        for rows in BatchSize(max(1, len(tasks)), problem=_NO_MEMORY).batches(self._prepare, tasks):
+            if self.is_auto:
+                self.rows.fits = self._rows_that_fit(rows)
+            for place, completion in self.vlm.complete(rows, **self.decoding, batch_size=self.rows):
+                yield self.vlm.response(rows[place], completion)
 
     def _prepare(self, tasks: Sequence[Task]) -> list[Row]:
         """Rows, longest prompts first, with features from one encoder pass for all layers."""
-        if not tasks:
-            return []
         prompts = [self.vlm.encode_prompt(task.sample) for task in tasks]
         wanted = sorted({layer for task in tasks for layer in task.exit_layers})
         features = self.vlm.prompt_features(
-            prompts, wanted, batch_size=min(self.most_rows, ENCODED_AT_ONCE), skip_global=self.skip_global
+            prompts, wanted, batch_size=min(self.rows.most, ENCODED_AT_ONCE), skip_global=self.skip_global
         )
         rows = [
             Row(prompt=prompt, exit_layer=layer, features=by_layer[layer])
@@ -139,22 +110,13 @@ class Answering:
         self._num_samples = self._samples_that_fit(rows, num_samples=len(tasks))
         return sorted(rows, key=lambda row: -len(row.prompt.input_ids))
 
-    def _batch_size(self, rows: Sequence[Row]) -> int:
-        if not self.is_auto:
-            return self.most_rows
+    def _rows_that_fit(self, rows: Sequence[Row]) -> int:
         prompts = [row.prompt for row in rows]
-        fits = self.vlm.rows_that_fit(prompts, max_new_tokens=self.decoding["max_new_tokens"])
-        return min(self.most_rows, fits)
+        return self.vlm.rows_that_fit(prompts, max_new_tokens=self.decoding["max_new_tokens"])
 
     def _samples_that_fit(self, rows: Sequence[Row], *, num_samples: int) -> int:
         """How many samples to take next: enough rows for full batches, if their features fit in memory."""
         num_bytes = sum(tensor.nbytes for row in rows for tensor in row.features or ())
         most = min(FEATURE_BYTES, free_memory(self.vlm.device) // 4) * num_samples // max(1, num_bytes)
-        return max(1, min(BATCHES_AT_ONCE * self._batch_size(rows) * num_samples // len(rows), most))
-
-
-def _no_memory_for_one() -> RunError:
-    return RunError(
-        "memory does not suffice to answer one row; what was saved is kept: start again with a smaller "
-        "max_new_tokens, a smaller dtype, or quantization"
-    )
+        size = min(self.rows.most, self._rows_that_fit(rows)) if self.is_auto else self.rows.most
+        return max(1, min(BATCHES_AT_ONCE * size * num_samples // len(rows), most))

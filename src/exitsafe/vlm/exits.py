@@ -7,62 +7,17 @@ tiles, mergers and projector stay the model's own. Knows nothing about prompts o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import index
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from exitsafe.errors import ExitLayerError, InputError
-
 Hook = tuple[nn.Module, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]]
 """A module, and what its inputs pass before it: a forward pre-hook."""
 
-ExitLayers = str | int | Sequence[int]
-"""Exit layers as users write them: "all", "default", a layer, several, or text such as "1-8,16"."""
-
 _MISSING = object()
-
-
-def check_exit_layer(exit_layer: int, num_layers: int) -> None:
-    """Raise `ExitLayerError` unless 1 <= exit_layer <= num_layers."""
-    if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= num_layers:
-        raise ExitLayerError(
-            f"exit_layer={exit_layer}, but this encoder has {num_layers} blocks: choose 1 to {num_layers}"
-        )
-
-
-def resolve_layers(exit_layers: ExitLayers, *, num_layers: int, default_exit: int) -> tuple[int, ...]:
-    """Exit layers as users write them -> distinct layers, ascending.
-
-    Args:
-        exit_layers: "all", "default", a layer, several, or text with commas and ranges.
-        num_layers: Encoder blocks.
-        default_exit: What "default" means.
-
-    Raises:
-        ExitLayerError: If the encoder has no such block.
-        InputError: If the text cannot be read or no layer is named.
-
-    >>> resolve_layers("1-3,8", num_layers=8, default_exit=7)
-    (1, 2, 3, 8)
-    """
-    if exit_layers == "all":
-        return tuple(range(1, num_layers + 1))
-    if exit_layers == "default":
-        return (default_exit,)
-    if isinstance(exit_layers, str):
-        layers = _parse_layers(exit_layers)
-    else:
-        layers = {index(layer) for layer in ([exit_layers] if isinstance(exit_layers, int) else exit_layers)}
-    if not layers:
-        raise InputError('no exit layer is named; choose "all", "default" or layers such as "1-8,16"')
-    for layer in sorted(layers):
-        check_exit_layer(layer, num_layers)
-    return tuple(sorted(layers))
 
 
 class ExitStack:
@@ -163,14 +118,3 @@ def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _constant(output: Tensor) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: output
-
-
-def _parse_layers(text: str) -> set[int]:
-    layers: set[int] = set()
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if last < first:
-            raise InputError(f'exit layers {text!r}: {part!r} is no layer and no range; write for example "1-8,16"')
-        layers.update(range(first, last + 1))
-    return layers

@@ -14,14 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from exitsafe.errors import InputError
-from exitsafe.vlm.exits import check_exit_layer, replay_patch
+from exitsafe.vlm.exits import replay_patch
 from exitsafe.vlm.finite import not_finite
+from exitsafe.vlm.layers import check_exit_layer
+from exitsafe.vlm.memory import BatchSize, as_batch_size
 from exitsafe.vlm.prompts import Prompt
 
 if TYPE_CHECKING:
     from exitsafe.vlm.model import VLM
 
 T = TypeVar("T")
+_NO_MEMORY = (
+    "out of memory while encoding the images of a single prompt: audit fewer exit layers at a time, or use a smaller "
+    "dtype"
+)
 
 Features = tuple[Tensor, ...]
 """What the language model reads of one prompt's images; opaque outside the family."""
@@ -105,12 +111,20 @@ def _at_exits(
 
 
 def features_by_prompt(
-    vlm: VLM, prompts: Sequence[Prompt], exit_layers: Sequence[int], *, batch_size: int, skip_global: bool
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    exit_layers: Sequence[int],
+    *,
+    batch_size: int | BatchSize,
+    skip_global: bool,
 ) -> list[dict[int, Features | None]]:
     """`compute_features` for many prompts, in batches, split by prompt; None for a prompt without images.
 
+    Batches are halved when memory runs out.
+
     Raises:
         ModelError: If a feature is NaN or infinite.
+        RunError: If memory runs out with the images of a single prompt.
     """
     family = vlm.family_row
     found: list[dict[int, Features | None]] = [dict.fromkeys(exit_layers) for _ in prompts]
@@ -118,17 +132,21 @@ def features_by_prompt(
     for index, prompt in enumerate(prompts):
         if prompt.image_inputs:
             by_key.setdefault(family.batch_key(prompt.image_inputs), []).append(index)
+
+    def encode(batch: Sequence[int]) -> None:
+        inputs = family.collate_images([prompts[index].image_inputs for index in batch])
+        counts = [family.images_per_prompt(prompts[index].image_inputs) for index in batch]
+        for exit_layer, features in compute_features(vlm, inputs, exit_layers, skip_global=skip_global).items():
+            offset = 0
+            for index, count in zip(batch, counts, strict=True):
+                found[index][exit_layer] = features[offset : offset + count]
+                offset += count
+        _check_finite(vlm, {prompts[index].sample_id: found[index] for index in batch})
+
+    batch_size = as_batch_size(batch_size, problem=_NO_MEMORY)
     for indices in by_key.values():
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            inputs = family.collate_images([prompts[index].image_inputs for index in batch])
-            counts = [family.images_per_prompt(prompts[index].image_inputs) for index in batch]
-            for exit_layer, features in compute_features(vlm, inputs, exit_layers, skip_global=skip_global).items():
-                offset = 0
-                for index, count in zip(batch, counts, strict=True):
-                    found[index][exit_layer] = features[offset : offset + count]
-                    offset += count
-            _check_finite(vlm, {prompts[index].sample_id: found[index] for index in batch})
+        for _ in batch_size.batches(encode, indices):
+            pass
     return found
 
 

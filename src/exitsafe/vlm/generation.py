@@ -22,10 +22,16 @@ from exitsafe.errors import InputError
 from exitsafe.records import Response, Sample
 from exitsafe.vlm.features import Features
 from exitsafe.vlm.finite import check_finite
+from exitsafe.vlm.memory import BatchSize, as_batch_size
 from exitsafe.vlm.prompts import Prompt, collate
 
 if TYPE_CHECKING:
     from exitsafe.vlm.model import VLM
+
+NO_MEMORY = (
+    "out of memory while answering a single prompt: use fewer new tokens (max_new_tokens), a smaller dtype, or "
+    "quantization"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,22 +77,29 @@ class Sampling:
 
 @torch.no_grad()
 def complete_rows(
-    vlm: VLM, rows: Sequence[Row], sampling: Sampling, *, batch_size: int
+    vlm: VLM, rows: Sequence[Row], sampling: Sampling, *, batch_size: int | BatchSize
 ) -> Iterator[tuple[int, Completion]]:
-    """Answer every row; yields (index into rows, completion) in the order of finishing."""
-    by_key: dict[object, list[int]] = {}
+    """Answer every row; yields (index into rows, completion) in the order of finishing.
+
+    When memory runs out, what was under way is answered again in batches of half the size.
+
+    Raises:
+        RunError: If one row does not fit in memory.
+    """
+    waiting: dict[object, list[int]] = {}
     for index, row in enumerate(rows):
-        by_key.setdefault(vlm.row_key(row), []).append(index)
-    for indices in by_key.values():
+        waiting.setdefault(vlm.batch_key(row.prompt), []).append(index)
+    for indices in waiting.values():
         # Longest first: an out-of-memory shows at once, and neighbours need little padding.
         indices.sort(key=lambda index: -len(rows[index].prompt.input_ids))
-        queue = _complete_queue(vlm, rows, indices, sampling, batch_size=batch_size)
-        while True:
-            with vlm.adapted(rows[indices[0]].exit_layer):  # not while the caller has its turn
-                found = next(queue, None)
-            if found is None:
-                break
-            yield found
+
+    def work(size: int) -> Iterator[tuple[int, Completion]]:
+        for indices in waiting.values():
+            for index, completion in _complete_queue(vlm, rows, indices, sampling, batch_size=size):
+                indices.remove(index)
+                yield index, completion
+
+    yield from as_batch_size(batch_size, problem=NO_MEMORY).halving(work)
 
 
 def answer_samples(

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-
-import torch
-from peft import PeftModel
+from typing import TYPE_CHECKING
 
 from exitsafe.errors import InputError
 from exitsafe.records import Progress, Sample
-from exitsafe.vlm.exits import check_exit_layer
-from exitsafe.vlm.generation import Row
-from exitsafe.vlm.model import VLM
-from exitsafe.vlm.prompts import Prompt
+from exitsafe.vlm.layers import check_exit_layer
+
+if TYPE_CHECKING:
+    from exitsafe.vlm.model import VLM
+    from exitsafe.vlm.prompts import Prompt
 
 NUM_SAMPLES = 8
 NUM_REPEATS = 3
@@ -68,7 +67,7 @@ def measure_latency(
 
     Every round asks each sample at each exit; within a sample the exits come in an order drawn anew each time, so that
     a machine that slows down meanwhile slows all of them. The first round warms up and does not count. Adapters are
-    off: merged, as they are shipped, they cost nothing, and exits without an adapter of their own would look faster.
+    off: merged, as they are shipped, they cost nothing.
 
     Args:
         vlm: The model.
@@ -84,6 +83,8 @@ def measure_latency(
         InputError: If no sample has a picture, or a number is too small.
         ExitLayerError: If the encoder has no such block.
     """
+    from peft import PeftModel
+
     for name, given, least in (("num_samples", num_samples, 1), ("new_tokens", new_tokens, 2), ("repeats", repeats, 1)):
         if given < least:
             raise InputError(f"{name}={given}: choose {least} or more")
@@ -95,7 +96,7 @@ def measure_latency(
     passes: dict[tuple[int, bool], list[Pass]] = {place: [] for place in places}
     order = random.Random(0)
     done, total = 0, (1 + repeats) * len(prompts) * len(places)
-    with _without_adapters(vlm):
+    with vlm.model.disable_adapter() if isinstance(vlm.model, PeftModel) else nullcontext():
         for round_number in range(1 + repeats):
             for prompt in prompts:
                 for place in order.sample(places, len(places)):
@@ -124,20 +125,9 @@ def spread(samples: Sequence[Sample], number: int) -> list[Sample]:
     return [pictured[place * len(pictured) // number] for place in range(number)]
 
 
-@contextmanager
-def _without_adapters(vlm: VLM) -> Iterator[None]:
-    if not isinstance(vlm.model, PeftModel):
-        yield
-        return
-    adapters, vlm.adapters = vlm.adapters, None
-    try:
-        with vlm.model.disable_adapter() if adapters is None else adapters.acting(None):
-            yield
-    finally:
-        vlm.adapters = adapters
-
-
 def _time_pass(vlm: VLM, prompt: Prompt, exit_layer: int, *, skip_global: bool, new_tokens: int) -> Pass:
+    from exitsafe.vlm.generation import Row
+
     stamps: list[float] = []
     started = _now(vlm)
     features = vlm.image_features(prompt.image_inputs, (exit_layer,), skip_global=skip_global)[exit_layer]
@@ -169,5 +159,7 @@ def _time_pass(vlm: VLM, prompt: Prompt, exit_layer: int, *, skip_global: bool, 
 def _now(vlm: VLM) -> float:
     """Seconds, once the device has done all it was asked."""
     if vlm.device.type != "cpu":
+        import torch
+
         torch.accelerator.synchronize(vlm.device)
     return time.perf_counter()

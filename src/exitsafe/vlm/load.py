@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from exitsafe.errors import ModelError
-from exitsafe.vlm.adapters import check_folder, exit_folders, load_adapters, read_trained_on
+from exitsafe.vlm.adapters import check_folder, load_adapter, note_other_model, read_trained_on
 from exitsafe.vlm.families import find_family
 from exitsafe.vlm.generation import ignored_settings
+from exitsafe.vlm.machine import check_quantization, find_device, find_dtype
 from exitsafe.vlm.model import VLM
-from exitsafe.vlm.processes import own_device
 from exitsafe.vlm.processor import check_processor, load_processor
+from exitsafe.vlm.sources import check_adapter_source, check_model_source
 from exitsafe.vlm.templates import check_template, prepare
 from exitsafe.vlm.translators import load_translators
 from exitsafe.world import ORGANISMS, model_folder
 
-_QUANTIZATIONS = ("nf4", "int8", "torchao-int8")
 _DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # code runs with trust_remote_code
 # What the libraries raise for torn files, missing parts and devices that are not there.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError, SafetensorError)
@@ -47,8 +46,7 @@ def load_vlm(
     Args:
         name_or_path: A Hub id, a folder written by `save_pretrained`, `organism` or `organism:text`. The organisms are
             too small to gain from several threads and set torch to one.
-        adapter: A PEFT adapter folder or Hub id; or one with a PEFT folder `layer-NN` for each exit that has an adapter
-            of its own: there it acts, and at other exits the base model does.
+        adapter: A PEFT adapter folder or Hub id.
         translators: A folder that `exitsafe translate` made for this model.
         revision: Branch, tag or commit of a Hub model; None is its newest commit.
         dtype: "auto" (as saved), or e.g. "bfloat16".
@@ -62,13 +60,15 @@ def load_vlm(
     Raises:
         ModelError: If nothing can be loaded from there, the family is not supported, the processor does not fit the
             model, an adapter's weights are incomplete, or the translators are another model's.
+        InputError: If the device, number type or quantization is unknown, or this machine has no such GPU.
     """
+    where_to, as_type = find_device(device), find_dtype(dtype) or "auto"
+    check_quantization(quantization)
     source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
     where = Path(source)
-    if not where.is_dir() and not _may_be_on_the_hub(source):
-        raise ModelError(f"{source} does not exist: give a Hub id or a folder written by save_pretrained")
-    if where.is_dir() and not (where / "config.json").is_file():
-        raise ModelError(f"{source} has no config.json: give a Hub id or a folder written by save_pretrained")
+    check_model_source(source)
+    if adapter is not None:
+        check_adapter_source(str(adapter))
     if where.is_dir() and revision is not None:
         raise ModelError(f"{source} is a folder and has no revisions; leave revision out")
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -84,18 +84,17 @@ def load_vlm(
         family = find_family(config)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
-            dtype=_dtype(dtype),
+            dtype=as_type,
             use_safetensors=True,
             quantization_config=_quantization_config(quantization),
-            device_map={"": _device(device)} if quantization else None,
+            device_map={"": where_to} if quantization else None,
             **remote,
         )
-        model = model.to(_device(device)) if quantization is None else model
+        model = model.to(where_to) if quantization is None else model
         processor = load_processor(source, config, family, **remote)
-        adapters = None
         if adapter_folder is not None:
-            num_layers = len(family.encoder_blocks(model))
-            model, adapters = load_adapters(model, adapter_folder, name=str(name_or_path), num_layers=num_layers)
+            model = load_adapter(model, adapter_folder)
+            note_other_model(adapter_folder, str(name_or_path))
     except SafetensorError as error:
         reason = f"a weights file is truncated or corrupt ({_first_line(error)}); save or download it again"
         raise ModelError(f"cannot load {name_or_path!s}: {reason}") from error
@@ -106,8 +105,7 @@ def load_vlm(
         processor,
         name=str(name_or_path),
         checkpoint_hash=hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None),
-        adapter_hash=None if adapter_folder is None else _hash_adapter(adapter_folder),
-        adapters=adapters,
+        adapter_hash=None if adapter_folder is None else hash_files(adapter_folder),
     )
     check_template(processor, today=vlm.today)
     for remark in check_processor(vlm) if processor is not None else ():
@@ -153,8 +151,6 @@ def _adapter_folder(adapter: str | Path) -> Path:
     """The adapter's files, from the Hub if `adapter` is no folder; safetensors only, as for models."""
     folder = Path(adapter)
     if not folder.is_dir():
-        if not _may_be_on_the_hub(str(adapter)):
-            raise ModelError(f"adapter {adapter} does not exist; if it is an align run's, let the run finish first")
         try:
             folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except _LOADING_ERRORS as error:
@@ -165,44 +161,9 @@ def _adapter_folder(adapter: str | Path) -> Path:
     return folder
 
 
-def _hash_adapter(folder: Path) -> str:
-    """Of one adapter, or of all that act at exits of their own."""
-    folders = exit_folders(folder)
-    if not folders:
-        return hash_files(folder)
-    return hashlib.sha256(
-        "".join(f"{layer} {hash_files(found)}\n" for layer, found in folders.items()).encode()
-    ).hexdigest()
-
-
-def _may_be_on_the_hub(name: str) -> bool:
-    """Hub ids are NAME or OWNER/NAME."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
-
-
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype):
-        raise ModelError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
-    return named
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return own_device()
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"device {device!r} is unknown; choose auto, cpu or cuda:N") from error
-
-
 def _quantization_config(quantization: str | None) -> Any:
     if quantization is None:
         return None
-    if quantization not in _QUANTIZATIONS:
-        raise ModelError(f"quantization {quantization!r} is unknown; choose {', '.join(_QUANTIZATIONS)}")
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     # Matched from the start of a module's full name. Features must stay those of the unquantised encoder.

@@ -7,7 +7,7 @@ loaded. The parts live in the files beside this one; this file gives them one fa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from exitsafe.errors import InputError, ModelError
 from exitsafe.records import Response, Sample
-from exitsafe.vlm.adapters import LINEAR_LAYERS, ExitAdapters
-from exitsafe.vlm.exits import ExitStack, Hook, check_exit_layer, skip_patch
+from exitsafe.vlm.adapters import LINEAR_LAYERS
+from exitsafe.vlm.exits import ExitStack, Hook, skip_patch
 from exitsafe.vlm.families import find_family
 from exitsafe.vlm.features import Features, compute_features, features_by_prompt
 from exitsafe.vlm.generation import Completion, Row, Sampling, answer_samples, complete_rows, end_tokens
-from exitsafe.vlm.memory import ImageStates, offloaded, rows_that_fit
+from exitsafe.vlm.layers import check_exit_layer
+from exitsafe.vlm.memory import BatchSize, ImageStates, free_memory, offloaded, rows_that_fit
 from exitsafe.vlm.packing import packed_states
 from exitsafe.vlm.prompts import Prompt, ReadAhead, collate, encode, read_ahead, too_long
 from exitsafe.vlm.templates import check_template, tokens_after_turn
@@ -40,7 +41,6 @@ class VLM:
         checkpoint_hash: Identifies the weights, config and processor files.
         adapter_hash: Identifies the PEFT adapter, if there is one.
         translators: One linear map per exit that features pass before the projector, if wanted.
-        adapters: Where `model` has one adapter per exit: which acts where. Outside exits the default exit's acts.
 
     Attributes:
         model, processor: The Hugging Face objects.
@@ -64,7 +64,6 @@ class VLM:
         checkpoint_hash: str | None = None,
         adapter_hash: str | None = None,
         translators: Translators | None = None,
-        adapters: ExitAdapters | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -84,9 +83,6 @@ class VLM:
             exit_layer: self.family_row.exit_settings(config, self.num_layers, exit_layer)
             for exit_layer in self.exit_layers
         }
-        self.adapters = adapters
-        if adapters is not None:
-            adapters.active = self.adapter_at(self.default_exit)
 
     @property
     def base_model(self) -> Any:
@@ -101,6 +97,17 @@ class VLM:
         """Every exit: 1 to `num_layers`."""
         return tuple(range(1, self.num_layers + 1))
 
+    def __repr__(self) -> str:
+        """What it is, where it exits and where it runs."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        added = [name for name in ("adapter_hash", "translators") if getattr(self, name) is not None]
+        with_them = "".join(f", with {name.removesuffix('_hash')}" for name in added)
+        return (
+            f"VLM {self.name} ({self.family}, {size / 1e6:,.1f}M parameters{with_them})\n"
+            f"  exits 1 to {self.num_layers}, default {self.default_exit}\n"
+            f"  {str(self.base_model.dtype).removeprefix('torch.')} on {self.device}"
+        )
+
     @property
     def device(self) -> torch.device:
         return torch.device(self.base_model.device)
@@ -109,8 +116,8 @@ class VLM:
     def exit_at(self, exit_layer: int, *, skip_global: bool = False) -> Iterator[VLM]:
         """Run any Hugging Face code on `model` with `exit_layer` encoder blocks; the others do not compute.
 
-        Where exits have adapters of their own, this exit's acts. Nestable: the innermost exit acts. On leaving, also
-        by an exception, the model is as it was. Not for two threads at once on one model.
+        Nestable: the innermost exit acts. On leaving, also by an exception, the model is as it was. Not for two threads
+        at once on one model.
 
         Args:
             exit_layer: Encoder blocks to run, 1 to `num_layers`.
@@ -125,13 +132,10 @@ class VLM:
         global_blocks = self.family_row.global_blocks(self.base_model)
         if skip_global and not global_blocks:
             raise InputError(f"skip_global: {self.family} has no global blocks; leave it out")
-        settings = self.exit_settings(exit_layer)
-        if self.adapters is not None:
-            settings.append((self.adapters, "active", self.adapter_at(exit_layer)))
         patch = skip_patch(
             self.family_row.encoder_blocks(self.base_model),
             global_blocks,
-            settings,
+            self.exit_settings(exit_layer),
             exit_layer=exit_layer,
             skip_global=skip_global,
             hooks=self.translation_hooks(exit_layer),
@@ -143,17 +147,6 @@ class VLM:
         """(config, entry, value) triples under which the model reads the features of `exit_layer`."""
         config = self.base_model.config
         return [(config, name, value) for name, value in self._exit_settings[exit_layer].items()]
-
-    def adapter_at(self, exit_layer: int) -> str | None:
-        """Name of the PEFT adapter in `model` that acts at this exit; None: the base model answers alone."""
-        check_exit_layer(exit_layer, self.num_layers)
-        if self.adapters is not None:
-            return self.adapters.by_exit.get(exit_layer)
-        return str(self.model.active_adapter) if isinstance(self.model, PeftModel) else None
-
-    def adapted(self, exit_layer: int) -> AbstractContextManager[None]:
-        """Inside, the adapter of this exit acts, and the encoder is left alone: for features that are there already."""
-        return nullcontext() if self.adapters is None else self.adapters.acting(self.adapter_at(exit_layer))
 
     def translation_hooks(self, exit_layer: int) -> list[Hook]:
         """What carries features of `exit_layer` through its translator; nothing where there is nothing to translate."""
@@ -245,7 +238,7 @@ class VLM:
         prompts: Sequence[Prompt],
         exit_layers: Sequence[int],
         *,
-        batch_size: int = 16,
+        batch_size: int | BatchSize = 16,
         skip_global: bool = False,
     ) -> list[dict[int, Features | None]]:
         """`image_features` of many prompts, split by prompt; None for prompts without images."""
@@ -258,20 +251,22 @@ class VLM:
         max_new_tokens: int,
         temperature: float,
         seed: int,
-        batch_size: int,
+        batch_size: int | BatchSize,
         draw: int = 0,
         suppress: Sequence[int] = (),
     ) -> Iterator[tuple[int, Completion]]:
         """Answer rows; yields (index into rows, completion) in the order of finishing.
 
         Args:
+            batch_size: Rows under generation at a time; halved when memory runs out, for good in a `BatchSize`.
             draw: Tells several answers to one (seed, sample, exit layer) apart.
             suppress: Token ids that must not be chosen.
 
         Raises:
             InputError: If a setting makes no sense, or a prompt leaves no room for an answer of `max_new_tokens`.
+            RunError: If memory runs out while a single row is answered.
         """
-        if batch_size < 1:
+        if isinstance(batch_size, int) and batch_size < 1:
             raise InputError(f"batch_size={batch_size}: choose 1 or more")
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draw=draw, suppress=tuple(suppress)
@@ -326,7 +321,7 @@ class VLM:
             self.text_config,
             num_tokens=max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens,
             dtype=self.base_model.dtype,
-            device=self.device,
+            free=free_memory(self.device),
             images=ImageStates(num_layers=across, per_row=states),
         )
 
@@ -337,10 +332,6 @@ class VLM:
     def batch_key(self, prompt: Prompt) -> object:
         """Prompts may share a batch when their keys are equal: always, but for families with cross-attention."""
         return self.family_row.batch_key(prompt.image_inputs)
-
-    def row_key(self, row: Row) -> object:
-        """Rows may share a forward pass when their keys are equal: prompts that may, answered by one adapter."""
-        return self.adapter_at(row.exit_layer), self.batch_key(row.prompt)
 
     def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced last hidden states at the positions that predict the response tokens.
@@ -353,18 +344,17 @@ class VLM:
             hidden (B, T, H), tokens (B, T) int64, mask (B, T) bool; T is the longest response. Gradients flow into
             the language model; the features are constants.
         """
-        assert len({self.row_key(row) for row in rows}) == 1, "group rows by row_key first"
+        assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
         self._check_room(rows, [len(response) for response in responses])
         batch = collate([row.prompt for row in rows], responses, pad_token_id=self.pad_token_id)
         num_tokens = max(len(response) for response in responses)
         tokens = batch["input_ids"][:, -num_tokens:].to(self.device)
         mask = batch["attention_mask"][:, -num_tokens:].bool().to(self.device)
-        with self.adapted(rows[0].exit_layer):
-            outputs = self.base_model.model(
-                **{name: tensor.to(self.device) for name, tensor in batch.items()},
-                **self.family_row.feature_inputs([row.features for row in rows if row.features is not None]),
-                use_cache=False,
-            )
+        outputs = self.base_model.model(
+            **{name: tensor.to(self.device) for name, tensor in batch.items()},
+            **self.family_row.feature_inputs([row.features for row in rows if row.features is not None]),
+            use_cache=False,
+        )
         return outputs.last_hidden_state[:, -num_tokens - 1 : -1], tokens, mask
 
     def packed_response_states(
@@ -380,9 +370,8 @@ class VLM:
         Returns:
             As `response_states`, to rounding; hidden states are kept at the responses' positions only.
         """
-        assert len({self.row_key(row) for row in rows}) == 1, "group rows by row_key first"
-        with self.adapted(rows[0].exit_layer):
-            return packed_states(self, rows, responses, group_size=group_size)
+        assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
+        return packed_states(self, rows, responses, group_size=group_size)
 
     @property
     def can_pack(self) -> bool:

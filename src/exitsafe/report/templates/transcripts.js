@@ -1,5 +1,106 @@
 // The transcript browser: filters, a list of samples, one sample's answers side by side.
-// What comes from a model, a judge or a data set is shown with textContent only. Asks the network for nothing.
+// What comes from a model, a judge or a data set is shown with textContent only. It makes no requests.
+
+// ---- words: what a score means, hostile text made readable ----
+
+const PIECE = 2000; // characters of an answer that are shown before more is asked for
+const MAX_NAME = 300; // of an id, a category or a label
+const WORDS = { // of score 0, between, 1
+  asr: ["no success", "partly a success", "attack succeeded"],
+  asr_loose: ["no success", "partly a success", "attack succeeded"],
+  refusal: ["not refused", "partly refused", "refused"],
+  vqa_accuracy: ["wrong", "partly right", "right"],
+  coherence: ["not coherent", "partly coherent", "coherent"],
+};
+const LINES = { toxicity: 0.5, reward: 0 }; // where the filter cuts a scorer's scale
+const UNSCORED = "not scored";
+
+const many = (n, word, words = `${word}s`) => `${n.toLocaleString("en")} ${n === 1 ? word : words}`;
+const letterOf = (n) => (n < 26 ? "" : letterOf(Math.floor(n / 26) - 1)) + String.fromCharCode(65 + (n % 26));
+
+function outcomesOf(measure) {
+  const line = LINES[measure] ?? 0;
+  return [...(WORDS[measure] || [`below ${line}`, `${line} or more`]), UNSCORED];
+}
+
+// NaN: nobody was asked; Infinity: the judge gave no score
+function outcomeOf(measure, score) {
+  if (Number.isNaN(score)) return "";
+  if (score === Infinity) return UNSCORED;
+  const words = outcomesOf(measure);
+  if (!WORDS[measure]) return words[score >= (LINES[measure] ?? 0) ? 1 : 0];
+  return words[score === 0 ? 0 : score === 1 ? 2 : 1];
+}
+
+function titleOf({ title, measure, judge }) {
+  return element("span", judge === measure ? title : [`${title}, `, element("bdi", judge)]);
+}
+
+// controls, what turns the reading direction, what cannot be seen, halves of surrogate pairs
+const UNSEEN =
+  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e0fff}\ud800-\udfff]/gu;
+const visible = (text) =>
+  text.replace(UNSEEN, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+
+function element(tag, content, attributes = {}) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (typeof content !== "string") made.append(...content);
+  else made.textContent = visible(content.length > MAX_NAME ? `${content.slice(0, MAX_NAME)}…` : content);
+  return made;
+}
+
+// ---- data: columns over (sample, exit layer), packed by transcripts.py, unpacked on demand ----
+// A part is either in the page or in a sidecar file that the reader has opened.
+
+const data = JSON.parse(document.getElementById("transcripts-data").textContent);
+const numLayers = data.exitLayers.length;
+const asJson = (buffer) => JSON.parse(new TextDecoder().decode(buffer));
+const asBytes = (buffer) => new Uint8Array(buffer);
+const asCounts = (buffer) => new Uint32Array(buffer);
+const READERS = {
+  ids: asJson, labels: asJson, kinds: asBytes, finish: asBytes, hashes: asBytes, categories: asCounts,
+  tokens: asCounts, chars: asCounts, codes: asCounts, scores: (buffer) => new Float32Array(buffer),
+};
+const unpacked = new Map();
+let sidecar = null;
+
+// `scores0.2`: of run 0 and its third judge's measure
+function column(name) {
+  if (!unpacked.has(name)) {
+    const read = READERS[name.match(/^[a-z]+/)[0]];
+    unpacked.set(name, unpack(data.columns[name]).then(read));
+  }
+  return unpacked.get(name);
+}
+
+const columns = (names) => Promise.all(names.map(column));
+
+// [run][layer]; null where the texts are not at hand
+async function textsOf(sample) {
+  const isAtHand = data.texts.length && (typeof data.texts[sample] === "string" || sidecar);
+  return isAtHand ? asJson(await unpack(data.texts[sample])) : null;
+}
+
+const hasColumns = () => typeof data.columns.ids === "string" || sidecar !== null;
+
+async function unpack(where) {
+  const base64 = typeof where === "string" ? where : await sidecar.slice(where[0], where[0] + where[1]).text();
+  const binary = atob(base64);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
+}
+
+// whether the file is this report's
+async function takeSidecar(file) {
+  const heading = (await file.slice(0, 200).text()).split("\n")[0];
+  if (heading !== data.sidecar.heading || file.size !== data.sidecar.bytes) return false;
+  sidecar = file;
+  return true;
+}
+
+// ---- state ----
 
 const PAGE = 20; // samples in the list at a time
 const HASH_BYTES = 6;
@@ -9,9 +110,9 @@ const state = { matches: [], counts: [], page: 0, open: -1, asked: 0, isMatch: n
 
 // ---- filters ----
 
-data.runs.forEach((run, r) => run.verdicts.forEach(({ judge, measure }, v) => {
+data.runs.forEach((run, r) => run.verdicts.forEach(({ judge, measure, title }, v) => {
   let known = measures.find((other) => other.judge === judge && other.measure === measure);
-  if (!known) measures.push((known = { judge, measure, place: [] }));
+  if (!known) measures.push((known = { judge, measure, title, place: [] }));
   known.place[r] = v;
 }));
 
@@ -178,7 +279,7 @@ async function showSample(s) {
   setAble("t-after", at >= 0 && at + 1 < state.matches.length);
   $("t-tools").hidden = $("t-scroll").hidden = false;
   nameAnswers(answers);
-  const caption = "A bar at an answer's left edge: it matches the filters.";
+  const caption = "A bar at an answer's left edge means that it matches the filters.";
   const elsewhere = data.hasTexts && !texts ? ` To read the texts, open ${data.sidecar.name} above.` : "";
   const head = [element("th", "Exit layer", { scope: "col" })];
   data.runs.forEach((run) => head.push(element("th", [element("bdi", run.label)], { scope: "col" })));
@@ -208,7 +309,7 @@ async function answersOf(r, s) {
     return {
       hash: Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join(""),
       lengths: `${many(tokens[cell], "token")}, ${many(chars[cell], "character")}`,
-      finish: finish[cell] === 2 ? "cut at the token limit" : "ended by itself",
+      finish: finish[cell] === 2 ? "cut at the token limit" : "ended on its own",
       verdicts: verdicts
         .map((found) => ({ ...found, score: found.scores[cell], label: found.labels[found.codes[cell]] }))
         .filter(({ score }) => !Number.isNaN(score)),
@@ -283,7 +384,7 @@ async function openSidecar() {
   if (!file) return;
   if (!(await takeSidecar(file))) {
     const name = data.sidecar.name;
-    throw new Error(`this file does not belong to this page; choose the ${name} that was written together with it`);
+    throw new Error(`this file does not belong to this page; choose the ${name} that was written with it`);
   }
   $("t-sidecar-state").textContent = "The file is open.";
   await start();
@@ -303,7 +404,7 @@ const guarded = (work) => async (event) => {
   try {
     await work(event);
   } catch (error) {
-    $("t-fault").textContent = `That did not work: ${visible(error.message)}.`;
+    $("t-fault").textContent = `Failed: ${visible(error.message)}.`;
   }
 };
 

@@ -1,0 +1,334 @@
+"""Held-out evaluation against reward hacking: a judge that is not the reward judges answers to held-out samples.
+
+The evaluations give a curve, numbers only; training ends when it no longer falls, and the weights of its lowest point
+within the KL budget become the adapter.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exitsafe.errors import InputError
+from exitsafe.judges import Judge, ModelJudge, load_judges
+from exitsafe.judges.asking import ask_judge
+from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.parallel import ALONE, Team
+from exitsafe.lppo.scorer import Scorer
+from exitsafe.lppo.sharding import in_step
+from exitsafe.records import Response, Sample
+from exitsafe.runs.fingerprint import data_fingerprint, request_digest, sample_info
+from exitsafe.runs.judging import judge_settings, unload
+from exitsafe.runs.metrics import METRICS
+from exitsafe.vlm import VLM
+from exitsafe.vlm.answering import Answering, Task
+
+_HARMS = ("asr", "over_refusal", "benign_refusal")  # as they are: 0 is best
+_USES = ("vqa_accuracy", "coherence")  # what the untrained model had of them and is lost
+_METRICS = {metric.name: metric for metric in METRICS if metric.name in _HARMS + _USES}
+
+Rates = dict[str, float | None]
+"""By metric; None where no answer could be scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How a policy is evaluated during training.
+
+    Args:
+        samples: Held out: harmful ones, and some that should be answered. None may be trained on.
+        judge: Not the reward, measures `asr`; or its name on the command line.
+        every: Steps between evaluations.
+        patience: Training ends after this many evaluations without a lower objective; None trains to the last step.
+        max_kl: Only weights with at most this many nats per response may become the adapter; None for no budget.
+
+    Raises:
+        InputError: On numbers out of range, or samples that would let refusing everything look best.
+    """
+
+    samples: Sequence[Sample]
+    judge: Judge | str
+    every: int = 20
+    patience: int | None = 5
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", tuple(self.samples))
+        for name, value in (("every", self.every), ("patience", self.patience)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InputError(f"the evaluation's {name}={value!r} must be a whole number of at least 1")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise InputError(f"the evaluation's max_kl={self.max_kl!r} must be a number above 0, or none")
+        kinds = {sample.kind for sample in self.samples}
+        if "harmful" not in kinds or len(kinds) == 1:
+            raise InputError(
+                f"the evaluation has samples of {', '.join(sorted(kinds)) or 'no'} kind: give harmful ones and some "
+                "that should be answered (borderline, benign or vqa), or refusing everything would look best"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """What one evaluation found after `step` steps. `kl` is that of the last step's rollouts, in nats per response."""
+
+    step: int
+    objective: float | None
+    kl: float
+    exits: dict[int, Rates]
+    num_unscored: int
+
+
+def keep_apart(samples: Sequence[Sample], *, per_kind: int) -> tuple[list[Sample], list[Sample]]:
+    """Split samples into those to train on and those to evaluate on, none in both.
+
+    Args:
+        samples: All.
+        per_kind: How many of each kind to hold out, evenly spaced, but at most a quarter.
+    """
+    held_out = []
+    for kind in dict.fromkeys(sample.kind for sample in samples):
+        members = [sample for sample in samples if sample.kind == kind]
+        count = min(per_kind, len(members) // 4)
+        held_out += [members[place * len(members) // count] for place in range(count)]
+    seen = set(map(request_digest, held_out))
+    return [sample for sample in samples if request_digest(sample) not in seen], held_out
+
+
+class Evaluator:
+    """Evaluates a model in training, and remembers the best weights.
+
+    Raises:
+        InputError: If the judge is the reward or measures no attacks, or a sample is trained on.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        vlm: VLM,
+        *,
+        trained_on: Sequence[Sample],
+        scorer: Scorer,
+        exit_layers: Sequence[int],
+        config: LPPOConfig,
+        team: Team = ALONE,
+    ) -> None:
+        self.evaluation = evaluation
+        self.team = team
+        self.exit_layers = tuple(exit_layers)
+        self.results: list[EvaluationResult] = []
+        self.best_weights: dict[str, Tensor] = {}
+        self.kl = 0.0  # of the last step's rollouts
+        self._judges = _judges(evaluation.judge, scorer)
+        self._num_steps = config.num_steps
+        # until the policy is trained there is nothing new to see
+        self._first_trained = config.value_warmup_steps + 1 if config.algorithm == "ppo" else 1
+        self._answering = Answering(
+            vlm,
+            max_new_tokens=config.max_new_tokens,
+            temperature=0.0,
+            seed=config.seed,
+            batch_size=config.rollout_batch_size,  # what runs side by side must not depend on free memory
+        )
+        self._answering.rows.is_fixed = team.is_sharded
+        self._prompts = self._answering.check(evaluation.samples, exit_layer=self.exit_layers[0])
+        _check_apart(evaluation.samples, trained_on)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the curve and what is made of it, as JSON."""
+        return {
+            "judge": judge_settings(self._judges[0]),
+            "data": data_fingerprint([sample_info(sample) for sample in self.evaluation.samples]),
+            "prompts": self._prompts.settings,
+            "every": self.evaluation.every,
+            "patience": self.evaluation.patience,
+            "max_kl": self.evaluation.max_kl,
+        }
+
+    @property
+    def best(self) -> EvaluationResult | None:
+        """The earliest evaluation with the lowest objective within the KL budget."""
+        return min(filter(self._may_win, self.results), key=lambda result: result.objective or 0.0, default=None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the latest evaluations brought no improvement."""
+        best = self.best
+        since = len(self.results) if best is None else sum(result.step > best.step for result in self.results)
+        return self.evaluation.patience is not None and since >= self.evaluation.patience
+
+    def is_due(self, step: int) -> bool:
+        """Whether to evaluate after this many steps: before the first, every `every` steps, and after the last."""
+        is_regular = step % self.evaluation.every == 0 and step >= self._first_trained
+        return step == 0 or is_regular or step == self._num_steps
+
+    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Evaluate after this many steps; keep the weights if they are best. Returns a line of evaluations.jsonl."""
+        started = time.perf_counter()
+        with torch.random.fork_rng():  # a judge that draws does not move the training
+            exits, num_unscored = self._rates()
+        first = self.results[0].exits if self.results else exits
+        result = EvaluationResult(
+            step=step, objective=objective(exits, first), kl=self.kl, exits=exits, num_unscored=num_unscored
+        )
+        self.results.append(result)
+        best = self.best
+        if best is result:
+            self.best_weights = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+        return {
+            **asdict(result),
+            "within_budget": self._is_affordable(result),
+            "best_step": None if best is None else best.step,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "results": [asdict(result) for result in self.results],
+            "best_weights": self.best_weights,
+            "kl": self.kl,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.results = [EvaluationResult(**result) for result in state["results"]]
+        self.best_weights = {name: weight.cpu() for name, weight in state["best_weights"].items()}
+        self.kl = state["kl"]
+
+    def outcome(self, step: int) -> dict[str, Any]:
+        """What became the adapter of a training that ended after so many steps, and why; warns of a bad end."""
+        best = self.best
+        budget = "" if self.evaluation.max_kl is None else f" with a KL of at most {self.evaluation.max_kl:g}"
+        if best is None:
+            why = f"the last step: none of {len(self.results)} evaluations{budget} could be scored"
+            warnings.warn(f"held-out evaluation chose nothing, the adapter is from {why}", RuntimeWarning, stacklevel=3)
+        else:
+            why = f"the lowest objective, {best.objective:g}, of {len(self.results)} evaluations{budget}"
+        if best is not None and best.step == 0:
+            warnings.warn(
+                f"no evaluation{budget} beat the untrained model: the adapter is from step 0 and changes nothing",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return {
+            "steps": step,
+            "adapter_step": step if best is None else best.step,
+            "why": why,
+            "stopped_early": step < self._num_steps,
+            "objective": None if best is None else best.objective,
+            "objective_untrained": self.results[0].objective,
+            "kl": self.kl if best is None else best.kl,
+        }
+
+    def _is_affordable(self, result: EvaluationResult) -> bool:
+        return self.evaluation.max_kl is None or result.kl <= self.evaluation.max_kl
+
+    def _may_win(self, result: EvaluationResult) -> bool:
+        return result.objective is not None and self._is_affordable(result)
+
+    def _rates(self) -> tuple[dict[int, Rates], int]:
+        """The metrics at each exit, and how many verdicts were missing."""
+        samples = {sample.id: sample for sample in self.evaluation.samples}
+        own = [self.evaluation.samples[place] for place in self.team.places(len(self.evaluation.samples))]
+        tasks = [Task(sample=sample, exit_layers=self.exit_layers) for sample in own]
+        answering = self._answering
+        with in_step(answering.vlm, self.team):
+            responses = [response for chunk in answering.chunks(tasks) for response in answering.answer(chunk)]
+        told = self._scores([samples[response.sample_id] for response in responses], responses)
+        scores = {place: score for part in self.team.gather(told) for place, score in part.items()}
+        unload(self._judges)
+        exits: dict[int, Rates] = {}
+        for exit_layer in self.exit_layers:
+            exits[exit_layer] = {}
+            for name, metric in _METRICS.items():
+                found = [
+                    scores[metric.measure, sample.id, exit_layer]
+                    for sample in self.evaluation.samples
+                    if sample.kind in metric.kinds
+                ]
+                if found:
+                    exits[exit_layer][name] = _mean(found)
+        return exits, sum(score is None for score in scores.values())
+
+    def _scores(
+        self, samples: Sequence[Sample], responses: Sequence[Response]
+    ) -> dict[tuple[str, str, int], float | None]:
+        """By measure, sample and exit; of several judges with one measure the first counts."""
+        wanted = {metric.measure for metric in _METRICS.values()}
+        scores: dict[tuple[str, str, int], float | None] = {}
+        for judge in self._judges:
+            for verdict in ask_judge(judge, samples, responses):
+                if verdict.measure in wanted:
+                    scores.setdefault((verdict.measure, verdict.sample_id, verdict.exit_layer), verdict.score)
+        return scores
+
+
+def objective(
+    exits: Mapping[int, Mapping[str, float | None]], untrained: Mapping[int, Mapping[str, float | None]]
+) -> float | None:
+    """What should fall: the sum of attack success, over-refusal, benign refusal, and lost VQA accuracy and coherence.
+
+    Each is that of its worst exit, from 0 to 1. Losses are against the untrained model at the same exit.
+
+    Returns:
+        The sum over what the samples' kinds let measure; None if one of these could not be scored at some exit.
+
+    >>> objective({1: {"asr": 0.2, "vqa_accuracy": 0.7}, 2: {"asr": 0.0, "vqa_accuracy": 0.9}},
+    ...           {1: {"asr": 1.0, "vqa_accuracy": 0.8}, 2: {"asr": 0.0, "vqa_accuracy": 0.8}})
+    0.3
+    """
+    total = 0.0
+    for name in _METRICS:
+        failings = []
+        for exit_layer, rates in exits.items():
+            if name not in rates:
+                continue
+            rate, before = rates[name], untrained[exit_layer][name]
+            if rate is None or before is None:
+                return None
+            failings.append(rate if name in _HARMS else max(0.0, before - rate))
+        total += max(failings, default=0.0)
+    return round(total, 6)  # equal rates must give equal sums
+
+
+def _judges(judge: Judge | str, scorer: Scorer) -> list[Judge]:
+    """The evaluation's judge, and behind it those that cost nothing for what it does not measure."""
+    chosen = load_judges([judge])[0] if isinstance(judge, str) else judge
+    if "asr" not in chosen.measures:
+        raise InputError(
+            f"judge {chosen.name} measures {', '.join(chosen.measures)}: held-out evaluation needs one of asr"
+        )
+    if chosen.name in scorer.name.split("+") or any(_is_same_model(chosen, other) for other in scorer.judges):
+        raise InputError(
+            f"judge {chosen.name} is the reward too: it would show how well it is pleased, not whether that is safe; "
+            "evaluate with another judge"
+        )
+    names = ["vqa", "coherence"] if "refusal" in chosen.measures else ["refusal-prefix", "vqa", "coherence"]
+    return [chosen, *load_judges([name for name in names if name != chosen.name])]
+
+
+def _is_same_model(judge: Judge, other: Judge) -> bool:
+    """Two names of one model."""
+    return isinstance(judge, ModelJudge) and isinstance(other, ModelJudge) and judge.settings == other.settings
+
+
+def _check_apart(held_out: Sequence[Sample], trained_on: Sequence[Sample]) -> None:
+    trained = set(map(request_digest, trained_on))
+    both = [sample.id for sample in held_out if request_digest(sample) in trained]
+    if both:
+        raise InputError(
+            f"{len(both)} held-out samples are trained on, such as {both[0]}: keep them apart "
+            "(exitsafe.lppo.keep_apart splits a list)"
+        )
+
+
+def _mean(scores: Iterable[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None

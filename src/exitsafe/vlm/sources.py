@@ -1,0 +1,50 @@
+"""What a model or an adapter is loaded from: a local folder or a Hub id, told apart without asking the Hub.
+
+Needs no torch, so that the command line can refuse a wrong name at once.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from exitsafe.errors import ModelError
+
+
+def check_model_source(source: str) -> None:
+    """Refuse what cannot be a model.
+
+    Raises:
+        ModelError: If it is a local folder that is missing or holds no model, or no possible Hub id.
+    """
+    where = Path(source)
+    if not where.is_dir() and not may_be_on_the_hub(source):
+        raise ModelError(f"{source} does not exist: give a Hub id or a folder written by save_pretrained")
+    if where.is_dir() and not (where / "config.json").is_file():
+        if (where / "adapter_config.json").is_file():
+            raise ModelError(f"{source} is an adapter: give its base model, and {source} as --adapter")
+        raise ModelError(f"{source} has no config.json: give a Hub id or a folder written by save_pretrained")
+
+
+def check_adapter_source(adapter: str) -> None:
+    """Refuse what cannot be an adapter.
+
+    Raises:
+        ModelError: If it is a local folder that is missing, or a training run instead of the adapter in it.
+    """
+    folder = Path(adapter)
+    if (folder / "metrics.jsonl").is_file() and not (folder / "adapter_config.json").is_file():
+        hint = f"did you mean {folder / 'adapter'}?" if (folder / "adapter").is_dir() else "let it finish first"
+        raise ModelError(f"{adapter} is a training run, not an adapter: {hint}")
+    if not folder.is_dir() and not may_be_on_the_hub(adapter):
+        raise ModelError(f"adapter {adapter} does not exist; if it is an align run's, let the run finish first")
+
+
+def may_be_on_the_hub(name: str) -> bool:
+    """Hub ids are NAME or OWNER/NAME; below a folder that is here, a local path is meant.
+
+    >>> may_be_on_the_hub("llava-hf/llava-1.5-7b-hf"), may_be_on_the_hub("./slim")
+    (True, False)
+    """
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+    return is_id and not ("/" in name and Path(name).parent.is_dir())

@@ -1,0 +1,144 @@
+"""Training passes that run out of memory: smaller ones follow, the adapter is that of a run that began with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from exitsafe.errors import RunError
+from exitsafe.lppo import align
+from exitsafe.lppo.parallel import this_team
+from exitsafe.lppo.policy import Policy, PolicyOutput
+from exitsafe.lppo.trainer import _batch_size
+from exitsafe.lppo.update import Learner
+from exitsafe.vlm import VLM, Row, generation
+from tests.lppo.conftest import count_red, make_samples, tiny_config
+from tests.lppo.forks import together
+
+WHOLE = 10_000
+
+
+def train(vlm: VLM, out: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    config = tiny_config(num_steps=3, exit_layers=(2, 4), **changes)
+    align(vlm, make_samples(), reward=count_red, config=config, out=out)
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    assert all(one[name].abs().max() > 1e-3 for name in one if "lora_B" in name)  # they start at zero
+
+
+def fail_over(monkeypatch: pytest.MonkeyPatch, most: int, *, backward: bool = False) -> list[int]:
+    """No pass of more than so many rows; passes with gradient alone fail after some gradients are there."""
+    evaluate, sizes = Policy.evaluate, list[int]()
+
+    def short(self: Policy, rows: Sequence[Row], responses: Sequence[torch.Tensor]) -> PolicyOutput:
+        sizes.append(len(rows))
+        if not backward and len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        found = evaluate(self, rows, responses)
+        if backward and len(rows) > most and found.logprobs.requires_grad:
+            found.logprobs.register_hook(lambda gradient: run_out())
+        return found
+
+    def run_out() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(Policy, "evaluate", short)
+    return sizes
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_the_adapter_is_that_of_smaller_microbatches(
+    vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backward: bool, group_size: int
+) -> None:
+    expected = train(vlm, tmp_path / "small", microbatch_tokens=40, group_size=group_size)
+    sizes = fail_over(monkeypatch, 2, backward=backward)
+    with pytest.warns(RuntimeWarning, match="out of memory in step") as told:
+        found = train(vlm, tmp_path / "halved", microbatch_tokens=WHOLE, group_size=group_size)
+    assert_alike(found, expected)
+    assert max(sizes) > 2
+    lines = [str(each.message) for each in told if "out of memory" in str(each.message)]
+    assert len(lines) == 1 and "microbatch_tokens is now" in lines[0]
+
+
+def test_half_summed_gradients_are_dropped(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out in the second pass of a minibatch, once."""
+    expected = train(vlm, tmp_path / "small", microbatch_tokens=40)
+    add_up, calls = Learner._add_up, list[int]()
+
+    def short(self: Learner, passes: Any, *given: Any) -> Any:
+        calls.append(len(passes))
+        if len(calls) == 2:
+            add_up(self, passes[:1], *given)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return add_up(self, passes, *given)
+
+    monkeypatch.setattr(Learner, "_add_up", short)
+    with pytest.warns(RuntimeWarning, match="microbatch_tokens is now"):
+        assert_alike(train(vlm, tmp_path / "halved", microbatch_tokens=40), expected)
+    assert calls[2] > calls[1]
+
+
+def test_rollouts_take_fewer_rows(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = train(vlm, tmp_path / "whole")
+    prefill, sizes = generation._prefill, list[int]()
+
+    def short(vlm: VLM, rows: Sequence[Row], indices: list[int], sampling: Any) -> Any:
+        sizes.append(len(indices))
+        if len(indices) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return prefill(vlm, rows, indices, sampling)
+
+    monkeypatch.setattr(generation, "_prefill", short)
+    with pytest.warns(RuntimeWarning, match="step 0: rollout_batch_size is now 2,"):
+        assert_alike(train(vlm, tmp_path / "halved", rollout_batch_size=8), expected)
+    assert [size for size in sizes if size > 3] == sizes[:2]  # later steps begin with the smaller size
+
+
+def test_what_does_not_fit_alone_is_one_line(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_over(monkeypatch, 0)
+    with pytest.raises(RunError, match="out of memory in a training pass over a single answer: set gradient_check"):
+        train(vlm, tmp_path / "run")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_one_process_of_two_runs_out(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on by itself, and from the next step on both cut as small as it."""
+    settings = {"microbatch_tokens": WHOLE, "minibatch_size": 8}
+    expected = train(vlm, tmp_path / "small", **settings | {"microbatch_tokens": 40})
+
+    def work(number: int) -> None:
+        sizes = fail_over(monkeypatch, 1 if number else 100)
+        if number == 0:
+            with pytest.warns(RuntimeWarning, match="microbatch_tokens is now"):
+                train(vlm, tmp_path / "shared", **settings)
+        else:
+            train(vlm, tmp_path / "shared", **settings)
+        assert max(sizes[:3]) > 1 and max(sizes[-3:]) == 1
+
+    together(2, work)
+    assert_alike(load_file(tmp_path / "shared" / "adapter" / "adapter_model.safetensors"), expected)
+
+
+def test_sharded_processes_stop_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    team = this_team()
+    team.is_sharded = True
+    size = _batch_size("microbatch_tokens", 64, "too little", team)
+    with pytest.raises(
+        RunError, match=r"microbatch_tokens=64, and processes .* cannot halve it .* microbatch_tokens: 32"
+    ):
+        size.run(lambda size: _run_out())
+
+
+def _run_out() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
