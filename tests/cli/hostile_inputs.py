@@ -478,7 +478,7 @@ def _differences_into_a_file(place: Place) -> Sequence[str | Path]:
     return ["compare", place.run, place.run, "--out", place.file("file", "mine") / "differences.json"]
 
 
-@_case("cannot be written", "choose another place")
+@_case("cannot be written", "choose another folder")
 def _chart_into_a_file(place: Place) -> Sequence[str | Path]:
     return ["compare", place.run, place.run, "--chart", place.file("file", "mine") / "chart.svg"]
 

@@ -161,7 +161,7 @@ def test_completions_in_a_private_file_and_on_a_page(
     assert "<title>Mine</title>" in text
     assert page.stat().st_mode & 0o777 == 0o600
 
-    assert "report it alone" in fail("report", audited, out, "--out", page)
+    assert "report it on its own page" in fail("report", audited, out, "--out", page)
     (out / "completions.jsonl").write_text("[1]\n")
     assert "completions.jsonl is damaged in line 1" in fail("report", out, "--out", page)
 

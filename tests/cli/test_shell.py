@@ -33,11 +33,11 @@ def test_an_audit_of_a_model_folder_with_a_local_suite(family: str, suite: Path,
     assert document["family"] == family
     assert [layer["exit_layer"] for layer in document["layers"]] == list(range(1, NUM_LAYERS + 1))
     assert all(layer["metrics"]["asr"]["n"] == 2 for layer in document["layers"])
-    # only what people should read: what is loading, that the default judge is not there, memory and progress
+    # only what people should read: what is loading, that the default judge is not there, and progress
     loading, warning, *lines = done.stderr.splitlines()
     assert loading == f"loading {model}"
     assert warning.startswith("warning: the default judge, qwen3guard, is not available")
-    assert [line.split(":")[0] for line in lines] == ["memory", "Audit", "memory"]
+    assert [line.split(":")[0] for line in lines] == ["Audit"]
 
 
 def test_bad_input_is_one_line_and_status_2(suite: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_bad_settings(
     pictures = [*translate, "--images", folder]
     assert "has no suites of its own: give --images DIR" in fail(*translate)
     assert "two sources of pictures" in fail(*pictures, "--suite", suite)
-    assert "is no folder" in fail(*translate, "--images", tmp_path / "none")
+    assert "is not a folder" in fail(*translate, "--images", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "holds no pictures" in fail(*translate, "--images", tmp_path / "empty")
     assert "choose 1 to 6" in fail(*pictures, "--layers", "7")
