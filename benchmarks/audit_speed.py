@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.timing import best_seconds
 from exitsafe import audit, load_vlm
+from exitsafe.engine.vlm import VLM
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from exitsafe.world import organism_suites
 
 MAX_NEW_TOKENS = 24

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.timing import best_seconds
-from exitsafe.vlm import VLM
+from exitsafe.engine.vlm import VLM
 
 NUM_LAYERS = 12
 WIDTH = 1024

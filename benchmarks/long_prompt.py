@@ -12,8 +12,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.tiny_models import CHAT_TEMPLATE, VOCAB, WORDS, noise_image, tiny_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14

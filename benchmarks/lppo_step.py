@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.long_prompt import long_prompt_vlm, picture_questions
 from exitsafe import align
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig
 from exitsafe.records import Response, Sample
-from exitsafe.vlm import VLM
 
 NUM_PROMPTS, GROUP_SIZE, ANSWER_TOKENS = 4, 4, 48
 BATCH = NUM_PROMPTS * GROUP_SIZE

@@ -24,7 +24,7 @@ from exitsafe.cli import defaults
 from exitsafe.cli.audit_plan import AuditPlan, make_plan, run_plan
 from exitsafe.cli.models import load_model
 from exitsafe.lppo import LPPOConfig, align
-from exitsafe.runs import AuditRun
+from exitsafe.results.run import AuditRun
 
 EVERY_OTHER = (1, 3, 5, 7)
 

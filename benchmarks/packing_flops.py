@@ -12,12 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.long_prompt import long_prompt_vlm, picture_questions
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig
 from exitsafe.lppo.experience import deal, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.policy import attached_policy
 from exitsafe.lppo.update import Learner
-from exitsafe.vlm import VLM
 
 NUM_PROMPTS, GROUP_SIZE, RESPONSE_TOKENS = 2, 4, 100
 

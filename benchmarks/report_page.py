@@ -15,9 +15,9 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks.timing import best_seconds
-from exitsafe.report import render_report
-from tests.report.chromium import CHROMIUM, FLAGS
-from tests.report.transcript_runs import write_run
+from exitsafe.show.page import render_report
+from tests.show.chromium import CHROMIUM, FLAGS
+from tests.show.transcript_runs import write_run
 
 NUM_SAMPLES, NUM_LAYERS, NUM_RUNS = 10_000, 24, 2
 WORDS = (

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from exitsafe.runs import AuditRun, load_run
-from exitsafe.runs.metrics import METRICS, judge_of
-from exitsafe.runs.stopping import BLOCK
+from exitsafe.results.metrics import METRICS, judge_of
+from exitsafe.results.run import AuditRun, load_run
+from exitsafe.results.stopping import BLOCK
 from exitsafe.stats import decision_bounds, wilson_interval
 
 Bools = npt.NDArray[np.bool_]

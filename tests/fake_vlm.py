@@ -14,11 +14,13 @@ from typing import Any, cast
 import torch
 
 import exitsafe
+from exitsafe.engine.generation import Completion
+from exitsafe.engine.prompts import Prompt, Row
+from exitsafe.engine.read_ahead import ReadAhead
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
+from exitsafe.machine.memory import BatchSize, as_batch_size
 from exitsafe.records import KINDS, Response, Sample
-from exitsafe.vlm import VLM, Completion, Prompt, Row
-from exitsafe.vlm.memory import BatchSize, as_batch_size
-from exitsafe.vlm.prompts import ReadAhead
 
 PHRASES = ("I cannot help.", "red", "mix moss with foam", "", "blue blue blue blue blue blue")
 SAMPLES = [

@@ -9,12 +9,13 @@ from typing import Any
 
 from exitsafe.judges import MEASURES
 from exitsafe.records import Response, Verdict
-from exitsafe.runs import AuditRun, SampleInfo, load_run
-from exitsafe.runs.directory import RunDirectory
-from exitsafe.runs.fingerprint import data_fingerprint
-from exitsafe.runs.integrity import settings_hash
-from exitsafe.runs.scores import score_table
-from exitsafe.runs.summary import summarise
+from exitsafe.results.run import AuditRun, load_run, summarise_run
+from exitsafe.results.summary import summarise
+from exitsafe.store.directory import RunDirectory
+from exitsafe.store.fingerprint import data_fingerprint
+from exitsafe.store.integrity import settings_hash
+from exitsafe.store.scores import score_table
+from exitsafe.store.tables import SampleInfo
 
 MODEL = {"name": "m", "family": "llava", "num_layers": 3, "default_exit": 2, "checkpoint": None, "adapter": None}
 
@@ -48,7 +49,7 @@ def write_finished(
     """A run with these results; `changes` as in `run_settings`. Verdicts that are owed and not given are good ones."""
     settings = run_settings(samples, **changes)
     verdicts = [*verdicts, *_owed(samples, responses, verdicts, settings["judges"])]
-    with RunDirectory(path, settings=settings, origin=origin) as run:
+    with RunDirectory(path, summarise=summarise_run, settings=settings, origin=origin) as run:
         run.save_responses(responses)
         rows = [(response.sample_id, response.exit_layer) for response in responses]
         for judge in settings["judges"]:

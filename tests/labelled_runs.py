@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from exitsafe.records import Kind, Response, Verdict
-from exitsafe.runs.finished import AuditRun
-from exitsafe.runs.tables import SampleInfo, responses_in_table, to_parquet, verdicts_in_table
+from exitsafe.results.run import AuditRun
+from exitsafe.store.tables import SampleInfo, responses_in_table, to_parquet, verdicts_in_table
 
 Answers = Mapping[str, list[str]]
 Scores = Mapping[tuple[str, str], Mapping[str, list[float | None]]]

@@ -15,13 +15,13 @@ from rich.console import Console
 from exitsafe.cli.main import run as main
 from exitsafe.cli.recommend_tables import recommend_tables
 from exitsafe.cli.tables import audit_tables
+from exitsafe.exporting.audited import audit_record
+from exitsafe.exporting.model_card import _eval_results, _what_was_measured
 from exitsafe.judges.refusal_prefix import RefusalPrefix
 from exitsafe.recommend import recommend
-from exitsafe.runs import AuditRun
-from exitsafe.slim.audited import audit_record
-from exitsafe.slim.model_card import _eval_results, _what_was_measured
+from exitsafe.results.run import AuditRun
 from tests.fake_vlm import SAMPLES, FakeVLM, audit_fake
-from tests.report.page_runs import write_run
+from tests.show.page_runs import write_run
 
 PROXY = (("refusal-prefix", ("asr", "refusal")), ("vqa", ("vqa_accuracy",)), ("coherence", ("coherence",)))
 CLAIMS = re.compile(r"harmful answer|attack success|\bAASR\b", re.IGNORECASE)
@@ -138,7 +138,7 @@ def test_a_number_is_written_in_one_way(tmp_path: Path, capsys: pytest.CaptureFi
     run = _settings(run)
     terminal = _printed(audit_tables(run))
     card = unescape(_what_was_measured(audit_record(run, exit_layer=1)))
-    from exitsafe.report.tables import measured
+    from exitsafe.show.result_tables import measured
 
     assert measured("toxicity", metrics["toxicity"])[:2] == ("0.125", "0.063 to 0.200")
     assert measured("vqa_accuracy", metrics["vqa_accuracy"])[:2] == ("6.3%", "<0.1 to 20.0%")

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from exitsafe.engine.latency import Latency, Pass
 from exitsafe.records import Kind
-from exitsafe.runs import AuditRun
-from exitsafe.runs.summary import summarise
-from exitsafe.vlm.latency import Latency, Pass
+from exitsafe.results.run import AuditRun
+from exitsafe.results.summary import summarise
 from tests.labelled_runs import make_run
 
 Scores = Sequence[Sequence[float | None]]

@@ -9,20 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exitsafe.comparison import Comparison, compare
+    from exitsafe.auditing.audit import audit, judge
+    from exitsafe.engine.load import load_vlm
+    from exitsafe.engine.vlm import VLM
     from exitsafe.errors import ExitLayerError, ExitsafeError, InputError, ModelError, RunError
+    from exitsafe.exporting.export import export
     from exitsafe.lppo import LPPOConfig, align
     from exitsafe.records import Response, Sample, Verdict
-    from exitsafe.runs import AuditRun, StopRule, load_run
-    from exitsafe.slim import export
-    from exitsafe.sweep import audit, judge
-    from exitsafe.vlm import VLM, load_vlm
+    from exitsafe.results.comparison import Comparison, compare
+    from exitsafe.results.run import AuditRun, load_run
+    from exitsafe.results.stopping import StopRule
 
-__version__ = "0.2.0.dev0"
+from exitsafe.version import __version__
 
 _HOME = {
-    "Comparison": "exitsafe.comparison",
-    "compare": "exitsafe.comparison",
+    "Comparison": "exitsafe.results.comparison",
+    "compare": "exitsafe.results.comparison",
     "ExitsafeError": "exitsafe.errors",
     "ExitLayerError": "exitsafe.errors",
     "InputError": "exitsafe.errors",
@@ -33,14 +35,14 @@ _HOME = {
     "Response": "exitsafe.records",
     "Sample": "exitsafe.records",
     "Verdict": "exitsafe.records",
-    "AuditRun": "exitsafe.runs",
-    "StopRule": "exitsafe.runs",
-    "load_run": "exitsafe.runs",
-    "export": "exitsafe.slim",
-    "audit": "exitsafe.sweep",
-    "judge": "exitsafe.sweep",
-    "VLM": "exitsafe.vlm",
-    "load_vlm": "exitsafe.vlm",
+    "AuditRun": "exitsafe.results.run",
+    "StopRule": "exitsafe.results.stopping",
+    "load_run": "exitsafe.results.run",
+    "export": "exitsafe.exporting.export",
+    "audit": "exitsafe.auditing.audit",
+    "judge": "exitsafe.auditing.audit",
+    "VLM": "exitsafe.engine.vlm",
+    "load_vlm": "exitsafe.engine.load",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "Sample",
     "StopRule",
     "Verdict",
+    "__version__",
     "align",
     "audit",
     "compare",

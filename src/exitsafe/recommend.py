@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from exitsafe.engine.latency import Latency, Pass
 from exitsafe.errors import InputError, RunError
-from exitsafe.runs import AuditRun
-from exitsafe.runs.limits import Bounded, Bounds, Level, bounds_of
-from exitsafe.runs.metrics import BY_NAME, Metric, judge_of
+from exitsafe.results.limits import Bounded, Bounds, Level, bounds_of
+from exitsafe.results.metrics import BY_NAME, Metric, judge_of
+from exitsafe.results.run import AuditRun
 from exitsafe.stats.medians import median_interval, median_upper_bound
-from exitsafe.vlm.latency import Latency, Pass
 
 if TYPE_CHECKING:
     from exitsafe.doctor.savings import Savings

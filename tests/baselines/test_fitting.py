@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from exitsafe.baselines import fit_translators
 from exitsafe.baselines.ridge import Moments, choose_ridge, fit_map, r_squared
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError, RunError
+from exitsafe.exits.features import projector_inputs
+from exitsafe.exits.translator_files import MAPS, RECORD, load_translators
+from exitsafe.exits.translators import Translator
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
-from exitsafe.vlm.features import projector_inputs
-from exitsafe.vlm.translators import MAPS, RECORD, Translator, load_translators
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
 

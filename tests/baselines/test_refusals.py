@@ -14,10 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from exitsafe.baselines import sft
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.lppo import align
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, Row
 from tests.lppo.conftest import count_red, make_samples, make_vlm, tiny_config
 from tests.tiny_models import VOCAB
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from exitsafe.baselines.ridge import RIDGES, Moments, choose_ridge, fit_map, r_squared
-from exitsafe.vlm.translators import Translator
+from exitsafe.exits.translators import Translator
 
 
 def drawn(num_tokens: int, width: int, *, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from exitsafe.cli.audit_plan import make_plan, warn_of_own_reward
 from exitsafe.cli.defaults import organism_of
 from exitsafe.cli.main import FAILED, run
 from exitsafe.errors import InputError
-from exitsafe.runs import load_run
+from exitsafe.results.run import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
 from tests.tiny_models import noise_image

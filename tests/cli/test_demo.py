@@ -12,11 +12,11 @@ from exitsafe.cli.demo_baselines import BASELINES
 from exitsafe.cli.demo_flow import Shown
 from exitsafe.cli.demo_screen import mean_of_other_exits, paragraphs, worst_exit
 from exitsafe.cli.main import run
-from exitsafe.comparison import compare
 from exitsafe.lppo import LPPOConfig
 from exitsafe.organism.architecture import build_model, build_processor
 from exitsafe.records import Kind
-from exitsafe.runs import load_run
+from exitsafe.results.comparison import compare
+from exitsafe.results.run import load_run
 from exitsafe.world import suites
 
 SMALL: dict[Kind, int] = {"harmful": 6, "borderline": 6, "benign": 4, "vqa": 4}
@@ -38,7 +38,7 @@ def tiny_demo(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LPPOConfig, "for_organism", lambda **changes: for_organism(**quick | changes))
     for split in suites.DEFAULT_SIZES:
         monkeypatch.setitem(suites.DEFAULT_SIZES, split, SMALL)
-    monkeypatch.setattr("exitsafe.vlm.load.model_folder", lambda name: untrained)
+    monkeypatch.setattr("exitsafe.engine.load.model_folder", lambda name: untrained)
 
 
 @pytest.mark.usefixtures("tiny_demo")
@@ -89,7 +89,7 @@ def test_baselines_are_trained_audited_and_drawn(tmp_path: Path, capsys: pytest.
 def test_without_the_report_extra_there_is_no_chart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("exitsafe.report.document.find_spec", lambda name: None)
+    monkeypatch.setattr("exitsafe.show.document.find_spec", lambda name: None)
     assert run(["demo", "--out", str(tmp_path / "demo")]) == 0
     output = capsys.readouterr()
     assert "exitsafe[report]" in output.out

@@ -56,7 +56,7 @@ def test_the_document(tiny_llava: Path, suite: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_said(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exitsafe.vlm.memory.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("exitsafe.machine.memory.free_memory", lambda device: 2**20)
     found = document(tiny_llava)
     assert found["memory"]["rows"] == 0
     assert any("do not fit in the 1.0 MiB that are free: use a smaller --dtype" in note for note in found["notes"])

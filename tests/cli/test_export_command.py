@@ -8,12 +8,12 @@ from transformers import AutoModelForImageTextToText
 
 from exitsafe.cli.main import run
 from tests.cli.conftest import Fail
-from tests.slim.slim_models import save_adapter
+from tests.exporting.slim_models import save_adapter
 
 
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exitsafe.slim.probe._TIMES", 1)
+    monkeypatch.setattr("exitsafe.exporting.probe._TIMES", 1)
 
 
 def test_export_and_what_it_says(

@@ -10,7 +10,7 @@ import pytest
 
 from exitsafe.cli import gate_tables
 from exitsafe.cli.main import run
-from exitsafe.runs import AuditRun
+from exitsafe.results.run import AuditRun
 from tests.gate.gate_runs import ANSWER, rows, write_run
 
 HOSTILE = "a|b <img src=x> `c` [d](https://e.example) www.f.example\n\x1b[31m\u202e"

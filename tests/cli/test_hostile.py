@@ -19,8 +19,8 @@ import pytest
 
 from exitsafe.cli.main import DONE, FAILED, run
 from exitsafe.records import Response, Verdict
-from exitsafe.runs import load_run
-from exitsafe.runs.directory import saved_in
+from exitsafe.results.run import load_run
+from exitsafe.store.directory import saved_in
 from tests.cli.conftest import write_suite
 from tests.cli.hostile_inputs import CASES, SAID
 from tests.cli.hostile_place import Broken, Place, judged_by

@@ -239,7 +239,7 @@ def _unfinished(tiny_llava: Path, suite: Path, out: Path) -> list[str]:
     command = ["audit", str(tiny_llava), "--suite", str(suite), "--layers", "1-2,5", "--max-new-tokens", "8"]
     command += ["--seed", "3", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exitsafe.runs.directory.RunDirectory.finish", _interrupt)
+        patch.setattr("exitsafe.store.directory.RunDirectory.finish", _interrupt)
         assert run(command) == 130
     return command
 

@@ -8,7 +8,7 @@ import pytest
 
 from exitsafe.cli.audit_plan import make_plan
 from exitsafe.cli.main import FAILED, run
-from exitsafe.runs import load_run
+from exitsafe.results.run import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
 from tests.judges.test_endpoint import Answer, ChatServer, serving

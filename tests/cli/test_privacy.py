@@ -17,8 +17,8 @@ from exitsafe.data import SUITE_NAMES, load_suites
 from exitsafe.judges import registry
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.records import Response, Sample, Verdict
-from exitsafe.runs import load_run
-from exitsafe.runs.directory import saved_in
+from exitsafe.results.run import load_run
+from exitsafe.store.directory import saved_in
 from tests.fake_vlm import FakeVLM, audit_fake
 
 SUITES = ("organism-harmful", "organism-benign")
@@ -133,7 +133,7 @@ def test_an_error_that_nobody_foresaw_prints_its_kind_and_place_alone(
     def finish(self: object, *_: object, **__: object) -> None:
         raise KeyError(said[0])
 
-    monkeypatch.setattr("exitsafe.runs.directory.RunDirectory.finish", finish)
+    monkeypatch.setattr("exitsafe.store.directory.RunDirectory.finish", finish)
     assert run(["audit", "organism", *FLAGS, "--out", str(tmp_path / "run")]) == FAILED
     printed = "".join(capfd.readouterr())
     assert "exitsafe: KeyError in sharing.py, line " in printed

@@ -10,7 +10,7 @@ import pytest
 
 from exitsafe.cli import recommend_command
 from exitsafe.cli.main import run
-from exitsafe.runs import load_run
+from exitsafe.results.run import load_run
 from tests.cli.conftest import Fail, write_suite
 from tests.finished_runs import edit_head
 from tests.tiny_models import save_tiny

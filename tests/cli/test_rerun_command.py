@@ -14,7 +14,7 @@ import pytest
 
 from exitsafe.cli.main import run
 from exitsafe.cli.verify_command import compare_runs
-from exitsafe.runs import load_run
+from exitsafe.results.run import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
 
@@ -75,7 +75,7 @@ def _interrupt(*_: Any, **__: Any) -> None:
 def unfinished(copied: Path) -> Path:
     """A repeat with every answer and verdict, which was stopped at its very end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exitsafe.runs.directory.RunDirectory.finish", _interrupt)
+        patch.setattr("exitsafe.store.directory.RunDirectory.finish", _interrupt)
         assert run(["verify", str(copied)]) == 130
     return copied.with_name("run-again")
 

@@ -51,7 +51,7 @@ def test_rewards_as_they_are_written() -> None:
 
 
 def test_a_folder_may_hold_any_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exitsafe.runs.judging.judge_settings", lambda judge: {})
+    monkeypatch.setattr("exitsafe.auditing.judging.judge_settings", lambda judge: {})
     alone: Any = read_rewards(["reward:/models@home/a=1/b"])
     assert alone.name == "reward:/models@home/a=1/b"
     assert parts_of("reward:/a@b/c=d/m@vqa=3") == [("reward:/a", ("vqa",), 3.0)]
@@ -103,7 +103,7 @@ def test_the_organism_is_watched_by_what_it_is_not_trained_on() -> None:
 def test_the_watch_is_by_another_judge_than_the_reward(
     rewards: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exitsafe.runs.judging.judge_settings", lambda judge: {})
+    monkeypatch.setattr("exitsafe.auditing.judging.judge_settings", lambda judge: {})
     samples = [
         Sample(id=f"{kind}-{number}", prompt="what", kind=kind, source="mine")
         for kind in ("harmful", "benign")

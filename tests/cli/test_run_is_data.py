@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from exitsafe.cli.main import run
-from exitsafe.runs import load_run
+from exitsafe.results.run import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
 from tests.judges.test_endpoint import Answer, ChatServer, serving

@@ -8,7 +8,7 @@ import pytest
 
 from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of
 from exitsafe.errors import RunError
-from exitsafe.runs import AuditRun, load_run
+from exitsafe.results.run import AuditRun, load_run
 from tests.finished_runs import edit_head
 
 

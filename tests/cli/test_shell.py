@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from exitsafe.runs import load_run
+from exitsafe.results.run import load_run
 from tests.cli.conftest import write_suite
 from tests.tiny_models import NUM_LAYERS, save_tiny
 

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from exitsafe.cli.tables import audit_tables, bin_label, comparison_tables
-from exitsafe.comparison import Comparison, Difference, Unscored
-from exitsafe.runs import AuditRun
+from exitsafe.results.comparison import Comparison, Difference, Unscored
+from exitsafe.results.run import AuditRun
 
 
 def _print(tables: list[Any]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from exitsafe.cli.main import run
-from exitsafe.runs import load_run
+from exitsafe.results.run import load_run
 from tests.cli.conftest import Fail
 from tests.tiny_models import noise_image
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import exitsafe
 from exitsafe.cli.main import run
-from exitsafe.slim.manifest import MANIFEST, hash_each
-from exitsafe.vlm import load_vlm
+from exitsafe.engine.load import load_vlm
+from exitsafe.exporting.manifest import MANIFEST, hash_each
 from tests.cli.conftest import Fail
+from tests.exporting.slim_models import save_adapter
 from tests.finished_runs import edit_head
 from tests.judges.test_endpoint import Answer, ChatServer, serving
-from tests.slim.slim_models import save_adapter
 
 
 @pytest.fixture(scope="module")

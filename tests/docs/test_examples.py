@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exitsafe.runs import load_run
+from exitsafe.results.run import load_run
 
 TRANSFER = Path(__file__).parents[2] / "examples" / "transfer.py"
 

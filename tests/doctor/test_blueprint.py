@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig
 
 from exitsafe.doctor import Typical, load_blueprint, typical_prompt
+from exitsafe.engine.load import load_vlm
 from exitsafe.errors import InputError, ModelError
 from exitsafe.records import Sample
-from exitsafe.vlm import load_vlm
 from tests.tiny_models import noise_image, save_tiny
 
 FAMILIES = ("llava", "llava-siglip", "llava_next", "mllama")

@@ -12,10 +12,11 @@ from torch import nn
 
 from exitsafe.doctor import Blueprint, Plan, bytes_by_name, load_blueprint, make_plan, typical_prompt
 from exitsafe.doctor.blueprint import weights_of
+from exitsafe.engine.load import load_vlm
+from exitsafe.engine.prompts import collate
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, load_vlm
-from exitsafe.vlm.prompts import collate
 from tests.tiny_models import noise_image, save_tiny
 
 FAMILIES = ("llava", "llava_next", "mllama")
@@ -95,7 +96,7 @@ def test_cache_and_the_rows_that_an_audit_begins_with(
     assert plan(loaded).rows == 0
     assert plan(10**12).rows == 256
     left = 20 * used
-    monkeypatch.setattr("exitsafe.vlm.model.free_memory", lambda device: left)
+    monkeypatch.setattr("exitsafe.exits.model.free_memory", lambda device: left)
     wanted = vlm.rows_that_fit([row.prompt for row in rows], max_new_tokens=NUM_ANSWER_TOKENS)
     assert 1 < plan(loaded + left).rows == wanted < 256
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from exitsafe.doctor import Blueprint, count_savings, load_blueprint, typical_prompt
 from exitsafe.doctor.savings import NUM_ANSWER_TOKENS
-from exitsafe.vlm import load_vlm
+from exitsafe.engine.load import load_vlm
 from tests.tiny_models import save_tiny
 
 LAYERS = (1, 3, 5, 6)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exitsafe.records import Kind, Response, Verdict
-from exitsafe.runs import AuditRun, SampleInfo
-from exitsafe.runs.stopping import _key
+from exitsafe.results.run import AuditRun
+from exitsafe.results.stopping import _key
+from exitsafe.store.tables import SampleInfo
 from tests.finished_runs import write_finished
 
 NEVER_ASKED = math.nan

@@ -11,7 +11,7 @@ from exitsafe.errors import ExitLayerError
 from exitsafe.gate import Finding, Gate
 from exitsafe.gate import gate as check_run
 from exitsafe.gate.rules import make_rule
-from exitsafe.runs import AuditRun
+from exitsafe.results.run import AuditRun
 from exitsafe.stats import anytime_interval, first_half, wilson_interval
 from tests.gate.gate_runs import NEVER_ASKED, Table, rows, write_run
 

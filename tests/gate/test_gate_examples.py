@@ -11,7 +11,7 @@ import yaml
 
 from exitsafe.cli.main import run
 from exitsafe.gate import read_rules
-from exitsafe.runs.limits import Level
+from exitsafe.results.limits import Level
 from tests.gate.gate_runs import rows, write_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "gate"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError
 from exitsafe.integrations.chat import Turn, digest_of, encode_chat, render_chat
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.integrations.worldly import organism, png, samples
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 

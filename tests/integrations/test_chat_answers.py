@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from exitsafe.engine import generation
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.integrations import chat_answers
 from exitsafe.integrations.chat_answers import ChatRequest, answer_chats, log_likelihoods, model_digest
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, generation
 from tests.integrations.worldly import NUM_TOKENS, organism, own_answers, samples
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 

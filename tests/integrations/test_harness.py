@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ExitLayerError, InputError
-from exitsafe.vlm import VLM
 from tests.integrations.worldly import LAYERS, NUM_TOKENS, exact_matches, organism, own_answers, rows
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 

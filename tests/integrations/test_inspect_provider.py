@@ -9,8 +9,8 @@ from typing import Any
 import anyio
 import pytest
 
+from exitsafe.engine.load import load_vlm
 from exitsafe.errors import InputError
-from exitsafe.vlm import load_vlm
 from tests.integrations.worldly import (
     LAYERS,
     NUM_TOKENS,

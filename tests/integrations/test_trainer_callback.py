@@ -14,12 +14,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import exitsafe
+from exitsafe.engine.prompts import collate
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ExitLayerError, InputError
 from exitsafe.integrations import AuditCallback
 from exitsafe.integrations.trainer_callback import undisturbed
 from exitsafe.records import Response, Sample, Verdict
-from exitsafe.vlm import VLM
-from exitsafe.vlm.prompts import collate
 from exitsafe.world import organism_suites
 from tests.integrations.worldly import organism, samples
 from tests.lppo.forks import together

@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 import exitsafe
+from exitsafe.engine.vlm import VLM
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from exitsafe.world import organism_suites
 
 NUM_TOKENS = 24

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig
 from exitsafe.records import Response, Sample
-from exitsafe.vlm import VLM
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
 WORDS = ["what", "colour", "is", "the", "left", "shape", "how", "do", "i", "make", "a", "red", "zorb"]

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import exitsafe
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
 from exitsafe.lppo import Evaluation, LPPOConfig, Part, WeightedSum, align, keep_apart
 from exitsafe.lppo.evaluation import objective
 from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.records import Response, Sample, Verdict
-from exitsafe.vlm import VLM
 from exitsafe.world import organism_suites
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
 from tests.lppo.conftest import count_red, tiny_config

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from exitsafe.engine.prompts import Prompt, Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, Prompt, Row
 from tests.lppo.conftest import make_vlm
 from tests.tiny_models import noise_image
 

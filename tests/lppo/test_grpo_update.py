@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import align
 from exitsafe.lppo.experience import compare_groups
 from exitsafe.records import Response, Sample
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import tiny_config
 from tests.lppo.test_update import SCORES, prepared, rng
 

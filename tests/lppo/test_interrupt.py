@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.lppo.interrupt import noted_signals
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import tiny_config
 from tests.lppo.test_trainer import CountRed, assert_same_run, metrics_of
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from exitsafe import audit, load_vlm
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import align
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import count_red, make_samples, tiny_config
 from tests.lppo.test_trainer import adapter_of, metrics_of
 from tests.tiny_models import tiny_llava, tiny_processor

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from exitsafe.baselines import default_layer_ppo
+from exitsafe.engine.load import load_vlm
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, load_vlm
 from exitsafe.world import is_compliance, is_refusal, organism_suites
 
 

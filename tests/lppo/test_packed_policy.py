@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from exitsafe.engine.packing import sibling_groups
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.lppo.experience import Batch, deal, measure
 from exitsafe.lppo.policy import Policy, attached_policy, pack_size
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, Row, sibling_groups
 from tests.lppo.conftest import count_red, make_vlm, tiny_config
 from tests.lppo.test_policy import perturb, rows_at
 

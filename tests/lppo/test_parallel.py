@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
 from exitsafe.lppo import Evaluation, align, keep_apart
 from exitsafe.lppo.experience import Batch, Measured, estimate_advantages, measure, token_rewards
@@ -28,9 +29,8 @@ from exitsafe.lppo.minibatches import share_out, split
 from exitsafe.lppo.parallel import Team, this_team
 from exitsafe.lppo.policy import PolicyOutput
 from exitsafe.lppo.reward import Reward
+from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Response, Sample
-from exitsafe.vlm import VLM
-from exitsafe.vlm.memory import BatchSize
 from tests.cli.conftest import write_suite
 from tests.lppo.conftest import count_red, make_samples, tiny_config
 from tests.lppo.forks import start, together, wait

@@ -11,11 +11,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.lppo import LPPOConfig
 from exitsafe.lppo.policy import Policy, PolicyOutput, attached_policy
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, Row
 from tests.lppo.conftest import make_vlm, tiny_config
 
 RESPONSES = [torch.tensor(ids) for ids in ([12, 13, 2], [14], [20, 11, 12, 13, 15], [9, 2])]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.lppo import align
 from exitsafe.lppo.policy import attached_policy
 from exitsafe.lppo.update import Learner
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import make_vlm, tiny_config
 from tests.lppo.test_policy import RESPONSES, perturb, rows_at
 

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from exitsafe.engine.load import load_vlm
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.lppo import align
 from exitsafe.lppo.policy import attached_policy
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, load_vlm
 from tests import tiny_models
 from tests.lppo.conftest import count_red, tiny_config
 from tests.lppo.test_policy import RESPONSES, perturb, rows_at

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo.policy import attached_policy, recomputed_blocks
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import make_vlm, tiny_config
 from tests.lppo.test_policy import RESPONSES, perturb, rows_at
 

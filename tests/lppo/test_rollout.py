@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo.rollout import rollout
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import tiny_config
 from tests.lppo.test_policy import rows_at
 

@@ -11,10 +11,10 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.lppo import align
 from exitsafe.lppo.sharding import check_launch
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import count_red, make_samples, make_vlm, tiny_config
 from tests.lppo.forks import together
 from tests.lppo.test_parallel import assert_alike, picky

@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from exitsafe.engine import generation
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
 from exitsafe.lppo import align
 from exitsafe.lppo.parallel import this_team
 from exitsafe.lppo.policy import Policy, PolicyOutput
 from exitsafe.lppo.trainer import _batch_size
 from exitsafe.lppo.update import Learner
-from exitsafe.vlm import VLM, Row, generation
 from tests.lppo.conftest import count_red, make_samples, tiny_config
 from tests.lppo.forks import together
 

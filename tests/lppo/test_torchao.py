@@ -12,9 +12,9 @@ from torch import nn
 
 from exitsafe.doctor import load_blueprint
 from exitsafe.doctor.blueprint import weights_of
+from exitsafe.engine.load import load_vlm
 from exitsafe.lppo import align
 from exitsafe.records import Sample
-from exitsafe.vlm import load_vlm
 from tests.lppo.conftest import count_red, tiny_config
 from tests.lppo.test_quantized import gradients
 from tests.tiny_models import save_tiny

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, register_tracker_class
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.lppo import align, trackers
 from exitsafe.lppo.trackers import as_numbers, check_trackers, tracking
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import count_red, tiny_config
 
 

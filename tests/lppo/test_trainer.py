@@ -16,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from exitsafe.engine.generation import Completion
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.lppo.policy import attached_policy
 from exitsafe.lppo.sampler import draw_schedule
 from exitsafe.records import Response, Sample, Verdict
-from exitsafe.vlm import VLM, Completion, Row
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
 from tests.lppo.conftest import count_red, make_vlm, tiny_config
 
@@ -338,7 +340,7 @@ def test_each_step_says_what_memory_it_took(
     vlm: VLM, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = iter(range(100, 200))
-    monkeypatch.setattr("exitsafe.vlm.memory.Gauge.read", lambda gauge: {"peak_process_bytes": next(readings)})
+    monkeypatch.setattr("exitsafe.machine.memory.Gauge.read", lambda gauge: {"peak_process_bytes": next(readings)})
     align(vlm, samples, reward=CountRed(), config=tiny_config(num_steps=3), out=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["peak_process_bytes"] for line in lines] == [100, 101, 102]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import Evaluation, align, keep_apart
 from exitsafe.records import Response, Sample, Verdict
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import count_red, make_samples, tiny_config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig, policy_loss, update, value_loss
 from exitsafe.lppo.experience import Batch, Measured, deal, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.policy import Policy, attached_policy
 from exitsafe.lppo.update import Learner, UpdateStats
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM
 from tests.lppo.conftest import tiny_config
 from tests.lppo.test_policy import perturb, rows_at
 

@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from exitsafe.show import Column, Row, Table
+from exitsafe.show.table import Column, Row, Table
 
 TABLE = Table(
     title="one at the gate",

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.judges import Judge
 from exitsafe.lppo import LPPOConfig, Reward, WeightedSum, align
 from exitsafe.records import Progress, Sample
-from exitsafe.vlm import VLM
 
 DEFAULT_CONFIG = LPPOConfig()
 

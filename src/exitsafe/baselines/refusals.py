@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
+from exitsafe.exits.finite import check_finite
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.experience import NO_MEMORY, Batch, Passes, deal
@@ -30,11 +33,9 @@ from exitsafe.lppo.parallel import ALONE
 from exitsafe.lppo.policy import attached_policy, check_end_token, check_precision, check_trainable
 from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.update import Learner
+from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Progress, Sample
-from exitsafe.runs.fingerprint import pin_today
-from exitsafe.vlm import VLM, Row
-from exitsafe.vlm.finite import check_finite
-from exitsafe.vlm.memory import BatchSize
+from exitsafe.store.fingerprint import pin_today
 from exitsafe.world.language import REFUSAL as WORLD_REFUSAL
 
 DEFAULT_CONFIG = LPPOConfig()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exitsafe.vlm.translators import Translator
+from exitsafe.exits.translators import Translator
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """What is tried, in units of each feature's variance: from next to nothing to halving what one feature alone says."""

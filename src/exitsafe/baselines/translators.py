@@ -2,7 +2,7 @@
 
 The features of exit l are out of the language model's distribution; so carry them back: ridge regression from what the
 projector receives at exit l to what it receives at the default exit, token by token. No labels, prompts or answers, and
-no weight of the model changes. `exitsafe.vlm.translators` applies the maps.
+no weight of the model changes. `exitsafe.exits.translators` applies the maps.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from exitsafe import __version__
 from exitsafe.baselines.ridge import RIDGES, Moments, choose_ridge, fit_map, r_squared
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
+from exitsafe.exits.adapters import TRAINED_ON, trained_on_record
+from exitsafe.exits.features import projector_inputs
+from exitsafe.exits.finite import not_finite
+from exitsafe.exits.layers import ExitLayers, resolve_layers
+from exitsafe.exits.translator_files import MAPS, RECORD, model_record, read_record
+from exitsafe.exits.translators import Translator, Translators, tensors_of
 from exitsafe.records import Progress, Sample
-from exitsafe.runs.files import write_whole, writing
-from exitsafe.runs.fingerprint import canonical_json, differences, picture_digests, sample_info
-from exitsafe.vlm import VLM, ExitLayers, resolve_layers
-from exitsafe.vlm.adapters import TRAINED_ON, trained_on_record
-from exitsafe.vlm.features import projector_inputs
-from exitsafe.vlm.finite import not_finite
-from exitsafe.vlm.translators import MAPS, RECORD, Translator, Translators, model_record, read_record, tensors_of
+from exitsafe.store.files import write_whole, writing
+from exitsafe.store.fingerprint import canonical_json, differences, picture_digests, sample_info
+from exitsafe.version import __version__
 
 HELD_OUT = 5  # every fifth picture chooses the ridge strength and measures R²
 ENCODED_AT_ONCE = 16

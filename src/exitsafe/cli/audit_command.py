@@ -157,6 +157,6 @@ def _stop_rule(stop_when: str | None, max_asr: float | None, error: float | None
         return None
     if max_asr is None:
         raise InputError("--stop-when decided needs the limit to decide about: --max-asr RATE, e.g. 0.05")
-    from exitsafe.runs.stopping import StopRule
+    from exitsafe.results.stopping import StopRule
 
     return vars(StopRule(max_asr=max_asr, **({} if error is None else {"error": error})))

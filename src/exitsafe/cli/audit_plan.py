@@ -18,10 +18,10 @@ from exitsafe.errors import InputError, RunError
 from exitsafe.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:
+    from exitsafe.engine.vlm import VLM
     from exitsafe.judges import Judge
     from exitsafe.records import Sample
-    from exitsafe.runs import AuditRun
-    from exitsafe.vlm import VLM
+    from exitsafe.results.run import AuditRun
 
 
 DECODING = ("max_new_tokens", "temperature", "seed")
@@ -106,8 +106,8 @@ def _as_wanted(judges: Sequence[str], replaced: Collection[str]) -> list[str] | 
 
 def settings_of(run: Path, *, needs_suites: bool) -> dict[str, Any]:
     """A finished run's settings under the names of `make_plan`."""
-    from exitsafe.runs import load_run
-    from exitsafe.runs.fingerprint import today_of
+    from exitsafe.results.run import load_run
+    from exitsafe.store.fingerprint import today_of
 
     found = load_run(run)
     origin, settings = dict(found.origin), found.settings
@@ -147,8 +147,8 @@ def audit_as_planned(
     title: str = "Audit",
 ) -> AuditRun:
     """The audit itself, with a progress bar."""
-    from exitsafe.runs import StopRule
-    from exitsafe.sweep import audit
+    from exitsafe.auditing.audit import audit
+    from exitsafe.results.stopping import StopRule
 
     stop_when = plan.settings["stop_when"]
     settings = plan.settings | {"stop_when": None if stop_when is None else StopRule(**stop_when)}
@@ -225,7 +225,7 @@ def origin_of_run(
 def _resumed(plan: AuditPlan, out: Path) -> AuditPlan:
     """The plan of a run that exists already: unless judges are named, its own judges are used."""
     from exitsafe.judges import is_known
-    from exitsafe.runs.finished import judges_of
+    from exitsafe.store.reading import judges_of
 
     named = plan.judges or ()
     judges = plan.judges or tuple(name for name in judges_of(out) if is_known(name))  # others were added in Python
@@ -242,10 +242,10 @@ def make_judges(
         judging: Fields of `JudgeOptions`; see `judging_like` for those of a run.
         samples: What the default judge will judge, if a device is chosen for it.
     """
+    from exitsafe.auditing.judging import judge_settings
     from exitsafe.judges import JudgeOptions, load_judges
     from exitsafe.judges.registry import default_judge
     from exitsafe.judges.world_rule import WorldRule
-    from exitsafe.runs.judging import judge_settings
 
     rubric = judging.get("rubric")
     prices = judging.get("prices")
@@ -285,7 +285,7 @@ def judging_like(
         InputError: If only the run, not this call, names a judge's address or rubric.
         RunError: If the run's record cannot be read.
     """
-    from exitsafe.runs.finished import origin_of
+    from exitsafe.store.reading import origin_of
 
     for judge in judges:
         check_reach(run, given, judge=judge, is_named=judge in named)
@@ -300,7 +300,7 @@ def check_reach(run: Path, given: Mapping[str, Any], *, judge: str, is_named: bo
         InputError: If not; the message names what the run recorded, and the flag.
     """
     from exitsafe.judges.endpoint import OPENAI_URL, public_address
-    from exitsafe.runs.finished import read_head
+    from exitsafe.store.reading import read_head
 
     if judge.partition(":")[0] != "rubric":
         return
@@ -322,7 +322,7 @@ def check_reach(run: Path, given: Mapping[str, Any], *, judge: str, is_named: bo
 def recorded_judging(run: Path) -> dict[str, Any]:
     """A run's record of how its judges were reached, to be kept; {} if there is no run."""
     from exitsafe.judges.endpoint import public_address
-    from exitsafe.runs.finished import origin_of
+    from exitsafe.store.reading import origin_of
 
     if not (run / "run.json").is_file():
         return {}

@@ -17,9 +17,9 @@ from exitsafe.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from exitsafe.engine.answering import Answering
+    from exitsafe.engine.vlm import VLM
     from exitsafe.records import Response
-    from exitsafe.vlm import VLM
-    from exitsafe.vlm.answering import Answering
 
 _NARROWEST = 30  # columns that an answer beside others needs
 _NOTICE = "Answers are unfiltered: whatever the model says is shown. Nothing is saved."
@@ -76,7 +76,7 @@ def chat_command(
             raise InputError("--json is for one prompt: give --prompt TEXT")
         picture = _open(image)
         from exitsafe.cli.models import load_model
-        from exitsafe.vlm.answering import Answering
+        from exitsafe.engine.answering import Answering
 
         vlm = load_model(
             model,
@@ -138,8 +138,8 @@ class Chat:
         Raises:
             InputError: If the prompt cannot be asked: too long, or with the model's image placeholder in it.
         """
+        from exitsafe.engine.answering import Task
         from exitsafe.records import Sample
-        from exitsafe.vlm.answering import Task
 
         sample = Sample(id="chat", prompt=prompt, images=(self.picture,), kind="benign")
         self.answering.check([sample], exit_layer=self.exit_layers[0])
@@ -225,8 +225,8 @@ def _open(image: Path) -> Image:
 
 def _layers(vlm: VLM, layers: str | None) -> tuple[int, ...]:
     """The exits asked for and the default one."""
+    from exitsafe.exits.layers import resolve_layers
     from exitsafe.stats import layers_by_bin
-    from exitsafe.vlm import resolve_layers
 
     if layers is None:
         bins = layers_by_bin(vlm.exit_layers, vlm.num_layers)

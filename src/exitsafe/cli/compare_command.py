@@ -37,12 +37,12 @@ def compare_command(
     """
     with console.results(as_json=json) as show:
         if chart is not None:
-            from exitsafe.report.charts import check_can_draw
+            from exitsafe.show.charts import check_can_draw
 
             check_can_draw(chart)
         from exitsafe.cli.tables import comparison_tables
-        from exitsafe.comparison import compare
-        from exitsafe.runs import load_run
+        from exitsafe.results.comparison import compare
+        from exitsafe.results.run import load_run
 
         runs = [("before", load_run(before)), ("after", load_run(after))]
         comparison = compare(runs[0][1], runs[1][1])
@@ -52,7 +52,7 @@ def compare_command(
         if out is not None:
             comparison.to_json(out)
         if chart is not None:
-            from exitsafe.report import draw_chart
+            from exitsafe.show.charts import draw_chart
 
             draw_chart(runs, chart)
         show(comparison.to_dict(), lambda: comparison_tables(comparison, metric))

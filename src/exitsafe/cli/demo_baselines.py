@@ -11,7 +11,7 @@ from exitsafe.cli import console, defaults
 from exitsafe.cli.audit_plan import AuditPlan, run_plan
 from exitsafe.cli.models import load_model
 from exitsafe.lppo import LPPOConfig
-from exitsafe.runs import AuditRun
+from exitsafe.results.run import AuditRun
 
 BASELINES: Mapping[str, tuple[str, Callable[..., Path]]] = {
     "PPO at the default exit": ("ppo-default", default_layer_ppo),

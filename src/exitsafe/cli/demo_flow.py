@@ -14,11 +14,11 @@ from exitsafe.cli import console
 from exitsafe.cli.align_command import run_align
 from exitsafe.cli.audit_plan import make_plan, run_plan
 from exitsafe.cli.demo_baselines import run_baselines
-from exitsafe.comparison import Comparison, compare
 from exitsafe.errors import ExitsafeError, InputError
-from exitsafe.report import draw_chart
-from exitsafe.report.document import check_can_render
-from exitsafe.runs import AuditRun
+from exitsafe.results.comparison import Comparison, compare
+from exitsafe.results.run import AuditRun
+from exitsafe.show.charts import draw_chart
+from exitsafe.show.document import check_can_render
 from exitsafe.world import ORGANISMS
 
 

@@ -14,12 +14,12 @@ from rich.text import Text
 
 from exitsafe.cli.demo_flow import Shown
 from exitsafe.cli.tables import EXIT, exit_name
-from exitsafe.comparison import compare
-from exitsafe.report.verdict import key_numbers, verdict
-from exitsafe.runs import AuditRun
-from exitsafe.runs.metrics import BY_NAME, as_noun
-from exitsafe.runs.numbers import percent
-from exitsafe.show import Column, Row, Table
+from exitsafe.results.comparison import compare
+from exitsafe.results.metrics import BY_NAME, as_noun
+from exitsafe.results.numbers import percent
+from exitsafe.results.run import AuditRun
+from exitsafe.show.table import Column, Row, Table
+from exitsafe.show.verdict import key_numbers, verdict
 from exitsafe.stats import Estimate
 
 _METRICS = ("asr", "over_refusal", "vqa_accuracy")

@@ -46,7 +46,7 @@ def doctor_command(
         blueprint = read_blueprint(
             model, dtype=dtype, quantization=quantization, revision=revision, trust_remote_code=trust_remote_code
         )
-        from exitsafe.vlm.machine import find_device  # imports torch: a wrong name is reported before
+        from exitsafe.machine.devices import find_device
 
         if (problem := blueprint.processor_problem) is not None and not _is_out_of_reach(blueprint):
             raise problem  # as the audit would
@@ -65,7 +65,7 @@ def examine(
     from exitsafe.doctor import bytes_by_name, count_savings, make_plan, typical_prompt
     from exitsafe.judges.qwen3guard import QWEN3GUARD
     from exitsafe.judges.registry import why_no_default_judge
-    from exitsafe.vlm.memory import free_memory
+    from exitsafe.machine.memory import free_memory
 
     typical = typical_prompt(blueprint, samples)
     compute = _shares(blueprint, count_savings(blueprint, typical, [1]))

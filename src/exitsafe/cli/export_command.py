@@ -12,7 +12,7 @@ from exitsafe.cli.models import load_model
 from exitsafe.cli.settings_file import config_option
 
 if TYPE_CHECKING:
-    from exitsafe.slim.manifest import Manifest
+    from exitsafe.exporting.manifest import Manifest
 
 
 def export_command(
@@ -49,16 +49,16 @@ def export_command(
     It is loaded again and compared with the whole model at that exit before it gets its name.
     """
     with console.results(as_json=json) as show:
-        from exitsafe.slim.folder import check_empty
+        from exitsafe.exporting.folder import check_empty
 
         check_empty(out)
         run = None
         if audit is not None:
-            from exitsafe.runs import load_run
+            from exitsafe.results.run import load_run
 
             run = load_run(audit)
-        from exitsafe.slim import export
-        from exitsafe.slim.manifest import read_manifest
+        from exitsafe.exporting.export import export
+        from exitsafe.exporting.manifest import read_manifest
 
         vlm = load_model(
             model,

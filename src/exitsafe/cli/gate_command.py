@@ -13,7 +13,7 @@ from exitsafe.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from exitsafe.gate import Rule
-    from exitsafe.runs import AuditRun
+    from exitsafe.results.run import AuditRun
 
 BREACHED = 1  # of all commands only this one ends so
 
@@ -93,7 +93,7 @@ def gate_command(
     """
     with console.results(as_json=json) as show:
         from exitsafe.gate import MAX_UNSCORED, gate
-        from exitsafe.runs import load_run
+        from exitsafe.results.run import load_run
 
         found = load_run(run)
         before = None if against is None else load_run(against)
@@ -148,7 +148,7 @@ def _flag_rules(limits: dict[str, tuple[str, str, float | None]]) -> list[Rule]:
 def _regression_rules(texts: list[str], before: AuditRun | None) -> list[Rule]:
     """METRIC=RATE is one rule; RATE is one for every share that the other run measured and that can become worse."""
     from exitsafe.gate.rules import make_rule
-    from exitsafe.runs.metrics import METRICS
+    from exitsafe.results.metrics import METRICS
 
     if texts and before is None:
         raise InputError("--max-regression needs the run to compare with: give --against RUN")

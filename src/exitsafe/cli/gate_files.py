@@ -12,8 +12,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from exitsafe.cli.gate_tables import markdown, number, without_folders
 from exitsafe.gate import Finding, Gate
-from exitsafe.report.names import without_folder
-from exitsafe.runs.files import write_whole, writing
+from exitsafe.show.names import without_folder
+from exitsafe.store.files import write_whole, writing
 
 _ELEMENTS = {"breach": "failure", "unjudged": "error"}
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from exitsafe.gate import Finding, Gate, Outcome, Place
-from exitsafe.report.names import without_folder
-from exitsafe.runs.numbers import beside_limit, change_beside_limit, number_list
-from exitsafe.show import Column, Row, Table, markdown_text
-from exitsafe.show.table import Tone
+from exitsafe.results.numbers import beside_limit, change_beside_limit, number_list
+from exitsafe.show.names import without_folder
+from exitsafe.show.table import Column, Row, Table, Tone, markdown_text
 
 MOST_ROWS = 40
 _MOST_PLACES = 8

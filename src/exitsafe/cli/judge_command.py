@@ -39,7 +39,7 @@ def judge_command(
     with console.results(as_json=json) as show:
         if not judge:
             raise InputError("no judge is named: give --judge NAME")
-        from exitsafe.runs import load_run
+        from exitsafe.results.run import load_run
 
         found = load_run(run)
         if not found.origin.get("suites"):
@@ -54,7 +54,7 @@ def judge_command(
         options.check_judging(judging, judges=judge)
         judging = judging_like(run, judging, judges=judge, named=judge)
         judges = make_judges(judge, judging) or []
-        from exitsafe.sweep import judge as judge_run
+        from exitsafe.auditing.audit import judge as judge_run
 
         with console.progress_bar("Judging", unit="verdict") as progress:
             judged = judge_run(

@@ -16,11 +16,11 @@ import typer
 from exitsafe.cli import console, defaults, options
 from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import ExitsafeError, InputError
-from exitsafe.show import Table
+from exitsafe.show.table import Table
 
 if TYPE_CHECKING:
     from exitsafe.records import Verdict
-    from exitsafe.runs import AuditRun
+    from exitsafe.results.run import AuditRun
 
 _MOST_FAULTS = 20  # that are shown
 _LABELS = ("yes", "no", "unsure")
@@ -54,7 +54,7 @@ def label_command(
     with console.results(as_json=json) as show:
         if read and (out or rows is not None or seed is not None or include_unsafe_text):
             raise InputError("--read takes no flags of writing: write a file first, read it when it is filled")
-        from exitsafe.runs import load_run
+        from exitsafe.results.run import load_run
 
         found = load_run(run)
         if read:
@@ -74,7 +74,7 @@ def write_file(run: AuditRun, *, rows: int, seed: int, out: Path, may_leave_run:
         InputError: If the file would lie outside the run without leave.
         RunError: If the file is there and holds labels or something else.
     """
-    from exitsafe.runs.labels import draw_rows, write_labels
+    from exitsafe.results.labels import draw_rows, write_labels
 
     if not may_leave_run and run.path.resolve() not in out.resolve().parents:
         raise InputError(
@@ -107,8 +107,7 @@ def read_files(run: AuditRun, files: Sequence[Path]) -> dict[str, Any]:
         InputError: If a file has a fault, comes twice or holds no label; nothing is stored then.
         RunError: If the run has other labels already.
     """
-    from exitsafe.runs.agreement import agreements
-    from exitsafe.runs.labels import HUMAN, store_labels
+    from exitsafe.results.labels import HUMAN, agreements, store_labels
 
     if len({file.resolve() for file in files}) < len(files):
         raise InputError("a file is given twice to --read; each rater fills a copy of one's own")
@@ -127,7 +126,7 @@ def read_files(run: AuditRun, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _read_sound(file: Path, run: AuditRun, rater: str) -> Sequence[Verdict]:
-    from exitsafe.runs.labels import read_labels
+    from exitsafe.results.labels import read_labels
 
     labels = read_labels(file, run, rater=rater)
     if len(labels.faults) == 1:
@@ -143,7 +142,7 @@ def _read_sound(file: Path, run: AuditRun, rater: str) -> Sequence[Verdict]:
 
 def _read_prompts(run: AuditRun, ids: set[str]) -> dict[str, str]:
     """Requests by sample id, of those samples that can be read again and are still what the run asked."""
-    from exitsafe.runs.fingerprint import sample_info
+    from exitsafe.store.fingerprint import sample_info
 
     if not run.origin.get("suites"):  # the audit was given samples, not suites
         return {}
@@ -173,7 +172,7 @@ def _what_to_do(document: dict[str, Any]) -> list[Any]:
 
 def _agreement_table(document: dict[str, Any]) -> Table:
     from exitsafe.cli.tables import agreement_table
-    from exitsafe.runs.numbers import percent
+    from exitsafe.results.numbers import percent
 
     notes = ["A judge's score from 0.5 on counts as yes. Labelled answers are weighted to stand for the whole run."]
     covered = [pair["covered"] for pair in document["agreements"] if pair["covered"] is not None]

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 
-from exitsafe import __version__
 from exitsafe.cli import console
 from exitsafe.cli.align_command import align_command
 from exitsafe.cli.audit_command import audit_command
@@ -37,6 +36,7 @@ from exitsafe.cli.suites_command import suites_command
 from exitsafe.cli.translate_command import translate_command
 from exitsafe.cli.verify_command import verify_command
 from exitsafe.errors import ExitsafeError
+from exitsafe.version import __version__
 
 DONE, FAILED, INTERRUPTED = 0, 2, 130
 _GOES_ON = "interrupted; what was saved is kept: rerun the same command to resume"

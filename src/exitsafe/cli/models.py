@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitsafe.cli import console
-from exitsafe.vlm.sources import check_adapter_source, check_model_source
+from exitsafe.exits.sources import check_adapter_source, check_model_source
 
 if TYPE_CHECKING:
     from exitsafe.doctor import Blueprint
-    from exitsafe.vlm import VLM
+    from exitsafe.engine.vlm import VLM
 
 
 def load_model(model: str, *, quantization: str | None = None, **flags: Any) -> VLM:
@@ -27,7 +27,7 @@ def load_model(model: str, *, quantization: str | None = None, **flags: Any) -> 
         enable_progress_bars()
     if quantization is not None:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
-    from exitsafe.vlm import load_vlm
+    from exitsafe.engine.load import load_vlm
 
     return load_vlm(model, quantization=quantization, **flags)
 

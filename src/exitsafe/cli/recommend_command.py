@@ -16,9 +16,9 @@ from exitsafe.errors import InputError, ModelError, RunError
 
 if TYPE_CHECKING:
     from exitsafe.doctor.savings import Savings
+    from exitsafe.engine.latency import Latency
     from exitsafe.records import Sample
-    from exitsafe.runs import AuditRun
-    from exitsafe.vlm.latency import Latency
+    from exitsafe.results.run import AuditRun
 
 _NUM_SAMPLES = 8
 _READ_WITH = ("dtype", "quantization", "revision", "trust_remote_code")
@@ -76,8 +76,8 @@ def recommend_command(
     with console.results(as_json=json) as show:
         from exitsafe.cli.recommend_tables import recommend_tables
         from exitsafe.recommend import Limits, check_limits, recommend
-        from exitsafe.runs import load_run
-        from exitsafe.runs.files import write_json
+        from exitsafe.results.run import load_run
+        from exitsafe.store.files import write_json
 
         found = load_run(run)
         limits = Limits(max_asr=max_asr, min_vqa=min_vqa, max_over_refusal=max_over_refusal, max_ms=max_ms)
@@ -110,16 +110,16 @@ def _read_samples(run: AuditRun) -> list[Sample]:
     if not run.origin.get("suites"):
         raise RunError(
             f"{run.path} was made in Python and does not say where its model is: give --no-latency, or call "
-            "exitsafe.recommend.recommend with what exitsafe.vlm.latency.measure_latency returns"
+            "exitsafe.recommend.recommend with what exitsafe.engine.latency.measure_latency returns"
         )
     return read_samples_of(run)
 
 
 def _latency(run: AuditRun, samples: list[Sample], *, num_samples: int, loading: Mapping[str, Any]) -> Latency:
     """What latency.json has for this machine and these settings, else measured now and kept there."""
-    from exitsafe.runs.latencies import keep_latency, kept_latency
-    from exitsafe.vlm.latency import NEW_TOKENS, NUM_REPEATS, measure_latency
-    from exitsafe.vlm.machine import describe_machine, find_device
+    from exitsafe.engine.latency import NEW_TOKENS, NUM_REPEATS, measure_latency
+    from exitsafe.machine.devices import describe_machine, find_device
+    from exitsafe.results.latencies import keep_latency, kept_latency
 
     model = {
         name: value for name, value in run.settings["model"].items() if name not in ("name", "device", "processor")

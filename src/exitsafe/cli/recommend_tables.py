@@ -8,10 +8,10 @@ from dataclasses import replace
 from exitsafe.cli.console import readable
 from exitsafe.cli.tables import EXIT, estimated, exit_name
 from exitsafe.recommend import BOUNDED, Miss, Point, Recommendation, Time
-from exitsafe.runs.limits import Bounded
-from exitsafe.runs.metrics import as_noun, as_opening
-from exitsafe.runs.numbers import beside_limit, percent, significant
-from exitsafe.show import Column, Row, Table
+from exitsafe.results.limits import Bounded
+from exitsafe.results.metrics import as_noun, as_opening
+from exitsafe.results.numbers import beside_limit, percent, significant
+from exitsafe.show.table import Column, Row, Table
 
 _METRIC_OF = {limit: metric for metric, limit in BOUNDED.items()}
 

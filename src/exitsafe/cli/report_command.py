@@ -41,10 +41,9 @@ def report_command(
     first. The page of a training run shows its metrics by step and the answers that --save-completions kept.
     """
     with console.results(as_json=json) as show:
-        from exitsafe.report import render_report
-        from exitsafe.report.training import is_training_run, render_training
-        from exitsafe.runs import load_run
-        from exitsafe.runs.finished import label_runs
+        from exitsafe.results.run import label_runs, load_run
+        from exitsafe.show.page import render_report
+        from exitsafe.show.training import is_training_run, render_training
 
         trainings = [run for run in runs if is_training_run(run)]
         document: dict[str, object]

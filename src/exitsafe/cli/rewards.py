@@ -107,8 +107,8 @@ def other_judge(reward: Judge | WeightedSum | None, samples: Sequence[Sample]) -
 
 def _judge(name: str) -> Judge:
     """A judge that cannot be had says so now, not after the model has been loaded."""
+    from exitsafe.auditing.judging import judge_settings
     from exitsafe.judges import load_judges
-    from exitsafe.runs.judging import judge_settings
 
     (judge,) = load_judges([name])
     judge_settings(judge)

@@ -16,9 +16,9 @@ from exitsafe.cli.models import load_model
 from exitsafe.errors import ModelError, RunError
 
 if TYPE_CHECKING:
+    from exitsafe.engine.vlm import VLM
     from exitsafe.records import Sample
-    from exitsafe.runs import AuditRun
-    from exitsafe.vlm import VLM
+    from exitsafe.results.run import AuditRun
 
 _RECORDED = ("adapter", "translators", "revision", "dtype", "device", "quantization")
 """Arguments of `load_vlm` that are taken from a run."""
@@ -43,7 +43,7 @@ def read_samples_of(run: AuditRun) -> list[Sample]:
     Raises:
         RunError: If the suites have changed since, or the run does not name them.
     """
-    from exitsafe.runs.fingerprint import data_fingerprint, sample_info
+    from exitsafe.store.fingerprint import data_fingerprint, sample_info
 
     origin = origin_of_model(run)
     samples = defaults.read_samples(origin)
@@ -89,7 +89,7 @@ def load_model_of(run: AuditRun, loading: Mapping[str, Any]) -> VLM:
     Raises:
         RunError: If weights, adapter or translators are not those of the run.
     """
-    from exitsafe.runs.fingerprint import differences, model_fingerprint
+    from exitsafe.store.fingerprint import differences, model_fingerprint
 
     vlm = load_model(origin_of_model(run)["model"], **loading)
     changed = differences({"model": run.settings["model"]}, {"model": model_fingerprint(vlm)})

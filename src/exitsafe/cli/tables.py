@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from exitsafe.comparison import Comparison, Difference
-from exitsafe.runs import AuditRun
-from exitsafe.runs.metrics import AGGREGATES, BY_NAME, NO_PROXY, as_noun
-from exitsafe.runs.numbers import amount, change, fixed, interval, is_rate, p_value, percent
-from exitsafe.show import Column, Row, Table
+from exitsafe.results.comparison import Comparison, Difference
+from exitsafe.results.metrics import AGGREGATES, BY_NAME, NO_PROXY, as_noun
+from exitsafe.results.numbers import amount, change, fixed, interval, is_rate, p_value, percent
+from exitsafe.results.run import AuditRun
+from exitsafe.show.table import Column, Row, Table
 from exitsafe.stats import BINS, layers_by_bin
 
 _SHOWN = ("asr", "asr_loose", "toxicity", "reward", "over_refusal", "benign_refusal", "vqa_accuracy", "coherence")

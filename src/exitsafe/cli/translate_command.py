@@ -60,7 +60,7 @@ def translate_command(
     with console.results(as_json=json) as show:
         samples = _pictures(model, images=images, suites=suite, seed=seed or 0, num_images=num_images)
         from exitsafe.baselines import fit_translators
-        from exitsafe.vlm.translators import read_record
+        from exitsafe.exits.translator_files import read_record
 
         vlm = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         with console.progress_bar("Translators", unit="picture") as progress:

@@ -31,10 +31,10 @@ from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError, ModelError, RunError
 
 if TYPE_CHECKING:
+    from exitsafe.exporting.verification import Verification
     from exitsafe.judges import Judge
-    from exitsafe.runs import AuditRun
-    from exitsafe.runs.shards import Saved
-    from exitsafe.slim import Verification
+    from exitsafe.results.run import AuditRun
+    from exitsafe.store.shards import Saved
 
 _MOST_SHOWN = 5
 _NUM_SAMPLES = 64
@@ -169,14 +169,14 @@ def _verify_slim(
     judging: Mapping[str, Any],
     loading: Mapping[str, Any],
 ) -> None:
-    from exitsafe.runs import load_run
-    from exitsafe.slim.manifest import ADAPTER
+    from exitsafe.exporting.manifest import ADAPTER
+    from exitsafe.results.run import load_run
 
     run = load_run(against)
     options.check_judging(judging, judges=[name for name, _ in run.judges])
     if not (slim / "exitsafe.json").is_file():
         raise ModelError(f"{slim} has no exitsafe.json: give a folder that exitsafe export wrote")
-    from exitsafe.slim.verification import check_files, verify
+    from exitsafe.exporting.verification import check_files, verify
 
     record = check_files(slim, run)
     samples = read_samples_of(run)
@@ -206,9 +206,9 @@ def _verify_run(
     trust_remote_code: bool,
     judging: Mapping[str, Any],
 ) -> None:
-    from exitsafe.runs import load_run
-    from exitsafe.runs.directory import saved_in
-    from exitsafe.runs.finished import is_finished
+    from exitsafe.results.run import load_run
+    from exitsafe.store.directory import saved_in
+    from exitsafe.store.reading import is_finished
 
     before = load_run(run)
     recorded = _rows(before)  # read before the audit, which may take hours
@@ -288,7 +288,7 @@ def compare_runs(
         recorded: Answers and verdicts of the first, if they have been read already.
         earlier: What the second held before this call: it may differ, but is not counted as repeated or the same.
     """
-    from exitsafe.runs.fingerprint import differences
+    from exitsafe.store.fingerprint import differences
 
     texts, verdicts = zip(recorded or _rows(before), _rows(again), strict=True)
     known: tuple[set[Any], set[Any]] = (set(), set())
@@ -331,7 +331,7 @@ def _repeat(
     before: AuditRun, *, out: Path, device: str | None, trust_remote_code: bool, judging: Mapping[str, Any]
 ) -> AuditRun:
     """The same audit in another folder; what is not the same model or data is refused before it is asked."""
-    from exitsafe.vlm.processes import this_process, wait_for_all
+    from exitsafe.machine.processes import this_process, wait_for_all
 
     origin = origin_of_model(before)
     settings = settings_of(before.path, needs_suites=True)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from exitsafe.engine.processor import check_processor, load_processor
+from exitsafe.engine.templates import check_template
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError
-from exitsafe.vlm import VLM
-from exitsafe.vlm.families import find_family
-from exitsafe.vlm.machine import check_quantization, find_dtype
-from exitsafe.vlm.processor import check_processor, load_processor
-from exitsafe.vlm.templates import check_template
+from exitsafe.exits.families import find_family
+from exitsafe.machine.devices import check_quantization, find_dtype
 from exitsafe.world import ORGANISMS, model_folder
 
 META = torch.device("meta")

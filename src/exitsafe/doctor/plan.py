@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from exitsafe.doctor.blueprint import Blueprint, Weights, weights_of
 from exitsafe.doctor.prompts import Typical
-from exitsafe.vlm.memory import ImageStates, cache_bytes, rows_that_fit
+from exitsafe.machine.memory import ImageStates, cache_bytes, rows_that_fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from exitsafe.runs.limits import Level
-from exitsafe.runs.metrics import Metric
-from exitsafe.runs.scores import Scores
+from exitsafe.results.limits import Level
+from exitsafe.results.metrics import Metric
 from exitsafe.stats import (
     Estimate,
     bin_estimates,
@@ -27,6 +26,7 @@ from exitsafe.stats import (
 from exitsafe.stats.bootstrap import Floats, mean_over
 from exitsafe.stats.bounds import score_interval
 from exitsafe.stats.estimates import Bools
+from exitsafe.store.scores import Scores
 
 K = TypeVar("K", bound=Hashable)
 NO_CATEGORY = "(none)"

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from exitsafe.comparison import cautions, check_comparable, models_changed, repairs_changed, settings_changed
+from exitsafe.exits.layers import resolve_layers
 from exitsafe.gate.evidence import LEVEL, Evidence, Measured, Place, at_worst, by_bin, by_category, by_layer
 from exitsafe.gate.regression import Regressions, stopped_layers
 from exitsafe.gate.rules import MAX_UNSCORED, Rule
-from exitsafe.runs import AuditRun
-from exitsafe.runs.metrics import NO_PROXY, judge_of
-from exitsafe.runs.numbers import percent
-from exitsafe.runs.scores import ScoreTable
-from exitsafe.vlm import resolve_layers
+from exitsafe.results.comparison import cautions, check_comparable, models_changed, repairs_changed, settings_changed
+from exitsafe.results.metrics import NO_PROXY, judge_of
+from exitsafe.results.numbers import percent
+from exitsafe.results.run import AuditRun
+from exitsafe.store.scores import ScoreTable
 
 Outcome = Literal["pass", "breach", "unjudged"]
 MIN_SAMPLES = 10  # of fewer, neither Wilson's interval nor the bootstrap's keeps its level

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from exitsafe.comparison import Difference, Differences, Pairing, shared_judges
 from exitsafe.gate.evidence import STOPPED, Evidence, Place
-from exitsafe.runs import AuditRun
-from exitsafe.runs.metrics import Metric, judge_of
+from exitsafe.results.comparison import Difference, Differences, Pairing, shared_judges
+from exitsafe.results.metrics import Metric, judge_of
+from exitsafe.results.run import AuditRun
 from exitsafe.stats.bounds import change_margin
 
 

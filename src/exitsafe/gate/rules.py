@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from exitsafe.errors import InputError
-from exitsafe.runs.metrics import BY_NAME, Metric
+from exitsafe.results.metrics import BY_NAME, Metric
 from exitsafe.untrusted import read_settings
 
 Scope = Literal["layers", "bins", "categories", "worst"]

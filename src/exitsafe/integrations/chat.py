@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeAlias
 from PIL.Image import Image
 
 from exitsafe.data.images import open_image
+from exitsafe.engine.prompts import Prompt, tokenise
+from exitsafe.engine.templates import TemplateRefusedError, render
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError
-from exitsafe.vlm import VLM
-from exitsafe.vlm.prompts import Prompt, tokenise
-from exitsafe.vlm.templates import TemplateRefusedError, render
 
 Picture: TypeAlias = Image | Path | bytes
 Part: TypeAlias = str | Picture

@@ -15,14 +15,14 @@ import PIL
 import torch
 import transformers
 
-from exitsafe import __version__
+from exitsafe.engine.generation import NO_MEMORY, Completion
+from exitsafe.engine.prompts import Prompt, Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
-from exitsafe.runs.fingerprint import canonical_json, model_fingerprint
-from exitsafe.vlm import VLM
-from exitsafe.vlm.finite import check_finite
-from exitsafe.vlm.generation import NO_MEMORY, Completion, Row
-from exitsafe.vlm.memory import BatchSize
-from exitsafe.vlm.prompts import Prompt
+from exitsafe.exits.finite import check_finite
+from exitsafe.machine.memory import BatchSize
+from exitsafe.store.fingerprint import canonical_json, model_fingerprint
+from exitsafe.version import __version__
 
 ENCODED_AT_ONCE = 16
 

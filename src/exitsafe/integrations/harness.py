@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from exitsafe.data.images import open_image
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
+from exitsafe.exits.finite import not_finite
 from exitsafe.integrations.chat_answers import model_digest
-from exitsafe.vlm import VLM
-from exitsafe.vlm.finite import not_finite
 
 try:
     from lm_eval.models.hf_vlms import HFMultimodalLM

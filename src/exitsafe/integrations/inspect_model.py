@@ -34,12 +34,12 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 from rich.markup import escape
 
+from exitsafe.engine.load import load_vlm
 from exitsafe.errors import ExitsafeError, InputError
 from exitsafe.integrations.chat import Part, Turn, digest_of
 from exitsafe.integrations.chat_answers import model_digest
 from exitsafe.integrations.shared_worker import Question, Reply, SharedWorker
-from exitsafe.runs.fingerprint import canonical_json
-from exitsafe.vlm import load_vlm
+from exitsafe.store.fingerprint import canonical_json
 
 DEFAULT_TOKENS = 256
 LOADING_ARGS = ("adapter", "translators", "revision", "dtype", "device", "quantization", "trust_remote_code")

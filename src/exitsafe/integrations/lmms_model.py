@@ -16,12 +16,12 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from PIL.Image import Image
 
+from exitsafe.engine.load import load_vlm
+from exitsafe.engine.prompts import Prompt
 from exitsafe.errors import InputError
 from exitsafe.integrations.chat import Part, Turn, encode_chat
 from exitsafe.integrations.chat_answers import ChatRequest, answer_chats, log_likelihoods, model_digest
-from exitsafe.vlm import load_vlm
-from exitsafe.vlm.processes import this_process
-from exitsafe.vlm.prompts import Prompt
+from exitsafe.machine.processes import this_process
 
 DEFAULT_TOKENS = 256
 _SUPPORTED = {"max_new_tokens", "max_gen_toks", "temperature", "do_sample", "until"}

@@ -13,9 +13,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from threading import Lock, Thread
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.integrations.chat import Turn, encode_chat
 from exitsafe.integrations.chat_answers import ChatAnswer, ChatRequest, answer_chats
-from exitsafe.vlm import VLM
 
 GATHERING_SECONDS = 0.05  # callers that start together arrive one after the other
 MOST_AT_ONCE = 256

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from exitsafe.auditing.audit import audit
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
+from exitsafe.exits.layers import ExitLayers, resolve_layers
 from exitsafe.judges import Judge
 from exitsafe.records import Sample
-from exitsafe.runs import AuditRun
-from exitsafe.sweep import audit
-from exitsafe.vlm import VLM, ExitLayers, resolve_layers
+from exitsafe.results.run import AuditRun
 
 _NOT_LOGGED = {"seconds"}  # of the machine, not of the model
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from exitsafe.engine.templates import FIXED_DATE, render
 from exitsafe.errors import ModelError
-from exitsafe.vlm.templates import FIXED_DATE, render
 
 _ROLES = ("user", "assistant")
 # a model may take any line break and any indent for the start of a turn

@@ -36,12 +36,12 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from exitsafe.engine.load import check_no_adapter, hash_files
 from exitsafe.errors import ModelError
 from exitsafe.judges.protocol import UNREADABLE
+from exitsafe.machine.devices import find_device, find_dtype
+from exitsafe.machine.memory import BatchSize, release_memory
 from exitsafe.untrusted import UnreadableError, read_json, without_surrogates
-from exitsafe.vlm.load import check_no_adapter, hash_files
-from exitsafe.vlm.machine import find_device, find_dtype
-from exitsafe.vlm.memory import BatchSize, release_memory
 
 TOO_LONG = "the prompt is longer than the judge's context"
 NOT_FINITE = "the model returned no number"

@@ -43,7 +43,7 @@ class JudgeOptions:
     @property
     def own_rate(self) -> float | None:
         """This process's share of `requests_per_minute`."""
-        from exitsafe.vlm.processes import this_process
+        from exitsafe.machine.processes import this_process
 
         rate = self.requests_per_minute
         return None if rate is None else rate / this_process().num_processes

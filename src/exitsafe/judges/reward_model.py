@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from exitsafe.engine.templates import FIXED_DATE, render
 from exitsafe.errors import ModelError
 from exitsafe.judges.classifier import Classifier
 from exitsafe.judges.guard_prompts import token_markers, without_markers
 from exitsafe.judges.local_model import TOO_LONG, context_length, encode
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.untrusted import without_surrogates
-from exitsafe.vlm.templates import FIXED_DATE, render
 
 Format = Callable[[Any, str, str], list[int]]
 """Token ids of (tokenizer, prompt, answer)."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from exitsafe.runs.files import write_whole, writing
+from exitsafe.store.files import write_whole, writing
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exitsafe.auditing.judging import judge_settings, unload
+from exitsafe.engine.answering import Answering, Task
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.judges import Judge, ModelJudge, load_judges
 from exitsafe.judges.asking import ask_judge
@@ -23,11 +26,8 @@ from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.scorer import Scorer
 from exitsafe.lppo.sharding import in_step
 from exitsafe.records import Response, Sample
-from exitsafe.runs.fingerprint import data_fingerprint, request_digest, sample_info
-from exitsafe.runs.judging import judge_settings, unload
-from exitsafe.runs.metrics import METRICS
-from exitsafe.vlm import VLM
-from exitsafe.vlm.answering import Answering, Task
+from exitsafe.results.metrics import METRICS
+from exitsafe.store.fingerprint import data_fingerprint, request_digest, sample_info
 
 _HARMS = ("asr", "over_refusal", "benign_refusal")  # as they are: 0 is best
 _USES = ("vqa_accuracy", "coherence")  # what the untrained model had of them and is lost

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exitsafe.engine.packing import sibling_groups
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
+from exitsafe.exits.finite import check_finite
 from exitsafe.lppo.advantage import gae, group_advantages, masked_whiten
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.minibatches import Minibatch, padded_tokens, share_out, split
 from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.policy import Policy, pack_size
 from exitsafe.lppo.reward import shaped_rewards
-from exitsafe.vlm import VLM, Row, sibling_groups
-from exitsafe.vlm.finite import check_finite
-from exitsafe.vlm.memory import BatchSize
+from exitsafe.machine.memory import BatchSize
 
 Result = TypeVar("Result")
 Passes = list[tuple[list[int], bool]]

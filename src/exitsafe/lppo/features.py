@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import torch
 
+from exitsafe.engine.prompts import Prompt, Row
+from exitsafe.engine.vlm import VLM
+from exitsafe.exits.features import Features
+from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Sample
-from exitsafe.vlm import VLM, Features, Row
-from exitsafe.vlm.memory import BatchSize
-from exitsafe.vlm.prompts import Prompt
 
 ENCODER_BATCH = 16  # halved only when memory runs out: rounding may depend on what runs side by side
 HOST = torch.device("cpu")

@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING, Any
 from exitsafe.errors import ExitsafeError, RunError
 from exitsafe.lppo.config import SIZES, LPPOConfig
 from exitsafe.records import Sample
-from exitsafe.runs import load_run
-from exitsafe.runs.files import PRIVATE, PUBLIC, locked, refuse_link, write_whole, writing
-from exitsafe.runs.fingerprint import data_fingerprint, differences, model_fingerprint, request_digest, sample_info
+from exitsafe.results.run import load_run
+from exitsafe.store.files import PRIVATE, PUBLIC, locked, refuse_link, write_whole, writing
+from exitsafe.store.fingerprint import data_fingerprint, differences, model_fingerprint, request_digest, sample_info
 from exitsafe.untrusted import UnreadableError, parse_json, read_json
 
 if TYPE_CHECKING:
-    from exitsafe.vlm import VLM
+    from exitsafe.engine.vlm import VLM
 
 _PACKAGES = ("exitsafe", "torch", "transformers", "peft")
 COMPLETIONS = "completions.jsonl"
@@ -156,7 +156,7 @@ class TrainingFolder:
         """
         if not self.is_writer:
             return
-        from exitsafe.vlm.adapters import TRAINED_ON, trained_on_record
+        from exitsafe.exits.adapters import TRAINED_ON, trained_on_record
 
         beside = self.path / ".adapter.part"
         with writing(beside):

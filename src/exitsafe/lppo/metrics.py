@@ -20,7 +20,7 @@ from exitsafe.lppo.loss import masked_mean
 from exitsafe.lppo.reward import Faults, Score
 from exitsafe.lppo.rollout import Trajectory
 from exitsafe.lppo.update import MAX_RATIO, UpdateStats
-from exitsafe.vlm.memory import MEASURED
+from exitsafe.machine.memory import MEASURED
 
 NEVER_TWICE = ("seconds", *MEASURED)
 """What a run repeated bit for bit does not repeat; these names end a line."""

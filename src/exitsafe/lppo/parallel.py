@@ -18,7 +18,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from exitsafe.errors import RunError
-from exitsafe.vlm.processes import this_process, wait_for_all
+from exitsafe.machine.processes import this_process, wait_for_all
 
 T = TypeVar("T")
 

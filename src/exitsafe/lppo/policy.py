@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from exitsafe.engine.generation import suppress_logits
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.quantized import check_quantized, let_gradients_pass
-from exitsafe.vlm import VLM, Row, suppress_logits
 
 _WHOLE_LANGUAGE_MODEL = ("language_model", "lm_head")
 

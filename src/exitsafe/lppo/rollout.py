@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.sharding import in_step
+from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Response, Sample
-from exitsafe.vlm import VLM, Row
-from exitsafe.vlm.memory import BatchSize
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitsafe.errors import InputError
+from exitsafe.exits.layers import resolve_layers
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.records import KINDS, Sample
-from exitsafe.vlm import resolve_layers
 
 
 @dataclass(frozen=True, kw_only=True)

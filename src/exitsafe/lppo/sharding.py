@@ -17,11 +17,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.parallel import Team
 from exitsafe.lppo.quantized import is_quantized
-from exitsafe.vlm import VLM
 
 
 def check_launch(vlm: VLM, config: LPPOConfig) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from exitsafe.errors import InputError
-from exitsafe.runs.files import write_whole
-from exitsafe.vlm.processes import this_process
+from exitsafe.machine.processes import this_process
+from exitsafe.store.files import write_whole
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 PROJECT = "exitsafe"

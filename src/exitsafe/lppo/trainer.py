@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from exitsafe.engine.generation import NO_MEMORY as NO_ROW
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
 from exitsafe.judges import Judge
 from exitsafe.judges.asking import list_reasons
@@ -40,11 +43,9 @@ from exitsafe.lppo.scorer import Scorer, WeightedSum, as_scorer, part_means
 from exitsafe.lppo.sharding import check_launch, shard
 from exitsafe.lppo.trackers import Track, check_trackers, tracking
 from exitsafe.lppo.update import Learner
+from exitsafe.machine.memory import BatchSize, Gauge
 from exitsafe.records import Progress, Sample
-from exitsafe.runs.fingerprint import pin_today
-from exitsafe.vlm import VLM, Row
-from exitsafe.vlm.generation import NO_MEMORY as NO_ROW
-from exitsafe.vlm.memory import BatchSize, Gauge
+from exitsafe.store.fingerprint import pin_today
 
 DEFAULT_CONFIG = LPPOConfig()
 

@@ -1,0 +1,1 @@
+"""The audit: every sample at every exit layer, answered and judged."""

@@ -1,0 +1,62 @@
+"""Answers of a run and judges in, verdicts saved as they come. Generates nothing.
+
+A judge that rests on a model may sit beside the model under audit, or have the memory to itself in a pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from exitsafe.auditing.ticker import Ticker
+from exitsafe.judges import Judge, ModelJudge
+from exitsafe.judges.asking import ask_judge
+from exitsafe.judges.protocol import proxy_of
+from exitsafe.records import Sample
+from exitsafe.store.directory import RunDirectory
+
+ROWS_AT_ONCE = 256  # in a pass of its own; saved after each
+Rows = Sequence[tuple[Sample, int]]
+"""Samples with exit layers that have an answer."""
+
+
+def judge_rows(run: RunDirectory, rows: Rows, judges: Sequence[Judge], *, ticker: Ticker) -> int:
+    """Ask each judge about the answers that it has not judged yet; how many answers that were, of all judges."""
+    num_asked = 0
+    for judge in judges:
+        done = run.saved.judged.get(judge.name, set())
+        new = [(sample, layer) for sample, layer in rows if (sample.id, layer) not in done]
+        if not new:  # asking about nothing would load its model
+            continue
+        responses = [run.saved.responses[sample.id, layer] for sample, layer in new]
+        verdicts = ask_judge(judge, [sample for sample, _ in new], responses)
+        run.save_judgement(judge.name, [(sample.id, layer) for sample, layer in new], verdicts)
+        ticker.hear(verdicts)
+        num_asked += len(new)
+    return num_asked
+
+
+def judge_in_turn(run: RunDirectory, rows: Rows, judges: Sequence[Judge], *, ticker: Ticker) -> None:
+    """One judge after the other, so that only one model is in memory at a time."""
+    for judge in judges:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[start : start + ROWS_AT_ONCE]
+            ticker.tick(judge_rows(run, some, [judge], ticker=ticker))
+        unload([judge])
+
+
+def unload(judges: Sequence[Judge]) -> None:
+    """Free the memory of judges that hold a model."""
+    for judge in judges:
+        if isinstance(judge, ModelJudge):
+            judge.unload()
+
+
+def judge_settings(judge: Judge) -> dict[str, Any]:
+    """What a run keeps of a judge."""
+    return {
+        "name": judge.name,
+        "measures": list(judge.measures),
+        "settings": judge.settings if isinstance(judge, ModelJudge) else {},
+        **({"proxy": dict(proxy)} if (proxy := proxy_of(judge)) else {}),
+    }

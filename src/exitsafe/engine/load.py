@@ -1,0 +1,188 @@
+"""`load_vlm`: a Hub id, a local folder or a built-in organism -> a `VLM`."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from exitsafe.engine.generation import ignored_settings
+from exitsafe.engine.processor import check_processor, load_processor
+from exitsafe.engine.templates import check_template, prepare
+from exitsafe.engine.vlm import VLM
+from exitsafe.errors import ModelError
+from exitsafe.exits.adapters import check_folder, load_adapter, note_other_model, read_trained_on
+from exitsafe.exits.families import find_family
+from exitsafe.exits.sources import check_adapter_source, check_model_source
+from exitsafe.exits.translator_files import load_translators
+from exitsafe.machine.devices import check_quantization, find_device, find_dtype
+from exitsafe.world import ORGANISMS, model_folder
+
+_DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # code runs with trust_remote_code
+# What the libraries raise for torn files, missing parts and devices that are not there.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError, SafetensorError)
+
+
+def load_vlm(
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    translators: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+) -> VLM:
+    """Load a vision-language model so that it can exit its encoder early.
+
+    Args:
+        name_or_path: A Hub id, a folder written by `save_pretrained`, `organism` or `organism:text`. The organisms are
+            too small to gain from several threads and set torch to one.
+        adapter: A PEFT adapter folder or Hub id.
+        translators: A folder that `exitsafe translate` made for this model.
+        revision: Branch, tag or commit of a Hub model; None is its newest commit.
+        dtype: "auto" (as saved), or e.g. "bfloat16".
+        device: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
+        quantization: None, "nf4" or "int8" by bitsandbytes, or "torchao-int8"; the image encoder stays as it is.
+        trust_remote_code: Whether code from the checkpoint may run. Only safetensors are loaded either way.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: If nothing can be loaded from there, the family is not supported, the processor does not fit the
+            model, an adapter's weights are incomplete, or the translators are another model's.
+        InputError: If the device, number type or quantization is unknown, or this machine has no such GPU.
+    """
+    where_to, as_type = find_device(device), find_dtype(dtype) or "auto"
+    check_quantization(quantization)
+    source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
+    where = Path(source)
+    check_model_source(source)
+    if adapter is not None:
+        check_adapter_source(str(adapter))
+    if where.is_dir() and revision is not None:
+        raise ModelError(f"{source} is a folder and has no revisions; leave revision out")
+    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not where.is_dir():
+        remote["revision"] = revision or "main"
+    prepare()
+    if name_or_path in ORGANISMS:
+        torch.set_num_threads(1)  # at a million parameters, threads only wait for each other
+    try:
+        adapter_folder = None if adapter is None else _adapter_folder(adapter)
+        config = AutoConfig.from_pretrained(source, **remote)
+        check_no_adapter(source, revision=remote.get("revision"))
+        family = find_family(config)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=as_type,
+            use_safetensors=True,
+            quantization_config=_quantization_config(quantization),
+            device_map={"": where_to} if quantization else None,
+            **remote,
+        )
+        model = model.to(where_to) if quantization is None else model
+        processor = load_processor(source, config, family, **remote)
+        if adapter_folder is not None:
+            model = load_adapter(model, adapter_folder)
+            note_other_model(adapter_folder, str(name_or_path))
+    except SafetensorError as error:
+        reason = f"a weights file is truncated or corrupt ({_first_line(error)}); save or download it again"
+        raise ModelError(f"cannot load {name_or_path!s}: {reason}") from error
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"cannot load {name_or_path!s}: {_first_line(error)}") from error
+    vlm = VLM(
+        model.eval(),
+        processor,
+        name=str(name_or_path),
+        checkpoint_hash=hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None),
+        adapter_hash=None if adapter_folder is None else hash_files(adapter_folder),
+    )
+    check_template(processor, today=vlm.today)
+    for remark in check_processor(vlm) if processor is not None else ():
+        warnings.warn(remark, stacklevel=2)
+    if ignored := ignored_settings(vlm.base_model.generation_config):
+        warnings.warn(
+            f"{name_or_path!s}: of the checkpoint's generation settings only the end tokens are used; these would "
+            f"change greedy answers: {', '.join(ignored)}",
+            stacklevel=2,
+        )
+    if translators is not None:
+        vlm.translators = load_translators(vlm, translators)
+    folders = [where if where.is_dir() else None, adapter_folder, None if translators is None else Path(translators)]
+    vlm.trained_on = frozenset().union(*(read_trained_on(folder) for folder in folders if folder is not None))
+    return vlm
+
+
+def check_no_adapter(source: str, *, revision: str | None) -> None:
+    """Refuse a model folder that contains an adapter.
+
+    transformers would apply it silently and, for a Hub id, load whichever model the adapter's file names.
+
+    Raises:
+        ModelError: If there is one.
+    """
+    if find_adapter_config_file(source, revision=revision) is not None:
+        raise ModelError(
+            f"{source} holds an adapter (adapter_config.json): give its base model, and {source} as --adapter"
+        )
+
+
+def hash_files(folder: Path) -> str:
+    """SHA-256 over the names and contents of what decides an answer: weights, configs, tokenizer, templates."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _DECIDING and path.is_file()):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _adapter_folder(adapter: str | Path) -> Path:
+    """The adapter's files, from the Hub if `adapter` is no folder; safetensors only, as for models."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
+        except _LOADING_ERRORS as error:
+            raise ModelError(
+                f"adapter {adapter} is not a local folder, and the Hub did not provide it: {_first_line(error)}"
+            ) from error
+    check_folder(folder, name=str(adapter))
+    return folder
+
+
+def _quantization_config(quantization: str | None) -> Any:
+    if quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    # Matched from the start of a module's full name. Features must stay those of the unquantised encoder.
+    encoder = ["model.vision_tower", "model.vision_model", "model.multi_modal_projector", "lm_head"]
+    if quantization == "torchao-int8":
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig
+        except ImportError as error:
+            raise ModelError('torchao-int8 needs torchao: pip install "exitsafe[quantization]"') from error
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=encoder)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=encoder)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=encoder,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

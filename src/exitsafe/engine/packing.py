@@ -1,0 +1,113 @@
+"""Several responses to one prompt as one sequence: [prompt, response 1, ..., response G].
+
+A tree mask lets each response see the prompt and itself, never a sibling, and each response's positions go on from
+the prompt's end. So the prompt, mostly image tokens, is computed once for all responses to it: P + G R tokens where
+separate sequences take G (P + R). Nothing else about the model changes. Knows nothing about policies or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from exitsafe.engine.prompts import Row, collate
+from exitsafe.engine.reader import Reader
+
+
+def packed_states(
+    vlm: Reader, rows: Sequence[Row], responses: Sequence[Tensor], *, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`VLM.packed_response_states`."""
+    groups = sibling_groups(rows, group_size)
+    batch, branch, reads = collate_packed(rows, responses, groups, pad_token_id=vlm.pad_token_id)
+    takes_bool = vlm.text_config._attn_implementation == "sdpa"
+    tokens = pad_sequence(list(responses), batch_first=True, padding_value=vlm.pad_token_id).to(vlm.device)
+    lengths = torch.tensor([len(response) for response in responses])
+    mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(vlm.device)
+    first_rows = [rows[group[0]] for group in groups]
+    outputs = vlm.base_model.model(
+        **{name: tensor.to(vlm.device) for name, tensor in batch.items()},
+        attention_mask=tree_mask(branch.to(vlm.device), additive=None if takes_bool else vlm.base_model.dtype),
+        **vlm.family_row.feature_inputs([row.features for row in first_rows if row.features is not None]),
+        use_cache=False,
+    )
+    return outputs.last_hidden_state.flatten(0, 1)[reads.to(vlm.device)], tokens, mask
+
+
+def sibling_groups(rows: Sequence[Row], group_size: int) -> list[list[int]]:
+    """Places of neighbouring rows that ask the same, at most `group_size` together."""
+    groups: list[list[int]] = []
+    for place, row in enumerate(rows):
+        if groups and len(groups[-1]) < group_size and rows[groups[-1][0]].asks_the_same(row):
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def collate_packed(
+    rows: Sequence[Row],
+    responses: Sequence[Tensor],
+    groups: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Left-pad the groups' prompts and right-pad their responses, written one behind the other.
+
+    Args:
+        rows: One per response.
+        responses: Token ids, (length,) each.
+        groups: Places of the rows that share a sequence; every place once, in order.
+        pad_token_id: Fills masked positions.
+
+    Returns:
+        The batch as `collate` makes it of one row per group, with the siblings' positions and no `attention_mask`;
+        the branch of each token, (groups, S) int64, for `tree_mask`; and where to read each response: (responses, T)
+        int64 indices into the (groups * S) hidden states, of the positions that predict its tokens, 0 behind its end.
+    """
+    packed = [torch.cat([torch.as_tensor(responses[place]) for place in group]) for group in groups]
+    batch = collate([rows[group[0]].prompt for group in groups], packed, pad_token_id=pad_token_id)
+    num_groups, width = batch["input_ids"].shape
+    prompt_end = width - max(len(tokens) for tokens in packed)
+    branch = torch.full((num_groups, width), _PADDING)
+    branch[:, :prompt_end][batch["attention_mask"][:, :prompt_end].bool()] = _PROMPT
+    reads = torch.zeros(len(rows), max(len(response) for response in responses), dtype=torch.long)
+    for number, group in enumerate(groups):
+        prompt_length = len(rows[group[0]].prompt.input_ids)
+        start = prompt_end
+        for sibling, place in enumerate(group, start=1):
+            length = len(responses[place])
+            branch[number, start : start + length] = sibling
+            batch["position_ids"][number, start : start + length] = prompt_length + torch.arange(length)
+            # The prompt's last token predicts every sibling's first.
+            reads[place, 0] = number * width + prompt_end - 1
+            reads[place, 1:length] = number * width + start + torch.arange(length - 1)
+            start += length
+    del batch["attention_mask"]
+    return batch, branch, reads
+
+
+_PADDING, _PROMPT = -1, 0  # siblings count from 1
+
+
+def tree_mask(branch: Tensor, *, additive: torch.dtype | None = None) -> Tensor:
+    """Which query may look at which key: earlier or the same token, of the prompt or of the same branch.
+
+    Args:
+        branch: (B, S) int64, from `collate_packed`.
+        additive: None for a bool mask (scaled dot-product attention takes it whatever the precision); else 0 where a
+            query may look and this type's lowest number elsewhere.
+
+    Returns:
+        (B, 1, S, S). Padding sees padding, so that no row is empty: softmax of nothing is NaN.
+    """
+    width = branch.shape[1]
+    keys, queries = branch[:, None, None, :], branch[:, None, :, None]
+    earlier = torch.ones(width, width, dtype=torch.bool, device=branch.device).tril()
+    may_look = ((keys == _PROMPT) | (keys == queries)) & earlier
+    if additive is None:
+        return may_look
+    return torch.zeros_like(may_look, dtype=additive).masked_fill_(~may_look, torch.finfo(additive).min)

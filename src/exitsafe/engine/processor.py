@@ -1,0 +1,148 @@
+"""The processor as its model needs it: config and files in, a processor that fits or a one-line error out.
+
+Processor files are often older than the library, or another model's. What the model's config decides is taken from
+there, and synthetic pictures check the rest before work begins: a prompt must hold as many image placeholders as the
+model makes features. `load_vlm` and `exitsafe doctor` run the same check, on weights or on shapes alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from exitsafe.engine.prompts import Prompt
+from exitsafe.engine.reader import Reader
+from exitsafe.errors import InputError, ModelError
+from exitsafe.exits.families import Family
+from exitsafe.exits.features import compute_features
+from exitsafe.records import Sample
+
+_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def load_processor(source: str, config: Any, family: Family, **remote: Any) -> Any:
+    """The processor of a checkpoint, with the settings that its model's config decides.
+
+    Args:
+        source: A Hub id or a folder.
+        config: The model's.
+        family: The model's.
+        remote: `revision` and `trust_remote_code`, as for `from_pretrained`.
+
+    Returns:
+        The processor; None for a folder that holds a bare model. From the Hub it is always asked for.
+
+    Raises:
+        ModelError: If its files cannot be read.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(source, **remote)
+        own_class: Any = PROCESSOR_MAPPING[type(config)]
+        if not isinstance(processor, own_class) and type(processor).__module__.startswith("transformers."):
+            processor = own_class.from_pretrained(source, **remote)  # the files name another model's class
+        for path, value in family.processor_settings(config).items():
+            owner, _, name = path.rpartition(".")
+            setattr(getattr(processor, owner) if owner else processor, name, value)
+    except Exception as error:  # untrusted files: a missing or wrong entry may raise anything
+        raise ModelError(
+            f"cannot load the processor of {source}: {_first_line(error)}; put the processor and tokenizer files of "
+            "the original checkpoint beside the weights"
+        ) from error
+    return processor
+
+
+def check_processor(vlm: Reader) -> list[str]:
+    """Check that prompts can be made for this model, with synthetic pictures and one encoder block.
+
+    Args:
+        vlm: A model with a processor, of weights or of shapes.
+
+    Returns:
+        Remarks that are no reason to refuse the model, a sentence each.
+
+    Raises:
+        ModelError: If the processor's prompts or pictures do not fit the model, or its chat template writes no prompt.
+    """
+    _check_image_token(vlm)
+    size = int(vlm.base_model.config.vision_config.image_size)
+    # wide and tall: a picture that is not square shows a missing crop, and what tiling makes of each
+    for width, height in ((size * 3 // 2, size), (size, size * 2)):
+        picture = Image.new("RGB", (width, height), "white")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when real prompts are made
+            try:
+                prompt = vlm.encode_prompt(Sample(id="check", prompt="a picture", images=(picture,), kind="benign"))
+            except (InputError, ModelError) as error:  # about the chat template
+                raise ModelError(f"{vlm.name}: {str(error).removeprefix('sample check: ')}") from error
+            except Exception as error:
+                raise _misfit(
+                    vlm,
+                    f"it cannot encode a picture and a word ({_first_line(error)}): use the processor files of the "
+                    "original checkpoint",
+                ) from error
+        _check_tokens(vlm, prompt)
+        _check_placeholders(vlm, prompt, size)
+    if not vlm.eos_token_ids:
+        return [
+            f"{vlm.name} has no end-of-sequence token: every answer runs to max_new_tokens, and it cannot be trained"
+        ]
+    return []
+
+
+def _check_image_token(vlm: Reader) -> None:
+    wanted, given = vlm.base_model.config.image_token_id, vlm.processor.image_token_id
+    if wanted != given:
+        raise _misfit(
+            vlm,
+            f"its image token is {vlm.processor.image_token!r} with id {given}, the model's has id {wanted}: use the "
+            "tokenizer files of this checkpoint",
+        )
+
+
+def _check_tokens(vlm: Reader, prompt: Prompt) -> None:
+    num_embeddings = vlm.base_model.get_input_embeddings().weight.shape[0]
+    if (largest := int(prompt.input_ids.max())) >= num_embeddings:
+        raise _misfit(
+            vlm,
+            f"its tokenizer makes token {largest}, but the model has {num_embeddings} embeddings: use the tokenizer "
+            "files of this checkpoint",
+        )
+
+
+def _check_placeholders(vlm: Reader, prompt: Prompt, size: int) -> None:
+    count = int((prompt.input_ids == vlm.base_model.config.image_token_id).sum())
+    height, width = prompt.image_inputs["pixel_values"].shape[-2:]
+    other_size = (
+        f"it makes pictures of {width}x{height} pixels, but the image encoder reads {size}x{size}: set size and "
+        "crop_size of the image processor to that"
+    )
+    is_expected = (height, width) == (size, size)
+    try:
+        features = compute_features(vlm, prompt.image_inputs, (1,), skip_global=False)[1]
+    except Exception as error:
+        reason = f"the model cannot read its pictures ({_first_line(error)})" if is_expected else other_size
+        raise _misfit(vlm, reason) from error
+    reads_across = bool(vlm.family_row.image_cache_layers(vlm.text_config))
+    wanted = 1 if reads_across else sum(image.shape[0] for image in features)
+    if count != wanted:
+        reason = (
+            f"a prompt has {count} image placeholders, but the model makes {wanted} features: use the chat template "
+            "and the processor files of the original checkpoint"
+        )
+        raise _misfit(vlm, reason if is_expected else other_size)
+
+
+def _misfit(vlm: Reader, reason: str) -> ModelError:
+    return ModelError(f"the processor of {vlm.name} does not fit the model: {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,108 @@
+"""What a model will read for all samples of a run, known before it answers the first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exitsafe.data.images import num_pixels
+from exitsafe.engine.prompts import opens_itself, too_long, written
+from exitsafe.engine.reader import Reader
+from exitsafe.errors import InputError
+from exitsafe.records import Sample
+
+DEFAULT_NEW_TOKENS = 256
+_FEWEST_TOKENS = 16  # of an answer without a requested limit: fewer cannot hold a refusal
+_MEASURED, _MOST_ENCODED = 4, 64  # samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadAhead:
+    """What a model will read for all samples, known before it answers the first.
+
+    `hash` is of the texts that the chat template writes and of their token ids, `today` the date that is in them, if it
+    is; `max_new_tokens` fits behind the longest prompt.
+    """
+
+    hash: str
+    today: str | None
+    max_new_tokens: int
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What must be equal for two runs to read the same, as JSON."""
+        return {"hash": self.hash} | ({} if self.today is None else {"today": self.today})
+
+
+def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
+    """Render and tokenise all texts, and check that they leave room for an answer.
+
+    Image tokens are estimated from the images with the most pixels; only samples that may be too long by that estimate
+    are encoded in full. One that is too long nonetheless is found when it is answered.
+
+    Args:
+        vlm: The model.
+        samples: All samples of a run.
+        max_new_tokens: Longest answer wanted; None takes `DEFAULT_NEW_TOKENS`, or what the context leaves.
+
+    Raises:
+        InputError: If a text cannot be asked, or a prompt leaves no room for the answer.
+        ModelError: If there is no processor, or its chat template leaves something out.
+    """
+    wanted = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    if max_new_tokens is not None and wanted >= vlm.context_length:
+        raise InputError(
+            f"max_new_tokens={wanted}, but this model has room for {vlm.context_length} tokens, prompt and answer "
+            "together: choose fewer"
+        )
+    digest, lengths = hashlib.sha256(), []
+    for sample in samples:
+        text = written(sample, vlm.processor, vlm.family_row, today=vlm.today)
+        tokenizer = vlm.processor.tokenizer
+        ids = tokenizer(text, add_special_tokens=not opens_itself(text, tokenizer), verbose=False).input_ids
+        digest.update(json.dumps([text, ids]).encode() + b"\n")
+        lengths.append(len(ids))
+    room = vlm.context_length - wanted
+    longest, num_tokens = _longest(vlm, samples, lengths, room=room)
+    if num_tokens > room:
+        left = vlm.context_length - num_tokens
+        if max_new_tokens is not None or left < _FEWEST_TOKENS:
+            raise too_long(samples[longest].id, num_tokens, wanted, context_length=vlm.context_length)
+        warnings.warn(
+            f"answers have at most {left} tokens, not {wanted}: the prompt of sample {samples[longest].id} takes "
+            f"{num_tokens} of the {vlm.context_length} that this model has room for",
+            stacklevel=3,
+        )
+        wanted = left
+    return ReadAhead(hash=digest.hexdigest(), today=vlm.today if vlm.is_dated else None, max_new_tokens=wanted)
+
+
+def _longest(vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int], *, room: int) -> tuple[int, int]:
+    """The place of the longest prompt and its tokens: exact for one that may not fit, else at least what it has."""
+    per_image = _tokens_per_image(vlm, samples, lengths)
+    likely = [length + per_image * len(sample.images) for sample, length in zip(samples, lengths, strict=True)]
+    found = (0, 0)
+    for place in sorted(range(len(samples)), key=lambda place: -likely[place])[:_MOST_ENCODED]:
+        if likely[place] <= found[1]:
+            break
+        is_exact = likely[place] <= room or not samples[place].images
+        num_tokens = likely[place] if is_exact else len(vlm.encode_prompt(samples[place]).input_ids)
+        found = max(found, (place, num_tokens), key=lambda pair: pair[1])
+    return found
+
+
+def _tokens_per_image(vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int]) -> int:
+    """What an image adds to its placeholder, at most, among the samples with the largest images."""
+    pictured = {
+        place: max(num_pixels(image, sample.id) for image in sample.images)
+        for place, sample in enumerate(samples)
+        if sample.images
+    }
+    added = [
+        -(-(len(vlm.encode_prompt(samples[place]).input_ids) - lengths[place]) // len(samples[place].images))
+        for place in sorted(pictured, key=lambda place: -pictured[place])[:_MEASURED]
+    ]
+    return max(added, default=0)

@@ -1,0 +1,220 @@
+"""`VLM`: a vision-language model that can exit its image encoder early, and answers.
+
+A thin shell around the Hugging Face model and processor, which stay untouched: outside `exit_at` they behave as
+loaded. The parts live in the files beside this one; this file gives them one face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from exitsafe.engine.encoding import features_by_prompt
+from exitsafe.engine.generation import Completion, Sampling, complete_rows
+from exitsafe.engine.packing import packed_states
+from exitsafe.engine.prompts import Prompt, Row
+from exitsafe.engine.read_ahead import ReadAhead, read_ahead
+from exitsafe.engine.reader import Reader
+from exitsafe.errors import InputError
+from exitsafe.exits.features import Features, compute_features
+from exitsafe.machine.memory import BatchSize, ImageStates, free_memory, offloaded, rows_that_fit
+from exitsafe.records import Response, Sample
+
+
+class VLM(Reader):
+    """A vision-language model whose image features can be read after any encoder block.
+
+    Args:
+        model: A Hugging Face model of a supported family, or a PEFT model around one.
+        processor: Its processor, or None: then only what needs none works.
+        name: What the model was loaded from.
+        checkpoint_hash: Identifies the weights, config and processor files.
+        adapter_hash: Identifies the PEFT adapter, if there is one.
+        translators: One linear map per exit that features pass before the projector, if wanted.
+
+    Attributes:
+        model, processor: The Hugging Face objects.
+        base_model: The model without the PEFT shell (its layers stay adapted).
+        family: The model type, e.g. "llava".
+        num_layers: Encoder blocks, e.g. 24.
+        default_exit: Blocks behind the features that the untouched model reads, e.g. 23.
+        today: The date given to chat templates, as "2026-01-31": the day of loading or, for a run that is resumed or
+            repeated, the day on which it began.
+
+    Raises:
+        ModelError: If the family is not supported.
+    """
+
+    def image_features(
+        self, inputs: Mapping[str, Tensor], exit_layers: Sequence[int], *, skip_global: bool = False
+    ) -> dict[int, Features]:
+        """Image features at several exits from one encoder pass up to the deepest.
+
+        Args:
+            inputs: What the processor returns; only its image entries are read.
+            exit_layers: Exits wanted.
+            skip_global: As in `exit_at`.
+
+        Returns:
+            By exit layer, a tuple of tensors: (tokens, H) per image; for Llama 3.2 Vision (images * tiles,
+            patches, H) per row. Detached.
+
+        Raises:
+            ExitLayerError: If the encoder has no such block.
+            InputError: If an image entry is missing from `inputs`.
+        """
+        return compute_features(self, inputs, tuple(exit_layers), skip_global=skip_global)
+
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        exit_layers: int | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        skip_global: bool = False,
+    ) -> list[Response]:
+        """Answer every sample at one exit layer, or at its own.
+
+        Args:
+            samples: What to answer.
+            exit_layers: One exit for all, or one per sample: rows of one batch may differ.
+            max_new_tokens: Longest answer, in tokens. None is 256, or what the context leaves.
+            temperature: 0 is greedy; above, the whole distribution is sampled.
+            seed: With sample id and exit layer, the key of every draw.
+            batch_size: Rows under generation at a time.
+            skip_global: As in `exit_at`.
+
+        Returns:
+            One response per sample, in order.
+
+        Raises:
+            InputError: If the number of exits is not the number of samples, or a sample cannot be read or leaves no
+                room for an answer.
+            ExitLayerError: If the encoder has no such block.
+        """
+        max_new_tokens = self.read_ahead(samples, max_new_tokens=max_new_tokens).max_new_tokens
+        if isinstance(exit_layers, int):
+            exit_layers = [exit_layers] * len(samples)
+        if len(exit_layers) != len(samples):
+            raise InputError(f"{len(exit_layers)} exit layers for {len(samples)} samples: give one, or one per sample")
+        rows = []
+        for start in range(0, len(samples), batch_size):
+            chunk = range(start, min(start + batch_size, len(samples)))
+            prompts = [self.encode_prompt(samples[index]) for index in chunk]
+            layers = sorted({exit_layers[index] for index in chunk})
+            features = self.prompt_features(prompts, layers, batch_size=batch_size, skip_global=skip_global)
+            rows += [
+                Row(prompt=prompt, exit_layer=exit_layers[index], features=found[exit_layers[index]])
+                for index, prompt, found in zip(chunk, prompts, features, strict=True)
+            ]
+        responses: dict[int, Response] = {}
+        for index, completion in self.complete(
+            rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
+        ):
+            responses[index] = self.response(rows[index], completion)
+        return [responses[index] for index in range(len(rows))]
+
+    def prompt_features(
+        self,
+        prompts: Sequence[Prompt],
+        exit_layers: Sequence[int],
+        *,
+        batch_size: int | BatchSize = 16,
+        skip_global: bool = False,
+    ) -> list[dict[int, Features | None]]:
+        """`image_features` of many prompts, split by prompt; None for prompts without images."""
+        return features_by_prompt(self, prompts, tuple(exit_layers), batch_size=batch_size, skip_global=skip_global)
+
+    def complete(
+        self,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        batch_size: int | BatchSize,
+        draw: int = 0,
+        suppress: Sequence[int] = (),
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer rows; yields (index into rows, completion) in the order of finishing.
+
+        Args:
+            batch_size: Rows under generation at a time; halved when memory runs out, for good in a `BatchSize`.
+            draw: Tells several answers to one (seed, sample, exit layer) apart.
+            suppress: Token ids that must not be chosen.
+
+        Raises:
+            InputError: If a setting makes no sense, or a prompt leaves no room for an answer of `max_new_tokens`.
+            RunError: If memory runs out while a single row is answered.
+        """
+        if isinstance(batch_size, int) and batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: choose 1 or more")
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draw=draw, suppress=tuple(suppress)
+        )
+        self.check_room(rows, [max_new_tokens] * len(rows))
+        return complete_rows(self, rows, sampling, batch_size=batch_size)
+
+    def response(self, row: Row, completion: Completion) -> Response:
+        """A completion as the record that judges read."""
+        return Response(
+            sample_id=row.prompt.sample_id,
+            exit_layer=row.exit_layer,
+            text=self.decode(completion.token_ids),
+            num_tokens=len(completion.token_ids),
+            finish_reason=completion.finish_reason,
+            seconds=completion.seconds,
+        )
+
+    def read_ahead(self, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
+        """What the model will read for these samples, and how long an answer to each may be.
+
+        Raises:
+            InputError: If a text cannot be asked: too long, or with the image placeholder in it.
+            ModelError: If there is no processor, or its chat template leaves something out.
+        """
+        return read_ahead(self, samples, max_new_tokens=max_new_tokens)
+
+    def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
+        """How many of these prompts to answer at a time with the memory that is free now, at least 1."""
+        across = len(self.family_row.image_cache_layers(self.text_config))
+        states = max(self.family_row.num_image_states(self.base_model.config, each.image_inputs) for each in prompts)
+        return rows_that_fit(
+            self.text_config,
+            num_tokens=max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens,
+            dtype=self.base_model.dtype,
+            free=free_memory(self.device),
+            images=ImageStates(num_layers=across, per_row=states),
+        )
+
+    def offloaded(self) -> AbstractContextManager[None]:
+        """Keep the weights in main memory meanwhile, so that a GPU is free for something else."""
+        return offloaded(self.model, self.device)
+
+    def packed_response_states(
+        self, rows: Sequence[Row], responses: Sequence[Tensor], *, group_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`response_states`, but responses to one prompt share a sequence: the prompt is computed once for them.
+
+        Args:
+            rows: As in `response_states`. Neighbours of one sample and exit layer are packed together.
+            responses: As in `response_states`.
+            group_size: Most responses in a sequence.
+
+        Returns:
+            As `response_states`, to rounding; hidden states are kept at the responses' positions only.
+        """
+        assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
+        return packed_states(self, rows, responses, group_size=group_size)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether the attention takes a tree mask: flash attention's kernels know causal masks only, and a mask of the
+        caller's would replace that of a sliding window."""
+        has_window = getattr(self.text_config, "sliding_window", None) is not None  # no entry in Llama's config
+        return self.text_config._attn_implementation in ("sdpa", "eager") and not has_window

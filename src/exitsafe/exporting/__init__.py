@@ -1,0 +1,1 @@
+"""A checkpoint of one exit: cut, described, and verified against the audit."""

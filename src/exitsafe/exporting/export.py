@@ -1,0 +1,314 @@
+"""`export`: a VLM and one of its exits in, a checkpoint out that stock transformers loads and that stops there.
+
+The whole flow on one page: measure the whole model, cut, save, load again as a user would, compare, describe. Nothing
+appears under the folder's name before all of it went well.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from exitsafe.errors import InputError, ModelError
+from exitsafe.exits.adapters import TRAINED_ON, load_adapter, trained_on_record
+from exitsafe.exits.finite import not_finite
+from exitsafe.exporting.audited import audit_record, check_is_of
+from exitsafe.exporting.checkpoint import check_can_be_cut, cut, dropped_blocks, name_as_on_the_hub
+from exitsafe.exporting.folder import check_empty, whole_folder
+from exitsafe.exporting.manifest import ADAPTER, CARD, Base, write_manifest
+from exitsafe.exporting.merging import base_weights
+from exitsafe.exporting.model_card import is_hub_id, license_of, public_name, write_card
+from exitsafe.exporting.probe import Latency, encoders_ms, language_model_ms, logits_of, probe_inputs
+from exitsafe.records import Progress
+from exitsafe.results.run import AuditRun, load_run
+from exitsafe.store.files import PUBLIC, write_whole, writing
+from exitsafe.version import __version__
+
+if TYPE_CHECKING:
+    from exitsafe.engine.vlm import VLM
+
+SHARD_SIZE = "5GB"
+_PACKAGES = ("torch", "transformers", "peft")
+
+
+def export(
+    vlm: VLM,
+    *,
+    exit_layer: int,
+    out: str | Path,
+    skip_global: bool = False,
+    keep_adapter: bool = False,
+    audit: AuditRun | str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a checkpoint whose image encoder ends at one exit.
+
+    `AutoModelForImageTextToText.from_pretrained(out)` loads it with no code of exitsafe. It is loaded so and compared
+    with the whole model at that exit before it is called done. The model given is left as it was.
+
+    Args:
+        vlm: The whole model, with an adapter or translators or without.
+        exit_layer: Encoder blocks to keep, 1 to `vlm.num_layers`.
+        out: A new or empty folder.
+        skip_global: Llama 3.2 Vision only: drop the global blocks as well.
+        keep_adapter: Write the adapter beside, as a PEFT folder for the slim model, instead of merging it.
+        audit: A finished run of this very model that covers the exit; its numbers go into the model card.
+        progress: Called with steps done, steps in all, and what comes next.
+
+    Returns:
+        The folder: weights, configs, processor if there is one, README.md, and exitsafe.json with what it was made
+        from, sizes and latency before and after, and a hash of every file.
+
+    Raises:
+        ExitLayerError: If the encoder has no such block.
+        InputError: On settings that make no sense for this model.
+        ModelError: If the model is quantised, something cannot be merged, or the checkpoint does not repeat the exit.
+        RunError: If `out` holds something, the disk refuses, or the audit is of another model or lacks the exit.
+    """
+    out = Path(out)
+    check_empty(out)
+    check_can_be_cut(vlm)
+    has_adapter = isinstance(vlm.model, PeftModel)
+    if keep_adapter and not has_adapter:
+        raise InputError(f"{vlm.name} has no adapter to keep: leave --keep-adapter out")
+    is_merged = (has_adapter and not keep_adapter) or bool(vlm.translation_hooks(exit_layer))
+    measured = None
+    if audit is not None:
+        run = audit if isinstance(audit, AuditRun) else load_run(audit)
+        check_is_of(run, vlm, exit_layer=exit_layer, skip_global=skip_global)
+        measured = audit_record(run, exit_layer=exit_layer)
+    steps = _Steps(progress, ["measuring the whole model", "writing", "loading it again", "hashing"])
+    with whole_folder(out) as folder:
+        steps.next()
+        inputs = probe_inputs(vlm, exit_layer=exit_layer)
+        with vlm.exit_at(exit_layer, skip_global=skip_global):
+            wanted = logits_of(vlm.model, inputs)
+            if not wanted.isfinite().all():
+                raise not_finite("logits", exit_layer=exit_layer, dtype=vlm.base_model.dtype)
+            # what the checkpoint would say if merging had lost the adapter
+            lost = _unadapted(vlm, inputs) if has_adapter and not keep_adapter else None
+        # a GPU may not hold both models; on a CPU they are timed in turns, which a busy machine disturbs less
+        alone = _encoders_ms([vlm], inputs, is_merged=is_merged) if vlm.device.type != "cpu" else []
+        steps.next()
+        with writing(out):
+            _save(
+                vlm,
+                folder,
+                name=out.resolve().name,
+                exit_layer=exit_layer,
+                skip_global=skip_global,
+                keep_adapter=keep_adapter,
+            )
+        steps.next()
+        with vlm.offloaded():
+            slim = _load_again(folder, vlm)
+            found = logits_of(slim.model, inputs)
+            check = _compare(wanted, found, vlm, exit_layer=exit_layer, is_merged=is_merged, lost=lost)
+            encoders = [*alone, *_encoders_ms([slim] if alone else [vlm, slim], inputs, is_merged=is_merged)]
+            # nothing is cut from the language model: its time is the same before and after
+            language_ms = language_model_ms(slim, inputs)
+        is_cut = bool(dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global))
+        before, after = (
+            Latency(encoder_ms=encoder_ms, prefill_ms=round(encoder_ms + language_ms, 3))
+            for encoder_ms in (encoders if is_cut else encoders[-1:] * 2)
+        )
+        steps.next()
+        facts = {
+            "exit_layer": exit_layer,
+            "skip_global": skip_global,
+            "adapter": None if not has_adapter else "kept" if keep_adapter else "merged",
+            "check": check,
+            "sizes": {"before": _sizes(vlm), "after": _sizes(slim)},
+            "latency": {"before": asdict(before), "after": asdict(after)},
+            "audit": measured,
+        }
+        _describe(folder, vlm, facts, name=out.resolve().name)
+    steps.next()
+    return out
+
+
+def _describe(folder: Path, vlm: VLM, facts: Mapping[str, Any], *, name: str) -> None:
+    """Write the card and, over all files, the record."""
+    base = _base(vlm)
+    content = {
+        "exitsafe": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(vlm, facts, out=name),
+        "base": base,
+        "dtype": str(vlm.base_model.dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in _PACKAGES},
+        **facts,
+    }
+    license_id = license_of(vlm.name, folder=_folder_of(vlm.name), revision=vlm.checkpoint_hash)
+    card = write_card(name=name, base=base, license_id=license_id, exported=content)
+    write_whole(folder / CARD, card.encode())
+    write_manifest(folder, content)
+
+
+class _Steps:
+    """Tells `progress` how far it is."""
+
+    def __init__(self, progress: Progress | None, titles: list[str]) -> None:
+        self._progress = progress
+        self._titles = titles
+        self._done = 0
+
+    def next(self) -> None:
+        if self._progress is not None:
+            title = self._titles[self._done] if self._done < len(self._titles) else ""
+            self._progress(self._done, len(self._titles), title)
+        self._done += 1
+
+
+def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, keep_adapter: bool) -> None:
+    slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=keep_adapter)
+    name_as_on_the_hub(slim)
+    slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    if vlm.processor is not None:
+        vlm.processor.save_pretrained(folder)
+    if keep_adapter:
+        gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
+        _save_adapter(vlm.model, folder / ADAPTER, base_name=name, gone=gone)
+    for place in [folder, *([folder / ADAPTER] if keep_adapter else [])] if vlm.trained_on else []:
+        write_whole(place / TRAINED_ON, trained_on_record(vlm.trained_on))  # an audit of either can then tell, too
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        path.chmod(PUBLIC)  # safetensors lets only the owner read: what is shipped is for everybody
+
+
+def _save_adapter(model: PeftModel, folder: Path, *, base_name: str, gone: tuple[str, ...]) -> None:
+    """The PEFT folder, without weights for blocks that are gone."""
+    adapter = str(model.active_adapter)
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    unwanted = tuple(f"base_model.model.{prefix}" for prefix in gone)
+    kept = {name: tensor.contiguous() for name, tensor in weights.items() if not name.startswith(unwanted)}
+    folder.mkdir()
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config[adapter]
+    made_for, config.base_model_name_or_path = config.base_model_name_or_path, base_name
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.base_model_name_or_path = made_for
+
+
+def _load_again(folder: Path, vlm: VLM) -> VLM:
+    """As a user of stock transformers would, on the model's device and with its attention kernels."""
+    from exitsafe.engine.vlm import VLM
+
+    whole = vlm.base_model.config
+    kernels = {name: getattr(whole, name)._attn_implementation for name in whole.sub_configs}
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        attn_implementation={"": whole._attn_implementation, **kernels},
+        output_loading_info=True,
+        trust_remote_code=False,  # without the argument transformers would ask on the terminal
+    )
+    model, found = loaded
+    if wrong := {kind: names for kind, names in found.items() if names}:
+        raise ModelError(
+            f"the exported checkpoint does not load cleanly ({', '.join(wrong)}): nothing was written; please report it"
+        )
+    if (folder / ADAPTER).is_dir():
+        model = load_adapter(model, folder / ADAPTER)
+    return VLM(model.to(vlm.device).eval(), None, name=folder.name)
+
+
+def _encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor], *, is_merged: bool) -> list[float]:
+    """Compare like with like: if the adapter was merged, the whole model is timed without it, as if merged too."""
+    with ExitStack() as bare:
+        for model in (vlm.model for vlm in vlms if is_merged):
+            if isinstance(model, PeftModel):
+                bare.enter_context(model.disable_adapter())
+        return encoders_ms(vlms, inputs)
+
+
+def _unadapted(vlm: VLM, inputs: Mapping[str, Tensor]) -> Tensor:
+    model = vlm.model
+    assert isinstance(model, PeftModel)
+    with model.disable_adapter():
+        return logits_of(model, inputs)
+
+
+def _compare(
+    wanted: Tensor, found: Tensor, vlm: VLM, *, exit_layer: int, is_merged: bool, lost: Tensor | None
+) -> dict[str, float]:
+    """How far the exported model is from the exit, or ModelError if that is more than rounding.
+
+    Nothing merged: the same operations on the same numbers, so not one bit may differ. Merged: products are rounded in
+    another order; half of a number type's digits are left, far from what a wrong block does. What the adapter does may
+    be less than that in bfloat16: of it at least half must be left, by the logits without it (`lost`).
+    """
+    most = torch.finfo(vlm.base_model.dtype).eps ** 0.5 if is_merged else 0.0
+    relative = float((found - wanted).norm() / wanted.norm())
+    effect = 0.0 if lost is None else float((lost - wanted).norm() / wanted.norm())
+    if lost is not None and effect / 2 < relative <= most:
+        raise ModelError(
+            f"rounding to {str(vlm.base_model.dtype).removeprefix('torch.')} loses the adapter when it is merged (off "
+            f"by {relative:.2g} of the logits, of which it changes {effect:.2g}); nothing was written: give --dtype "
+            "float32, or --keep-adapter"
+        )
+    if not relative <= most:
+        raise ModelError(
+            f"the exported checkpoint does not repeat exit {exit_layer}: its logits differ by {relative:.2g} of their "
+            f"size, where {most:.2g} is rounding; nothing was written; please report it"
+        )
+    return {
+        "largest_difference": float((found - wanted).abs().max()),
+        "relative_difference": relative,
+        "allowed": most,
+    }
+
+
+def _sizes(vlm: VLM) -> dict[str, int]:
+    """Of the model without its adapter; weights that are shared count once."""
+    weights = {tensor.data_ptr(): tensor for tensor in base_weights(vlm.model).values()}.values()
+    return {
+        "encoder_blocks": vlm.num_layers,
+        "global_blocks": len(vlm.family_row.global_blocks(vlm.base_model)),
+        "parameters": sum(tensor.numel() for tensor in weights),
+        "weight_bytes": sum(tensor.nbytes for tensor in weights),
+    }
+
+
+def _base(vlm: VLM) -> Base:
+    return Base(
+        name=public_name(vlm.name),
+        family=vlm.family,
+        num_layers=vlm.num_layers,
+        default_exit=vlm.default_exit,
+        checkpoint=vlm.checkpoint_hash,
+        adapter=vlm.adapter_hash or ("in memory" if isinstance(vlm.model, PeftModel) else None),
+        translators=None if vlm.translators is None else vlm.translators.hash,
+    )
+
+
+def _command(vlm: VLM, facts: Mapping[str, Any], *, out: str) -> str:
+    """The command line that makes the same, with words in place of paths of this machine."""
+    parts = ["exitsafe", "export", shlex.quote(public_name(vlm.name))]
+    if is_hub_id(vlm.name) and _folder_of(vlm.name) is None and vlm.checkpoint_hash is not None:
+        parts += ["--revision", vlm.checkpoint_hash]
+    parts += ["--dtype", str(vlm.base_model.dtype).removeprefix("torch.")]
+    parts += ["--adapter", "ADAPTER"] if isinstance(vlm.model, PeftModel) else []
+    parts += ["--keep-adapter"] if facts["adapter"] == "kept" else []
+    parts += ["--translators", "TRANSLATORS"] if vlm.translators is not None else []
+    parts += ["--exit-layer", str(facts["exit_layer"])]
+    parts += ["--skip-global"] if facts["skip_global"] else []
+    parts += ["--audit", "RUN"] if facts["audit"] is not None else []
+    return " ".join([*parts, "--out", shlex.quote(out)])
+
+
+def _folder_of(name: str) -> Path | None:
+    return Path(name) if Path(name).is_dir() else None

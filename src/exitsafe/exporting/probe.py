@@ -1,0 +1,137 @@
+"""A made-up picture and prompt, and what two models make of it: logits to compare, milliseconds to print.
+
+Needs no processor. Knows nothing about files.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from exitsafe.engine.vlm import VLM
+
+_TEXT_TOKENS = 32
+_WARM_UPS, _TIMES = 2, 15
+_MOST_SECONDS = 15.0  # of repeats: a large model on a CPU is slow enough to be timed once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Medians over warm repeats, of one picture and 32 tokens of text, in milliseconds."""
+
+    encoder_ms: float
+    """Pixels to what the language model reads."""
+    prefill_ms: float
+    """Pixels and prompt to the first token: the encoder's time and the language model's."""
+
+
+def probe_inputs(vlm: VLM, *, exit_layer: int) -> dict[str, Tensor]:
+    """What a processor might make of one picture and a prompt, as the model's own `forward` takes it, on its device.
+
+    The picture is noise and as large as the model takes pictures, the prompt is random tokens; the same every time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = _picture(vlm, generator)
+    config = vlm.base_model.config
+    reads_across = bool(vlm.family_row.image_cache_layers(vlm.text_config))
+    num_image_tokens = 1 if reads_across else _num_features(vlm, images, exit_layer)
+    words = torch.randint(3, vlm.text_config.vocab_size, (_TEXT_TOKENS,), generator=generator)
+    words[words == config.image_token_id] = 3 if config.image_token_id != 3 else 4
+    tokens = torch.cat([words[:1], torch.full((num_image_tokens,), config.image_token_id), words[1:]])[None]
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **images}
+    if reads_across:
+        num_tiles = images["pixel_values"].shape[2]
+        inputs["cross_attention_mask"] = torch.ones(1, tokens.shape[1], 1, num_tiles, dtype=torch.long)
+        inputs["cross_attention_mask"][:, :1] = 0  # what stands before the picture does not see it
+    dtype = vlm.base_model.dtype
+    return {
+        name: tensor.to(vlm.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
+
+
+@torch.no_grad()
+def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(1, tokens, vocabulary), float32, on the CPU."""
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits.float().cpu()
+
+
+@torch.no_grad()
+def encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor]) -> list[float]:
+    """How long the encoders of models on one device take, in turns, so that a busy moment affects all of them."""
+    images = {name: inputs[name] for name in vlms[0].family_row.image_inputs}
+    return _medians_ms([partial(vlm.family_row.features, vlm.base_model, images) for vlm in vlms], vlms[0].device)
+
+
+@torch.no_grad()
+def language_model_ms(vlm: VLM, inputs: Mapping[str, Tensor]) -> float:
+    """How long the language model takes from image features and prompt to the first token."""
+    family = vlm.family_row
+    features = family.features(vlm.base_model, {name: inputs[name] for name in family.image_inputs})
+    text = {name: tensor for name, tensor in inputs.items() if name not in family.image_inputs}
+
+    def prefill() -> object:
+        return vlm.model(**text, **family.feature_inputs([features]), use_cache=True, logits_to_keep=1)
+
+    return _medians_ms([prefill], vlm.device)[0]
+
+
+def _medians_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    times: list[list[float]] = []
+    begun = time.perf_counter()
+    for number in range(_WARM_UPS + _TIMES):
+        if times and time.perf_counter() - begun > _MOST_SECONDS:
+            break
+        found = [_time_ms(call, device) for call in calls]
+        if number >= _WARM_UPS:
+            times.append(found)
+    return [round(statistics.median(of_one), 3) for of_one in zip(*times, strict=True)]
+
+
+def _time_ms(call: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return 1000 * (time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _num_features(vlm: VLM, images: Mapping[str, Tensor], exit_layer: int) -> int:
+    """Image tokens of the picture."""
+    features = vlm.image_features(images, (exit_layer,))
+    return sum(image.shape[0] for image in features[exit_layer])
+
+
+def _picture(vlm: VLM, generator: torch.Generator) -> dict[str, Tensor]:
+    """The processor's tensors for a picture of noise that fills all tiles."""
+    names, config = vlm.family_row.image_inputs, vlm.base_model.config
+    size = config.vision_config.image_size
+    if "aspect_ratio_ids" in names:
+        num_tiles = config.vision_config.max_num_tiles
+        ratios = config.vision_config.supported_aspect_ratios
+        fullest = max(range(len(ratios)), key=lambda index: ratios[index][0] * ratios[index][1])
+        return {
+            "pixel_values": torch.randn(1, 1, num_tiles, 3, size, size, generator=generator),
+            "aspect_ratio_ids": torch.tensor([[fullest + 1]]),  # 0 stands for no picture
+            "aspect_ratio_mask": torch.ones(1, 1, num_tiles, dtype=torch.long),
+        }
+    if "image_sizes" in names:
+        height, width = max(config.image_grid_pinpoints, key=lambda point: (point[0] * point[1], -point[0]))
+        num_tiles = 1 + (height // size) * (width // size)  # the whole picture comes as a tile too
+        pixels = torch.randn(1, num_tiles, 3, size, size, generator=generator)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+    return {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}

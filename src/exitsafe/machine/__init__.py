@@ -1,0 +1,1 @@
+"""What a model runs on: devices, memory and processes."""

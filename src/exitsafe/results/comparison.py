@@ -1,0 +1,377 @@
+"""Before against after, paired: two finished runs in, differences with intervals and tests out.
+
+Only what both runs asked is compared: samples with the same id and the same content, at the same exit
+layers, by the same judge. Everything else is counted and left out. Models whose exits do not mean the same thing are
+refused; a changed model is reported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exitsafe.errors import InputError, RunError
+from exitsafe.results.metrics import BY_NAME, METRICS, Metric, judge_of
+from exitsafe.results.numbers import amount
+from exitsafe.results.run import AuditRun, label_runs, load_run
+from exitsafe.stats import PairedDifference, PairedScores, holm
+from exitsafe.store.files import write_json
+from exitsafe.store.fingerprint import differences
+from exitsafe.store.reading import Judges
+from exitsafe.store.scores import ScoreTable
+
+_MUST_AGREE = {"family": "families", "num_layers": "encoder depths", "default_exit": "default exits"}
+_MODEL = {
+    "checkpoint": "base checkpoint",
+    "name": "model name",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "skip_global": "skip_global",
+}
+"""What stays the same unless somebody changed the model, the weights first."""
+_REPAIR = {"adapter": "adapter", "translators": "translators"}
+_SAID_ELSEWHERE = (
+    *(f"{prefix}{name}{end}" for name in (*_MODEL, *_REPAIR) for prefix in ("", "model.") for end in (" ", ".")),
+    "model.family ", "model.num_layers ", "model.default_exit ",
+    "data.", "trained_on", "exit_layers ", "judges ",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(PairedDifference):
+    """One metric at one exit layer or in one bin, before against after.
+
+    Args:
+        metric: As in summary.json.
+        judge: Whose verdicts; "" for what the audit counts itself.
+        place: The exit layer, or the bin's name (`early`, `middle`, `late`, `average`).
+        p_adjusted: p_value by Holm over the layers of this metric; None for bins.
+    """
+
+    metric: str
+    judge: str
+    place: int | str
+    p_adjusted: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unscored:
+    """A metric that could not be compared at a layer, since no pair has two scores."""
+
+    metric: str
+    judge: str
+    exit_layer: int
+    pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All differences between two runs, and what could not be compared.
+
+    Args:
+        before, after: The run directories.
+        num_layers, default_exit: Of both encoders.
+        models_changed: How the base models differ (weights, name, precision), one line each. The runs are compared all
+            the same, but part of a change may come from that.
+        repairs_changed: How the adapters and translators differ, which is what a comparison is usually about.
+        cautions: What to know before reading the numbers of either run, e.g. samples that were trained on.
+        titles: The title of each compared metric, which depends on its judge.
+        exit_layers: Layers audited in both.
+        num_samples: Samples in both.
+        only_before, only_after: Samples left out because the other run lacks them.
+        changed: Samples left out because the same id asks something else in the other run.
+        settings_changed: Which settings differ between the two audits, one line each: decoding, versions, what a judge
+            rests on. The runs are compared all the same; the reader decides whether that is fair.
+        metrics_left_out: Metrics that no judge measured in both runs.
+        unscored: Metrics and layers left out because no pair could be scored.
+        layers: Differences per metric and exit layer.
+        bins: Differences per metric and bin.
+    """
+
+    before: str
+    after: str
+    num_layers: int
+    default_exit: int
+    models_changed: tuple[str, ...]
+    repairs_changed: tuple[str, ...]
+    cautions: tuple[str, ...]
+    titles: Mapping[str, str]
+    exit_layers: tuple[int, ...]
+    num_samples: int
+    only_before: int
+    only_after: int
+    changed: int
+    settings_changed: tuple[str, ...]
+    metrics_left_out: tuple[str, ...]
+    unscored: tuple[Unscored, ...]
+    layers: tuple[Difference, ...]
+    bins: tuple[Difference, ...]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics compared, in the order of summary.json."""
+        return tuple(dict.fromkeys(row.metric for row in self.layers))
+
+    def rows(self, metric: str) -> tuple[Difference, ...]:
+        """A metric's table: its layers in order, then its bins."""
+        return tuple(row for row in (*self.layers, *self.bins) if row.metric == metric)
+
+    @property
+    def headline(self) -> str:
+        """What changed, in words: `Attack success fell at 22 of 24 exits; worst exit 41.0% -> 3.0%. ...`."""
+        told = [_told(self.titles[name], self._layers_of(name)) for name in _TOLD if name in self.metrics]
+        return " ".join(told) or "No measure of safety or use was compared."
+
+    def _layers_of(self, metric: str) -> list[Difference]:
+        return [row for row in self.layers if row.metric == metric]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object, `layers` and `bins` shaped as in summary.json."""
+        content = {"headline": self.headline, **asdict(self)}
+        layers: dict[int | str, dict[str, Any]] = {layer: {} for layer in self.exit_layers}
+        bins: dict[int | str, dict[str, Any]] = {row.place: {} for row in self.bins}
+        for found, rows in ((layers, content["layers"]), (bins, content["bins"])):
+            for row in rows:
+                found[row.pop("place")][row.pop("metric")] = row
+        content["layers"] = [{"exit_layer": layer, "metrics": rows} for layer, rows in layers.items()]
+        content["bins"] = {name: {"metrics": rows} for name, rows in bins.items()}
+        return content
+
+    def to_json(self, path: str | Path) -> None:
+        """Write `to_dict` to a file."""
+        write_json(Path(path), self.to_dict())
+
+
+_TOLD = ("asr", "over_refusal", "vqa_accuracy")
+
+
+def _told(title: str, rows: Sequence[Difference]) -> str:
+    """One metric's sentence: at how many exits it changed, by Holm's test, and its worst exit before and after."""
+    metric = BY_NAME[rows[0].metric]
+    is_shown = [row.p_adjusted is not None and row.p_adjusted < 0.05 for row in rows]
+    fell, rose = (
+        sum(shown and sign * row.difference > 0 for shown, row in zip(is_shown, rows, strict=True)) for sign in (-1, 1)
+    )
+    exits = f"{len(rows)} exit{'s' * (len(rows) > 1)}"
+    changes = [f"{verb} at {count}" for verb, count in (("fell", fell), ("rose", rose)) if count]
+    said = f" {' and '.join(changes)} of {exits}" if changes else f": no change shown at {exits}"
+    worst = max if metric.direction == "lower" else min
+    was, now = (amount(metric.name, worst(getattr(row, side) for row in rows)) for side in ("before", "after"))
+    return f"{title}{said}; worst exit {was} -> {now} (n={max(row.n for row in rows):,})."
+
+
+def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comparison:
+    """Compare two audits, paired by sample and exit layer.
+
+    Args:
+        before, after: Finished runs or their directories. Weights may differ; samples and layers should not.
+
+    Raises:
+        InputError: If the models' exits do not mean the same thing: another family, depth or default exit.
+        RunError: If a directory holds no finished run, or the runs share no sample or no exit layer.
+    """
+    before = before if isinstance(before, AuditRun) else load_run(before)
+    after = after if isinstance(after, AuditRun) else load_run(after)
+    check_comparable([before, after])
+    num_layers = int(before.summary["num_layers"])
+    pairing = Pairing.of(before.score_table(), after.score_table(), num_layers=num_layers)
+    shared = shared_judges(before, after)
+    judges = {metric: judge_of(metric, shared) for metric in METRICS if metric.name != "seconds"}
+    # times of two runs are not paired by anything
+    found = {metric: pairing.differences(metric, judge) for metric, judge in judges.items() if judge is not None}
+    measured = {metric.name for metric in found}
+    return Comparison(
+        before=str(before.path),
+        after=str(after.path),
+        num_layers=num_layers,
+        default_exit=int(before.summary["default_exit"]),
+        models_changed=models_changed(before, after),
+        repairs_changed=repairs_changed(before, after),
+        cautions=tuple(cautions(before, after)),
+        titles={metric.name: before.title(metric.name, judges[metric]) for metric in found},
+        exit_layers=pairing.before.exit_layers,
+        num_samples=len(pairing.before.samples),
+        only_before=pairing.only_before,
+        only_after=pairing.only_after,
+        changed=pairing.changed,
+        settings_changed=settings_changed(before, after),
+        metrics_left_out=tuple(name for name in _metrics_in(before, after) if name not in measured),
+        unscored=tuple(row for each in found.values() for row in each.unscored),
+        layers=tuple(row for each in found.values() for row in each.layers),
+        bins=tuple(row for each in found.values() for row in each.bins),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """A metric's rows: per exit layer and bin, and the layers where no pair has two scores."""
+
+    layers: tuple[Difference, ...]
+    bins: tuple[Difference, ...]
+    unscored: tuple[Unscored, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pairing:
+    """Two score tables cut to the samples and exit layers that both have, in the order of before.
+
+    Args:
+        before, after: The tables; row i of both is the same sample.
+        num_layers: Of the encoder.
+        only_before, only_after, changed: Samples left out, as in `Comparison`.
+    """
+
+    before: ScoreTable
+    after: ScoreTable
+    num_layers: int
+    only_before: int
+    only_after: int
+    changed: int
+
+    @classmethod
+    def of(cls, before: ScoreTable, after: ScoreTable, *, num_layers: int) -> Pairing:
+        """Pair two tables by sample and exit layer.
+
+        Raises:
+            RunError: If they share no sample or no exit layer.
+        """
+        was, now = ({sample.id: row for row, sample in enumerate(table.samples)} for table in (before, after))
+        shared = [sample_id for sample_id in was if sample_id in now]
+        paired = [i for i in shared if before.samples[was[i]].digest == after.samples[now[i]].digest]
+        layers = [layer for layer in before.exit_layers if layer in after.exit_layers]
+        if not paired:
+            raise RunError(
+                f"the two runs share no sample ({len(shared)} ids are the same but ask something else); "
+                "audit both with the same suites, split and seed"
+            )
+        if not layers:
+            raise RunError("the two runs share no exit layer; audit both at the same layers")
+        return cls(
+            before=before.cut([was[i] for i in paired], layers),
+            after=after.cut([now[i] for i in paired], layers),
+            num_layers=num_layers,
+            only_before=len(was) - len(shared),
+            only_after=len(now) - len(shared),
+            changed=len(shared) - len(paired),
+        )
+
+    def differences(self, metric: Metric, judge: str, *, unscored_as: tuple[float, float] | None = None) -> Differences:
+        """A metric before against after, by one judge.
+
+        Args:
+            metric: Which.
+            judge: Whose scores.
+            unscored_as: What counts in place of a missing score before and after; None leaves such pairs out.
+        """
+        rows = self.before.of_kinds(metric.kinds)
+        before, after = (table.scores_of(judge, metric.measure).of_samples(rows) for table in (self.before, self.after))
+        if unscored_as is not None:
+            before, after = before.filled(unscored_as[0]), after.filled(unscored_as[1])
+        # a layer that stopped early has no answer to some samples: those are no pair, and not unscored either
+        in_pair = before.is_asked & after.is_asked
+        scores = PairedScores(
+            before.values,
+            after.values,
+            (before.unscored | after.unscored) & in_pair,
+            exit_layers=self.before.exit_layers,
+            bounds=metric.bounds,
+        )
+        layers = scores.layers()
+        adjusted: list[float | None] = [*holm([found.p_value for found in layers.values()])]
+        name = metric.name
+        return Differences(
+            layers=tuple(
+                Difference(metric=name, judge=judge, place=layer, p_adjusted=p, **vars(found))
+                for (layer, found), p in zip(layers.items(), adjusted, strict=True)
+            ),
+            bins=tuple(
+                Difference(metric=name, judge=judge, place=bin_name, p_adjusted=None, **vars(found))
+                for bin_name, found in scores.bins(self.num_layers).items()
+            ),
+            unscored=tuple(
+                Unscored(metric=name, judge=judge, exit_layer=layer, pairs=count)
+                for layer, count in scores.unscored_layers().items()
+            ),
+        )
+
+
+def shared_judges(before: AuditRun, after: AuditRun) -> Judges:
+    """The judges of before that measured the same in after; the first that has a measure speaks for it."""
+    return tuple(judge for judge in before.judges if judge in after.judges)
+
+
+def check_comparable(runs: Sequence[AuditRun]) -> None:
+    """Check that an exit layer means the same thing in all runs.
+
+    Raises:
+        InputError: If they are of different families, encoder depths or default exits.
+    """
+    for name, what in _MUST_AGREE.items():
+        found = sorted({str(run.summary.get(name)) for run in runs})
+        if len(found) > 1:
+            raise InputError(
+                f"these runs have the {what} {' and '.join(found)}: their exits are not comparable; "
+                "give runs of one model, or report each separately"
+            )
+
+
+def models_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
+    """How the base models differ (weights, name, precision), one line each."""
+    return tuple(_changes(before, after, _MODEL))
+
+
+def repairs_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
+    """How the adapters and translators differ, one line each."""
+    return tuple(_changes(before, after, _REPAIR))
+
+
+def _changes(before: AuditRun, after: AuditRun, names: Mapping[str, str]) -> Iterator[str]:
+    """Differences between two models, one line each, e.g. `adapter: none before, 9f86d081884c after`."""
+    was, now = (
+        {**run.settings.get("model", {}), "skip_global": run.settings.get("skip_global", False)}
+        for run in (before, after)
+    )
+    for name, title in names.items():
+        if was.get(name) != now.get(name):
+            yield f"{title}: {_brief(name, was.get(name))} before, {_brief(name, now.get(name))} after"
+
+
+def _brief(name: str, value: Any) -> str:
+    """A setting in a few words: hashes shortened, names in quotes, as `differences` writes them."""
+    if value is None:
+        return "unknown (not loaded from files)" if name == "checkpoint" else "none"
+    return str(value)[:12] if name in ("checkpoint", *_REPAIR) else json.dumps(value)
+
+
+def cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
+    """Cautions of both runs; one that only one run has starts with that run's label."""
+    shared = [line for line in before.cautions if line in after.cautions]
+    yield from shared
+    for label, run in zip(label_runs([before.path, after.path]), (before, after), strict=True):
+        yield from (f"{label}: {line}" for line in run.cautions if line not in shared)
+
+
+def settings_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
+    """Differences other than the models, which are reported separately, and the samples, which pairing compares."""
+    lines = differences(before.settings, after.settings)
+    return (*(line for line in lines if not line.startswith(_SAID_ELSEWHERE)), *_judges_changed(before, after))
+
+
+def _judges_changed(before: AuditRun, after: AuditRun) -> list[str]:
+    """What judges of the same name were set otherwise, e.g. another revision or rubric: they may judge differently."""
+    was, now = (
+        {judge["name"]: judge.get("settings", {}) for judge in run.settings["judges"]} for run in (before, after)
+    )
+    shared = [name for name in was if name in now]
+    return differences(
+        {"judges": {name: was[name] for name in shared}}, {"judges": {name: now[name] for name in shared}}
+    )
+
+
+def _metrics_in(*runs: AuditRun) -> list[str]:
+    """Metrics that either run has results of, times aside."""
+    found = {name for run in runs for layer in run.summary["layers"] for name in layer["metrics"]}
+    return [metric.name for metric in METRICS if metric.name in found - {"seconds"}]

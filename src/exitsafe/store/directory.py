@@ -1,0 +1,338 @@
+"""The run directory being written: settings, what is done so far, and at the end the compacted result.
+
+    run.json             settings with all hashes; written first, and again at the end with hashes of the results,
+                         so that a run with these is finished
+    shards/00000.jsonl   responses and verdicts as they come; gone when the run is finished
+    responses.parquet    one row per sample and exit layer
+    verdicts.parquet     one row per judge, measure, sample and exit layer
+    summary.json         every metric
+
+Files with response text are readable by their owner only. Knows no model and runs no judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from exitsafe.errors import InputError, RunError
+from exitsafe.records import Response, Verdict
+from exitsafe.store.files import PRIVATE, PUBLIC, write_whole, writing
+from exitsafe.store.fingerprint import Settings, canonical_json, differences
+from exitsafe.store.head import FORMAT, check_head
+from exitsafe.store.integrity import checked_scores, settings_hash
+from exitsafe.store.reading import is_finished, names_and_measures, read_head, read_scores
+from exitsafe.store.scores import ScoreTable
+from exitsafe.store.shards import Row, Saved, ShardWriter, read_shards
+from exitsafe.store.tables import (
+    SampleInfo,
+    read_responses,
+    read_verdicts,
+    responses_in_table,
+    to_parquet,
+    verdicts_in_table,
+)
+from exitsafe.untrusted import UnreadableError
+
+Summarise = Callable[[ScoreTable, Settings], Mapping[str, Any]]
+"""Scores and settings -> the content of summary.json; raises UnreadableError where an exit lacks answers."""
+
+
+class RunDirectory:
+    """A run being written: made, gone on with, given further judges, or refused.
+
+    Several processes may write one run, each its own shard: the first (process 0) makes it before the others open it.
+
+    Args:
+        path: A new or empty folder, or a run with the same settings.
+        summarise: Makes the content of summary.json from all scores and the settings.
+        settings: A JSON object; any difference from the run on disk is refused, but for further judges.
+        origin: A JSON object that is kept and not compared, put over what an earlier start noted.
+        process: The number of this process.
+        retried: Judges of a finished run whose unscored answers are to be judged again.
+
+    Attributes:
+        settings: As given; `judges` are the run's own, then the new ones.
+        saved: What is done so far.
+        is_finished: Whether nothing is left to do.
+
+    Raises:
+        RunError: If the folder holds something else, a run with other settings or a finished run that was damaged or
+            edited, if another process writes it, or if the disk refuses.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        summarise: Summarise,
+        settings: Settings,
+        origin: Settings | None = None,
+        process: int = 0,
+        retried: Collection[str] = (),
+    ) -> None:
+        self.path = Path(path)
+        self._summarise = summarise
+        self.settings: Settings = json.loads(canonical_json(settings))
+        self.saved = Saved()
+        self._retried = frozenset(retried)
+        self._head: dict[str, Any] = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "origin": json.loads(json.dumps(origin or {})),  # as it will be read again
+        }
+        self._shards: ShardWriter | None = None
+        _check_writable(self._head)
+        check_folder(self.path)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        has_head = (self.path / "run.json").exists()
+        if process > 0 and not has_head:
+            raise RunError(f"{self.path} is not the folder that the first process sees; choose one on a shared disk")
+        self._run_key = _run_key(self.settings)
+        if has_head:
+            before = read_head(self.path)
+            self._run_key = _run_key(before["settings"])
+            self._head["origin"] = {**before["origin"], **self._head["origin"]}
+        self._was_finished = is_finished(self.path)
+        if self._was_finished:
+            read_scores(self.path)  # what was edited since is neither built upon nor given new hashes
+            self._adopt_judges()
+            stored = read_head(self.path)
+            is_whole = self.settings == stored["settings"] and not stored["is_pending"]
+            self.is_finished = is_whole and not self._retried
+        else:
+            self.is_finished = False
+        if self.is_finished:
+            if process == 0 and (self.path / "shards").exists():
+                self._shards = self._open_shard(process)  # unless another judge is being added
+                self.reload()
+                self._drop_shards()
+            return
+        self._shards = self._open_shard(process)  # from here on the run is locked
+        try:
+            self.reload()
+            # what the first process has just written holds for the others, whose model or libraries may differ
+            if (self.saved.responses or process > 0) and not self._was_finished:
+                self._adopt_judges()
+            if process == 0 and not self._was_finished:
+                # a start that failed before the first answer may be mended and started again
+                write_whole(self.path / "run.json", _to_json(self._head))
+            self._run_key = self._shards.run_key = _run_key(self.settings)
+        except BaseException:
+            self._shards.close()
+            raise
+
+    def _open_shard(self, process: int) -> ShardWriter:
+        return ShardWriter(self.path / "shards", process=process, run_key=self._run_key)
+
+    def reload(self) -> None:
+        """Read again what all processes have saved so far."""
+        saved = Saved()
+        if self._was_finished:
+            for response in read_responses(self.path / "responses.parquet"):
+                saved.add_response(response)
+            verdicts = read_verdicts(self.path / "verdicts.parquet")
+            for judge, _ in names_and_measures(read_head(self.path)["settings"]):
+                own = [verdict for verdict in verdicts if verdict.judge == judge]
+                again = {(v.sample_id, v.exit_layer) for v in own if v.unscored and judge in self._retried}
+                own = [verdict for verdict in own if (verdict.sample_id, verdict.exit_layer) not in again]
+                saved.add_judgement(judge, [row for row in saved.responses if row not in again], own)
+        self.saved = read_shards(self.path / "shards", run_key=self._run_key, onto=saved, judges=_keys(self.settings))
+
+    def _adopt_judges(self) -> None:
+        """Take the run on disk as it is and put new judges behind its own; any other difference is refused."""
+        head = read_head(self.path)
+        own = list(head["settings"]["judges"])
+        names = {judge["name"] for judge in own}
+        judges = own + [judge for judge in self.settings["judges"] if judge["name"] not in names]
+        _check_same(self.path, head["settings"], self.settings, judges, is_finished=self._was_finished)
+        self.settings = {**head["settings"], "judges": judges}
+        self._head = {**self._head, "settings": self.settings}
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of this process's shard; everything saved is on disk already."""
+        if self._shards is not None:
+            self._shards.close()
+            self._shards = None
+
+    def save_responses(self, responses: Sequence[Response]) -> None:
+        """On return the responses are on disk."""
+        assert self._shards is not None, "a finished run takes no responses"
+        self._shards.append_responses(responses)
+        for response in responses:
+            self.saved.add_response(response)
+
+    def save_judgement(self, judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+        """On return the judge's word on these rows, which may be no verdict at all, is on disk."""
+        assert self._shards is not None, "a finished run takes no verdicts"
+        self._shards.append_judgement(judge, rows, verdicts, key=_keys(self.settings)[judge])
+        self.saved.add_judgement(judge, rows, verdicts)
+
+    def finish(self, samples: Sequence[SampleInfo]) -> None:
+        """Compact the shards in canonical order, write the summary and all hashes, and drop the shards.
+
+        run.json is what makes a run finished, so it is written last. Where results are replaced it is also written
+        before, with the hashes of both: a kill in between leaves the old results or the new ones, and the shards for as
+        long as they are needed.
+
+        Raises:
+            RunError: If the shards do not hold every answer and verdict, or writing fails.
+        """
+        responses, verdicts = _in_order(self.saved, samples, self.settings)
+        tables = responses_in_table(samples, responses), verdicts_in_table(verdicts)
+        try:
+            summary = self._summarise(checked_scores(*tables, self.settings), self.settings)
+        except UnreadableError as error:
+            raise RunError(
+                f"{self.path / 'shards'} does not hold a complete run ({error}); remove it and rerun the same command"
+            ) from error
+        files = {
+            "responses.parquet": to_parquet(tables[0]),
+            "verdicts.parquet": to_parquet(tables[1]),
+            "summary.json": _to_json(summary),
+        }
+        results = {
+            "settings": settings_hash(self.settings),
+            "origin": settings_hash(self._head["origin"]),
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        head = {**self._head, "results": results}
+        if self._was_finished:
+            stored = read_head(self.path)
+            before = {name: stored[name] for name in ("format", "settings", "origin", "results")}
+            after = {name: head[name] for name in ("settings", "origin", "results")}
+            write_whole(self.path / "run.json", _to_json({**before, "next": after}))
+        for name, content in files.items():
+            write_whole(self.path / name, content, mode=PUBLIC if name == "summary.json" else PRIVATE)
+        write_whole(self.path / "run.json", _to_json(head))
+        self.is_finished = True
+        self._drop_shards()
+
+    def _drop_shards(self) -> None:
+        """Not if they hold the word of a further judge that was interrupted: it may go on later."""
+        self.close()
+        folder = self.path / "shards"
+        if folder.exists() and not self.saved.others:
+            with writing(folder):
+                shutil.rmtree(folder)
+
+
+def check_folder(path: str | Path) -> None:
+    """Whether a run may be made there or is there already; makes nothing.
+
+    Raises:
+        RunError: If not.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"{path} is a file; choose a new folder")
+    with writing(path):
+        entries = {entry.name for entry in path.iterdir()}
+    if "run.json" in entries:
+        read_head(path)  # another program's file of this name is refused before anything is written
+        return
+    # A start that was killed at once leaves these, and nothing in them.
+    others = entries - {"shards", ".run.json.part"}
+    others |= {f"shards/{shard.name}" for shard in (path / "shards").glob("*") if shard.stat().st_size}
+    if others:
+        raise RunError(f"{path} is no run and not empty (it holds {min(others)}); choose a new folder")
+
+
+def saved_in(path: str | Path) -> Saved:
+    """What the shards of an unfinished run hold; nothing if there is no run.
+
+    Raises:
+        RunError: If they cannot be read.
+    """
+    path = Path(path)
+    if not (path / "run.json").exists():
+        return Saved()
+    return read_shards(path / "shards", run_key=_run_key(read_head(path)["settings"]))
+
+
+def _check_same(path: Path, stored: Settings, settings: Settings, judges: Sequence[Any], *, is_finished: bool) -> None:
+    """Judges may be more than stored, and for a finished run fewer, if the same one speaks for each measure."""
+    own, given = ({judge["name"]: judge for judge in some["judges"]} for some in (stored, settings))
+    common = own.keys() & given.keys()
+    changed = differences(
+        {**stored, "judges": {name: own[name] for name in own if name in common}},
+        {**settings, "judges": {name: given[name] for name in given if name in common}},
+    )
+    if not is_finished:
+        changed += [f"judge {name} was asked, is now left out" for name in own if name not in common]
+    was, now = _speakers(judges), _speakers(settings["judges"])
+    changed += [
+        f"{measure} was judged first by {was[measure]}, is now by {now[measure]}"
+        for measure in now
+        if was[measure] != now[measure]
+    ]
+    if changed:
+        raise RunError(
+            f"{path} holds a run with other settings: {'; '.join(changed)}; "
+            "choose a new folder or go back to these settings"
+        )
+
+
+def _speakers(judges: Sequence[Any]) -> dict[str, str]:
+    """By measure, the first judge that has it."""
+    found: dict[str, str] = {}
+    for judge in judges:
+        for measure in judge["measures"]:
+            found.setdefault(measure, judge["name"])
+    return found
+
+
+def _in_order(saved: Saved, samples: Sequence[SampleInfo], settings: Settings) -> tuple[list[Response], list[Verdict]]:
+    """What the run asked for, whatever else someone may have put into the shards."""
+    sample_order = {sample.id: place for place, sample in enumerate(samples)}
+    measure_order = {
+        (judge, measure): (place, part)
+        for place, (judge, measures) in enumerate(names_and_measures(settings))
+        for part, measure in enumerate(measures)
+    }
+    layers = set(settings["exit_layers"])
+    asked = {row for row in saved.responses if row[0] in sample_order and row[1] in layers}
+    responses = sorted((saved.responses[row] for row in asked), key=lambda r: (sample_order[r.sample_id], r.exit_layer))
+    verdicts = sorted(
+        (v for v in saved.verdicts if (v.sample_id, v.exit_layer) in asked and (v.judge, v.measure) in measure_order),
+        key=lambda v: (sample_order[v.sample_id], v.exit_layer, measure_order[v.judge, v.measure]),
+    )
+    return responses, verdicts
+
+
+def _run_key(settings: Settings) -> str:
+    """A hash of everything that decides the answers: all settings but the judges."""
+    return settings_hash({name: value for name, value in settings.items() if name != "judges"})
+
+
+def _check_writable(head: Mapping[str, Any]) -> None:
+    """Raises InputError for what could not be read again."""
+    try:
+        check_head(head)
+    except UnreadableError as error:
+        raise InputError(f"these settings cannot be stored in a run ({error})") from error
+
+
+def _keys(settings: Settings) -> dict[str, str]:
+    """By judge, a hash of everything that decides its verdicts."""
+    return {judge["name"]: hashlib.sha256(canonical_json(judge).encode()).hexdigest() for judge in settings["judges"]}
+
+
+def _to_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

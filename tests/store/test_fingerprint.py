@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+from PIL import Image
+
+from exitsafe.engine.vlm import VLM
+from exitsafe.errors import InputError
+from exitsafe.records import Sample
+from exitsafe.store.fingerprint import canonical_json, data_fingerprint, differences, pin_today, sample_info
+from tests.fake_vlm import FakeVLM
+
+SAMPLE = Sample(id="a", prompt="how", kind="benign", images=(Image.new("RGB", (4, 4), "red"),), source="mine")
+
+
+def test_canonical_json_has_one_spelling() -> None:
+    assert canonical_json({"b": (1, 2), "a": "ü"}) == canonical_json({"a": "ü", "b": [1, 2]})
+    assert canonical_json({"a": "ü"}) == '{"a":"\\u00fc"}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json(float("nan"))
+
+
+def test_differences_are_readable_and_see_what_came_and_went() -> None:
+    old = {"model": {"checkpoint": "aa", "adapter": None}, "exit_layers": [1, 2], "gone": 1}
+    new = {"model": {"checkpoint": "bb", "adapter": None}, "exit_layers": (1, 2), "come": "x"}
+    assert differences(old, new) == [
+        'model.checkpoint was "aa", is now "bb"',
+        "gone was 1, is now absent",
+        'come was absent, is now "x"',
+    ]
+    assert differences(old, old) == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(SAMPLE, prompt="what"),
+        replace(SAMPLE, kind="borderline"),
+        replace(SAMPLE, answers=("x",)),
+        replace(SAMPLE, images=()),
+        replace(SAMPLE, images=(Image.new("RGB", (4, 4), "blue"),)),
+        replace(SAMPLE, images=(Image.new("RGB", (2, 8), "red"),)),
+        replace(SAMPLE, images=SAMPLE.images * 2),
+    ],
+)
+def test_the_digest_covers_what_is_asked(changed: Sample) -> None:
+    assert sample_info(changed).digest != sample_info(SAMPLE).digest
+
+
+def test_the_digest_leaves_names_aside_but_the_data_hash_does_not() -> None:
+    for renamed in (replace(SAMPLE, category="c"), replace(SAMPLE, source="s"), replace(SAMPLE, id="b")):
+        assert sample_info(renamed).digest == sample_info(SAMPLE).digest
+        assert data_fingerprint([sample_info(renamed)])["hash"] != data_fingerprint([sample_info(SAMPLE)])["hash"]
+
+
+def test_image_bytes_are_hashed_wherever_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(b"bytes")
+    on_disk, in_memory = replace(SAMPLE, images=(tmp_path / "one.png",)), replace(SAMPLE, images=(b"bytes",))
+    assert sample_info(on_disk) == sample_info(in_memory)
+    with pytest.raises(InputError, match=r"sample a: image .*gone\.png cannot be read"):
+        sample_info(replace(SAMPLE, images=(tmp_path / "gone.png",)))
+
+
+def test_pixels_of_a_palette_are_told_apart_by_their_colours() -> None:
+    digests = set()
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        image = Image.new("P", (4, 4))
+        image.putpalette(colour)
+        digests.add(sample_info(replace(SAMPLE, images=(image,))).digest)
+    assert len(digests) == 2
+
+
+def test_an_opened_image_that_is_torn_is_said(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(tmp_path / "torn.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:500])
+    with (
+        Image.open(tmp_path / "torn.png") as image,
+        pytest.raises(InputError, match=r"sample a: image .* cannot be read \(.*truncated"),
+    ):
+        sample_info(replace(SAMPLE, images=(image,)))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"settings": 7}', '{"settings": {"prompts": {"today": 7}}}'])
+def test_a_date_that_cannot_be_read_is_left_to_the_one_who_opens_the_run(content: str, tmp_path: Path) -> None:
+    vlm = FakeVLM()
+    (tmp_path / "run.json").write_text(content)
+    pin_today(cast(VLM, vlm), tmp_path)
+    assert vlm.today == FakeVLM.today
+
+
+def test_the_data_fingerprint_counts_and_sees_the_order() -> None:
+    infos = [sample_info(SAMPLE), sample_info(replace(SAMPLE, id="b", source="other"))]
+    found = data_fingerprint(infos)
+    assert (found["samples"], found["sources"]) == (2, {"mine": 1, "other": 1})
+    assert data_fingerprint(infos[::-1])["hash"] != found["hash"]
