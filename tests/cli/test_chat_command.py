@@ -88,7 +88,7 @@ def test_joiners_and_wide_spaces_stay_readable() -> None:
 def test_the_whole_way_of_a_hostile_answer(
     picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("exitsafe.exits.model.VLM.decode", lambda self, token_ids: HOSTILE)
+    monkeypatch.setattr("exitsafe.engine.reader.Reader.decode", lambda self, token_ids: HOSTILE)
     for flags in ([], ["--json"]):
         assert run(["chat", "organism", "--image", str(picture), "--prompt", "what is this ?", *flags]) == 0
         output = capsys.readouterr()

@@ -96,7 +96,7 @@ def test_cache_and_the_rows_that_an_audit_begins_with(
     assert plan(loaded).rows == 0
     assert plan(10**12).rows == 256
     left = 20 * used
-    monkeypatch.setattr("exitsafe.exits.model.free_memory", lambda device: left)
+    monkeypatch.setattr("exitsafe.engine.vlm.free_memory", lambda device: left)
     wanted = vlm.rows_that_fit([row.prompt for row in rows], max_new_tokens=NUM_ANSWER_TOKENS)
     assert 1 < plan(loaded + left).rows == wanted < 256
 

@@ -60,7 +60,7 @@ def test_a_model_counts_the_states_that_its_encoder_gives(monkeypatch: pytest.Mo
         found.append(images)
         return 1
 
-    monkeypatch.setattr("exitsafe.exits.model.rows_that_fit", note)
+    monkeypatch.setattr("exitsafe.engine.vlm.rows_that_fit", note)
     for prompt in prompts:
         vlm.rows_that_fit([prompt], max_new_tokens=4)
     vlm.rows_that_fit(prompts, max_new_tokens=4)
