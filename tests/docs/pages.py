@@ -12,6 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n+)?```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$", re.M | re.S
 )
+_IN_A_TABLE = re.compile(r"^\|.*\| `(?P<line>\w[^`]*)` \|$", re.M)
 _NAMED = re.compile(r"# (?P<name>[\w./-]+\.ya?ml)\n")
 
 
@@ -45,12 +46,17 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def commands(block: Block, program: str = "exitsafe") -> list[list[str]]:
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of each of the page's command lines, in blocks and in the last column of tables."""
+    tables = _IN_A_TABLE.findall(page.read_text(encoding="utf-8"))
+    shells = [block.text for block in blocks(page) if block.language in ("", "bash", "console", "sh")]
+    return [command for text in (*shells, *tables) for command in arguments(text)]
+
+
+def arguments(text: str, program: str = "exitsafe") -> list[list[str]]:
     """The arguments of each command line of the program, launched by whatever launcher."""
-    if block.language not in ("", "bash", "console", "sh"):
-        return []
     found = []
-    for line in block.text.replace("\\\n", " ").splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True) if program in line else []
         if words[:1] == [program]:
             found.append(words[1:])

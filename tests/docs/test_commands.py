@@ -11,14 +11,13 @@ import pytest
 import typer
 
 from exitsafe.cli.main import app
-from tests.docs.pages import PAGES, blocks, commands, files
+from tests.docs.pages import PAGES, commands, files
 
 GROUP: Any = typer.main.get_command(app)
 SHOWN = [
     pytest.param(page, command, id=f"{page.name}: {' '.join(command)}"[:80])
     for page in PAGES
-    for block in blocks(page)
-    for command in commands(block)
+    for command in commands(page)
     if "..." not in command
 ]
 

@@ -43,10 +43,13 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
 
 @pytest.mark.usefixtures("rule_guard")  # the user's own samples are rewarded by the default guard model
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
-def test_snippets(page: Path, namespace: dict[str, Any]) -> None:
+def test_snippets(page: Path, namespace: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks(page):
         if block.language == "python":
+            capsys.readouterr()
             run(block, namespace)
+        elif block.language == "text":  # what the code above it prints
+            assert capsys.readouterr().out == block.text
 
 
 def run(block: Block, namespace: dict[str, Any]) -> None:
