@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from exitsafe.errors import ExitLayerError, InputError
+from tests.forks import together
 from tests.integrations.worldly import LAYERS, NUM_TOKENS, exact_matches, organism, own_answers, png, rows, samples
-from tests.lppo.forks import together
 
 pytest.importorskip(
     "lmms_eval.evaluator",

@@ -21,8 +21,8 @@ from exitsafe.integrations import AuditCallback
 from exitsafe.integrations.trainer_callback import undisturbed
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.world import organism_suites
+from tests.forks import together
 from tests.integrations.worldly import organism, samples
-from tests.lppo.forks import together
 
 OPTIONS: dict[str, Any] = {"exit_layers": (1, 7), "max_new_tokens": 24}
 

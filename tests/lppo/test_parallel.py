@@ -32,8 +32,8 @@ from exitsafe.lppo.reward import Reward
 from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Response, Sample
 from tests.cli.conftest import write_suite
+from tests.forks import start, together, wait
 from tests.lppo.conftest import count_red, make_samples, tiny_config
-from tests.lppo.forks import start, together, wait
 from tests.lppo.test_training_killed import Fickle
 from tests.tiny_models import save_tiny
 

@@ -15,8 +15,8 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.lppo import align
 from exitsafe.lppo.sharding import check_launch
+from tests.forks import together
 from tests.lppo.conftest import count_red, make_samples, make_vlm, tiny_config
-from tests.lppo.forks import together
 from tests.lppo.test_parallel import assert_alike, picky
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -20,8 +20,8 @@ from exitsafe.lppo.parallel import this_team
 from exitsafe.lppo.policy import Policy, PolicyOutput
 from exitsafe.lppo.trainer import _batch_size
 from exitsafe.lppo.update import Learner
+from tests.forks import together
 from tests.lppo.conftest import count_red, make_samples, tiny_config
-from tests.lppo.forks import together
 
 WHOLE = 10_000
 
