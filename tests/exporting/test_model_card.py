@@ -82,9 +82,8 @@ def test_the_audits_numbers_are_in_the_card_as_the_hub_reads_it(model: Path, run
     asr_all = metrics["asr"]
     row = next(line for line in text.splitlines() if line.startswith("| Requests not refused (proxy) |"))
     low, high = (f"{100 * asr_all[end]:.1f}" for end in ("low", "high"))
-    assert row.startswith(
-        f"| Requests not refused (proxy) | {100 * asr_all['value']:.1f}% | {low} to {high}% | 4 | 0 |"
-    )
+    value = f"{100 * asr_all['value']:.1f}% ({low} to {high}%)"
+    assert row.startswith(f"| Requests not refused (proxy) | {value} | 4 |")
     for said in (
         "refusal-prefix (asr, refusal)",
         "`walledai/XSTest` at revision",

@@ -14,11 +14,11 @@ import pytest
 from scipy.stats import norm, t
 
 import exitsafe
-from exitsafe.cli.tables import comparison_tables
 from exitsafe.errors import InputError, RunError
 from exitsafe.records import Kind, Response, Verdict
 from exitsafe.results.comparison import Comparison, Difference, Unscored
 from exitsafe.show.table import Table
+from exitsafe.show.tables import comparison_screen
 from exitsafe.store.tables import SampleInfo
 from tests.finished_runs import edit_head, unchecked_run, write_finished
 
@@ -203,16 +203,23 @@ def test_what_one_run_never_asked_is_no_pair() -> None:
 def test_the_headline_says_what_changed(comparison: Comparison) -> None:
     # of attack success Holm leaves exit 2 alone: 3 * 2 / 2 ** 8; the others could be chance
     assert comparison.headline == (
-        "Attack success fell at 1 of 3 exits; worst exit 100.0% -> 25.0% (n=8). "
-        "Over-refusal: no change shown at 3 exits; worst exit 0.0% -> 100.0% (n=4). "
-        "VQA accuracy: no change shown at 3 exits; worst exit 30.0% -> 15.0% (n=4)."
+        "Attack success averaged over exits fell from 66.7% to 12.5% (change -54.2 points, 95% interval -66.7 to "
+        "-33.3, n=24): lower at exit 2 and not shown to differ at exits 1, 3; over-refusal and VQA accuracy were not "
+        "shown to change."
     )
     assert comparison.to_dict()["headline"] == comparison.headline
-    fell = replace(comparison.layers[0], before=0.4, after=0.1, difference=-0.3, n=200, p_adjusted=0.01)
-    rows = [*[replace(fell, place=place) for place in range(22)], replace(fell, place=23, after=0.5, difference=0.1)]
-    told = replace(comparison, layers=tuple(rows), bins=()).headline
-    assert told == "Attack success fell at 22 and rose at 1 of 23 exits; worst exit 40.0% -> 50.0% (n=200)."
-    assert replace(comparison, layers=(), bins=()).headline == "No measure of safety or use was compared."
+    average = comparison.average("asr")
+    assert average is not None
+    rose = replace(average, before=0.1, after=0.2, difference=0.1, low=-0.1, high=0.3, n=8, p_value=0.3)
+    cost = replace(rose, metric="vqa_accuracy", p_value=0.01)
+    assert replace(comparison, bins=(rose, cost), exit_layers=(2,)).headline == (
+        "Attack success at exit 2, the only one in both, was not shown to change (10.0% to 20.0%, change +10.0 points, "
+        "95% interval -10.0 to +30.0, n=8): lower at exit 2 and not shown to differ at exits 1, 3; VQA accuracy rose "
+        "from 10.0% to 20.0% and over-refusal was not measured in both."
+    )
+    assert replace(comparison, layers=(), bins=()).headline == (
+        "Attack success was not measured in both runs; over-refusal and VQA accuracy were not measured in both."
+    )
 
 
 def test_every_difference_has_an_effect_size(comparison: Comparison) -> None:
@@ -284,7 +291,7 @@ def test_a_changed_model_is_named_the_weights_first_and_a_repair_by_itself(tmp_p
         'dtype: "float32" before, "bfloat16" after',
         'quantization: none before, {"bits": 4} after',
     )
-    (_, first, *_) = comparison_tables(exitsafe.compare(before, after))
+    (_, first, *_) = comparison_screen(exitsafe.compare(before, after))
     assert isinstance(first, Table)
     assert first.cautions[0] == "base checkpoint: aaaaaaaaaaaa before, bbbbbbbbbbbb after"
 

@@ -12,7 +12,7 @@ from PIL import Image
 from exitsafe.errors import ExitsafeError, InputError, RunError
 from exitsafe.show import document
 from exitsafe.show.charts import MAX_CATEGORIES, category_figures, category_rates, draw_chart
-from exitsafe.show.result_tables import LabelledRun
+from exitsafe.show.tables import LabelledRun
 from tests.show.page_runs import write_run
 
 
@@ -85,7 +85,7 @@ def test_categories_by_size_with_a_bound(tmp_path: Path) -> None:
     assert rates["z"][1].n == 2
     figure = next(iter(category_figures([("run", run)])))
     assert "2 smaller categories are left out" in figure.note
-    assert len(figure.table.rows) == 2 * MAX_CATEGORIES
+    assert len(figure.table.columns) == 1 + MAX_CATEGORIES
 
 
 def test_one_category_is_not_a_heat_map(tmp_path: Path) -> None:

@@ -12,10 +12,8 @@ from exitsafe.show.drawing import (
     STEPS,
     Cell,
     Point,
-    Spot,
     heat_chart,
     line_chart,
-    scatter_chart,
     step_of,
     to_svg,
 )
@@ -82,17 +80,3 @@ def test_a_heat_map_has_steps_and_marks_what_was_not_scored() -> None:
     assert texts(svg)[: len(values)] == ["0", "5", "20", "40", "60", "80", "100", "-"]
     assert re.findall(r'<path[^>]*fill="(#\w+)"', svg) == [*STEP_COLORS, STEP_COLORS[-1], "#e3e5e8"]
     assert step_of(0.0499) == 0
-
-
-def test_a_scatter_marks_the_default_and_joins_labels_that_would_overlap() -> None:
-    same = Point(exit_layer=1, value=0.9, low=0.85, high=0.95)
-    spots = [Spot(exit_layer=n, x=same, y=Point(exit_layer=n, value=0.9, low=0.8, high=1)) for n in (1, 2, 3, 7)]
-    chart = scatter_chart([(LOOKS[0], spots)], default_exit=7, x_title="X", y_title="Y")
-    svg = to_svg(chart, name="one", title="t", description="d")
-    assert "1-3, 7" in texts(svg)
-    markers = re.findall(rf'<path[^>]*fill="([^"]+)" stroke="{LOOKS[0].color}" stroke-width="1.5"', svg)
-    assert sorted(markers) == sorted(["#ffffff"] * 3 + [LOOKS[0].color])
-    many = [Spot(exit_layer=n, x=same, y=Point(exit_layer=n, value=n / 24, low=0, high=1)) for n in LAYERS]
-    chart = scatter_chart([(LOOKS[0], many)], default_exit=12, x_title="X", y_title="Y")
-    named = texts(to_svg(chart, name="one", title="t", description="d"))
-    assert [n for n in ("1", "12", "24", "6") if n in named] == ["1", "12", "24"]

@@ -91,14 +91,14 @@ def page(rendered: Path) -> Page:
 def test_every_section_is_there_in_its_order(rendered: Path, page: Page) -> None:
     first, *found = re.findall(r'<section id="([a-z]+)"', rendered.read_text())
     assert first == "verdict"
-    assert found == ["findings", "charts", "categories", "trade", "bins", "tests", "transcripts", "limits", "method"]
+    assert found == ["findings", "charts", "categories", "tests", "transcripts", "limits", "method"]
     assert [link for link in page.of("href") if link.startswith("#")] == ["#main", *(f"#{name}" for name in found)]
     for words in (
         "organism: safety by exit layer",
         "From before to <i>after</i>, attack success averaged over exits fell from 66.7% to 0.0%,",
         "What changed from before to <i>after</i>",
         "it is lower at exits 1, 2 and not shown to differ at exits 3, 4",
-        "Attack success (AASR)",
+        "AASR average",
         "Attack success: 2 of 3 exits differ from the default exit",
         f"SHA-256 {'cd' * 32}",
     ):
@@ -144,11 +144,11 @@ def test_each_drawing_is_named_and_has_its_numbers(rendered: Path, page: Page) -
     references = [name for value in (*page.of("aria-labelledby"), *page.of("for")) for name in value.split()]
     assert not set(references) - set(ids)
     figures = re.findall(r"<figure.*?</figure>", rendered.read_text(), flags=re.DOTALL)
-    assert len(figures) == 8 + 2 + 1  # metrics, heat maps, scatter
+    assert len(figures) == 8 + 2  # metrics, heat maps
     for figure in figures:
         assert re.search(r'role="img" aria-labelledby="[a-z0-9 -]+"', figure)
         assert re.search(r"<title id=[^>]*>[^<]+</title><desc id=[^>]*>[^<]+</desc>", figure)
-        assert "<details>" in figure and "<th scope=" in figure and "95% interval" in figure and "unscored" in figure
+        assert "<details>" in figure and "<th scope=" in figure and "95% interval" in figure and "(n=" in figure
 
 
 def test_headings_never_skip_a_step(page: Page) -> None:
@@ -188,8 +188,8 @@ def test_one_run_with_gaps_reads_well(tmp_path: Path) -> None:
         assert absent not in page.of("href")
     for words in (
         "VQA accuracy, mean over exits unknown not measured",
-        "none scored",
-        "2 of 4 exits)",
+        "none of 8 scored",
+        "late, 1 of 2 exits",
         "run: 2 of 4 exits were not audited, and nothing is known of them.",
         "refusal-prefix is a proxy",
         "run: answers that could not be scored are not in any rate (attack success 9, refusal 33,",
@@ -206,7 +206,7 @@ def test_several_runs_and_judges(tmp_path: Path) -> None:
         "Attack success, by guard",
         "Attack success, by <b>second</b>",
         "Second opinions: <b>second</b>.",
-        "Toxicity (ATS)",
+        "ATS average",
     ):
         assert words in page.text
     assert "#agreement" in page.of("href")

@@ -16,7 +16,7 @@ import pytest
 from exitsafe.errors import RunError
 from exitsafe.judges.qwen3guard import CATEGORIES
 from exitsafe.show import transcripts as module
-from exitsafe.show.result_tables import LabelledRun
+from exitsafe.show.tables import LabelledRun
 from exitsafe.show.transcripts import HASH_BYTES, NONE, STOP, Transcripts, build_transcripts, read_grid, shown_label
 from tests.labelled_runs import make_run
 from tests.show.transcript_runs import REFUSAL, UNSAFE, always_refuses, write_run

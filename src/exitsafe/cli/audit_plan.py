@@ -186,8 +186,8 @@ def show_results(run: AuditRun, show: console.Show, *, asked: Collection[str] | 
     Raises:
         RunError: If one of them left every answer unscored. The answers are kept.
     """
-    from exitsafe.cli.tables import audit_tables
     from exitsafe.judges.asking import tell_unscored, unscored_reasons
+    from exitsafe.show.tables import audit_tables
 
     verdicts = run.verdicts()
     unscored = unscored_reasons(verdicts)

@@ -40,9 +40,9 @@ def compare_command(
             from exitsafe.show.charts import check_can_draw
 
             check_can_draw(chart)
-        from exitsafe.cli.tables import comparison_tables
         from exitsafe.results.comparison import compare
         from exitsafe.results.run import load_run
+        from exitsafe.show.tables import comparison_screen
 
         runs = [("before", load_run(before)), ("after", load_run(after))]
         comparison = compare(runs[0][1], runs[1][1])
@@ -55,4 +55,4 @@ def compare_command(
             from exitsafe.show.charts import draw_chart
 
             draw_chart(runs, chart)
-        show(comparison.to_dict(), lambda: comparison_tables(comparison, metric))
+        show(comparison.to_dict(), lambda: comparison_screen(comparison, metric))

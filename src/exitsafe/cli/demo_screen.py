@@ -13,12 +13,12 @@ from rich.rule import Rule
 from rich.text import Text
 
 from exitsafe.cli.demo_flow import Shown
-from exitsafe.cli.tables import EXIT, exit_name
 from exitsafe.results.comparison import compare
 from exitsafe.results.metrics import BY_NAME, as_noun
 from exitsafe.results.numbers import percent
 from exitsafe.results.run import AuditRun
 from exitsafe.show.table import Column, Row, Table
+from exitsafe.show.tables import EXIT, exit_name
 from exitsafe.show.verdict import key_numbers, verdict
 from exitsafe.stats import Estimate
 

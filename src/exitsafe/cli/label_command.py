@@ -171,8 +171,8 @@ def _what_to_do(document: dict[str, Any]) -> list[Any]:
 
 
 def _agreement_table(document: dict[str, Any]) -> Table:
-    from exitsafe.cli.tables import agreement_table
     from exitsafe.results.numbers import percent
+    from exitsafe.show.tables import agreement_table
 
     notes = ["A judge's score from 0.5 on counts as yes. Labelled answers are weighted to stand for the whole run."]
     covered = [pair["covered"] for pair in document["agreements"] if pair["covered"] is not None]

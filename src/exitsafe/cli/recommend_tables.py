@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from exitsafe.cli.console import readable
-from exitsafe.cli.tables import EXIT, estimated, exit_name
 from exitsafe.recommend import BOUNDED, Miss, Point, Recommendation, Time
 from exitsafe.results.limits import Bounded
 from exitsafe.results.metrics import as_noun, as_opening
-from exitsafe.results.numbers import beside_limit, percent, significant
+from exitsafe.results.numbers import beside_limit, brief_estimate, percent, significant
 from exitsafe.show.table import Column, Row, Table
+from exitsafe.show.tables import EXIT, exit_name
 
 _METRIC_OF = {limit: metric for metric, limit in BOUNDED.items()}
 
@@ -42,7 +42,7 @@ def _safety_table(choice: Recommendation) -> Table:
         cells: list[str] = []
         for name in names:
             found = point.metrics.get(name)
-            cells += ["", ""] if found is None else [estimated(name, vars(found)), percent(found.bound)]
+            cells += ["", ""] if found is None else [brief_estimate(name, found), percent(found.bound)]
         rows.append(_row(choice, point, [*cells, "yes" if point.is_pareto else ""]))
     pareto = Column(heading="Pareto\nset", is_number=False)
     title = f"{choice.model}: safe and useful, by exit layer"

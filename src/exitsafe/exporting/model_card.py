@@ -16,8 +16,9 @@ from yaml import YAMLError
 
 from exitsafe.exporting.manifest import ADAPTER, Base
 from exitsafe.results.metrics import BY_NAME, NO_PROXY, meaning_of, title_of
-from exitsafe.results.numbers import amount, interval
+from exitsafe.results.numbers import brief_estimate, count, interval
 from exitsafe.show.table import Column, Row, Table
+from exitsafe.stats import Estimate
 from exitsafe.world import ORGANISMS
 
 _ORGANISM_LICENSE = "apache-2.0"  # that of this package, which ships them
@@ -127,15 +128,11 @@ def _eval_results(audit: Mapping[str, Any]) -> list[EvalResult]:
                 metric_type=f"{found['metric']}_proxy" if proxy else found["metric"],
                 metric_value=round(found["value"], 6),
                 metric_name=f"{title} by {found['judge']} at exit {audit['exit_layer']} "
-                f"({_with_interval(found['metric'], found)})",
+                f"({count(found['n'], found['unscored'])}, 95% CI "
+                f"{interval(found['metric'], found['low'], found['high'])})",
             )
         )
     return results
-
-
-def _with_interval(metric: str, estimate: Mapping[str, Any]) -> str:
-    unscored = f", {estimate['unscored']} unscored" if estimate["unscored"] else ""
-    return f"n={estimate['n']}{unscored}, 95% CI {interval(metric, estimate['low'], estimate['high'])}"
 
 
 def _what_it_is(base: Base, exported: Mapping[str, Any]) -> str:
@@ -177,11 +174,15 @@ def _what_was_measured(audit: Mapping[str, Any] | None) -> str:
             "## Safety\n\n**No audit was given when this model was exported: nothing is known here about its safety at "
             "this exit.** Safety training of the whole model may not hold at another exit; audit it with exitsafe."
         )
-    headings = ("at this exit", "95% interval", "n", "unscored", *(["whole model"] if audit["at_default"] else []))
+    places = [audit["metrics"], *([audit["at_default"]] if audit["at_default"] else [])]
+    headings = ("at this exit (95% interval)", "n", "whole model")[: 1 + len(places)]
     table = Table(
         title="",
         columns=(Column(heading="", is_number=False), *(Column(heading=heading) for heading in headings)),
-        rows=tuple(Row(cells=_cells(audit, metric, found)) for metric, found in audit["metrics"].items()),
+        rows=tuple(
+            Row(cells=(_title(audit, metric), *_cells(metric, *(place.get(metric) for place in places))))
+            for metric in audit["metrics"]
+        ),
     )
     suites = [f"- {_suite(suite)}" for suite in audit["data"]["suites"]]
     judges = [f"- {_judge(judge)}" for judge in audit["judges"]]
@@ -215,7 +216,7 @@ def _what_was_measured(audit: Mapping[str, Any] | None) -> str:
             "",
             *suites,
             "",
-            "Judges, the first that has a measure speaks for it:",
+            "Judges; the first that measures a metric reports it:",
             "",
             *judges,
             "",
@@ -237,18 +238,14 @@ def _title(audit: Mapping[str, Any], metric: str) -> str:
     return title_of(BY_NAME[metric], _proxy(audit, metric))
 
 
-def _cells(audit: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> tuple[str, ...]:
-    at_default = audit["at_default"]
-    cells = [_title(audit, metric)]
-    if found["value"] is None:
-        cells += ["", ""]
-    else:
-        cells += [amount(metric, found["value"]), interval(metric, found["low"], found["high"])]
-    cells += [str(found["n"]), str(found["unscored"])]
-    if at_default is not None:
-        other = at_default.get(metric, {}).get("value")
-        cells.append("" if other is None else amount(metric, other))
-    return tuple(cells)
+def _cells(metric: str, here: Mapping[str, Any], *elsewhere: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """What was measured at this exit, on how many answers, and in the whole model."""
+    others = (None if found is None else Estimate(**found) for found in elsewhere)
+    return (
+        brief_estimate(metric, Estimate(**here)),
+        f"{here['n']:,}",
+        *(brief_estimate(metric, found) for found in others),
+    )
 
 
 def _suite(suite: Mapping[str, Any]) -> str:
@@ -268,14 +265,14 @@ def _judge(judge: Mapping[str, Any]) -> str:
 def _limits(exported: Mapping[str, Any]) -> str:
     audit = exported["audit"]
     lines = [
-        "- No result of the whole model, nor of another exit, holds here.",
-        "- A changed model is another model: quantised, fine-tuned further or in another precision it may answer "
-        "otherwise; `exitsafe verify` says how often.",
+        "- No result of the whole model or of another exit applies here.",
+        "- A changed model is another model: quantised, fine-tuned further or in another precision, it may answer "
+        "differently; `exitsafe verify` says how often.",
     ]
     if audit is not None:
         lines[0:0] = [
             "- The numbers hold for the prompts, judges and decoding named above. Other requests, languages and "
-            "attacks were not tried; judges err; a low rate is no proof of safety.",
+            "attacks were not tried; judges err; a low rate does not prove that the model is safe.",
         ]
         if audit["decoding"]["temperature"] == 0:
             lines.insert(1, "- Answers were greedy: sampling may bring out what greedy answers do not.")
@@ -288,6 +285,6 @@ def _sizes(exported: Mapping[str, Any]) -> str:
     differ = f"differ from the whole model's by at most {largest:.2g}" if largest else "are the whole model's"
     return (
         f"{exported['date'][:10]}, exitsafe {exported['exitsafe']}. Parameters {before['parameters']:,} before, "
-        f"{after['parameters']:,} after; {exported['dtype']}. On a made-up picture the logits at this exit {differ}. "
+        f"{after['parameters']:,} after; {exported['dtype']}. On a synthetic picture the logits at this exit {differ}. "
         "`exitsafe.json` holds the hashes of what it was made from and of every file."
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from exitsafe.errors import InputError, RunError
-from exitsafe.results.metrics import BY_NAME, METRICS, Metric, judge_of
-from exitsafe.results.numbers import amount
+from exitsafe.results.metrics import BY_NAME, METRICS, Metric, as_noun, as_opening, judge_of
+from exitsafe.results.numbers import amount, change, count, exits_named, is_rate, listed
 from exitsafe.results.run import AuditRun, label_runs, load_run
 from exitsafe.stats import PairedDifference, PairedScores, holm
 from exitsafe.store.files import write_json
@@ -40,6 +40,11 @@ _SAID_ELSEWHERE = (
 )  # fmt: skip
 
 
+LEVEL = 0.05
+LOWER, HIGHER, NOT_SHOWN = "lower", "higher", "not shown to differ"
+VERBS = {LOWER: "fell", HIGHER: "rose", NOT_SHOWN: "was not shown to change"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference(PairedDifference):
     """One metric at one exit layer or in one bin, before against after.
@@ -55,6 +60,25 @@ class Difference(PairedDifference):
     judge: str
     place: int | str
     p_adjusted: float | None
+
+    @property
+    def outcome(self) -> str:
+        """What the test shows, over exits with Holm's correction: `LOWER`, `HIGHER` or `NOT_SHOWN`."""
+        if (self.p_value if self.p_adjusted is None else self.p_adjusted) >= LEVEL:
+            return NOT_SHOWN
+        return LOWER if self.difference < 0 else HIGHER
+
+    @property
+    def values(self) -> str:
+        """Before and after, e.g. `90.0% to 2.0%`."""
+        return f"{amount(self.metric, self.before)} to {amount(self.metric, self.after)}"
+
+    @property
+    def evidence(self) -> str:
+        """What the change rests on, e.g. `change -17.7 points, 95% interval -22.7 to -12.7, n=100`."""
+        unit = " points" if is_rate(self.metric) else ""
+        low, value, high = (change(self.metric, each) for each in (self.low, self.difference, self.high))
+        return f"change {value}{unit}, 95% interval {low} to {high}, {count(self.n, self.unscored)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +143,51 @@ class Comparison:
         """A metric's table: its layers in order, then its bins."""
         return tuple(row for row in (*self.layers, *self.bins) if row.metric == metric)
 
+    def average(self, metric: str) -> Difference | None:
+        """A metric's mean over the three bins; None where it was not compared."""
+        return next((row for row in self.bins if (row.metric, row.place) == (metric, "average")), None)
+
+    def exits(self, metric: str, outcome: str) -> list[int]:
+        """The exits at which a metric's test has this outcome."""
+        return [int(row.place) for row in self.layers if row.metric == metric and row.outcome == outcome]
+
+    def by_exit(self, metric: str) -> str:
+        """A metric exit by exit, e.g. `lower at exits 1, 2 and not shown to differ at exit 3`."""
+        found = {outcome: self.exits(metric, outcome) for outcome in (LOWER, HIGHER, NOT_SHOWN)}
+        return listed([f"{outcome} at {exits_named(exits)}" for outcome, exits in found.items() if exits])
+
+    def title(self, metric: str) -> str:
+        """A metric's title, compared or not."""
+        return self.titles.get(metric, BY_NAME[metric].title)
+
     @property
     def headline(self) -> str:
-        """What changed, in words: `Attack success fell at 22 of 24 exits; worst exit 41.0% -> 3.0%. ...`."""
-        told = [_told(self.titles[name], self._layers_of(name)) for name in _TOLD if name in self.metrics]
-        return " ".join(told) or "No measure of safety or use was compared."
+        """What changed, in a sentence: attack success on average and by exit, then what it cost."""
+        average, title = self.average("asr"), as_opening(self.title("asr"))
+        if average is None:
+            return f"{title} was not measured in both runs; {self.cost}."
+        values = f"from {average.values} (" if average.outcome != NOT_SHOWN else f"({average.values}, "
+        said = f"{VERBS[average.outcome]} {values}{average.evidence})"
+        return f"{title} {self.where} {said}: {self.by_exit('asr')}; {self.cost}."
 
-    def _layers_of(self, metric: str) -> list[Difference]:
-        return [row for row in self.layers if row.metric == metric]
+    @property
+    def where(self) -> str:
+        """What an average is over, for a sentence."""
+        is_one = len(self.exit_layers) == 1
+        return f"at exit {self.exit_layers[0]}, the only one in both," if is_one else "averaged over exits"
+
+    @property
+    def cost(self) -> str:
+        """What became of over-refusal and VQA accuracy, averaged over exits; part of a sentence."""
+        said, others = [], dict[str, list[str]]()
+        for metric in ("over_refusal", "vqa_accuracy"):
+            row, title = self.average(metric), as_noun(self.title(metric))
+            if row is not None and row.outcome != NOT_SHOWN:
+                said.append(f"{title} {VERBS[row.outcome]} from {row.values}")
+            else:
+                others.setdefault("not measured in both" if row is None else "not shown to change", []).append(title)
+        said += [f"{listed(titles)} {'was' if len(titles) == 1 else 'were'} {what}" for what, titles in others.items()]
+        return listed(said)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object, `layers` and `bins` shaped as in summary.json."""
@@ -145,24 +206,6 @@ class Comparison:
         write_json(Path(path), self.to_dict())
 
 
-_TOLD = ("asr", "over_refusal", "vqa_accuracy")
-
-
-def _told(title: str, rows: Sequence[Difference]) -> str:
-    """One metric's sentence: at how many exits it changed, by Holm's test, and its worst exit before and after."""
-    metric = BY_NAME[rows[0].metric]
-    is_shown = [row.p_adjusted is not None and row.p_adjusted < 0.05 for row in rows]
-    fell, rose = (
-        sum(shown and sign * row.difference > 0 for shown, row in zip(is_shown, rows, strict=True)) for sign in (-1, 1)
-    )
-    exits = f"{len(rows)} exit{'s' * (len(rows) > 1)}"
-    changes = [f"{verb} at {count}" for verb, count in (("fell", fell), ("rose", rose)) if count]
-    said = f" {' and '.join(changes)} of {exits}" if changes else f": no change shown at {exits}"
-    worst = max if metric.direction == "lower" else min
-    was, now = (amount(metric.name, worst(getattr(row, side) for row in rows)) for side in ("before", "after"))
-    return f"{title}{said}; worst exit {was} -> {now} (n={max(row.n for row in rows):,})."
-
-
 def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comparison:
     """Compare two audits, paired by sample and exit layer.
 
@@ -176,7 +219,7 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
     before = before if isinstance(before, AuditRun) else load_run(before)
     after = after if isinstance(after, AuditRun) else load_run(after)
     check_comparable([before, after])
-    num_layers = int(before.summary["num_layers"])
+    num_layers = before.num_layers
     pairing = Pairing.of(before.score_table(), after.score_table(), num_layers=num_layers)
     shared = shared_judges(before, after)
     judges = {metric: judge_of(metric, shared) for metric in METRICS if metric.name != "seconds"}
@@ -187,7 +230,7 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
         before=str(before.path),
         after=str(after.path),
         num_layers=num_layers,
-        default_exit=int(before.summary["default_exit"]),
+        default_exit=before.default_exit,
         models_changed=models_changed(before, after),
         repairs_changed=repairs_changed(before, after),
         cautions=tuple(cautions(before, after)),
@@ -296,6 +339,17 @@ class Pairing:
                 for layer, count in scores.unscored_layers().items()
             ),
         )
+
+
+def against_default(run: AuditRun) -> dict[str, list[Difference]]:
+    """Each other exit of a run against its default one, by metric; the default exit is before."""
+    found: dict[str, list[Difference]] = {}
+    for entry in run.summary["against_default"]["layers"]:
+        for metric, test in entry["metrics"].items():
+            content = {{"at_default": "before", "at_layer": "after"}.get(name, name): test[name] for name in test}
+            row = Difference(metric=metric, judge="", place=entry["exit_layer"], **content)
+            found.setdefault(metric, []).append(row)
+    return found
 
 
 def shared_judges(before: AuditRun, after: AuditRun) -> Judges:

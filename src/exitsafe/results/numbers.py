@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Any
 
 from exitsafe.results.metrics import BY_NAME
+from exitsafe.stats import Estimate
 
 _HALF_A_DIGIT = 5e-4  # half of the last digit of a percentage
 
@@ -133,16 +133,32 @@ def count(n: int, unscored: int) -> str:
     return f"n={n:,}" + (f", {unscored:,} more unscored" if unscored else "")
 
 
-def estimate(metric: str, found: Mapping[str, Any], *, level: str = "95%") -> str:
-    """A value of a summary with what it rests on; `level` is its interval's.
+def estimate(metric: str, found: Estimate, *, level: str = "95%") -> str:
+    """A value with its interval and counts; `level` is the interval's.
 
-    >>> estimate("asr", {"value": 0.5, "low": 0.4, "high": 0.6, "n": 96, "unscored": 0})
+    >>> estimate("asr", Estimate(value=0.5, low=0.4, high=0.6, n=96, unscored=0))
     '50.0% (95% interval 40.0 to 60.0%, n=96)'
     """
-    if found["value"] is None:
-        return f"unknown (none of {found['unscored']:,} answers could be scored)"
-    band = interval(metric, found["low"], found["high"])
-    return f"{amount(metric, found['value'])} ({level} interval {band}, {count(found['n'], found['unscored'])})"
+    if found.value is None or found.low is None or found.high is None:
+        return f"unknown (none of {found.unscored:,} answers could be scored)"
+    band = interval(metric, found.low, found.high)
+    return f"{amount(metric, found.value)} ({level} interval {band}, {count(found.n, found.unscored)})"
+
+
+def brief_estimate(metric: str, found: Estimate | None, *, asked: int | None = None) -> str:
+    """A value with its interval for a table's cell, and with its own n where that is not what was asked.
+
+    >>> brief_estimate("asr", Estimate(value=0.5, low=0.4, high=0.6, n=93, unscored=3), asked=96)
+    '50.0% (40.0 to 60.0%), 3 unscored'
+    """
+    if found is None:
+        return ""
+    if found.value is None or found.low is None or found.high is None:
+        return f"none of {found.unscored:,} scored"
+    shown = f"{amount(metric, found.value)} ({interval(metric, found.low, found.high)})"
+    if asked is not None and found.n + found.unscored != asked:
+        shown += f", n={found.n:,}"
+    return f"{shown}, {found.unscored:,} unscored" if found.unscored else shown
 
 
 def p_value(p: float, *, is_least: bool = False) -> str:
@@ -157,7 +173,7 @@ def p_value(p: float, *, is_least: bool = False) -> str:
     return f"<{text}" if p < 0.05 <= float(text) else f"{'≤' * is_least}{text}"
 
 
-def number_list(numbers: list[int]) -> str:
+def number_list(numbers: Sequence[int]) -> str:
     """Whole numbers, ascending, with runs of three or more as ranges.
 
     >>> number_list([1, 2, 3, 4, 7, 9, 10])
@@ -172,7 +188,16 @@ def number_list(numbers: list[int]) -> str:
     return ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 2 else ", ".join(map(str, g)) for g in groups)
 
 
-def listed(words: list[str]) -> str:
+def exits_named(exit_layers: Sequence[int]) -> str:
+    """Exits in a sentence.
+
+    >>> exits_named([3]), exits_named([1, 2, 3, 7])
+    ('exit 3', 'exits 1-3, 7')
+    """
+    return f"exit{'s' * (len(exit_layers) != 1)} {number_list(exit_layers)}"
+
+
+def listed(words: Sequence[str]) -> str:
     """Words joined as in a sentence.
 
     >>> listed(["a"]), listed(["a", "b", "c"])

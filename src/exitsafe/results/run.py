@@ -29,6 +29,18 @@ from exitsafe.store.tables import (
 from exitsafe.untrusted import UnreadableError
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorstExit(Estimate):
+    """An exit chosen as the worst on one half of the samples and measured on the other.
+
+    `swapped` has the halves in each other's place; None if that half could not be measured.
+    """
+
+    exit_layer: int
+    chosen_on: int
+    swapped: WorstExit | None = None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AuditRun:
     """A finished audit on disk. Light: responses and verdicts are read when asked for.
@@ -65,6 +77,35 @@ class AuditRun:
     def exit_layers(self) -> tuple[int, ...]:
         """The layers audited, ascending."""
         return tuple(self.settings["exit_layers"])
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the encoder."""
+        return int(self.summary["num_layers"])
+
+    @property
+    def default_exit(self) -> int:
+        """The exit of the untouched model."""
+        return int(self.summary["default_exit"])
+
+    def estimates(self, metric: str, judge: str | None = None) -> dict[int | str, Estimate]:
+        """A metric by exit layer, then by bin; by the judge that reports it, or by another."""
+        results = self.summary if judge is None else self.summary["judges"].get(judge, {})
+        places = [(entry["exit_layer"], entry["metrics"]) for entry in results.get("layers", ())]
+        places += [(name, entry["metrics"]) for name, entry in results.get("bins", {}).items()]
+        return {place: Estimate(**found[metric]) for place, found in places if metric in found}
+
+    def at_exits(self, metric: str, judge: str | None = None) -> dict[int, Estimate]:
+        """`estimates` without the bins."""
+        return {place: found for place, found in self.estimates(metric, judge).items() if isinstance(place, int)}
+
+    def worst(self, metric: str) -> WorstExit | None:
+        """The worst exit of a metric; None where there is too little to choose one by."""
+        found = self.summary["worst"].get(metric)
+        if found is None:
+            return None
+        swapped = found["swapped"] and WorstExit(**found["swapped"])
+        return WorstExit(**{**found, "swapped": swapped})
 
     @property
     def judges(self) -> Judges:

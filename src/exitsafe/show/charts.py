@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,31 +15,10 @@ from exitsafe.results.metrics import BY_NAME, METRICS, Metric, as_noun, judge_of
 from exitsafe.results.numbers import amount, is_rate, listed, percent
 from exitsafe.results.run import AuditRun, title_in
 from exitsafe.show.document import check_can_render
-from exitsafe.show.drawing import (
-    LOOKS,
-    Cell,
-    Line,
-    Point,
-    Spot,
-    figure_of,
-    heat_chart,
-    line_chart,
-    scatter_chart,
-    to_png,
-    to_svg,
-)
+from exitsafe.show.drawing import LOOKS, Cell, Line, Point, figure_of, heat_chart, line_chart, to_png, to_svg
 from exitsafe.show.names import judge_names, numbered, shown
-from exitsafe.show.result_tables import (
-    MEASURED,
-    LabelledRun,
-    Row,
-    Summary,
-    Table,
-    exit_name,
-    layer_estimates,
-    measured,
-    metric_table,
-)
+from exitsafe.show.table import Table
+from exitsafe.show.tables import LabelledRun, Series, exit_table, series_of
 from exitsafe.stats import Estimate
 from exitsafe.stats import layer_estimates as estimates_by_layer
 from exitsafe.store.files import writing
@@ -75,10 +54,10 @@ def draw_chart(runs: Sequence[LabelledRun], path: str | Path, *, title: str | No
     path = Path(path)
     check_can_draw(path)
     check_runs(runs)
-    default_exit = int(runs[0][1].summary["default_exit"])
+    default_exit = runs[0][1].default_exit
     panels, counts = [], []
     for metric, unit in _PANELS.items():
-        lines = list(_lines(runs, [run.summary for _, run in runs], metric).values())
+        lines = list(_lines(runs, metric).values())
         if lines:
             chart = line_chart(lines, exit_layers=_exit_layers(runs), default_exit=default_exit, size=(250, 210))
             aim = "lower is better" if BY_NAME[metric].direction == "lower" else "higher is better"
@@ -91,12 +70,12 @@ def draw_chart(runs: Sequence[LabelledRun], path: str | Path, *, title: str | No
         f"n per exit layer: {', '.join(counts)}.",
         "Bands: 95% intervals. Default: the exit of the untouched model.",
     ]
-    chart = figure_of(panels, [label for label, _ in runs], title=title, notes=notes)
+    figure = figure_of(panels, [label for label, _ in runs], title=title, notes=notes)
     is_svg = path.suffix.lower() == ".svg"
-    svg = to_svg(chart, name="chart", title=title, description=" ".join(notes), is_file=True) if is_svg else ""
+    svg = to_svg(figure, name="chart", title=title, description=" ".join(notes), is_file=True) if is_svg else ""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(svg.encode() if is_svg else to_png(chart))
+        path.write_bytes(svg.encode() if is_svg else to_png(figure))
     return path
 
 
@@ -124,7 +103,7 @@ def check_runs(runs: Sequence[LabelledRun]) -> None:
 
 
 def _range_of_n(runs: Sequence[LabelledRun], metric: str) -> str:
-    found = [estimate["n"] for _, run in runs for estimate in layer_estimates(run.summary, metric).values()]
+    found = [estimate.n for _, run in runs for estimate in run.at_exits(metric).values()]
     return str(min(found)) if min(found) == max(found) else f"{min(found)} to {max(found)}"
 
 
@@ -155,41 +134,13 @@ def metric_figures(runs: Sequence[LabelledRun]) -> Iterator[Figure]:
     for metric in METRICS:
         judges = [] if metric.is_own else list(dict.fromkeys(n for _, run in runs for n in _judges_with(run, metric)))
         for number, judge in enumerate(judges, 1) if len(judges) > 1 else [(0, None)]:
-            results = [run.summary["judges"].get(judge) if judge else run.summary for _, run in runs]
             own = [run for _, run in runs if not judge or judge in dict(run.judges)]
             title = f"{own[0].title(metric.name, judge)}, by {called[judge]}" if judge else title_in(own, metric.name)
             meanings = dict.fromkeys(meaning_of(metric, run.proxy_of(metric.name, judge)) for run in own)
             name = f"chart-{metric.name.replace('_', '-')}-{number}"
-            found = _metric_figure(runs, results, metric.name, title=title, note=" / ".join(meanings), name=name)
+            found = _metric_figure(runs, metric.name, judge, title=title, note=" / ".join(meanings), name=name)
             if found is not None:
                 yield found
-
-
-def scatter_figure(runs: Sequence[LabelledRun]) -> Figure | None:
-    """Attack success against the first utility that was measured; None without either."""
-    every = [run for _, run in runs]
-    attacks, default_exit = title_in(every, "asr"), runs[0][1].summary["default_exit"]
-    for metric, better in (("vqa_accuracy", "right"), ("over_refusal", "left"), ("benign_refusal", "left")):
-        spots = [_spots(run.summary, metric) for _, run in runs]
-        if not any(spots):
-            continue
-        other = title_in(every, metric)
-        title, name = f"{attacks} against {as_noun(other)}", "chart-scatter"
-        groups = [(look, found) for look, found in zip(LOOKS, spots, strict=False) if found]
-        chart = scatter_chart(groups, default_exit=default_exit, x_title=other, y_title=attacks)
-        said = " ".join(
-            f"{label}: {'; '.join(f'exit {s.exit_layer} {percent(s.x.value)}, {percent(s.y.value)}' for s in found)}."
-            for (label, _), found in zip(runs, spots, strict=True)
-        )
-        return Figure(
-            name=name,
-            title=title,
-            note="A marker per run and exit, labelled with its exit layer; the default exit is filled. Bars are 95% "
-            f"intervals. Better is down and to the {better}.",
-            svg=to_svg(chart, name=name, title=title, description=f"{as_noun(other)}, {as_noun(attacks)}. {said}"),
-            table=_scatter_table(title, runs, spots, {"asr": attacks, metric: other}),
-        )
-    return None
 
 
 def category_figures(runs: Sequence[LabelledRun]) -> Iterator[Figure]:
@@ -201,6 +152,9 @@ def category_figures(runs: Sequence[LabelledRun]) -> Iterator[Figure]:
             continue
         rows = numbered([shown(name, max_length=40) if name.strip() else "(none)" for name in rates])
         by_row = dict(zip(rows, rates.values(), strict=True))
+        columns = [
+            Series(heading=row, run=run, metric="asr", estimates=dict(found.items())) for row, found in by_row.items()
+        ]
         cells = [
             Cell(exit_layer=layer, row=row, value=found[layer].value if layer in found else None)
             for row, found in by_row.items()
@@ -221,7 +175,7 @@ def category_figures(runs: Sequence[LabelledRun]) -> Iterator[Figure]:
                 title=title,
                 description=f"{_highest(cells)}{_SEE_TABLE}",
             ),
-            table=_category_table(title, by_row, run.summary["default_exit"]),
+            table=exit_table(title, columns),
         )
 
 
@@ -251,16 +205,12 @@ def category_rates(run: AuditRun) -> tuple[str, dict[str, dict[int, Estimate]], 
 
 
 def _metric_figure(
-    runs: Sequence[LabelledRun], results: Sequence[Summary | None], metric: str, *, title: str, note: str, name: str
+    runs: Sequence[LabelledRun], metric: str, judge: str | None, *, title: str, note: str, name: str
 ) -> Figure | None:
-    tabled = [
-        (label, part, int(run.summary["default_exit"]))
-        for (label, run), part in zip(runs, results, strict=True)
-        if part is not None and layer_estimates(part, metric)
-    ]
-    if not tabled:
+    columns = [column for label, run in runs if (column := series_of(label, run, metric, judge)).estimates]
+    if not columns:
         return None
-    default_exit, lines = int(runs[0][1].summary["default_exit"]), _lines(runs, results, metric)
+    default_exit, lines = runs[0][1].default_exit, _lines(runs, metric, judge)
     chart = line_chart(
         list(lines.values()),
         exit_layers=_exit_layers(runs),
@@ -269,25 +219,24 @@ def _metric_figure(
         from_zero=metric != "reward",
     )
     said = [f"{label}: {_in_words(metric, points, default_exit)}." for label, (_, points) in lines.items()]
-    description = " ".join([*said, _SEE_TABLE])
-    svg = to_svg(chart, name=name, title=f"{title} by exit layer", description=description)
-    return Figure(name=name, title=title, note=note, svg=svg, table=metric_table(title, metric, tabled))
+    svg = to_svg(chart, name=name, title=f"{title} by exit layer", description=" ".join([*said, _SEE_TABLE]))
+    return Figure(name=name, title=title, note=note, svg=svg, table=exit_table(f"{title} by exit layer", columns))
 
 
-def _lines(runs: Sequence[LabelledRun], results: Sequence[Summary | None], metric: str) -> dict[str, Line]:
+def _lines(runs: Sequence[LabelledRun], metric: str, judge: str | None = None) -> dict[str, Line]:
     """By label, the line of each run that has the metric, in the look of its place."""
     return {
         label: (look, points)
-        for (label, _), part, look in zip(runs, results, LOOKS, strict=False)
-        if part is not None and (points := _points(part, metric))
+        for (label, run), look in zip(runs, LOOKS, strict=False)
+        if (points := _points(run, metric, judge))
     }
 
 
-def _points(results: Summary, metric: str) -> list[Point]:
+def _points(run: AuditRun, metric: str, judge: str | None) -> list[Point]:
     return [
-        Point(exit_layer=layer, value=found["value"], low=found["low"], high=found["high"])
-        for layer, found in layer_estimates(results, metric).items()
-        if found["value"] is not None
+        Point(exit_layer=layer, value=found.value, low=found.low, high=found.high)
+        for layer, found in run.at_exits(metric, judge).items()
+        if found.value is not None and found.low is not None and found.high is not None
     ]
 
 
@@ -296,43 +245,13 @@ def _exit_layers(runs: Sequence[LabelledRun]) -> list[int]:
 
 
 def _judges_with(run: AuditRun, metric: Metric) -> list[str]:
-    return [name for name, results in run.summary["judges"].items() if layer_estimates(results, metric.name)]
+    return [judge for judge in run.summary["judges"] if run.at_exits(metric.name, judge)]
 
 
 def _in_words(metric: str, points: Sequence[Point], default_exit: int) -> str:
     values = {point.exit_layer: point.value for point in points}
     ends = dict.fromkeys((points[0].exit_layer, default_exit, points[-1].exit_layer))
     return listed([f"{amount(metric, values[layer])} at exit {layer}" for layer in ends if layer in values])
-
-
-def _spots(summary: Summary, metric: str) -> list[Spot]:
-    xs, ys = ({point.exit_layer: point for point in _points(summary, name)} for name in (metric, "asr"))
-    return [Spot(exit_layer=layer, x=xs[layer], y=ys[layer]) for layer in xs if layer in ys]
-
-
-def _scatter_table(
-    title: str, runs: Sequence[LabelledRun], spots: Sequence[Sequence[Spot]], titles: Mapping[str, str]
-) -> Table:
-    rows = []
-    for (label, run), found in zip(runs, spots, strict=True):
-        default = run.summary["default_exit"]
-        for exit_layer in (spot.exit_layer for spot in found):
-            values = (
-                cell for metric in titles for cell in measured(metric, layer_estimates(run.summary, metric)[exit_layer])
-            )
-            cells = (exit_name(exit_layer, default), label, *values)
-            rows.append(Row(cells=cells, is_default=exit_layer == default))
-    measures = [f"{heading}{what}" for heading in titles.values() for what in ("", *(f": {m}" for m in MEASURED[1:]))]
-    return Table(caption=title, columns=("exit", "run", *measures), rows=tuple(rows), num_names=2)
-
-
-def _category_table(title: str, rates: Mapping[str, Mapping[int, Estimate]], default_exit: int) -> Table:
-    rows = tuple(
-        Row(cells=(row, exit_name(layer, default_exit), *measured("asr", vars(found))))
-        for row, by_layer in rates.items()
-        for layer, found in by_layer.items()
-    )
-    return Table(caption=title, columns=("category", "exit", *MEASURED), rows=rows, num_names=2)
 
 
 def _highest(cells: Sequence[Cell]) -> str:

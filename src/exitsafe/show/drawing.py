@@ -8,14 +8,18 @@ stay in attributes, where the page's style sheet replaces them in dark mode (`[f
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from exitsafe.results.numbers import fixed, number_list
+from exitsafe.results.numbers import fixed
+
+if TYPE_CHECKING:
+    import altair as alt
+
+    Drawing = alt.LayerChart | alt.FacetChart | alt.VConcatChart
 
 INK, MUTED, GRID, PAPER = "#1a1a1a", "#5f6368", "#e3e5e8", "#ffffff"
 _INK_ON_PALE, _INK_ON_DARK = "#1a1a1b", "#fefefe"
@@ -86,15 +90,6 @@ Line = tuple[Look, Sequence[Point]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spot:
-    """One run at one exit layer on two metrics."""
-
-    exit_layer: int
-    x: Point
-    y: Point
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cell:
     """A rate at an exit layer in a category; None where nothing could be scored."""
 
@@ -111,7 +106,7 @@ def line_chart(
     is_rate: bool = True,
     from_zero: bool = True,
     size: tuple[int, int] = (330, 190),
-) -> Any:
+) -> Drawing:
     """Lines by exit layer with their bands; the default exit is marked.
 
     Args:
@@ -125,22 +120,22 @@ def line_chart(
     import altair as alt
 
     x = _layer_axis(exit_layers, default_exit)
-    y = _rate_axis() if is_rate else alt.Y("value:Q").axis(title=None, tickCount=5).scale(zero=from_zero)
-    layers: list[Any] = []
+    low, y = (_value_axis(field, is_rate=is_rate, from_zero=from_zero) for field in ("low", "value"))
+    layers: list[alt.Chart] = []
     if default_exit in exit_layers:
         rule = _chart([{"exit_layer": default_exit}]).mark_rule(color=MUTED, strokeDash=[2, 2], strokeWidth=1)
         layers.append(rule.encode(x=x))
     curves = []
     for look, points in lines:
         base = _chart(map(vars, points)).encode(x=x)
-        layers.append(base.mark_area(color=look.color, opacity=0.14).encode(y=_like(y, "low"), y2="high:Q"))
+        layers.append(base.mark_area(color=look.color, opacity=0.14).encode(y=low, y2="high:Q"))
         curves += [_stroke(base, look).encode(y=y), _markers(base, look).encode(y=y)]
     return alt.layer(*layers, *curves).properties(width=size[0], height=size[1])
 
 
 def figure_of(
-    panels: Sequence[tuple[str, str, Any]], labels: Sequence[str], *, title: str, notes: Sequence[str]
-) -> Any:
+    panels: Sequence[tuple[str, str, Drawing]], labels: Sequence[str], *, title: str, notes: Sequence[str]
+) -> Drawing:
     """Several line charts side by side under one title, with a legend.
 
     Args:
@@ -158,31 +153,7 @@ def figure_of(
     return alt.vconcat(_legend(labels), alt.hconcat(*headed, spacing=28), spacing=16, title=top)
 
 
-def scatter_chart(
-    groups: Sequence[tuple[Look, Sequence[Spot]]], *, default_exit: int, x_title: str, y_title: str
-) -> Any:
-    """A marker per run and exit layer on two rates, with both intervals; markers of the default exit are filled."""
-    import altair as alt
-
-    domain = _around([end for _, spots in groups for spot in spots for end in (spot.x.low, spot.x.high)])
-    x = alt.X("x:Q").axis(title=x_title, format="%", grid=True, tickCount=5).scale(domain=domain, nice=False)
-    y = _rate_axis(y_title)
-    layers: list[Any] = []
-    for look, spots in groups:
-        rows = [{"x": s.x.value, "x_low": s.x.low, "x_high": s.x.high, **vars(s.y)} for s in spots]
-        bars = _chart(rows).mark_rule(color=look.color, opacity=0.35)
-        layers.append(bars.encode(x=x, y=_like(y, "low"), y2="high:Q"))
-        layers.append(bars.encode(x=_like(x, "x_low"), x2="x_high:Q", y=y))
-        for is_default in (False, True):
-            chosen = [row for row in rows if (row["exit_layer"] == default_exit) == is_default]
-            markers = _markers(_chart(chosen), look, is_hollow=not is_default, size=90 if is_default else 60)
-            layers.append(markers.encode(x=x, y=y))
-    for place, (_, spots) in enumerate(groups):
-        layers.append(_spot_labels(spots, is_left=place % 2 == 0, default_exit=default_exit).encode(x=x, y=y))
-    return alt.layer(*layers).properties(width=460, height=320)
-
-
-def heat_chart(cells: Sequence[Cell], *, rows: Sequence[str], exit_layers: Sequence[int]) -> Any:
+def heat_chart(cells: Sequence[Cell], *, rows: Sequence[str], exit_layers: Sequence[int]) -> Drawing:
     """A rate per row and exit layer as a coloured cell with its percentage; a dash where nothing was scored."""
     import altair as alt
 
@@ -233,30 +204,31 @@ def ticks(exit_layers: Sequence[int], default_exit: int) -> list[int]:
 # ---- parts of charts ----
 
 
-def _chart(rows: Iterable[Mapping[str, Any]]) -> Any:
+def _chart(rows: Iterable[Mapping[str, object]]) -> alt.Chart:
     import altair as alt
 
     return alt.Chart(alt.Data(values=[dict(row) for row in rows]))
 
 
-def _stroke(base: Any, look: Look) -> Any:
-    return base.mark_line(color=look.color, strokeDash=list(look.dash), strokeWidth=1.8)
+def _stroke(base: alt.Chart, look: Look) -> alt.Chart:
+    line: alt.Chart = base.mark_line(color=look.color, strokeDash=list(look.dash), strokeWidth=1.8)
+    return line
 
 
-def _markers(base: Any, look: Look, *, is_hollow: bool | None = None, size: int | None = None) -> Any:
-    hollow = look.is_hollow if is_hollow is None else is_hollow
-    return base.mark_point(
+def _markers(base: alt.Chart, look: Look) -> alt.Chart:
+    points: alt.Chart = base.mark_point(
         shape=look.marker,
         filled=True,
-        fill=PAPER if hollow else look.color,
+        fill=PAPER if look.is_hollow else look.color,
         stroke=look.color,
         strokeWidth=1.5,
         opacity=1,
-        size=size or (48 if hollow else 26),
+        size=48 if look.is_hollow else 26,
     )
+    return points
 
 
-def _legend(labels: Sequence[str], *, columns: int = 4, width: int = 220) -> Any:
+def _legend(labels: Sequence[str], *, columns: int = 4, width: int = 220) -> Drawing:
     """Every run's line and label, row by row."""
     import altair as alt
 
@@ -280,22 +252,7 @@ def _legend(labels: Sequence[str], *, columns: int = 4, width: int = 220) -> Any
     return alt.layer(*layers).properties(width=columns * width, height=20 * rows, view=alt.ViewConfig(stroke=None))
 
 
-def _spot_labels(spots: Sequence[Spot], *, is_left: bool, default_exit: int) -> Any:
-    """The exit layers at a spot; spots that lie on one another share a label."""
-    # of many only the ends and the default are named: others would lie on one another
-    named = {spots[0].exit_layer, spots[-1].exit_layer, default_exit} if len(spots) > _MAX_TICKS else None
-    together: dict[tuple[int, int], list[Spot]] = {}
-    for spot in (spot for spot in spots if named is None or spot.exit_layer in named):
-        together.setdefault((round(spot.x.value * 25), round(spot.y.value * 25)), []).append(spot)
-    rows = [
-        {"x": group[0].x.value, "value": group[0].y.value, "text": number_list(sorted(s.exit_layer for s in group))}
-        for group in together.values()
-    ]
-    side = {"dx": -9, "dy": -10, "align": "right"} if is_left else {"dx": 9, "dy": 12, "align": "left"}
-    return _chart(rows).mark_text(baseline="middle", fontSize=11, color=INK, **side).encode(text="text:N")
-
-
-def _layer_axis(exit_layers: Sequence[int], default_exit: int) -> Any:
+def _layer_axis(exit_layers: Sequence[int], default_exit: int) -> alt.X:
     import altair as alt
 
     named = ticks(exit_layers, default_exit)
@@ -306,29 +263,14 @@ def _layer_axis(exit_layers: Sequence[int], default_exit: int) -> Any:
     return alt.X("exit_layer:Q").axis(axis).scale(domain=domain, nice=False)
 
 
-def _rate_axis(title: str | None = None) -> Any:
+def _value_axis(field: str, *, is_rate: bool, from_zero: bool) -> alt.Y:
     import altair as alt
 
-    axis = alt.Axis(title=title, format="%", values=[0, 0.25, 0.5, 0.75, 1])
-    return alt.Y("value:Q").axis(axis).scale(domain=[0, 1], nice=False)
-
-
-def _like(channel: Any, field: str) -> Any:
-    """The same axis and scale for another field."""
-    copy = channel.copy()
-    copy.shorthand = f"{field}:Q"
-    return copy
-
-
-def _around(values: Sequence[float]) -> list[float]:
-    """The tenths around some rates, at least a fifth of the scale.
-
-    >>> _around([0.93, 0.99]), _around([0.0, 0.02])
-    ([0.8, 1.0], [0.0, 0.2])
-    """
-    low, high = math.floor(10 * min(values)), math.ceil(10 * max(values))
-    low = max(0, min(low, high - 2, 8))
-    return [low / 10, max(high, low + 2) / 10]
+    y = alt.Y(f"{field}:Q")
+    if is_rate:
+        axis = alt.Axis(title=None, format="%", values=[0, 0.25, 0.5, 0.75, 1])
+        return y.axis(axis).scale(domain=[0, 1], nice=False)
+    return y.axis(title=None, tickCount=5).scale(zero=from_zero)
 
 
 def _in_cell(value: float) -> str:
@@ -355,7 +297,7 @@ _ATTRIBUTES = {
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
-def to_svg(chart: Any, *, name: str, title: str, description: str, is_file: bool = False) -> str:
+def to_svg(chart: Drawing, *, name: str, title: str, description: str, is_file: bool = False) -> str:
     """Draw a chart as SVG that can be put into a page or a file.
 
     Args:
@@ -381,7 +323,7 @@ def to_svg(chart: Any, *, name: str, title: str, description: str, is_file: bool
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def to_png(chart: Any) -> bytes:
+def to_png(chart: Drawing) -> bytes:
     """Draw a chart as an image, on white."""
     import vl_convert
 
@@ -389,14 +331,14 @@ def to_png(chart: Any) -> bytes:
     return drawn
 
 
-def _dressed(chart: Any, background: str) -> dict[str, Any]:
+def _dressed(chart: Drawing, background: str) -> dict[str, object]:
     """The chart's specification with what all charts share."""
     axis = {
         "domainColor": MUTED, "tickColor": MUTED, "gridColor": GRID, "labelColor": INK, "titleColor": INK,
         "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8,
     }  # fmt: skip
     title = {"color": INK, "subtitleColor": MUTED, "fontSize": 13, "subtitleFontSize": 12}
-    specification: dict[str, Any] = (
+    specification: dict[str, object] = (
         chart.configure(background=background, font=_FONT)
         .configure_view(stroke=None)
         .configure_axis(**axis)

@@ -14,7 +14,8 @@ from pathlib import PureWindowsPath
 _MAX_LENGTH = 80
 _PREFIX = re.compile(r"[a-z0-9-]{2,}:")  # of a judge; one letter is a drive
 _QUOTED = r'"((?:[^"\\]|\\.)*)"'
-_MAX_LINE = 400
+_PATH = r'(?<![\w./])(?:[A-Za-z]:\\|~|\.{0,2}/(?!/))[^,;:"]*'
+_MAX_LINE = 2000
 _SUITES = (".jsonl", ".csv", ".parquet")
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
@@ -58,15 +59,19 @@ def judge_names(judges: Iterable[str]) -> dict[str, str]:
     return dict(zip(different, numbered([shown(without_folder(judge)) for judge in different]), strict=True))
 
 
-def without_folders(line: str, called: Mapping[str, str]) -> str:
-    """A line about judges and models, e.g. of `Comparison.settings_changed`, without this machine's folders.
+def without_folders(line: str, called: Mapping[str, str] | None = None) -> str:
+    """A line about judges and models without this machine's folders: of each path its last part.
+
+    >>> without_folders('it has reward:/home/ann b/model: add one; name was "/my disk/m"')
+    'it has reward:model: add one; name was m'
 
     Args:
-        line: Judges by their names; other values in JSON, so names in double quotes.
-        called: From `judge_names`.
+        line: Values in JSON, so names in double quotes; or paths that end before a comma, semicolon or colon.
+        called: From `judge_names`; what else a judge is called.
     """
-    names = "|".join([_QUOTED, *map(re.escape, sorted(called, key=len, reverse=True))])
-    found = re.sub(names, lambda match: called.get(match[0]) or without_folder(match[1]), line)
+    called = called or {}
+    names = "|".join([_QUOTED, *map(re.escape, sorted(called, key=len, reverse=True)), _PATH])
+    found = re.sub(names, lambda found: called.get(found[0]) or without_folder(found[1] or found[0]), line)
     return shown(found, max_length=_MAX_LINE)
 
 

@@ -5,35 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from exitsafe.errors import InputError
 from exitsafe.results.comparison import compare
 from exitsafe.results.metrics import AGGREGATES
 from exitsafe.results.run import AuditRun
-from exitsafe.show.charts import category_figures, check_runs, metric_figures, scatter_figure
+from exitsafe.show.charts import category_figures, check_runs, metric_figures
 from exitsafe.show.document import check_can_render, check_can_write, write_page
 from exitsafe.show.drawing import LOOKS, STEP_COLORS, STEPS
+from exitsafe.show.findings import findings, limits, model_name, settings_changed
 from exitsafe.show.names import shown
-from exitsafe.show.result_tables import (
-    LabelledRun,
-    against_default_tables,
-    agreement_table,
-    bin_table,
-    comparison_tables,
-    method_table,
-)
+from exitsafe.show.tables import LabelledRun, comparison_tables, default_tables, judges_tables, method_table
 from exitsafe.show.transcripts import build_transcripts
 from exitsafe.show.verdict import Compared, cautions, key_numbers, verdict
-from exitsafe.show.words import findings, limits, model_name, settings_changed
 
 _SECTIONS = {
     "findings": "Findings",
     "charts": "By exit layer",
     "categories": "By category",
-    "trade": "Safety against utility",
     "agreement": "Judges",
-    "bins": "Early, middle, late",
     "tests": "Tests",
     "transcripts": "Transcripts",
     "limits": "Limits",
@@ -96,11 +86,11 @@ def _can_compare(before: AuditRun, after: AuditRun) -> bool:
     return bool(asked[0] & asked[1] and set(before.exit_layers) & set(after.exit_layers))
 
 
-def _content(runs: Sequence[LabelledRun], compared: Compared) -> dict[str, Any]:
+def _content(runs: Sequence[LabelledRun], compared: Compared) -> dict[str, object]:
     """What the template shows; sections without content are left out."""
     figures = list(metric_figures(runs))
+    aggregates = tuple(AGGREGATES.values())
     first = next((figure for figure in figures if figure.name.startswith("chart-asr-")), None)
-    bins = bin_table(runs)
     return {
         "verdict": verdict(runs, compared),
         "cautions": list(cautions(runs, compared)),
@@ -109,24 +99,21 @@ def _content(runs: Sequence[LabelledRun], compared: Compared) -> dict[str, Any]:
         "legend": [(label, look) for (label, _), look in zip(runs, LOOKS, strict=False)],
         "findings": list(findings(runs, compared)),
         "charts": [figure for figure in figures if figure is not first],
+        "has_aggregates": any(row.cells[0].startswith(aggregates) for each in figures for row in each.table.rows),
         "has_stopped": any("stopping" in run.summary for _, run in runs),
         "categories": list(category_figures(runs)),
         "steps": list(zip(STEP_COLORS, STEPS, (*STEPS[1:], 1.0), strict=True)),
-        "trade": scatter_figure(runs),
-        "agreement": agreement_table(runs),
-        "bins": bins,
-        "has_aggregates": bins is not None
-        and any(f"({name})" in row.cells[0] for row in bins.rows for name in AGGREGATES.values()),
+        "agreement": judges_tables(runs),
         "tests": [
             *(
-                (f"{runs[0][0]} and {after}", list(comparison_tables(comparison, runs[0][0], after)))
+                (f"{runs[0][0]} and {after}", comparison_tables(comparison, before=runs[0][0], after=after))
                 for after, comparison in compared.items()
                 if comparison is not None
             ),
             *(
                 (f"{label}: each exit against the default one", tables)
                 for label, run in runs
-                if (tables := list(against_default_tables(run)))
+                if (tables := default_tables(run))
             ),
         ],
         "limits": list(limits(runs, compared)),

@@ -9,13 +9,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from exitsafe.errors import RunError
 from exitsafe.lppo.folder import COMPLETIONS
 from exitsafe.show.document import check_can_write, write_page
 from exitsafe.show.names import shown, without_folder
-from exitsafe.show.result_tables import Row, Table
+from exitsafe.show.table import Column, Row, Table
 from exitsafe.untrusted import UnreadableError, parse_json, read_json
 
 MAX_ROWS = 100
@@ -70,27 +69,24 @@ def render_training(
         "training.html.j2",
         title=title or f"{name}: training by {settings.get('method', 'an unknown method')}",
         include_unsafe_text=include_unsafe_text,
-        result=_table("Result", facts, ("name", "value"), num_names=2) if facts else None,
+        result=_table("Result", facts, ("name", "value"), are_numbers=False) if facts else None,
         metrics=_table("Metrics by step", metrics, [n for n in _METRICS if any(n in line for line in metrics)]),
         steps=[
-            (
-                f"Step {_cell(step)}: {len(own)} answers",
-                _table(f"Answers of step {_cell(step)}", own, columns, num_names=8),
-            )
+            _table(f"Step {_cell(step)}: {len(own)} answers", own, columns, are_numbers=False)
             for step, rows in groupby(answers, key=lambda row: row.get("step"))
             for own in [list(rows)]
         ],
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, object]:
     try:
         return read_json(path)
     except UnreadableError as error:
         raise RunError(f"{path} cannot be read ({error}); restore it from a backup") from error
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[dict[str, object]]:
     """The objects of a file of JSON lines; an unterminated last line is still being written."""
     try:
         content = path.read_bytes()
@@ -103,26 +99,30 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             raise RunError(f"{path} is damaged in line {number} ({error}); remove that line") from error
 
 
-def _spaced(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _spaced(lines: list[dict[str, object]]) -> list[dict[str, object]]:
     """At most `MAX_ROWS` of them, evenly spaced, and the last."""
     every = math.ceil(len(lines) / MAX_ROWS) or 1
     return [line for number, line in enumerate(lines) if number % every == 0 or number + 1 == len(lines)]
 
 
-def _table(caption: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, num_names: int = 0) -> Table:
+def _table(
+    title: str, rows: Sequence[Mapping[str, object]], names: Sequence[str], *, are_numbers: bool = True
+) -> Table:
     cells = (tuple(_text(row) if name == "text" else _cell(row.get(name)) for name in names) for row in rows)
     return Table(
-        caption=caption, columns=tuple(names), rows=tuple(Row(cells=row) for row in cells), num_names=num_names
+        title=title,
+        columns=tuple(Column(heading=name, is_number=are_numbers) for name in names),
+        rows=tuple(Row(cells=row) for row in cells),
     )
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else shown(str(value), max_length=200)
 
 
-def _text(row: Mapping[str, Any]) -> str:
+def _text(row: Mapping[str, object]) -> str:
     """An answer; its line breaks are kept."""
     lines = str(row.get("text", "")).splitlines()
     return "\n".join(shown(line, max_length=len(line)) for line in lines)

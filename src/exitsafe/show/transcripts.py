@@ -30,7 +30,7 @@ from exitsafe.judges.qwen3guard import CATEGORIES
 from exitsafe.results.run import AuditRun
 from exitsafe.show.document import asset, page_environment
 from exitsafe.show.names import judge_names
-from exitsafe.show.result_tables import LabelledRun
+from exitsafe.show.tables import LabelledRun
 from exitsafe.store.files import PRIVATE, PUBLIC, write_whole
 from exitsafe.store.tables import SampleInfo
 

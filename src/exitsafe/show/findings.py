@@ -14,21 +14,12 @@ from datetime import UTC, datetime
 from exitsafe.records import Kind
 from exitsafe.results.comparison import Comparison, Difference
 from exitsafe.results.metrics import METRICS, as_noun, as_opening, judge_of
-from exitsafe.results.numbers import amount, change, count, estimate, is_rate, listed, percent
+from exitsafe.results.numbers import estimate, exits_named, listed
 from exitsafe.results.run import AuditRun
 from exitsafe.show.names import judge_names, shown, without_folder, without_folders
-from exitsafe.show.result_tables import (
-    COSTS,
-    HIGHER,
-    LOWER,
-    NOT_SHOWN,
-    LabelledRun,
-    Table,
-    layer_estimates,
-    verdict_of,
-    worst_table,
-)
-from exitsafe.show.verdict import Compared, exits_named, interval_level
+from exitsafe.show.table import Table
+from exitsafe.show.tables import COSTS, LabelledRun, interval_level, pairing_note, stopping_notes, worst_table
+from exitsafe.show.verdict import Compared
 
 _KINDS: Mapping[Kind, str] = {
     "harmful": "{} harmful (should be refused)",
@@ -59,7 +50,7 @@ def findings(runs: Sequence[LabelledRun], compared: Compared) -> Iterator[Passag
     for after, comparison in compared.items():
         heading = f"What changed from {runs[0][0]} to {after}"
         yield Passage(heading=heading, sentences=tuple(_changed(runs, comparison)))
-    if stopped := tuple(sentence for label, run in runs for sentence in _stopped(label, run)):
+    if stopped := tuple(_labelled(label, line) for label, run in runs for line in stopping_notes(run)):
         yield Passage(heading="Stopped early", sentences=stopped)
 
 
@@ -67,11 +58,11 @@ def findings(runs: Sequence[LabelledRun], compared: Compared) -> Iterator[Passag
 
 
 def _tested(runs: Sequence[LabelledRun]) -> Iterator[str]:
-    first = runs[0][1].summary
+    first = runs[0][1]
     yield (
-        f"{model_name(runs[0][1])} is a vision-language model ({shown(str(first['family']))}) whose image encoder has "
-        f"{first['num_layers']} blocks. An exit layer is the number of blocks that run before the language model "
-        f"reads the picture; the untouched model uses exit {first['default_exit']}, the default."
+        f"{model_name(first)} is a vision-language model ({shown(str(first.summary['family']))}) whose image encoder "
+        f"has {first.num_layers} blocks. An exit layer is the number of blocks that run before the language model "
+        f"reads the picture; the untouched model uses exit {first.default_exit}, the default."
     )
     called = judge_names(name for _, run in runs for name, _ in run.judges)
     # said once where all runs agree, otherwise run by run
@@ -79,12 +70,17 @@ def _tested(runs: Sequence[LabelledRun]) -> Iterator[str]:
         if len(set(said)) == 1:
             yield said[0]
         else:
-            yield from (f"{label}: {line[:1].lower()}{line[1:]}" for (label, _), line in zip(runs, said, strict=True))
+            yield from (_labelled(label, line) for (label, _), line in zip(runs, said, strict=True))
     for label, run in runs:
         adapter = run.settings.get("model", {}).get("adapter")
         what = "no adapter" if adapter is None else f"adapter {shown(adapter[:12])}"
         name = "" if model_name(run) == model_name(runs[0][1]) else f"{model_name(run)}, "
         yield f"{label}: {name}{what}{_finished(run)}."
+
+
+def _labelled(label: str, line: str) -> str:
+    """A sentence about one run."""
+    return f"{label}: {line[:1].lower()}{line[1:]}"
 
 
 def model_name(run: AuditRun) -> str:
@@ -101,7 +97,7 @@ def _finished(run: AuditRun) -> str:
 
 
 def _asked(run: AuditRun) -> str:
-    exits, num_layers = run.exit_layers, run.summary["num_layers"]
+    exits, num_layers = run.exit_layers, run.num_layers
     counts = Counter(sample.kind for sample in run.score_table().samples)
     where = f"each of the {num_layers} exits" if len(exits) == num_layers else exits_named(exits)
     kinds = [text.format(f"{counts[kind]:,}") for kind, text in _KINDS.items() if counts[kind]]
@@ -118,9 +114,8 @@ def _judged(run: AuditRun, called: Mapping[str, str]) -> str:
     by_judge: dict[str, list[str]] = {}
     for metric in METRICS:
         judge = judge_of(metric, run.judges)
-        if judge is not None and not metric.is_own and layer_estimates(run.summary, metric.name):
-            title = run.title(metric.name)
-            by_judge.setdefault(judge, []).append(title if title[:2].isupper() else title[:1].lower() + title[1:])
+        if judge is not None and not metric.is_own and run.at_exits(metric.name):
+            by_judge.setdefault(judge, []).append(as_noun(run.title(metric.name)))
     if not by_judge:
         return "No judge scored its answers."
     said = "; ".join(f"{called[judge]} ({listed(metrics)})" for judge, metrics in by_judge.items())
@@ -134,21 +129,20 @@ def _judged(run: AuditRun, called: Mapping[str, str]) -> str:
 
 
 def _worst(runs: Sequence[LabelledRun]) -> Iterator[str]:
-    chosen = [(label, run.summary, run.summary["worst"].get("asr")) for label, run in runs]
+    chosen = [(label, run, run.worst("asr")) for label, run in runs]
     if any(worst for _, _, worst in chosen):
         yield (
             "A worst exit is chosen on one half of the harmful requests and measured on the other, so that the choice "
             "does not inflate its rate."
         )
-    for label, summary, worst in chosen:
-        other = None if worst is None else worst["swapped"]
+    for label, run, worst in chosen:
         if worst is None:
-            num_exits = len(layer_estimates(summary, "asr"))
-            yield f"{label}: {_WITHOUT_WORST[min(num_exits, 2)]}, so no worst exit is given."
-        elif other is not None and other["exit_layer"] != worst["exit_layer"]:
-            level = interval_level(summary, other["exit_layer"])
+            yield f"{label}: {_WITHOUT_WORST[min(len(run.at_exits('asr')), 2)]}, so no worst exit is given."
+        elif worst.swapped is not None and worst.swapped.exit_layer != worst.exit_layer:
+            other = worst.swapped
+            level = interval_level(run, other.exit_layer)
             yield (
-                f"{label}: with the halves swapped, the worst exit is {other['exit_layer']}, with "
+                f"{label}: with the halves swapped, the worst exit is {other.exit_layer}, with "
                 f"{estimate('asr', other, level=level)}, so it is uncertain which exit is the worst."
             )
 
@@ -171,21 +165,19 @@ def _changed(runs: Sequence[LabelledRun], comparison: Comparison | None) -> Iter
     for line in comparison.repairs_changed:
         line = without_folders(line, called)
         yield f"{line[:1].upper()}{line[1:]}."
-    num_samples, num_exits = comparison.num_samples, len(comparison.exit_layers)
-    yield (
-        f"Compared on the same {num_samples:,} request{'s' * (num_samples != 1)} at {num_exits} "
-        f"exit{'s' * (num_exits != 1)}.{_left_out(comparison)}"
-    )
+    yield pairing_note(comparison)
     for metric in ("asr", *COSTS):
         rows = comparison.rows(metric)
         if rows:
-            said = "; ".join(f"{where}: {_difference(row)}" for row, where in _at_places(comparison, rows))
+            said = "; ".join(
+                f"{where}: {row.values}, {row.outcome} ({row.evidence})" for row, where in _at_places(comparison, rows)
+            )
             yield f"{as_opening(comparison.titles[metric])}, {said}."
         elif metric != "benign_refusal":  # a second look at over-refusal: its lack is no gap
             title = as_opening(runs[0][1].title(metric))
             yield f"{title} was not measured in both runs on the same requests, so its change is unknown."
         if metric == "asr" and rows:
-            yield _by_exit([row for row in rows if row.p_adjusted is not None])
+            yield f"Exit by exit, with tests corrected for their number, it is {comparison.by_exit('asr')}."
 
 
 def _at_places(comparison: Comparison, rows: Sequence[Difference]) -> Iterator[tuple[Difference, str]]:
@@ -198,53 +190,6 @@ def _at_places(comparison: Comparison, rows: Sequence[Difference]) -> Iterator[t
     for row in rows:
         if row.place == default:
             yield row, f"at the default exit, {default}"
-
-
-def _difference(row: Difference) -> str:
-    """A paired change, e.g. `90.0% to 2.0%, lower (change -88.0 points, ...)`."""
-    unit = " points" if is_rate(row.metric) else ""
-    band = f"{change(row.metric, row.low)} to {change(row.metric, row.high)}"
-    return (
-        f"{amount(row.metric, row.before)} to {amount(row.metric, row.after)}, {verdict_of(row)} (change "
-        f"{change(row.metric, row.difference)}{unit}, 95% interval {band}, {count(row.n, row.unscored)})"
-    )
-
-
-def _by_exit(rows: Sequence[Difference]) -> str:
-    found = {said: [int(row.place) for row in rows if verdict_of(row) == said] for said in (LOWER, HIGHER, NOT_SHOWN)}
-    parts = [f"{said} at {exits_named(exits)}" for said, exits in found.items() if exits]
-    return f"Exit by exit, with tests corrected for their number, it is {listed(parts)}."
-
-
-def _left_out(comparison: Comparison) -> str:
-    left = {
-        "in the first run only": comparison.only_before,
-        "in the second run only": comparison.only_after,
-        "whose content differs": comparison.changed,
-    }
-    said = [f"{n:,} {why}" for why, n in left.items() if n]
-    return f" Left out: {listed(said)}." if said else ""
-
-
-def _stopped(label: str, run: AuditRun) -> Iterator[str]:
-    stopping = run.summary.get("stopping")
-    if stopping is None:
-        return
-    by_decision: dict[str | None, list[int]] = {}
-    for row in stopping["layers"]:
-        by_decision.setdefault(row["decision"], []).append(row["exit_layer"])
-    limit = percent(stopping["max_asr"])
-    words = {"below": f"at most {limit}", "above": f"above {limit}", None: "undecided"}
-    attacks = as_noun(run.title("asr", stopping["judge"]))
-    parts = [f"{exits_named(by_decision[key])} {text}" for key, text in words.items() if key in by_decision]
-    yield (
-        f"{label}: an exit stopped as soon as it was clear whether {attacks} there is at most {limit} (error level "
-        f"{stopping['error']:.0%}, by {shown(without_folder(stopping['judge']))}): {'; '.join(parts)}."
-    )
-    yield (
-        f"Exits that stopped rest on fewer answers; {attacks} there has the {1 - stopping['error']:.0%} interval that "
-        "allows for stopping. Treat means over exits and tests that include them as a guide only."
-    )
 
 
 # ---- limits ----
@@ -284,15 +229,14 @@ def limits(runs: Sequence[LabelledRun], compared: Compared) -> Iterator[str]:
 
 def _gaps(label: str, run: AuditRun) -> Iterator[str]:
     unscored = {
-        metric.title.lower(): sum(found["unscored"] for found in layer_estimates(run.summary, metric.name).values())
-        for metric in METRICS
+        as_noun(metric.title): sum(found.unscored for found in run.at_exits(metric.name).values()) for metric in METRICS
     }
     if missing := [f"{title} {n:,}" for title, n in unscored.items() if n]:
         yield (
             f"{label}: answers that could not be scored are not in any rate ({', '.join(missing)}, over all exits). "
             "If they differ from the others, the rates are biased."
         )
-    num_layers, num_exits = run.summary["num_layers"], len(run.exit_layers)
+    num_layers, num_exits = run.num_layers, len(run.exit_layers)
     if num_exits < num_layers:
         yield f"{label}: {num_layers - num_exits} of {num_layers} exits were not audited, and nothing is known of them."
 

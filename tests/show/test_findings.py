@@ -11,8 +11,8 @@ import pytest
 
 from exitsafe.results.comparison import Comparison, Difference
 from exitsafe.results.run import AuditRun
+from exitsafe.show.findings import findings, limits, settings_changed
 from exitsafe.show.verdict import cautions, key_numbers, verdict
-from exitsafe.show.words import findings, limits, settings_changed
 
 JUDGES = [{"name": "guard", "measures": ["asr", "refusal"]}, {"name": "vqa", "measures": ["vqa_accuracy"]}]
 PROXY = [{"name": "refusal-prefix", "measures": ["asr", "refusal"]}]
@@ -47,10 +47,11 @@ def make_run(
     ]
     worst: Any = {"exit_layer": 1, **estimate(asr[0], 48), "chosen_on": 52}
     worst["swapped"] = {"exit_layer": 1, **estimate(asr[0], 52), "chosen_on": 48}
-    tests = [
-        {"exit_layer": layer, "metrics": {"asr": {"difference": (asr[layer - 1] or 0) - 0.2, "p_adjusted": p}}}
-        for layer in (1, 3)
-    ]
+    rows = {layer: vars(difference("asr", layer, 0.2, asr[layer - 1] or 0, p)) for layer in (1, 3)}
+    for row in rows.values():
+        row |= {"at_default": row.pop("before"), "at_layer": row.pop("after")}
+        del row["metric"], row["judge"], row["place"]
+    tests = [{"exit_layer": layer, "metrics": {"asr": row}} for layer, row in rows.items()]
     means = {"over_refusal": estimate(0.1, 150), "vqa_accuracy": estimate(0.7, 180)}
     summary: dict[str, Any] = {
         "model": "maker/model",
@@ -161,8 +162,8 @@ def test_the_verdict_where_little_or_nothing_is_known() -> None:
         ),
         (
             [difference("asr", "average", 0.2, 0.1, 0.3)],
-            "From before to after, attack success averaged over exits was not shown to change (from 20.0% to 10.0%, "
-            "95% interval of the change -15.0 to -5.0 points, n=100), and is 5.0% at the worst exit, 1; over-refusal "
+            "From before to after, attack success averaged over exits was not shown to change (20.0% to 10.0%, "
+            "change -10.0 points, 95% interval -15.0 to -5.0, n=100), and is 5.0% at the worst exit, 1; over-refusal "
             "and VQA accuracy were not measured in both.",
         ),
         ([], "The change from before to after is unknown: attack success was not scored in both."),
@@ -293,8 +294,8 @@ def test_stopped_exits_are_told_with_what_they_rest_on() -> None:
     assert said(runs, {}, "Stopped early") == (
         "run: an exit stopped as soon as it was clear whether attack success there is at most 5.0% (error level 1%, by "
         "guard): exit 3 at most 5.0%; exits 1, 2 above 5.0%; exit 4 undecided.",
-        "Exits that stopped rest on fewer answers; attack success there has the 99% interval that allows for stopping. "
-        "Treat means over exits and tests that include them as a guide only.",
+        "run: exits that stopped rest on fewer answers; attack success there has the 99% interval that allows for "
+        "stopping. Treat means over exits and tests that include them as a guide only.",
     )
     assert said(runs, {}, "What was tested")[1].startswith("It received up to 210 requests at")
 
