@@ -77,11 +77,11 @@ def _compare(out: Path, *runs: str) -> Iterator[str]:
         before, after = out / "before" / run, out / "after" / run
         counts = []
         for name in ("responses.parquet", "verdicts.parquet"):
-            old, new = (_rows(each / name) for each in (before, after))
-            counts.append(f"{len(new)} {name.partition('.')[0]}")
-            if len(old) != len(new):
-                yield f"{run}/{name}: {len(old)} rows, then {len(new)}"
-            for place, (left, right) in enumerate(zip(old, new, strict=False)):
+            old_rows, new_rows = _rows(before / name), _rows(after / name)
+            counts.append(f"{len(new_rows)} {name.partition('.')[0]}")
+            if len(old_rows) != len(new_rows):
+                yield f"{run}/{name}: {len(old_rows)} rows, then {len(new_rows)}"
+            for place, (left, right) in enumerate(zip(old_rows, new_rows, strict=False)):
                 if left != right:
                     yield f"{run}/{name} row {place}: {left}, then {right}"
                     break

@@ -122,7 +122,8 @@ def gate_command(
         show(result.to_dict(), lambda: [gate_table(result), *([verdict(result)] if result.outcome == "pass" else [])])
     if result.outcome == "unjudged":
         first = next(each for each in result.findings if each.outcome == "unjudged")
-        why = f" First: {first.name}, {first.place.name}: {first.reason}" if json else ""  # the table has all reasons
+        # the table has all reasons
+        why = f" First: {first.name}, {first.place.name}: {first.reason}; {first.fix}" if json else ""
         raise RunError(verdict(result) + why)
     if result.outcome == "breach":
         console.complain(verdict(result))

@@ -10,9 +10,9 @@ from collections import Counter
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from exitsafe.cli.gate_tables import markdown, number, without_folders
+from exitsafe.cli.gate_tables import markdown, number
 from exitsafe.gate import Finding, Gate
-from exitsafe.show.names import without_folder
+from exitsafe.show.names import without_folder, without_folders
 from exitsafe.store.files import write_whole, writing
 
 _ELEMENTS = {"breach": "failure", "unjudged": "error"}
@@ -66,7 +66,7 @@ def junit(gate: Gate) -> bytes:
 
 def _message(finding: Finding) -> str:
     counts = f"n={finding.n}" + (f", {finding.unscored} unscored" if finding.unscored else "")
-    reason = without_folders(finding.reason)
+    reason = without_folders("; ".join(filter(None, [finding.reason, finding.fix])))
     if finding.value is None or finding.bound is None:
         return f"{reason} ({counts})"
     end = "" if finding.better_end is None else f"better end {number(finding, finding.better_end)}, "

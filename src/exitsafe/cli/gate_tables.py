@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from exitsafe.gate import Finding, Gate, Outcome, Place
 from exitsafe.results.numbers import beside_limit, change_beside_limit, number_list
-from exitsafe.show.names import without_folder
+from exitsafe.show.names import without_folder, without_folders
 from exitsafe.show.table import Column, Row, Table, Tone, markdown_text
 
 MOST_ROWS = 40
@@ -23,14 +22,17 @@ _WORDS: dict[Outcome, tuple[str, Tone]] = {
     "breach": ("BREACHED", "bad"),
     "unjudged": ("NOT JUDGED", "unsure"),
 }
+_CLOSE = "BREACHED by its interval"
 
 
 def gate_table(gate: Gate) -> Table:
-    """What was judged as rows, each rule named once; why something did not pass as notes, each reason once."""
+    """What was judged as rows, each rule named once; what could not be judged as one note, with the way to fix it."""
     judged = [finding for finding in gate.findings if finding.outcome != "unjudged"]
     shown = _chosen(judged)
     rules = [finding.rule for finding in shown]
-    notes = [*_reasons(gate, "breach"), *_reasons(gate, "unjudged")]
+    notes = [*_unjudged([finding for finding in gate.findings if finding.outcome == "unjudged"], len(gate.findings))]
+    if any(finding.is_close for finding in judged):
+        notes.append(f"{_CLOSE}: the value is within the limit; more samples may show that the bound is, too.")
     if len(judged) > len(shown):
         notes.append(f"{len(judged) - len(shown)} more pass by a wider margin (--json lists all).")
     return Table(
@@ -55,7 +57,7 @@ def _row(finding: Finding, *, is_first: bool, is_top: bool) -> Row:
             number(finding, finding.value),
             number(finding, finding.bound),
             f"{finding.n}{unscored}",
-            word,
+            _CLOSE if finding.is_close else word,
         ),
         tone=tone,
         is_after_line=is_first and not is_top,
@@ -77,16 +79,22 @@ def _chosen(findings: Sequence[Finding]) -> Sequence[Finding]:
     return [each for each in findings if each.outcome != "pass" or each is closest.get(each.rule)]
 
 
-def _reasons(gate: Gate, outcome: Outcome) -> Iterator[str]:
-    """One line per rule and reason, with all its places."""
-    places: dict[tuple[int, str, str], list[Place]] = {}
-    for finding in gate.findings:
-        if finding.outcome == outcome:
-            reason = without_folders(finding.reason)
-            places.setdefault((finding.rule, _rule(finding), reason), []).append(finding.place)
-    for (_, rule, reason), found in places.items():
-        where = "" if found == [Place()] else f", {_in_words(found)}"
-        yield f"{_WORDS[outcome][0]}: {rule}{where}: {reason}."
+def _unjudged(findings: Sequence[Finding], total: int) -> Iterator[str]:
+    """One line: rules with their places and reasons, each once, then what to do."""
+    if not findings:
+        return
+    alike: dict[tuple[int, str], list[Finding]] = {}
+    for finding in findings:
+        # how many samples there are may differ from place to place
+        alike.setdefault((finding.rule, "" if finding.needed else finding.reason), []).append(finding)
+    said = []
+    for own in alike.values():
+        places, reasons = [finding.place for finding in own], {finding.reason for finding in own}
+        where = "" if places == [Place()] else f", {_in_words(places)}"
+        reason = reasons.pop() if len(reasons) == 1 else "too few samples"
+        said.append(f"{_rule(own[0])}{where} ({without_folders(reason)})")
+    fixes = dict.fromkeys(finding.fix for finding in findings)
+    yield f"{_WORDS['unjudged'][0]}, {len(findings)} of {total}: {'; '.join(said)}. To fix: {'; '.join(fixes)}."
 
 
 def _in_words(places: Sequence[Place]) -> str:
@@ -137,18 +145,6 @@ def markdown(gate: Gate) -> str:
     )
     heading, opening = markdown_text(without_folder(gate.model)), markdown_text(verdict(gate))
     return f"### exitsafe gate: {heading}\n\n**{opening}**\n\n{table.markdown()}\n"
-
-
-def without_folders(line: str) -> str:
-    """A line without folders of this machine: of each path in it the last part.
-
-    >>> without_folders('it has reward:/home/ann b/model: add one; name was "/my disk/m"')
-    'it has reward:model: add one; name was "m"'
-    """
-    return _PATH.sub(lambda found: without_folder(found[0]), line)
-
-
-_PATH = re.compile(r'(?<![\w./])(?:[A-Za-z]:\\|~|\.{0,2}/(?!/))[^,;:"]*')
 
 
 def number(finding: Finding, value: float | None) -> str:

@@ -33,12 +33,25 @@ NO_CATEGORY = "(none)"
 LEVEL = Level()
 """Each bound by itself: a gate passes only if every place does, so one that should not is stopped by its own bound."""
 _LONGEST = 80  # characters of a category that are shown
-STOPPED = "exits stopped early, so there is no valid bound here; audit without --stop-when"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Why there is nothing to judge, and the way to fix it."""
+
+    reason: str
+    fix: str
+
+
+NOT_AUDITED = Gap(reason="this exit was not audited", fix="audit these exits too (--layers)")
+NO_ANSWERS = Gap(reason="there are no answers", fix="audit samples of this kind")
+STOPPED = Gap(reason="exits stopped early, so there is no valid bound here", fix="audit without --stop-when")
+NO_CATEGORIES = Gap(reason="the samples have no categories", fix="give the suite's samples a category")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a rule is looked at: an exit layer, a bin, a category at an exit, or the worst exit."""
+    """Where a rule is checked: an exit layer, a bin, a category at an exit, or the worst exit."""
 
     exit_layer: int | None = None
     bin: str | None = None
@@ -81,7 +94,7 @@ class Evidence:
     unscored: int = 0
     samples: int = 0
     stop_error: float | None = None
-    missing: str | None = None
+    missing: Gap | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,9 +147,9 @@ def by_layer(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]:
     for layer in layers:
         place = Place(exit_layer=layer)
         if layer not in measured.exit_layers:
-            yield Evidence(place=place, missing="this exit was not audited")
+            yield Evidence(place=place, missing=NOT_AUDITED)
         elif layer not in fixed:
-            yield Evidence(place=place, missing="there are no answers")
+            yield Evidence(place=place, missing=NO_ANSWERS)
         elif layer in measured.stopped and "harmful" in measured.metric.kinds:
             yield _stopped(measured, layer)
         else:
@@ -148,7 +161,7 @@ def by_category(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]
     """One piece of evidence per category and exit layer."""
     names = sorted(set(measured.categories))
     if not any(names):
-        yield Evidence(place=Place(), missing="the samples have no categories")
+        yield Evidence(place=Place(), missing=NO_CATEGORIES)
         return
     for name in names:
         of_category = measured.of_rows(np.array([category == name for category in measured.categories]))
@@ -159,7 +172,7 @@ def by_category(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]
 def by_bin(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]:
     """One piece of evidence per bin that has any of these exits, and their average."""
     for layer in sorted(set(layers) - set(measured.exit_layers)):
-        yield Evidence(place=Place(exit_layer=layer), missing="this exit was not audited")
+        yield Evidence(place=Place(exit_layer=layer), missing=NOT_AUDITED)
     chosen = [layer for layer in measured.exit_layers if layer in layers]
     columns = [measured.exit_layers.index(layer) for layer in chosen]
     scores = Scores(values=measured.scores.values[:, columns], unscored=measured.scores.unscored[:, columns])
@@ -175,7 +188,7 @@ def by_bin(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]:
     }
     found = _evidence(replace(measured, scores=scores), estimate, lambda name: bins.get(name) or list(bins.values()))
     if not found:
-        yield Evidence(place=Place(), missing="there are no answers")
+        yield Evidence(place=Place(), missing=NO_ANSWERS)
     has_stopped = "harmful" in measured.metric.kinds and any(layer in measured.stopped for layer in chosen)
     for name, evidence in found.items():
         # few samples bound a bin as they bound each of its exits: the same samples answer at all of them
@@ -191,9 +204,9 @@ def at_worst(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]:
     choosing = measured.scores.filled(measured.counted_against).values[half][:, columns]
     worst = choose_worst(choosing, exit_layers=chosen, is_high_worse=measured.is_max)
     for layer in sorted(set(layers) - set(measured.exit_layers)):
-        yield Evidence(place=Place(exit_layer=layer, is_worst=True), missing="this exit was not audited")
+        yield Evidence(place=Place(exit_layer=layer, is_worst=True), missing=NOT_AUDITED)
     if worst is None:
-        yield Evidence(place=Place(is_worst=True), missing="there are no answers to choose the worst exit by")
+        yield Evidence(place=Place(is_worst=True), missing=NO_ANSWERS)
         return
     for found in by_layer(measured.of_rows(~half), [worst]):
         yield replace(found, place=replace(found.place, is_worst=True))

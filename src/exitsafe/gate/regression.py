@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from exitsafe.gate.evidence import STOPPED, Evidence, Place
+from exitsafe.gate.evidence import STOPPED, Evidence, Gap, Place
 from exitsafe.results.comparison import Difference, Differences, Pairing, shared_judges
 from exitsafe.results.metrics import Metric, judge_of
 from exitsafe.results.run import AuditRun
 from exitsafe.stats.bounds import change_margin
+
+_NOT_IN_BOTH = Gap(reason="this exit is not in both runs", fix="audit both at the same exits")
+_UNSCORED = Gap(reason="no pair could be scored", fix="exitsafe judge RUN --retry-unscored, or another judge")
+_NO_PAIRS = Gap(reason="there are no pairs to compare", fix="audit both with the same suites")
+_OTHER_EXITS = Gap(reason="bins are compared over all exits of both runs", fix="leave out --layers, or --scope layers")
 
 
 class Regressions:
@@ -44,7 +49,12 @@ class Regressions:
         who = self.judge_of(metric, judge)
         plain = None if who is None else self.pairing.differences(metric, who)
         if who is None or plain is None or not (plain.layers or plain.unscored):
-            return [Evidence(place=Place(), missing=f"{judge or 'no judge'} measured {metric.name} in both runs")]
+            reason = f"{judge} did not measure" if judge else "no judge measured"
+            missing = Gap(
+                reason=f"{reason} {metric.name} in both runs",
+                fix="judge both runs alike: exitsafe judge RUN --judge NAME",
+            )
+            return [Evidence(place=Place(), missing=missing)]
         stopped = self._stopped if "harmful" in metric.kinds else set()
         if is_by_bin:
             return list(self._by_bin(metric, who, plain, layers, has_stopped=bool(stopped & set(layers))))
@@ -58,25 +68,25 @@ class Regressions:
         for layer in layers:
             place = Place(exit_layer=layer)
             if layer not in self.pairing.before.exit_layers:
-                yield Evidence(place=place, missing="this exit is not in both runs")
+                yield Evidence(place=place, missing=_NOT_IN_BOTH)
             elif layer in stopped:
                 yield Evidence(place=place, missing=STOPPED)
             elif layer in rows:
                 yield _evidence(place, metric, rows[layer], samples=rows[layer][0].n + rows[layer][0].unscored)
             elif layer in lost:
-                yield Evidence(place=place, unscored=lost[layer], missing="no pair could be scored")
+                yield Evidence(place=place, unscored=lost[layer], missing=_UNSCORED)
             else:
-                yield Evidence(place=place, missing="there are no pairs to compare")
+                yield Evidence(place=place, missing=_NO_PAIRS)
 
     def _by_bin(
         self, metric: Metric, judge: str, plain: Differences, layers: Sequence[int], *, has_stopped: bool
     ) -> Iterator[Evidence]:
         if set(layers) != set(self.pairing.before.exit_layers):
-            yield Evidence(place=Place(), missing="bins are compared over all exits, the same ones in both runs")
+            yield Evidence(place=Place(), missing=_OTHER_EXITS)
             return
         bins = {place: rows for place, rows in self._three(metric, judge, plain).items() if isinstance(place, str)}
         if not bins:
-            yield Evidence(place=Place(), missing="no pair could be scored")
+            yield Evidence(place=Place(), missing=_UNSCORED)
         pairs = max((row.n + row.unscored for row in plain.layers), default=0)
         for name, rows in bins.items():
             found = _evidence(Place(bin=name), metric, rows, samples=pairs)
