@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from exitsafe.baselines import default_layer_ppo, fit_translators, sft
-from exitsafe.cli import defaults
-from exitsafe.cli.audit_plan import AuditPlan, make_plan, run_plan
+from exitsafe.cli.audit_command import run_audit
 from exitsafe.cli.models import load_model
+from exitsafe.data.source import find_samples
 from exitsafe.lppo import LPPOConfig, align
+from exitsafe.records import Sample
 from exitsafe.results.run import AuditRun
+from exitsafe.specs.inputs import FullLoading
+from exitsafe.specs.verbs import AuditSpec
 
 EVERY_OTHER = (1, 3, 5, 7)
 
@@ -67,25 +70,28 @@ def main() -> None:
 
 def study(model: str, names: Sequence[str], *, seed: int, out: Path) -> None:
     """One model and seed: a row for each way to repair it."""
-    plan = make_plan(model, {"seed": seed})
-    print(row(seed, "before", run_plan(plan, out=out / "before", loading={}), seconds=None, kl=None), flush=True)
+    audit = AuditSpec(model=model, out=out / "before", seed=seed)
+    print(row(seed, "before", run_audit(audit), seconds=None, kl=None), flush=True)
     for name in names:
         folder = out / name.replace(",", "").replace(" ", "-").lower()
-        seconds, kl, loading = repair(plan, name, seed=seed, out=folder / "train")
-        after = run_plan(plan, out=folder / "after", loading=loading)
+        seconds, kl, loading = repair(audit, name, out=folder / "train")
+        after = run_audit(audit.model_copy(update={"out": folder / "after", "loading": loading}))
         print(row(seed, name, after, seconds=seconds, kl=kl), flush=True)
 
 
-def repair(plan: AuditPlan, name: str, *, seed: int, out: Path) -> tuple[float | None, float | None, dict[str, Path]]:
+def repair(audit: AuditSpec, name: str, *, out: Path) -> tuple[float | None, float | None, FullLoading]:
     """Seconds it took, nats per answer from the reference at the end, and what to load the model with."""
     if name == TRANSLATORS:
-        samples = defaults.read_samples(plan.origin | {"split": "train"})
         started = time.perf_counter()
-        fit_translators(load_model(plan.model), samples, out=out)
-        return time.perf_counter() - started, None, {"translators": out}
+        fit_translators(load_model(audit.model), training_samples(audit), out=out)
+        return time.perf_counter() - started, None, FullLoading(translators=str(out))
     chosen = REPAIRS[name]
-    seconds = train(plan, chosen.train, LPPOConfig.for_organism(seed=seed, **chosen.changes), out)
-    return seconds, last_kl(out), {"adapter": out / "adapter"}
+    seconds = train(audit, chosen.train, LPPOConfig.for_organism(seed=audit.seed, **chosen.changes), out)
+    return seconds, last_kl(out), FullLoading(adapter=str(out / "adapter"))
+
+
+def training_samples(audit: AuditSpec) -> list[Sample]:
+    return find_samples(audit.model, audit.samples, split="train", seed=audit.seed).read()
 
 
 def last_kl(out: Path) -> float | None:
@@ -97,12 +103,12 @@ def last_kl(out: Path) -> float | None:
     return sum(line["kl"] for line in lines) / len(lines) if "kl" in lines[0] else None
 
 
-def train(plan: AuditPlan, repair: Callable[..., Path], config: LPPOConfig, out: Path) -> float:
+def train(audit: AuditSpec, repair: Callable[..., Path], config: LPPOConfig, out: Path) -> float:
     """Train unless done; the seconds it took are kept beside it."""
     record = out.parent / "seconds.json"
     if not record.is_file():
-        samples = defaults.read_samples(plan.origin | {"split": "train"})
-        vlm = load_model(plan.model)
+        samples = training_samples(audit)
+        vlm = load_model(audit.model)
         started = time.perf_counter()
         repair(vlm, samples, config=config, out=out)
         record.write_text(json.dumps(time.perf_counter() - started))

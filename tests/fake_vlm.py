@@ -43,6 +43,7 @@ class FakeVLM:
     checkpoint_hash: str | None = "c0ffee"
     adapter_hash: str | None = None
     translators: None = None
+    adapter: None = None
     trained_on: frozenset[str] = frozenset()
     num_completed: int = 0
     num_encoded: int = 0

@@ -41,15 +41,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file. References are refused: a few lines of them unpack to any size.
+    """The value in a YAML file.
 
     Raises:
-        UnreadableError: If the file is missing, not a regular file, too large, or not YAML in UTF-8.
+        UnreadableError: If the file is missing, not a regular file, too large, or not YAML in UTF-8; see `parse_yaml`.
+    """
+    try:
+        return parse_yaml(_read_bytes(path).decode())
+    except UnicodeDecodeError as error:
+        raise UnreadableError("it is not UTF-8 text") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of YAML. References are refused: a few lines of them unpack to any size.
+
+    Raises:
+        UnreadableError: If it is not YAML, or nested too deeply.
     """
     import yaml
 
     try:
-        text = _read_bytes(path).decode()
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
@@ -59,8 +70,6 @@ def read_yaml(path: Path) -> Any:
             if depth > _MAX_DEPTH:
                 raise UnreadableError("it is nested too deeply")
         return yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise UnreadableError("it is not UTF-8 text") from error
     except UnreadableError:
         raise
     except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # e.g. an impossible date

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from exitsafe.cli.defaults import ORGANISM_TOKENS
 from exitsafe.cli.main import FAILED, run
 from exitsafe.lppo import LPPOConfig
+from exitsafe.world.profile import WORLD
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("rule_guard")
@@ -73,12 +73,12 @@ def test_a_judge_as_reward_speaks_first(
 def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) -> None:
     align = ["align", tiny_llava, "--suite", suite, "--out", tmp_path / "run"]
     config = tmp_path / "bad.yaml"
-    config.write_text("lppo:\n  colour: red\n")
-    assert "'lppo.colour' is unknown; choose algorithm," in fail(*align, "--config", config)
+    config.write_text("lppo:\n  zorb: red\n")
+    assert "'lppo.zorb' is unknown; choose algorithm," in fail(*align, "--config", config)
     config.write_text("gamma: 2\n")
     assert "gamma=2 must be a number of at least 0 and at most 1" in fail(*align, "--config", config)
     assert "has no suites of its own: give --suite" in fail("align", tiny_llava, "--out", tmp_path / "run")
-    assert "train='half' must be lora or full" in fail(*align, "--train", "half")
+    assert "train='half' must be lora or full" in fail(*align, "--config", "train=half")
     assert "judge 'oracle' is unknown" in fail(*align, "--reward", "oracle")
     assert "choose 1 to 6" in fail(*align, "--layers", "9")
     assert not (tmp_path / "run").exists()
@@ -89,9 +89,9 @@ def test_help_names_the_defaults_that_hold(monkeypatch: pytest.MonkeyPatch, caps
     assert run(["align", "--help"]) == 0
     output = capsys.readouterr().out
     general, organism = LPPOConfig(), LPPOConfig.for_organism()
-    for name in ("num_steps", "train", "batch_size", "max_new_tokens"):
+    for name in ("num_steps", "batch_size", "max_new_tokens"):
         assert f"[default: ({getattr(general, name)}; an organism {getattr(organism, name)})]" in output
-    assert organism.max_new_tokens == ORGANISM_TOKENS
+    assert organism.max_new_tokens == WORLD.max_new_tokens
 
 
 def test_a_small_batch_and_a_short_run_need_no_other_setting(
@@ -110,16 +110,16 @@ def test_a_seed_that_is_no_number(tiny_llava: Path, suite: Path, tmp_path: Path,
     settings = tmp_path / "settings.yaml"
     settings.write_text("lppo: {seed: abc}\n")
     line = fail("align", tiny_llava, "--suite", suite, "--config", settings, "--out", tmp_path / "lppo")
-    assert "seed='abc' must be a whole number" in line
+    assert "Invalid value for '--seed'" in line
 
 
 def test_a_tracker_by_name(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) -> None:
     flags = ["--suite", suite, "--steps", "2", "--batch-size", "4", "--max-new-tokens", "2", "--layers", "1"]
-    line = fail("align", tiny_llava, *flags, "--track", "paper", "--out", tmp_path / "unknown")
+    line = fail("align", tiny_llava, *flags, "--config", "track=paper", "--out", tmp_path / "unknown")
     assert "tracker 'paper' is unknown; choose tensorboard, trackio, wandb" in line
     pytest.importorskip("tensorboard")
     out = tmp_path / "lppo"
-    assert run([str(x) for x in ("align", tiny_llava, *flags, "--track", "tensorboard", "--out", out)]) == 0
+    assert run([str(x) for x in ("align", tiny_llava, *flags, "--config", "track=tensorboard", "--out", out)]) == 0
     assert list((out / "tensorboard").glob("events.out.tfevents.*"))
 
 
@@ -140,7 +140,7 @@ def test_completions_in_a_private_file_and_on_a_page(
 ) -> None:
     out, page = tmp_path / "lppo", tmp_path / "training.html"
     flags = ["--steps", "2", "--batch-size", "4", "--max-new-tokens", "2", "--limit", "4", "--layers", "1"]
-    flags += ["--reward", "refusal-prefix", "--save-completions", "3"]
+    flags += ["--reward", "refusal-prefix", "--config", "save_completions=3"]
     assert run(["align", str(tiny_llava), "--suite", str(suite), *flags, "--out", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 0, 0, 1, 1, 1]
@@ -182,15 +182,18 @@ def test_a_hostile_file_of_a_training_is_one_line_of_its_report(tmp_path: Path, 
 
 
 def test_a_hostile_file_of_a_finished_training_is_one_line_of_align(
-    tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any
+    tiny_llava: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--suite", suite, "--steps", "1", "--batch-size", "4", "--max-new-tokens", "2", "--limit", "4"]
     flags += ["--layers", "1", "--reward", "refusal-prefix", "--out", tmp_path / "lppo"]
     assert run([str(word) for word in ("align", tiny_llava, *flags)]) == 0
     for name in ("result.json", "metrics.jsonl"):  # the last is read first
         (tmp_path / "lppo" / name).write_text(NESTED)
-        assert f"{name} " in (line := fail("align", tiny_llava, *flags))
-        assert "it is nested too deeply" in line
+        capsys.readouterr()
+        assert run([str(word) for word in ("align", tiny_llava, *flags)]) == FAILED
+        warning, line = capsys.readouterr().err.splitlines()
+        assert "was finished already" in warning
+        assert f"{name} " in line and "it is nested too deeply" in line
 
 
 def test_a_proxy_is_warned_of_before_it_is_optimised(

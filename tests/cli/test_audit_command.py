@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +11,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exitsafe.cli.audit_plan import make_plan, warn_of_own_reward
-from exitsafe.cli.defaults import organism_of
+from exitsafe.auditing.judging import warn_of_own_reward
+from exitsafe.auditing.plan import plan_audit
 from exitsafe.cli.main import FAILED, run
 from exitsafe.errors import InputError
 from exitsafe.results.run import load_run
+from exitsafe.specs.inputs import Samples
+from exitsafe.specs.verbs import AuditSpec
+from exitsafe.world.profile import profile_of
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
 from tests.tiny_models import noise_image
 
-SETTINGS = {
-    "max_new_tokens": 256,
-    "temperature": 0.0,
-    "seed": 0,
-    "skip_global": False,
-    "batch_size": None,
-    "judge_pass": "beside",
-    "stop_when": None,
-}
+OUT = Path("out")
 
 
-def test_an_organism_brings_its_suites_and_short_answers() -> None:
-    plan = make_plan("organism:text", {"seed": 4})
-    assert plan.origin == {
+def spec_of(model: str, **given: Any) -> AuditSpec:
+    return AuditSpec(model=model, out=OUT, **given)
+
+
+def test_an_organism_brings_its_suites() -> None:
+    plan = plan_audit(spec_of("organism:text", seed=4))
+    kept = {name: value for name, value in plan.origin.items() if name not in ("loading", "model")}
+    assert kept == {
         "suites": ["organism-harmful", "organism-borderline", "organism-benign", "organism-vqa"],
         "split": "heldout",
         "seed": 4,
@@ -41,16 +42,16 @@ def test_an_organism_brings_its_suites_and_short_answers() -> None:
         "images": None,
         "categories": None,
         "hub": {},
+        "judging": {},
+        "judge_pass": "beside",
     }
-    assert plan.settings == SETTINGS | {"max_new_tokens": 24, "seed": 4}
-    assert plan.exit_layers == "all"
-    assert plan.judges is None
+    assert plan.spec == spec_of("organism:text", seed=4)
 
 
 def test_another_model_brings_none() -> None:
     with pytest.raises(InputError, match="--suite NAME_OR_FILE or --like RUN"):
-        make_plan("some/model", {})
-    assert make_plan("some/model", {"suites": ["a.jsonl"]}).settings["max_new_tokens"] is None
+        plan_audit(spec_of("some/model"))
+    assert plan_audit(spec_of("some/model", samples=Samples(suites=("a.jsonl",)))).spec.max_new_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -59,24 +60,23 @@ def test_another_model_brings_none() -> None:
 )
 def test_a_trained_organism_is_known_by_its_record(tmp_path: Path, content: str, expected: str | None) -> None:
     (tmp_path / "check.json").write_text(content)
-    assert organism_of(str(tmp_path)) == expected
-    assert organism_of(str(tmp_path / "elsewhere")) is None
+    assert getattr(profile_of(str(tmp_path)), "name", None) == expected
+    assert profile_of(str(tmp_path / "elsewhere")) is None
 
 
 def test_like_takes_everything_from_the_other_run(audited: Path, suite: Path) -> None:
-    plan = make_plan("m", {"suites": None}, like=audited)
-    assert plan.origin["suites"] == [str(suite)]
-    assert plan.exit_layers == (1, 2, 5)
-    assert plan.judges is None  # refusal-prefix replaced the default judge there, which is tried again
-    assert plan.settings == SETTINGS | {"max_new_tokens": 8, "seed": 3}
+    plan = plan_audit(spec_of("m", like=audited))
+    assert plan.source.suites == (str(suite),)
+    assert plan.spec.judges == ()  # refusal-prefix replaced the default judge there, which is tried again
+    wanted = spec_of("m", like=audited, exit_layers="1,2,5", max_new_tokens=8, seed=3)
+    assert plan.spec == wanted.model_copy(update={"samples": Samples(suites=(str(suite),))})
 
 
 def test_flags_win_over_like(audited: Path) -> None:
-    given = {"suites": ["organism-vqa"], "exit_layers": "4", "judges": ["coherence"], "seed": 9, "limit": 2}
-    plan = make_plan("m", given, like=audited)
-    assert (plan.origin["suites"], plan.origin["seed"], plan.origin["limit"]) == (["organism-vqa"], 9, 2)
-    assert (plan.exit_layers, plan.judges) == ("4", ("coherence",))
-    assert plan.settings["max_new_tokens"] == 8
+    samples = Samples(suites=("organism-vqa",), limit=2)
+    plan = plan_audit(spec_of("m", like=audited, samples=samples, exit_layers="4", judges=("coherence",), seed=9))
+    assert (plan.source.suites, plan.source.seed, plan.source.limit) == (("organism-vqa",), 9, 2)
+    assert (plan.spec.exit_layers, plan.spec.judges, plan.spec.max_new_tokens) == ("4", ("coherence",), 8)
 
 
 def test_like_a_run_of_the_python_api_needs_suites(audited: Path, tmp_path: Path) -> None:
@@ -84,8 +84,9 @@ def test_like_a_run_of_the_python_api_needs_suites(audited: Path, tmp_path: Path
         (tmp_path / file.name).write_bytes(file.read_bytes())
     edit_head(tmp_path, lambda head: head.update(origin={}))
     with pytest.raises(InputError, match="does not say which suites"):
-        make_plan("m", {"suites": None}, like=tmp_path)
-    assert make_plan("m", {"suites": ["organism-vqa"]}, like=tmp_path).exit_layers == (1, 2, 5)
+        plan_audit(spec_of("m", like=tmp_path))
+    given = spec_of("m", like=tmp_path, samples=Samples(suites=("organism-vqa",)))
+    assert plan_audit(given).spec.exit_layers == "1,2,5"
 
 
 def test_answers_longer_than_the_model_has_room_for(fail: Fail, tiny_llava: Path, suite: Path, tmp_path: Path) -> None:
@@ -132,9 +133,9 @@ def test_a_settings_file_stands_for_flags(
     config = tmp_path / "audit.yaml"
     config.write_text(
         f"model: {tiny_llava}\nsuite: {suite}\nlayers: [2, 4-5]\nmax_new_tokens: 4\nlimit: 8\n"
-        f"judge: refusal-prefix\nout: {tmp_path / 'run'}\njson: true\n"
+        f"judge: refusal-prefix\nout: {tmp_path / 'run'}\n"
     )
-    assert run(["audit", "--config", str(config), "--limit", "3"]) == 0
+    assert run(["audit", "--config", str(config), "--limit", "3", "--json"]) == 0
     json.loads(capsys.readouterr().out)
     audit = load_run(tmp_path / "run")
     assert audit.exit_layers == (2, 4, 5)
@@ -182,17 +183,21 @@ def test_bad_settings(tiny_llava: Path, suite: Path, audited: Path, tmp_path: Pa
     assert "no layer and no range" in fail(*audit, "--layers", "two")
     assert "judge 'oracle' is unknown" in fail(*audit, "--judge", "oracle")
     assert "suite 'nowhere' is unknown" in fail("audit", tiny_llava, "--suite", "nowhere", "--out", out)
-    assert "split 'best' is unknown" in fail(*audit, "--split", "best")
-    assert "choose beside or second" in fail(*audit, "--judge-pass", "third")
-    assert "choose decided" in fail(*audit, "--stop-when", "bored")
-    assert "needs the limit to decide about" in fail(*audit, "--stop-when", "decided")
-    assert "belong to --stop-when" in fail(*audit, "--max-asr", "0.1")
-    assert "choose a number between 0 and 1" in fail(*audit, "--stop-when", "decided", "--max-asr", "5")
-    assert "is a folder and has no revisions" in fail(*audit, "--revision", "v1")
+
+    def key(setting: str) -> str:
+        return str(fail(*audit, "--config", setting))
+
+    assert "split=best must be train or heldout" in key("split=best")
+    assert "judge_pass=third must be beside or second" in key("judge_pass=third")
+    assert "stop_when=bored must be decided" in key("stop_when=bored")
+    assert "needs the limit to decide about" in key("stop_when=decided")
+    assert "belong to stop_when" in key("max_asr=0.1")
+    assert "max_asr=5 must be a number above 0 and below 1" in key("max_asr=5")
+    assert "is a folder and has no revisions" in key("revision=v1")
     assert "judge reward needs a model" in fail(*audit, "--judge", "reward")
     assert "not on this machine" in fail(*audit, "--judge", "llama-guard")
-    assert "has no global blocks" in fail(*audit, "--skip-global")
-    assert "dtype 'float1' is unknown" in fail(*audit, "--dtype", "float1")
+    assert "has no global blocks" in key("skip_global=true")
+    assert "--dtype float1 must be auto or float32" in fail(*audit, "--dtype", "float1")
     assert "has no config.json" in fail("audit", suite.parent, "--suite", suite, "--out", out)
     assert "has no adapter_config.json" in fail(*audit, "--adapter", suite.parent)
     assert "is not a run directory" in fail("audit", tiny_llava, "--like", suite.parent, "--out", out)
@@ -217,12 +222,12 @@ class _Guard:
         ({"lr": 1}, False),
     ],
 )
-def test_a_judge_that_was_the_reward_is_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], is_warned: bool
-) -> None:
+def test_a_judge_that_was_the_reward_is_warned_of(tmp_path: Path, settings: dict[str, Any], is_warned: bool) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
-    warn_of_own_reward(tmp_path / "adapter", [_Guard()])  # type: ignore[list-item]
-    assert ("warning: judge guard was the reward" in capsys.readouterr().err) == is_warned
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warn_of_own_reward(tmp_path / "adapter", [_Guard()])  # type: ignore[list-item]
+    assert ["judge guard was the reward" in str(each.message) for each in found] == [True] * is_warned
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])

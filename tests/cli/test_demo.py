@@ -98,7 +98,7 @@ def test_without_the_report_extra_there_is_no_chart(
 
 
 def test_an_unknown_organism(fail: Any, tmp_path: Path) -> None:
-    assert "choose organism or organism:text" in fail("demo", "--organism", "dog", "--out", tmp_path / "demo")
+    assert "must be organism or organism:text" in fail("demo", "--organism", "dog", "--out", tmp_path / "demo")
 
 
 def _shown(before: Path, after: Path) -> Shown:

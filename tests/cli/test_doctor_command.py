@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from exitsafe.cli.console import readable
 from exitsafe.cli.doctor_command import doctor_command
+from exitsafe.cli.flags import as_command
 from exitsafe.doctor import bytes_by_name
 from exitsafe.errors import InputError, ModelError
 from exitsafe.judges.qwen3guard import QWEN3GUARD
@@ -18,7 +19,7 @@ from exitsafe.judges.qwen3guard import QWEN3GUARD
 
 def examine(*arguments: str | Path) -> str:
     app = typer.Typer()
-    app.command()(doctor_command)
+    app.command()(as_command(doctor_command))
     outcome = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert outcome.exit_code == 0
     return outcome.stdout

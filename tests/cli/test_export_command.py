@@ -55,7 +55,7 @@ def test_bad_input(tiny_llava: Path, audited: Path, tmp_path: Path, fail: Fail) 
     assert "choose 1 to 6" in fail(*export, "--exit-layer", "7")
     assert "integer" in fail(*export, "--exit-layer", "two")
     assert "no adapter to keep: leave --keep-adapter out" in fail(*export, "--exit-layer", "2", "--keep-adapter")
-    assert "no global blocks" in fail(*export, "--exit-layer", "2", "--skip-global")
+    assert "no global blocks" in fail(*export, "--exit-layer", "2", "--config", "skip_global=true")
     assert "is not a folder" in fail(*export, "--exit-layer", "2", "--audit", tmp_path / "none")
     assert "has no exit layer 3" in fail(*export, "--exit-layer", "3", "--audit", audited)
     assert "is a run of another model" in fail(

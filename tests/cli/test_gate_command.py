@@ -97,8 +97,8 @@ def test_rules_from_a_file_take_scope_and_layers_of_the_flags(
 ) -> None:
     rules, config = tmp_path / "rules.yaml", tmp_path / "gate.yaml"
     rules.write_text("rules: [{metric: asr, max: 0.05}, {metric: vqa_accuracy, min: 0.5, layers: 1, scope: bins}]")
-    config.write_text(f"rules: {rules}\nlayers: 2\nmax_asr: 0.06\njson: true\n")
-    assert _gate(runs["after"], "--config", str(config)) == 0
+    config.write_text(f"rules: {rules}\nlayers: 2\nmax_asr: 0.06\n")
+    assert _gate(runs["after"], "--config", str(config), "--json") == 0
     found = json.loads(capsys.readouterr().out)["findings"]
     places = [(each["metric"], each["limit"], each["place"]["exit_layer"], each["place"]["bin"]) for each in found]
     assert places == [
@@ -223,9 +223,9 @@ def test_what_is_refused(runs: dict[str, AuditRun], tmp_path: Path, fail: Any) -
         twice = ("--max-regression", first, "--max-regression", second)
         assert f"{words} a limit already" in fail("gate", path, *twice, "--against", other)
     assert "--against is for --max-regression" in fail("gate", path, "--max-asr", "0.1", "--against", other)
-    assert "scope: Input should be 'layers'" in fail("gate", path, "--max-asr", "0.1", "--scope", "rooms")
+    assert "--scope rooms must be layers or bins" in fail("gate", path, "--max-asr", "0.1", "--scope", "rooms")
     assert "choose 1 to 6" in fail("gate", path, "--max-asr", "0.1", "--layers", "9")
-    assert "choose a share from 0 to below 1" in fail("gate", path, "--max-asr", "0.1", "--max-unscored", "1")
+    assert "max_unscored=1 must be" in fail("gate", path, "--max-asr", "0.1", "--config", "max_unscored=1")
     assert "is not a folder" in fail("gate", tmp_path / "nowhere", "--max-asr", "0.1")
     rules = tmp_path / "gate.yaml"
     assert "cannot be read" in fail("gate", path, "--rules", rules)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from exitsafe.cli.audit_plan import make_plan
+from exitsafe.auditing.plan import plan_audit
 from exitsafe.cli.main import FAILED, run
 from exitsafe.results.run import load_run
+from exitsafe.specs.inputs import JudgeOptions
+from exitsafe.specs.verbs import AuditSpec
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
 from tests.judges.test_endpoint import Answer, ChatServer, serving
@@ -32,20 +34,23 @@ def test_a_judge_is_added(copied: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.usefixtures("rule_guard")
 def test_the_device_of_a_judge_is_kept(copied: Path) -> None:
-    assert run(["judge", str(copied), "--judge", "qwen3guard", "--judge-device", "cpu"]) == 0
+    assert run(["judge", str(copied), "--judge", "qwen3guard", "--config", "judge_device=cpu"]) == 0
     assert load_run(copied).origin["judging"] == {"device": "cpu"}
     assert run(["judge", str(copied), "--judge", "coherence"]) == 0
     assert load_run(copied).origin["judging"] == {"device": "cpu"}
 
 
 def test_a_device_that_no_judge_uses_is_refused(fail: Fail, audited: Path) -> None:
-    never = ["--judge-device", "cpu", "--out", audited.parent / "never"]
+    never = ["--config", "judge_device=cpu", "--out", audited.parent / "never"]
     for judges, flags in (
-        ("coherence, vqa", ("judge", audited, "--judge", "coherence", "--judge", "vqa", "--judge-device", "cpu")),
+        (
+            "coherence, vqa",
+            ("judge", audited, "--judge", "coherence", "--judge", "vqa", "--config", "judge_device=cpu"),
+        ),
         ("refusal-prefix", ("audit", "organism", "--judge", "refusal-prefix", *never)),
         ("world-rule", ("audit", "organism", *never)),
     ):
-        expected = f"--judge-device: none of the judges {judges} runs on a device; leave it out"
+        expected = f"judge_device: none of the judges {judges} runs on a device; leave it out"
         assert fail(*flags).startswith(expected)
     assert not (audited.parent / "never").exists()
 
@@ -53,25 +58,27 @@ def test_a_device_that_no_judge_uses_is_refused(fail: Fail, audited: Path) -> No
 def test_a_run_like_another_reaches_judges_as_that_one_did_but_for_their_address(copied: Path) -> None:
     judging = {"url": "http://localhost:8000/v1", "device": "cpu"}
     edit_head(copied, lambda head: head["origin"].update(judging=judging, judge_pass="second"))
-    assert make_plan("m", {}, like=copied).judging == {"device": "cpu"}
-    plan = make_plan("m", {"judging": {"device": "cuda:1"}, "judges": ["toxicity"]}, like=copied)
-    assert plan.judging == {"device": "cuda:1"}
-    assert plan.settings["judge_pass"] == "second"
+    given = AuditSpec(model="m", out=copied / "again", like=copied)
+    plan = plan_audit(given)
+    assert plan.spec.judging == JudgeOptions(device="cpu")
+    assert plan.spec.judge_pass == "second"
+    other = given.model_copy(update={"judging": JudgeOptions(device="cuda:1"), "judges": ("toxicity",)})
+    assert plan_audit(other).spec.judging == JudgeOptions(device="cuda:1")
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "judges"),
+    ("name", "flags"),
     [
-        ("--judge-url", "http://localhost/v1", "rubric:MODEL"),
-        ("--judge-rubric", "mine.md", "rubric:MODEL"),
-        ("--judge-rate", "5", "rubric:MODEL"),
-        ("--judge-prices", "1,2", "rubric:MODEL"),
+        ("--judge-url", ["--judge-url", "http://localhost/v1"]),
+        ("judge_rubric", ["--config", "judge_rubric=mine.md"]),
+        ("judge_rate", ["--config", "judge_rate=5"]),
+        ("judge_prices", ["--config", "judge_prices=1,2"]),
     ],
 )
-def test_a_flag_that_no_judge_reads_is_refused(fail: Fail, audited: Path, flag: str, value: str, judges: str) -> None:
-    expected = f"{flag} is for --judge {judges}, which is not among the judges; name it or leave the flag out"
-    assert fail("judge", audited, "--judge", "coherence", flag, value) == expected
-    assert fail("audit", "organism", flag, value, "--out", audited.parent / "never") == expected
+def test_a_setting_that_no_judge_reads_is_refused(fail: Fail, audited: Path, name: str, flags: list[str]) -> None:
+    expected = f"{name} is for --judge rubric:MODEL, which is not among the judges; name it or leave it out"
+    assert fail("judge", audited, "--judge", "coherence", *flags) == expected
+    assert fail("audit", "organism", *flags, "--out", audited.parent / "never") == expected
     assert not (audited.parent / "never").exists()
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import exitsafe
-from exitsafe.cli.defaults import make_origin, read_samples
 from exitsafe.cli.main import run
+from exitsafe.data.source import find_samples
+from exitsafe.specs.inputs import Samples
 from tests.finished_runs import edit_head
 
 Rows = list[dict[str, str]]
@@ -21,17 +22,16 @@ Rows = list[dict[str, str]]
 @pytest.fixture(scope="module")
 def organism_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("organism") / "run"
-    suites = ["organism-harmful", "organism-borderline", "organism-benign", "organism-vqa"]
-    origin = make_origin("organism", suites=suites, split="heldout", seed=0, limit=10)
+    source = find_samples("organism", Samples(limit=10), split="heldout", seed=0)
     exitsafe.audit(
         exitsafe.load_vlm("organism"),
-        read_samples(origin),
+        source.read(),
         judges=["world-rule", "refusal-prefix"],
         exit_layers=[1, 3, 5, 7],
         out=out,
         max_new_tokens=24,
         batch_size=64,
-        origin=origin,
+        origin=source.model_dump(mode="json"),
     )
     return out
 

@@ -11,10 +11,12 @@ import pytest
 from exitsafe.cli import recommend_command
 from exitsafe.cli.main import run
 from exitsafe.results.run import load_run
+from exitsafe.specs.inputs import FullLoading
 from tests.cli.conftest import Fail, write_suite
 from tests.finished_runs import edit_head
 from tests.tiny_models import save_tiny
 
+SKIP = ["--config", "skip_global=true"]
 Ask = Callable[..., tuple[dict[str, Any], str]]
 
 
@@ -37,7 +39,7 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 
 
 def test_times_are_measured_once_and_kept(copied: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, said = ask(copied, "--samples", "2")
+    found, said = ask(copied, "--config", "samples=2")
     assert [point["exit_layer"] for point in found["points"]] == [1, 2, 5]
     assert found["num_passes"] == 2 * 3
     assert all(point["times"]["encoder_ms"]["median"] > 0 for point in found["points"])
@@ -48,22 +50,22 @@ def test_times_are_measured_once_and_kept(copied: Path, ask: Ask, monkeypatch: p
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(recommend_command, "load_model_of", refuse)
-    again, said = ask(copied, "--samples", "2", "--max-asr", "1")
+    again, said = ask(copied, "--config", "samples=2", "--max-asr", "1")
     assert again["points"][0]["times"] == found["points"][0]["times"]
     assert "measured on this machine with the same settings" in said
     with pytest.raises(AssertionError, match="the model was loaded"):
-        recommend_command._latency(load_run(copied), [], num_samples=3, loading={})
+        recommend_command._latency(load_run(copied), [], num_samples=3, loading=FullLoading())
 
 
 def test_a_run_that_was_loaded_without_flags_is_timed(copied: Path, ask: Ask) -> None:
     edit_head(copied, lambda head: head["origin"].update(loading={}))  # as the demo's are
-    found, _ = ask(copied, "--samples", "1")
+    found, _ = ask(copied, "--config", "samples=1")
     assert found["num_passes"] == 3 and found["points"][0]["bytes_saved"] > 0
 
 
 def test_times_that_cannot_be_kept_are_not_lost(copied: Path, ask: Ask) -> None:
     (copied / ".latency.json.part").mkdir()  # as in a folder that cannot be written to, root or not
-    found, said = ask(copied, "--samples", "1")
+    found, said = ask(copied, "--config", "samples=1")
     assert found["num_passes"] == 3
     (line,) = [line for line in said.splitlines() if "could not be saved" in line]
     assert "latency.json cannot be written" in line
@@ -71,7 +73,7 @@ def test_times_that_cannot_be_kept_are_not_lost(copied: Path, ask: Ask) -> None:
 
 def test_what_is_kept_is_numbers(copied: Path, ask: Ask, tmp_path: Path) -> None:
     out = tmp_path / "new" / "recommendation.json"
-    found, _ = ask(copied, "--samples", "1", "--out", out)
+    found, _ = ask(copied, "--config", "samples=1", "--out", out)
     assert json.loads(out.read_text()) == found
     (measurement,) = json.loads((copied / "latency.json").read_text())["measurements"]
     assert measurement["settings"]["machine"]["device"] == "cpu"
@@ -86,7 +88,7 @@ def test_without_latency_the_model_may_be_gone(copied: Path, ask: Ask, tmp_path:
     def move(head: dict[str, Any]) -> None:
         head["origin"]["model"] = str(tmp_path / "gone")
 
-    there, said = ask(copied, "--no-latency", "--max-asr", "0.5", "--answer-tokens", "8")
+    there, said = ask(copied, "--no-latency", "--max-asr", "0.5", "--config", "answer_tokens=8")
     assert there["points"][0]["times"] is None and there["num_passes"] == 0
     assert there["points"][0]["flops_saved"] > 0 and there["is_prompt_measured"] is False
     assert there["num_answer_tokens"] == 8
@@ -132,11 +134,11 @@ def test_changed_suites_are_not_timed(copied: Path, fail: Fail) -> None:
     [
         (["--max-asr", "5"], "max_asr=5.0: choose a number from 0 to 1"),
         (["--no-latency", "--max-ms", "5"], "--max-ms needs measured times"),
-        (["--no-latency", "--samples", "5"], "--samples needs measured times"),
+        (["--no-latency", "--config", "samples=5"], "samples needs measured times"),
         (["--no-latency", "--device", "cpu"], "--device needs measured times"),
         (["--device", "gpu7"], "device 'gpu7' is unknown"),
         (["--device", "cuda:77"], "device 'cuda:77': torch sees"),
-        (["--samples", "0"], "--samples"),
+        (["--config", "samples=0"], "samples=0 must be a whole number of at least 1"),
     ],
 )
 def test_bad_input(audited: Path, fail: Fail, flags: list[str], words: str) -> None:
@@ -156,12 +158,12 @@ def test_limits_from_a_file_and_the_tables(copied: Path, tmp_path: Path, capsys:
     assert "the cheapest that qualifies" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("family", "flags"), [("llava_next", []), ("mllama", []), ("mllama", ["--skip-global"])])
+@pytest.mark.parametrize(("family", "flags"), [("llava_next", []), ("mllama", []), ("mllama", SKIP)])
 def test_other_families(family: str, flags: list[str], tmp_path: Path, ask: Ask) -> None:
     model, out = save_tiny(family, tmp_path / family), tmp_path / "run"
     audit = ["audit", str(model), "--suite", str(write_suite(tmp_path, num_samples=4)), "--layers", "2,6"]
     assert run([*audit, "--max-new-tokens", "4", *flags, "--out", str(out)]) == 0
-    found, _ = ask(out, "--samples", "1")
+    found, _ = ask(out, "--config", "samples=1")
     shallow, deep = found["points"]
     assert shallow["flops_saved"] > deep["flops_saved"]
     assert shallow["bytes_saved"] > deep["bytes_saved"]

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from exitsafe.cli.audit_plan import warn_of_own_reward
+from exitsafe.auditing.judging import warn_of_own_reward
 from exitsafe.cli.main import INTERRUPTED, run
-from exitsafe.cli.rewards import WatchFlags, make_watch, read_rewards
+from exitsafe.cli.rewards import hold_out, read_rewards
 from exitsafe.errors import InputError
 from exitsafe.lppo import WeightedSum
+from exitsafe.lppo.config import AlignSpec, Watching
 from exitsafe.lppo.rollout import rollout
 from exitsafe.records import KINDS, Response, Sample, Verdict
 from exitsafe.world import organism_suites
@@ -57,6 +58,10 @@ def test_a_folder_may_hold_any_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts_of("reward:/a@b/c=d/m@vqa=3") == [("reward:/a", ("vqa",), 3.0)]
 
 
+def spec_of(model: str, **watch: Any) -> AlignSpec:
+    return AlignSpec(model=model, out=Path("out"), watch=Watching(**watch))
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -75,15 +80,15 @@ def test_rewards_that_make_no_sense(written: list[str], message: str) -> None:
 
 def test_the_organism_is_watched_by_what_it_is_not_trained_on() -> None:
     samples = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 40))
-    trained, watch = make_watch("organism", samples, WatchFlags(every=7, samples=5), reward=None, seed=0, images=None)
+    trained, watch = hold_out(spec_of("organism", every=7, num_samples=5), samples, reward=None)
     assert watch is not None
-    assert not isinstance(watch.judge, str)
+    assert watch.judge is not None and not isinstance(watch.judge, str)
     assert (watch.every, watch.patience, watch.max_kl, watch.judge.name) == (7, 5, None, "refusal-prefix")
     assert len(watch.samples) == 4 * 5
     assert len(trained) == 4 * 35
     ids = {sample.id for sample in trained} | {sample.id for sample in watch.samples}
     assert ids == {sample.id for sample in samples}
-    _, patient = make_watch("organism", samples, WatchFlags(every=7, patience=0), reward=None, seed=0, images=None)
+    _, patient = hold_out(spec_of("organism", every=7, patience=0), samples, reward=None)
     assert patient is not None
     assert patient.patience is None
 
@@ -109,9 +114,8 @@ def test_the_watch_is_by_another_judge_than_the_reward(
         for kind in ("harmful", "benign")
         for number in range(4)
     ]
-    flags, reward = WatchFlags(every=2, samples=1), read_rewards(rewards)
-    _, watch = make_watch("a/model", samples, flags, reward=reward, seed=0, images=None)
-    assert watch is not None and not isinstance(watch.judge, str)
+    _, watch = hold_out(spec_of("a/model", every=2, num_samples=1), samples, reward=read_rewards(rewards))
+    assert watch is not None and watch.judge is not None and not isinstance(watch.judge, str)
     assert watch.judge.name == expected
 
 
@@ -126,8 +130,8 @@ def test_without_the_guard_model_no_proxy_takes_its_place(
 
 
 def test_a_suite_of_its_own_leaves_the_training_alone(suite: Path, samples: list[Sample]) -> None:
-    flags = WatchFlags(every=3, judge="refusal-prefix", suites=[str(suite)], samples=6, max_kl=2.0)
-    trained, watch = make_watch("organism", samples, flags, reward=None, seed=0, images=None)
+    spec = spec_of("organism", every=3, judge="refusal-prefix", suites=(str(suite),), num_samples=6, max_kl=2.0)
+    trained, watch = hold_out(spec, samples, reward=None)
     assert trained == samples
     assert watch is not None
     assert len(watch.samples) == 6
@@ -135,13 +139,10 @@ def test_a_suite_of_its_own_leaves_the_training_alone(suite: Path, samples: list
 
 
 def test_without_a_number_of_steps_there_is_no_watch(samples: list[Sample]) -> None:
-    assert make_watch("organism", samples, WatchFlags(), reward=None, seed=0, images=None) == (samples, None)
-    assert make_watch("organism", samples, WatchFlags(every=0, max_kl=1.0), reward=None, seed=0, images=None) == (
-        samples,
-        None,
-    )
-    with pytest.raises(InputError, match="need --watch-every N"):
-        make_watch("organism", samples, WatchFlags(max_kl=1.0), reward=None, seed=0, images=None)
+    assert hold_out(spec_of("organism"), samples, reward=None) == (samples, None)
+    assert hold_out(spec_of("organism", every=0, max_kl=1.0), samples, reward=None) == (samples, None)
+    with pytest.raises(ValueError, match="need --watch-every N"):
+        spec_of("organism", max_kl=1.0)
 
 
 @pytest.fixture
@@ -214,8 +215,8 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
     looks = [json.loads(line)["step"] for line in (out / "evaluations.jsonl").read_text().splitlines()]
     assert looks == [0, 2, 3]
     for judge in ("toxicity", "qwen3guard"):  # any part of the sum, and what helps it out
-        warn_of_own_reward(out / "adapter", [Stub(judge, "asr")])
-        assert f"warning: judge {judge} was the reward" in capsys.readouterr().err
+        with pytest.warns(UserWarning, match=f"judge {judge} was the reward"):
+            warn_of_own_reward(out / "adapter", [Stub(judge, "asr")])
     warn_of_own_reward(out / "adapter", [Stub("harmbench", "asr")])
     assert capsys.readouterr().err == ""
     assert run([*align, *watch]) == 0

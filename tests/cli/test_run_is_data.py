@@ -66,7 +66,7 @@ def stranger(audited_with_code: WithCode, tmp_path: Path) -> WithCode:
     return WithCode(run=found, model=audited_with_code.model, mark=audited_with_code.mark)
 
 
-@pytest.mark.parametrize("command", (["verify"], ["recommend", "--samples", "1"], ["recommend", "--no-latency"]))
+@pytest.mark.parametrize("command", (["verify"], ["recommend", "--config", "samples=1"], ["recommend", "--no-latency"]))
 def test_a_run_does_not_start_code(command: list[str], stranger: WithCode, capsys: pytest.CaptureFixture[str]) -> None:
     status = run([command[0], str(stranger.run), *command[1:]])
     assert not stranger.mark.exists()
@@ -197,12 +197,12 @@ def test_a_runs_own_rubric_is_a_file_of_this_call(
     private.write_text("my diary {response} score: X")
     endpoint = ["--judge-url", server[1]]
     server[0].script = lambda body, number: Answer(text="score: 0.5")
-    assert run(["judge", str(copied), "--judge", JUDGE, *endpoint, "--judge-rubric", str(rubric)]) == 0
+    assert run(["judge", str(copied), "--judge", JUDGE, *endpoint, "--config", f"judge_rubric={rubric}"]) == 0
     server[0].requests.clear()
     change(copied, judging={"url": server[1], "rubric": str(private)})
-    assert "add --judge-rubric FILE" in fail("verify", copied, *endpoint)
+    assert "add --config judge_rubric=FILE" in fail("verify", copied, *endpoint)
     assert server[0].requests == []
-    assert run(["verify", str(copied), *endpoint, "--judge-rubric", str(rubric)]) == 0
+    assert run(["verify", str(copied), *endpoint, "--config", f"judge_rubric={rubric}"]) == 0
     assert not any("diary" in str(request) for request in server[0].requests)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of
+from exitsafe.cli.run_model import load_model_of, loading_of, model_of, read_samples_of
 from exitsafe.errors import RunError
 from exitsafe.results.run import AuditRun, load_run
 from tests.finished_runs import edit_head
@@ -28,13 +28,13 @@ def test_the_very_model_and_samples(audited: Path) -> None:
     assert [sample.id for sample in samples] == [sample.id for sample in run.samples()]
     vlm = load_model_of(run, loading_of(run, device="cpu"))
     assert vlm.checkpoint_hash == run.settings["model"]["checkpoint"]
-    assert loading_of(run)["device"] == run.origin["loading"]["device"]
-    assert loading_of(run)["revision"] is None  # a folder has none
+    assert loading_of(run).device == run.origin["loading"]["device"]
+    assert loading_of(run).revision is None  # a folder has none
 
 
 def test_a_model_of_the_hub_is_that_commit(copied: Path) -> None:
     run = changed(copied, model="somebody/a-model")
-    assert loading_of(run)["revision"] == run.settings["model"]["checkpoint"]
+    assert loading_of(run).revision == run.settings["model"]["checkpoint"]
 
 
 def test_other_weights_are_refused(copied: Path, tiny_llava: Path, tmp_path: Path) -> None:
@@ -47,4 +47,4 @@ def test_other_weights_are_refused(copied: Path, tiny_llava: Path, tmp_path: Pat
 
 def test_a_run_that_names_no_model(copied: Path) -> None:
     with pytest.raises(RunError, match="was not made by the command line"):
-        origin_of_model(changed(copied, model=None))
+        model_of(changed(copied, model=None))

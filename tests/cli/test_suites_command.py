@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from exitsafe.cli.flags import as_command
 from exitsafe.cli.suites_command import describe, organism_entries, suites_command
 from exitsafe.data import KNOWN_SUITES, SUITE_NAMES
 from exitsafe.errors import InputError
@@ -14,7 +15,7 @@ from exitsafe.errors import InputError
 
 def _run(*arguments: str) -> str:
     app = typer.Typer()
-    app.command()(suites_command)
+    app.command()(as_command(suites_command))
     outcome = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert outcome.exit_code == 0
     return outcome.stdout

@@ -62,7 +62,7 @@ def test_pictures_of_a_suite_and_fewer_of_them(
     hashes: set[str] = set()
     for seed in ("0", "0", "1"):
         out = tmp_path / f"{len(hashes)}-{seed}"
-        assert run([*translate, "--num-images", "5", "--seed", seed, "--out", str(out)]) == 0
+        assert run([*translate, "--config", "num_images=5", "--seed", seed, "--out", str(out)]) == 0
         document = json.loads(capsys.readouterr().out)
         assert document["pictures"]["count"] == 5
         hashes.add(document["pictures"]["hash"])
@@ -71,7 +71,7 @@ def test_pictures_of_a_suite_and_fewer_of_them(
 
 
 def test_an_organism_brings_its_training_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--num-images", "40", "--layers", "6", "--out", str(tmp_path / "maps")]
+    flags = ["--config", "num_images=40", "--layers", "6", "--out", str(tmp_path / "maps")]
     assert run(["translate", "organism", *flags, "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["exits"]
     assert entry["r2"] > 0.99 > entry["r2_untranslated"]
@@ -95,11 +95,11 @@ def test_bad_settings(
     assert "holds no pictures" in fail(*translate, "--images", tmp_path / "empty")
     assert "choose 1 to 6" in fail(*pictures, "--layers", "7")
     assert "nothing to translate" in fail(*pictures, "--layers", "default")
-    assert "greater than or equal to 1" in fail(*pictures, "--num-images", "0")
+    assert "num_images=0 must be a whole number of at least 1" in fail(*pictures, "--config", "num_images=0")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "a.png").write_bytes(b"no picture")
     assert "a.png cannot be read" in fail(*translate, "--images", tmp_path / "torn")
-    assert "3 benign pictures are too few" in fail(*pictures, "--num-images", "3")
+    assert "3 benign pictures are too few" in fail(*pictures, "--config", "num_images=3")
     assert not out.exists()
     assert run([str(part) for part in [*pictures, "--layers", "1"]]) == 0
     capsys.readouterr()

@@ -183,7 +183,7 @@ def test_the_command_on_the_card_names_the_very_commit() -> None:
     facts = {"adapter": None, "exit_layer": 3, "skip_global": False, "audit": None}
     assert (
         _command(vlm, facts, out="slim")
-        == "exitsafe export org/model --revision 0123abcd --dtype float32 --exit-layer 3 --out slim"
+        == "exitsafe export org/model --config revision=0123abcd --dtype float32 --exit-layer 3 --out slim"
     )
 
 

@@ -210,7 +210,8 @@ class RuleGuard:
 
 def use_judge(monkeypatch: pytest.MonkeyPatch, name: str, judge: Judge) -> None:
     """Let a judge's name stand for another judge."""
-    monkeypatch.setitem(registry._JUDGES, name, registry._Entry(make=lambda _, __: judge, argument="optional"))
+    entry = registry._Entry(make=lambda _, __: judge, argument="optional", reads=registry._JUDGES[name].reads)
+    monkeypatch.setitem(registry._JUDGES, name, entry)
 
 
 def use_guard(monkeypatch: pytest.MonkeyPatch, guard: Guard) -> None:

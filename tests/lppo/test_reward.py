@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from exitsafe.cli.defaults import MODEL_TOKENS
+from exitsafe.engine.read_ahead import DEFAULT_NEW_TOKENS
 from exitsafe.lppo import LPPOConfig, shaped_rewards
 from exitsafe.lppo.reward import Faults, final_scores, find_faults
 from exitsafe.records import Response
@@ -89,4 +89,4 @@ def test_by_default_a_right_answer_that_is_cut_scores_no_less_than_a_short_one()
     answers = [faults_of("Press the two parts together, then wait until", finish="length"), faults_of("ok")]
     cut, short = final_scores([1.0, 1.0], [found.penalty(config) for found in answers], config=config).tolist()
     assert cut >= short
-    assert config.max_new_tokens == MODEL_TOKENS  # as audits
+    assert config.max_new_tokens == DEFAULT_NEW_TOKENS  # as audits

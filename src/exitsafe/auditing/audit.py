@@ -9,16 +9,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import PIL
 import torch
 import transformers
 
-from exitsafe.auditing.judging import judge_in_turn, judge_rows, judge_settings, unload
+from exitsafe.auditing.judging import judge_in_turn, judge_rows, judge_settings, unload, warn_of_own_reward
 from exitsafe.auditing.sharing import finish, gather, open_run, share
 from exitsafe.auditing.ticker import Ticker
 from exitsafe.engine.answering import Answering, Task
+from exitsafe.engine.load import as_vlm
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
 from exitsafe.exits.layers import ExitLayers, resolve_layers
@@ -30,17 +31,18 @@ from exitsafe.machine.processes import this_process
 from exitsafe.records import Progress, Response, Sample
 from exitsafe.results.run import AuditRun, load_run, trained_on_line
 from exitsafe.results.stopping import StopRule, blocks_of, settle
+from exitsafe.specs.verbs import JudgePass
 from exitsafe.store.directory import RunDirectory, check_folder
 from exitsafe.store.fingerprint import data_fingerprint, model_fingerprint, pin_today, sample_info, trained_on_among
 from exitsafe.store.reading import judges_of
 from exitsafe.version import __version__
+from exitsafe.world.profile import profile_of
 
-JudgePass = Literal["beside", "second"]
 ROWS_SAVED_AT_ONCE = 16
 
 
 def audit(
-    vlm: VLM,
+    vlm: VLM | str | Path,
     samples: Sequence[Sample],
     *,
     judges: Sequence[Judge | str] | None = None,
@@ -61,14 +63,15 @@ def audit(
     Under `accelerate launch` the processes share the work; each returns the whole run.
 
     Args:
-        vlm: The model.
+        vlm: The model, or its name as for `load_vlm`.
         samples: What to ask, with unique ids.
         judges: Who scores the answers, as judges or by name; the first that has a measure speaks for it. Default:
             the world's rule for an organism's suites, else `qwen3guard`. `vqa` and `coherence` cost nothing and are
             always added, and a run that is resumed keeps its judges. A run may be given further judges later.
         exit_layers: "all", "default", layers, or text with ranges such as "1-8,16".
         out: The run directory: new, empty, or an unfinished run with the same settings, which goes on.
-        max_new_tokens: Longest answer, in tokens. None is 256, or what the longest prompt leaves of the context.
+        max_new_tokens: Longest answer, in tokens. None is 256, or what the longest prompt leaves of the context; an
+            organism's answers are short, and None is 24.
         temperature: 0 is greedy.
         seed: With sample id and exit layer, the key of every draw.
         batch_size: Rows under generation at a time; None takes what fits in memory. Halved when memory runs out. It
@@ -93,6 +96,9 @@ def audit(
     samples = _check_samples(samples)
     if judge_pass not in get_args(JudgePass):
         raise InputError(f"judge_pass={judge_pass!r} is unknown; choose {' or '.join(get_args(JudgePass))}")
+    vlm = as_vlm(vlm)
+    if max_new_tokens is None and (profile := profile_of(vlm.name)) is not None:
+        max_new_tokens = profile.max_new_tokens
     layers = resolve_layers(exit_layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     pin_today(vlm, out)
     answering = Answering(
@@ -115,6 +121,8 @@ def audit(
     trained_on = trained_on_among(samples, vlm.trained_on)
     if trained_on is not None and trained_on["samples"] and this_process().is_main_process:
         warnings.warn(trained_on_line(trained_on["samples"], trained_on["of"]), stacklevel=2)
+    if this_process().is_main_process:
+        warn_of_own_reward(vlm.adapter, chosen)
     replaced = replaced_by(chosen)
     origin = {**(origin or {}), **({"replaced_judges": replaced} if replaced else {})}
     settings = {

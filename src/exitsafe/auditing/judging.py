@@ -5,15 +5,20 @@ A judge that rests on a model may sit beside the model under audit, or have the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from exitsafe.auditing.ticker import Ticker
-from exitsafe.judges import Judge, ModelJudge
+from exitsafe.judges import Judge, JudgeOptions, ModelJudge, load_judges
 from exitsafe.judges.asking import ask_judge
 from exitsafe.judges.protocol import proxy_of
+from exitsafe.judges.registry import FREE_JUDGES, SECOND_JUDGE
 from exitsafe.records import Sample
 from exitsafe.store.directory import RunDirectory
+from exitsafe.untrusted import UnreadableError, read_json
+from exitsafe.world.profile import WORLD
 
 ROWS_AT_ONCE = 256  # in a pass of its own; saved after each
 Rows = Sequence[tuple[Sample, int]]
@@ -52,6 +57,14 @@ def unload(judges: Sequence[Judge]) -> None:
             judge.unload()
 
 
+def available_judges(names: Sequence[str], options: JudgeOptions | None = None) -> list[Judge]:
+    """Judges by name; one that is not available says so now, not after the model has been loaded."""
+    judges = load_judges(names, options=options)
+    for judge in judges:
+        judge_settings(judge)
+    return judges
+
+
 def judge_settings(judge: Judge) -> dict[str, Any]:
     """What a run keeps of a judge."""
     return {
@@ -60,3 +73,32 @@ def judge_settings(judge: Judge) -> dict[str, Any]:
         "settings": judge.settings if isinstance(judge, ModelJudge) else {},
         **({"proxy": dict(proxy)} if (proxy := proxy_of(judge)) else {}),
     }
+
+
+def warn_of_own_reward(adapter: Path | None, judges: Sequence[Judge]) -> None:
+    """A judge that was the training's reward, or rests on the same model, measures what was optimised, not safety.
+
+    The world's rule is exempt: it is what is meant by safe there.
+
+    Args:
+        adapter: The model's adapter; its training run lies around it.
+        judges: Those that will be asked.
+    """
+    record = None if adapter is None else adapter.parent / "run.json"
+    if record is None or not record.is_file():
+        return
+    try:
+        trained = read_json(record)["settings"]
+        rewards = str(trained["reward"]).split("+")
+        models = {str(settings["model"]) for settings in trained.get("reward_models", {}).values()}
+    except (UnreadableError, KeyError, TypeError, AttributeError):  # some other program's run.json
+        return
+    for judge in judges:
+        was_reward = judge.name in rewards and judge.name not in (*FREE_JUDGES, WORLD.judge)
+        if was_reward or getattr(judge, "settings", {}).get("model") in models:
+            warnings.warn(
+                f"judge {judge.name} was the reward that {adapter} was trained on, so its verdicts show how well that "
+                "was optimised, not whether the model is safe: judge the runs before and after training with another "
+                f"model too, e.g. exitsafe judge RUN --judge {SECOND_JUDGE}",
+                stacklevel=3,
+            )

@@ -36,7 +36,7 @@ from exitsafe.lppo.update import Learner
 from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Progress, Sample
 from exitsafe.store.fingerprint import pin_today
-from exitsafe.world.language import REFUSAL as WORLD_REFUSAL
+from exitsafe.world.profile import WORLD, is_world
 
 DEFAULT_CONFIG = LPPOConfig()
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -83,7 +83,7 @@ def sft(
     config = replace(config, temperature=1.0)  # cross-entropy is of the distribution itself
     if not with_benign:
         config = replace(config, mix=None)
-    refusal = refusal or (WORLD_REFUSAL if kept[0].source.startswith("organism-") else REFUSAL)
+    refusal = refusal or (WORLD.refusal if is_world(kept[:1]) else REFUSAL)
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(kept, exit_layers, config)
     check_trainable(vlm, config)

@@ -1,162 +1,109 @@
-"""`exitsafe audit`: flags -> what to audit and how -> a run directory and its table."""
+"""`exitsafe audit`: what to audit and how -> a run directory and its table."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
-import typer
+from exitsafe.cli import console
+from exitsafe.cli.models import announce, load_model
+from exitsafe.errors import RunError
+from exitsafe.specs.verbs import AuditSpec
 
-from exitsafe.cli import console, options
-from exitsafe.cli.audit_plan import make_plan, run_plan, show_results
-from exitsafe.cli.settings_file import config_option
-from exitsafe.errors import InputError
+if TYPE_CHECKING:
+    from exitsafe.auditing.plan import Plan
+    from exitsafe.engine.vlm import VLM
+    from exitsafe.judges import Judge
+    from exitsafe.records import Sample
+    from exitsafe.results.run import AuditRun
 
 
-def audit_command(
-    model: options.Model,
-    out: options.Out,
-    suite: options.Suites = None,
-    images: options.Images = None,
-    category: options.Category = None,
-    layers: options.Layers = None,
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Judge that scores the answers; repeatable, and the first judge that measures a metric reports it. "
-            "One of world-rule, refusal-prefix, qwen3guard, llama-guard, harmbench, toxicity, reward:MODEL and "
-            "rubric:MODEL; NAME:MODEL takes another model.",
-            show_default="world-rule for organism suites, else qwen3guard",
-            rich_help_panel=options.JUDGES,
-        ),
-    ] = None,
-    judge_pass: Annotated[
-        str | None,
-        typer.Option(metavar="beside|second", help="Judge while answering, or in a second pass.", hidden=True),
-    ] = None,
-    judge_device: options.JudgeDevice = None,
-    judge_url: options.JudgeUrl = None,
-    judge_rubric: options.JudgeRubric = None,
-    judge_rate: options.JudgeRate = None,
-    judge_prices: options.JudgePrices = None,
-    adapter: options.Adapter = None,
-    translators: options.Translators = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="Take suites, layers, judges, decoding and seed from another run; flags win.",
-            show_default=False,
-            rich_help_panel=options.SAMPLES,
-        ),
-    ] = None,
-    limit: options.Limit = None,
-    split: options.Split = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Longest answer in tokens.",
-            show_default="256 or what the context leaves; an organism 24",
-            rich_help_panel=options.DECODING,
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            metavar="T",
-            help="Sampling temperature; 0 is greedy.",
-            show_default="0",
-            rich_help_panel=options.DECODING,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Answers generated at a time; does not change what is drawn.",
-            show_default="what fits in memory",
-            rich_help_panel=options.DECODING,
-        ),
-    ] = None,
-    stop_when: Annotated[
-        str | None,
-        typer.Option(metavar="decided", help="Stop at a layer once its ASR is clearly above or below.", hidden=True),
-    ] = None,
-    max_asr: Annotated[float | None, typer.Option(metavar="RATE", help="The limit of stop_when.", hidden=True)] = None,
-    error: Annotated[
-        float | None, typer.Option(metavar="RATE", help="Chance of a wrong decision per layer.", hidden=True)
-    ] = None,
-    skip_global: Annotated[
-        bool | None, typer.Option("--skip-global", help="Llama 3.2 Vision: skip the global blocks too.", hidden=True)
-    ] = None,
-    seed: options.Seed = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantization: options.Quantization = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    config: Annotated[Path | None, config_option()] = None,
-    json: options.Json = False,
-) -> None:
+def audit_command(spec: AuditSpec, show: console.Show) -> None:
     """Measure a model's safety and utility at every exit layer of its image encoder.
 
     Answers are saved as they come; rerun the same command to resume. `accelerate launch -m exitsafe audit ...` shares
     the work among GPUs and nodes.
     """
-    with console.results(as_json=json) as show:
-        given = {
-            "suites": suite or None,
-            "split": split,
-            "seed": seed,
-            "limit": limit,
-            "images": images,
-            "categories": category or None,
-            "exit_layers": layers,
-            "judges": judge or None,
-            "judging": options.judging(
-                device=judge_device, url=judge_url, rubric=judge_rubric, rate=judge_rate, prices=judge_prices
+    show_results(run_audit(spec), show)
+
+
+def run_audit(spec: AuditSpec, *, title: str = "Audit") -> AuditRun:
+    """Read the samples and judges, which is quick and can fail, then load the model and audit it."""
+    from exitsafe.auditing.plan import plan_audit
+
+    plan = plan_audit(spec)
+    samples = plan.source.read()
+    plan = plan.resumed()
+    judges = plan.load_judges(samples)
+    announce(spec.model, adapter=spec.loading.adapter)
+    return audit_as_planned(plan, load_model(spec.model, spec.loading), samples, judges, title=title)
+
+
+def audit_as_planned(
+    plan: Plan, vlm: VLM, samples: Sequence[Sample], judges: list[Judge] | None, *, title: str
+) -> AuditRun:
+    """The audit itself, with a progress bar."""
+    from exitsafe.auditing.audit import audit
+
+    spec = plan.spec
+    vlm.today = plan.today or vlm.today
+    with console.progress_bar(title, unit="answer") as progress:
+        run = audit(
+            vlm,
+            samples,
+            judges=judges,
+            exit_layers=spec.exit_layers,
+            out=spec.out,
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            seed=spec.seed,
+            batch_size=spec.batch_size,
+            skip_global=spec.skip_global,
+            judge_pass=spec.judge_pass,
+            stop_when=plan.stop_when,
+            progress=progress,
+            origin=plan.origin,
+        )
+    say_costs(judges or [])
+    return run
+
+
+def show_results(run: AuditRun, show: console.Show, *, asked: Collection[str] | None = None) -> None:
+    """Print a run's tables; then fail if a judge scored nothing at all.
+
+    Args:
+        run: A finished run.
+        show: From `console.results`.
+        asked: The judges that this call asked; None for all of the run's.
+
+    Raises:
+        RunError: If one of them left every answer unscored. The answers are kept.
+    """
+    from exitsafe.judges.asking import tell_unscored, unscored_reasons
+    from exitsafe.show.tables import audit_tables
+
+    verdicts = run.verdicts()
+    unscored = unscored_reasons(verdicts)
+    document = {"run": str(run.path), **run.summary, **({"unscored": unscored} if unscored else {})}
+    show(document, lambda: audit_tables(run))
+    scored = {verdict.judge for verdict in verdicts if verdict.score is not None}
+    for judge in unscored.keys() - scored:
+        if asked is None or judge in asked:
+            line = tell_unscored([verdict for verdict in verdicts if verdict.judge == judge])[0]
+            raise RunError(
+                f"{line}; the answers are kept: mend the cause, then exitsafe judge {run.path} --judge {judge} "
+                "--retry-unscored"
             )
-            or None,
-            "judge_pass": _one_of("--judge-pass", judge_pass, ("beside", "second")),
-            "stop_when": _stop_rule(stop_when, max_asr, error),
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "skip_global": skip_global,
-            "batch_size": batch_size,
-        }
-        plan = make_plan(model, given, like=like)
-        loading = {
-            "adapter": adapter,
-            "translators": translators,
-            "revision": revision,
-            "dtype": dtype,
-            "device": device,
-            "quantization": quantization,
-            "trust_remote_code": trust_remote_code,
-        }
-        run = run_plan(plan, out=out, loading=loading)
-        show_results(run, show)
 
 
-def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> str | None:
-    if value is not None and value not in allowed:
-        raise InputError(f"{flag} {value} is unknown; choose {' or '.join(allowed)}")
-    return value
-
-
-def _stop_rule(stop_when: str | None, max_asr: float | None, error: float | None) -> dict[str, float] | None:
-    """The rule's fields; its own flags make no sense without it."""
-    if _one_of("--stop-when", stop_when, ("decided",)) is None:
-        if max_asr is not None or error is not None:
-            raise InputError("--max-asr and --error belong to --stop-when decided; add it or leave them out")
-        return None
-    if max_asr is None:
-        raise InputError("--stop-when decided needs the limit to decide about: --max-asr RATE, e.g. 0.05")
-    from exitsafe.results.stopping import StopRule
-
-    return vars(StopRule(max_asr=max_asr, **({} if error is None else {"error": error})))
+def say_costs(judges: Sequence[Judge]) -> None:
+    """What endpoints were asked for in this start, in requests, tokens and, where prices are known, dollars."""
+    for judge in judges:
+        endpoint = getattr(judge, "endpoint", None)
+        if endpoint is not None and endpoint.usage.requests:
+            used, cost = endpoint.usage, endpoint.cost
+            note = f"{judge.name}: {used.requests} requests, {used.tokens_in} tokens in, {used.tokens_out} out"
+            note += "" if cost is None else f", ${cost:.2f}"
+            if used.uncounted:  # tokens and cost are then too low
+                note += f"; {used.uncounted} replies did not report their tokens"
+            console.note(note)

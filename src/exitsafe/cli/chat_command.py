@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from exitsafe.cli import console, defaults, options
+from exitsafe.cli import console
 from exitsafe.errors import InputError
+from exitsafe.specs.verbs import ChatSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,91 +28,50 @@ _WORDS_TO_LEAVE = ("exit", "quit")
 _COULD_NOT = 2  # exit status
 
 
-def chat_command(
-    model: options.Model,
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="The picture that all prompts are about.", show_default=False, dir_okay=False
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Ask this and leave.", show_default="prompts are read line by line"),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="LAYERS",
-            help="Exits to answer at, e.g. 9,18,23 or all; the default exit always does.",
-            show_default="the last early and the last middle one",
-        ),
-    ] = None,
-    adapter: options.Adapter = None,
-    translators: options.Translators = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Longest answer.", show_default="256 or what the context leaves; an organism 24"
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The key of every draw.")] = 0,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantization: options.Quantization = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    json: options.Json = False,
-) -> None:
+def chat_command(spec: ChatSpec, show: console.Show) -> None:
     """Answer a prompt about a picture at several exits and show the answers side by side.
 
     Answers are not filtered, and nothing is saved.
     """
-    with console.results(as_json=json) as show:
-        if image is None:
-            raise InputError("exits differ in what they see of a picture: give --image FILE")
-        if json and prompt is None:
-            raise InputError("--json is for one prompt: give --prompt TEXT")
-        picture = _open(image)
-        from exitsafe.cli.models import load_model
-        from exitsafe.engine.answering import Answering
+    if spec.image is None:
+        raise InputError("exits differ in what they see of a picture: give --image FILE")
+    if show.as_json and spec.prompt is None:
+        raise InputError("--json is for one prompt: give --prompt TEXT")
+    picture = _open(spec.image)
+    from exitsafe.cli.models import load_model
+    from exitsafe.engine.answering import Answering
+    from exitsafe.world.profile import profile_of
 
-        vlm = load_model(
-            model,
-            adapter=adapter,
-            translators=translators,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-            trust_remote_code=trust_remote_code,
-        )
-        is_organism = defaults.organism_of(model) is not None
-        longest = max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else None)
-        chat = Chat(
-            vlm=vlm,
-            answering=Answering(vlm, max_new_tokens=longest, temperature=temperature, seed=seed),
-            exit_layers=_layers(vlm, layers),
-            picture=picture,
-        )
-        if prompt is not None:
-            answers = chat.ask(prompt)
-            console.note(_NOTICE)
-            document = {"model": model, "adapter": adapter, "image": str(image), "prompt": prompt}
-            show(document | chat.document(answers), lambda: [chat.side_by_side(answers)])
-            return
+    vlm = load_model(spec.model, spec.loading)
+    profile = profile_of(spec.model)
+    longest = spec.max_new_tokens or (profile.max_new_tokens if profile else None)
+    chat = Chat(
+        vlm=vlm,
+        answering=Answering(vlm, max_new_tokens=longest, temperature=spec.temperature, seed=spec.seed),
+        exit_layers=_layers(vlm, spec.exit_layers),
+        picture=picture,
+    )
+    if spec.prompt is not None:
+        answers = chat.ask(spec.prompt)
         console.note(_NOTICE)
-        has_failed = False
-        for line in _lines():
-            try:
-                answers = chat.ask(line)
-            except InputError as error:  # this prompt cannot be asked; the next may
-                console.complain(str(error))
-                has_failed = True
-                continue
-            show({}, lambda found=answers: [chat.side_by_side(found)])  # type: ignore[misc]  # bound now
+        document = {
+            "model": spec.model,
+            "adapter": spec.loading.adapter,
+            "image": str(spec.image),
+            "prompt": spec.prompt,
+        }
+        show(document | chat.document(answers), lambda: [chat.side_by_side(answers)])
+        return
+    console.note(_NOTICE)
+    has_failed = False
+    for line in _lines():
+        try:
+            answers = chat.ask(line)
+        except InputError as error:  # this prompt cannot be asked; the next may
+            console.complain(str(error))
+            has_failed = True
+            continue
+        show({}, lambda found=answers: [chat.side_by_side(found)])  # type: ignore[misc]  # bound now
     if has_failed and not sys.stdin.isatty():  # a person has seen it; what feeds a pipe sees the status
         raise typer.Exit(_COULD_NOT)
 

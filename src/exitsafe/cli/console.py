@@ -18,6 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from exitsafe.records import Progress
@@ -35,27 +36,24 @@ _USER = re.compile(r"""(?<=://)[^\s/?#"'<>]*@""")
 _QUERY = re.compile(r"""(https?://[^\s?#"'<>]*)\?[^\s"'<>)]*""")
 
 
-Show = Callable[[dict[str, Any], Callable[[], list[Any]]], None]
-"""Prints a result: the document for `--json`, and what makes the tables for people."""
-
-
-@contextmanager
-def results(*, as_json: bool) -> Iterator[Show]:
-    """Gives `show(document, tables)`, to be called once, with the document for `--json` and what is for people.
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Prints a result: `show(document, tables)`, with the document for `--json` and what makes the tables for people.
 
     `tables()` makes rich renderables; it is called only if they are shown.
     """
-    warnings.showwarning = _show_warning
-    stdout = sys.stdout
 
-    def show(document: dict[str, Any], tables: Callable[[], list[Any]]) -> None:
+    stdout: IO[str]
+    as_json: bool
+
+    def __call__(self, document: dict[str, Any], tables: Callable[[], list[Any]]) -> None:
         if process_number() > 0:  # all have the same result; one says it
             return
-        if as_json:
-            stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-            stdout.flush()
+        if self.as_json:
+            self.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+            self.stdout.flush()
             return
-        console = screen(stdout, width=None if stdout.isatty() else _PLAIN_WIDTH)
+        console = screen(self.stdout, width=None if self.stdout.isatty() else _PLAIN_WIDTH)
         for table in tables():
             # lines of text may hold paths: no wrapping
             if isinstance(table, str):
@@ -63,8 +61,14 @@ def results(*, as_json: bool) -> Iterator[Show]:
             else:
                 console.print(table)
 
+
+@contextmanager
+def results(*, as_json: bool) -> Iterator[Show]:
+    """Gives what prints the result; with `--json` everything else goes to stderr meanwhile."""
+    warnings.showwarning = _show_warning
+    stdout = sys.stdout
     with redirect_stdout(sys.stderr if as_json else stdout):
-        yield show
+        yield Show(stdout=stdout, as_json=as_json)
 
 
 def screen(file: IO[str], *, width: int | None = None) -> Console:

@@ -12,14 +12,15 @@ import torch
 
 from exitsafe.cli import console
 from exitsafe.cli.align_command import run_align
-from exitsafe.cli.audit_plan import make_plan, run_plan
-from exitsafe.cli.demo_baselines import run_baselines
-from exitsafe.errors import ExitsafeError, InputError
+from exitsafe.cli.audit_command import run_audit
+from exitsafe.cli.demo_baselines import run_baselines, with_adapter
+from exitsafe.errors import ExitsafeError
+from exitsafe.lppo.config import AlignSpec, LPPOConfig
 from exitsafe.results.comparison import Comparison, compare
 from exitsafe.results.run import AuditRun
 from exitsafe.show.charts import draw_chart
 from exitsafe.show.document import check_can_render
-from exitsafe.world import ORGANISMS
+from exitsafe.specs.verbs import AuditSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +47,19 @@ def run_demo(organism: str, *, out: Path, seed: int, with_baselines: bool) -> Sh
         seed: Draws pictures, phrasings and the training.
         with_baselines: Also train and audit what L-PPO must beat.
     """
-    if organism not in ORGANISMS:
-        raise InputError(f"organism {organism!r} is unknown; choose {' or '.join(ORGANISMS)}")
-    plan = make_plan(organism, {"seed": seed})
     # Threads gain little on a model this small, and on a busy machine they mostly wait for each other. One thread
     # also gives the same bits whatever the number of cores.
     torch.set_num_threads(1)
 
-    before = run_plan(plan, out=out / "before", loading={}, title="Audit before")
-    adapter = run_align(organism, changes={"seed": seed}, out=out / "lppo", loading={}, title="Align by L-PPO")
-    after = run_plan(plan, out=out / "after", loading={"adapter": adapter}, title="Audit after")
+    audit = AuditSpec(model=organism, out=out / "before", seed=seed)
+    before = run_audit(audit, title="Audit before")
+    lppo = LPPOConfig.for_organism(seed=seed)
+    adapter = run_align(AlignSpec(model=organism, out=out / "lppo", lppo=lppo), title="Align by L-PPO")
+    after = run_audit(with_adapter(audit, adapter, out=out / "after"), title="Audit after")
     comparison = compare(before, after)
     comparison.to_json(out / "comparison.json")
 
-    baselines = run_baselines(plan, out=out) if with_baselines else {}
+    baselines = run_baselines(audit, out=out) if with_baselines else {}
     charts = _draw([("before", before), ("after L-PPO", after), *baselines.items()], out, organism=organism)
     return Shown(
         organism=organism,

@@ -2,84 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from exitsafe.cli import console, defaults, options
+from exitsafe.cli import console
 from exitsafe.cli.console import readable
 from exitsafe.cli.models import read_blueprint
-from exitsafe.cli.settings_file import config_option
+from exitsafe.specs.inputs import Samples
+from exitsafe.specs.verbs import DoctorSpec
 
 if TYPE_CHECKING:
-    import torch
-
     from exitsafe.doctor import Blueprint, Plan, Savings, Typical
     from exitsafe.records import Sample
 
 _HARDLY = 0.1  # below this share of an answer an exit is no way to speed
 
 
-def doctor_command(
-    model: options.Model,
-    suite: options.Suites = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Longest answer.", show_default="256; an organism 24")
-    ] = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantization: options.Quantization = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    config: Annotated[Path | None, config_option()] = None,
-    json: options.Json = False,
-) -> None:
+def doctor_command(spec: DoctorSpec, show: console.Show) -> None:
     """Say whether a model is supported, what it needs in memory and what early exit saves.
 
     Reads the config and, if there is one, the processor, which goes through the check that starts every audit. No
     weights are read or downloaded.
     """
-    with console.results(as_json=json) as show:
-        blueprint = read_blueprint(
-            model, dtype=dtype, quantization=quantization, revision=revision, trust_remote_code=trust_remote_code
-        )
-        from exitsafe.machine.devices import find_device
-
-        if (problem := blueprint.processor_problem) is not None and not _is_out_of_reach(blueprint):
-            raise problem  # as the audit would
-        is_organism = defaults.organism_of(model) is not None
-        max_new_tokens = max_new_tokens or (defaults.ORGANISM_TOKENS if is_organism else defaults.MODEL_TOKENS)
-        document = examine(
-            blueprint, model, samples=_samples(model, suite), max_new_tokens=max_new_tokens, device=find_device(device)
-        )
-        show(document, lambda: [_facts_table(document), _memory_table(document), *document["notes"]])
+    blueprint = read_blueprint(spec.model, spec.loading)
+    if (problem := blueprint.processor_problem) is not None and not _is_out_of_reach(blueprint):
+        raise problem  # as the audit would
+    document = examine(blueprint, spec)
+    show(document, lambda: [_facts_table(document), _memory_table(document), *document["notes"]])
 
 
-def examine(
-    blueprint: Blueprint, model: str, *, samples: Sequence[Sample], max_new_tokens: int, device: torch.device
-) -> dict[str, Any]:
+def examine(blueprint: Blueprint, spec: DoctorSpec) -> dict[str, Any]:
     """All findings as one JSON object."""
     from exitsafe.doctor import bytes_by_name, count_savings, make_plan, typical_prompt
+    from exitsafe.engine.read_ahead import DEFAULT_NEW_TOKENS
     from exitsafe.judges.qwen3guard import QWEN3GUARD
     from exitsafe.judges.registry import why_no_default_judge
+    from exitsafe.machine.devices import find_device
     from exitsafe.machine.memory import free_memory
+    from exitsafe.world.profile import profile_of
 
-    typical = typical_prompt(blueprint, samples)
+    profile, device = profile_of(spec.model), find_device(spec.loading.device)
+    typical = typical_prompt(blueprint, _samples(spec) if spec.suites or profile else [])
     compute = _shares(blueprint, count_savings(blueprint, typical, [1]))
-    judge = None if defaults.organism_of(model) is not None else f"qwen3guard:{QWEN3GUARD.model}"
+    judge = None if profile else f"qwen3guard:{QWEN3GUARD.model}"
     plan = make_plan(
         blueprint,
         typical,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=spec.max_new_tokens or (profile.max_new_tokens if profile else DEFAULT_NEW_TOKENS),
         judge_bytes=0 if judge is None else bytes_by_name(QWEN3GUARD.model),  # its config may be out of reach
         free_bytes=free_memory(device),
     )
     judge_problem = None if judge is None else why_no_default_judge()
     return {
-        "model": model,
+        "model": spec.model,
         "supported": True,
         "family": blueprint.family,
         "encoder": blueprint.family_row.vision,
@@ -125,7 +101,7 @@ def _notes(blueprint: Blueprint, typical: Typical, compute: dict[str, float], pl
         notes.append(
             f"The weights, {readable(plan.loaded_bytes)} with the judge's, do not fit in the "
             f"{readable(plan.free_bytes)} that are free: use a smaller --dtype or "
-            "--quantization nf4, or audit with --judge-pass second."
+            "--quantization nf4, or audit with --config judge_pass=second."
         )
     if blueprint.base_model.dtype == torch.float16:
         notes.append("align refuses float16, in which small gradients vanish: use --dtype bfloat16.")
@@ -145,16 +121,17 @@ def _notes(blueprint: Blueprint, typical: Typical, compute: dict[str, float], pl
 def _is_out_of_reach(blueprint: Blueprint) -> bool:
     """Whether the processor is on the Hub and was not read, so it could not be checked."""
     problem = blueprint.processor_problem
-    is_local = defaults.organism_of(blueprint.name) is not None or Path(blueprint.name).is_dir()
+    from exitsafe.world.profile import is_organism
+
+    is_local = is_organism(blueprint.name) or Path(blueprint.name).is_dir()
     return problem is not None and not is_local and isinstance(problem.__cause__, OSError)
 
 
-def _samples(model: str, suites: list[str] | None) -> list[Sample]:
+def _samples(spec: DoctorSpec) -> list[Sample]:
     """The named suites' samples, or an organism's own."""
-    if not suites and defaults.organism_of(model) is None:
-        return []
-    names = defaults.choose_suites(model, suites, otherwise="--suite")
-    return defaults.read_samples(defaults.make_origin(model, suites=names, split="train", seed=0, limit=None))
+    from exitsafe.data.source import find_samples
+
+    return find_samples(spec.model, Samples(suites=spec.suites), split="train", seed=0).read()
 
 
 def _shares(blueprint: Blueprint, savings: Savings) -> dict[str, float]:

@@ -3,85 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from exitsafe.cli import console, options
+from exitsafe.cli import console
 from exitsafe.cli.models import load_model
-from exitsafe.cli.settings_file import config_option
+from exitsafe.specs.verbs import ExportSpec
 
 if TYPE_CHECKING:
     from exitsafe.exporting.manifest import Manifest
 
 
-def export_command(
-    model: options.Model,
-    exit_layer: Annotated[
-        int, typer.Option("--exit-layer", metavar="N", help="Encoder blocks to keep; the others go.")
-    ],
-    out: Annotated[Path, options.out("The checkpoint's folder: new or empty.")],
-    adapter: options.Adapter = None,
-    keep_adapter: Annotated[
-        bool, typer.Option("--keep-adapter", help="Save the adapter beside the smaller model instead of merging it.")
-    ] = False,
-    translators: options.Translators = None,
-    skip_global: Annotated[
-        bool, typer.Option("--skip-global", help="Llama 3.2 Vision: drop the global blocks too.", hidden=True)
-    ] = False,
-    audit: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="A finished run of this very model and adapter: its numbers at this exit go into the model card.",
-            show_default=False,
-        ),
-    ] = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
-    config: Annotated[Path | None, config_option()] = None,
-    json: options.Json = False,
-) -> None:
+def export_command(spec: ExportSpec, show: console.Show) -> None:
     """Write a checkpoint that ends its image encoder at one exit; stock transformers loads it, without exitsafe.
 
     It is loaded again and compared with the whole model at that exit before it gets its name.
     """
-    with console.results(as_json=json) as show:
-        from exitsafe.exporting.folder import check_empty
+    from exitsafe.exporting.folder import check_empty
 
-        check_empty(out)
-        run = None
-        if audit is not None:
-            from exitsafe.results.run import load_run
+    check_empty(spec.out)
+    run = None
+    if spec.audit is not None:
+        from exitsafe.results.run import load_run
 
-            run = load_run(audit)
-        from exitsafe.exporting.export import export
-        from exitsafe.exporting.manifest import read_manifest
+        run = load_run(spec.audit)
+    from exitsafe.exporting.export import export
+    from exitsafe.exporting.manifest import read_manifest
 
-        vlm = load_model(
-            model,
-            adapter=adapter,
-            translators=translators,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
+    vlm = load_model(spec.model, spec.loading)
+    with console.progress_bar("Export", unit="step") as progress:
+        folder = export(
+            vlm,
+            exit_layer=spec.exit_layer,
+            out=spec.out,
+            skip_global=spec.skip_global,
+            keep_adapter=spec.keep_adapter,
+            audit=run,
+            progress=progress,
         )
-        with console.progress_bar("Export", unit="step") as progress:
-            folder = export(
-                vlm,
-                exit_layer=exit_layer,
-                out=out,
-                skip_global=skip_global,
-                keep_adapter=keep_adapter,
-                audit=run,
-                progress=progress,
-            )
-        record = read_manifest(folder)
-        lines = _words(record, folder, audit)
-        show({"slim": str(folder), **record.model_dump()}, lambda: [_table(record), *lines])
+    record = read_manifest(folder)
+    lines = _words(record, folder, spec.audit)
+    show({"slim": str(folder), **record.model_dump()}, lambda: [_table(record), *lines])
 
 
 def _table(record: Manifest) -> Any:

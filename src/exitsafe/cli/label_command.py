@@ -9,14 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from exitsafe.cli import console, defaults, options
-from exitsafe.cli.settings_file import config_option
+from exitsafe.cli import console
 from exitsafe.errors import ExitsafeError, InputError
 from exitsafe.show.table import Table
+from exitsafe.specs.verbs import LabelSpec
 
 if TYPE_CHECKING:
     from exitsafe.records import Verdict
@@ -26,45 +24,21 @@ _MOST_FAULTS = 20  # that are shown
 _LABELS = ("yes", "no", "unsure")
 
 
-def label_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.", show_default=False)],
-    read: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Read a filled file; once more for a second rater.", show_default=False),
-    ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answers to label.", show_default="100")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.csv", help="Where to write the file.", show_default="RUN/labels.csv", dir_okay=False
-        ),
-    ] = None,
-    include_unsafe_text: Annotated[
-        bool,
-        typer.Option("--include-unsafe-text", help="Allow --out outside the run: the file holds requests and answers."),
-    ] = False,
-    seed: options.Seed = None,
-    config: Annotated[Path | None, config_option()] = None,
-    json: options.Json = False,
-) -> None:
+def label_command(spec: LabelSpec, show: console.Show) -> None:
     """Let people label some answers of a run, and measure how far its judges agree with them and with each other.
 
     First without --read: writes RUN/labels.csv, to be filled in any spreadsheet. Then with --read.
     """
-    with console.results(as_json=json) as show:
-        if read and (out or rows is not None or seed is not None or include_unsafe_text):
-            raise InputError("--read takes no flags of writing: write a file first, read it when it is filled")
-        from exitsafe.results.run import load_run
+    from exitsafe.results.run import load_run
 
-        found = load_run(run)
-        if read:
-            document = read_files(found, read)
-            show(document, lambda: [_agreement_table(document)])
-            return
-        document = write_file(
-            found, rows=rows or 100, seed=seed or 0, out=out or run / "labels.csv", may_leave_run=include_unsafe_text
-        )
-        show(document, lambda: _what_to_do(document))
+    run = load_run(spec.run)
+    if spec.read:
+        document = read_files(run, spec.read)
+        show(document, lambda: [_agreement_table(document)])
+        return
+    out = spec.out or spec.run / "labels.csv"
+    document = write_file(run, rows=spec.rows, seed=spec.seed, out=out, may_leave_run=spec.include_unsafe_text)
+    show(document, lambda: _what_to_do(document))
 
 
 def write_file(run: AuditRun, *, rows: int, seed: int, out: Path, may_leave_run: bool) -> dict[str, Any]:
@@ -142,13 +116,14 @@ def _read_sound(file: Path, run: AuditRun, rater: str) -> Sequence[Verdict]:
 
 def _read_prompts(run: AuditRun, ids: set[str]) -> dict[str, str]:
     """Requests by sample id, of those samples that can be read again and are still what the run asked."""
+    from exitsafe.data.source import source_of
     from exitsafe.store.fingerprint import sample_info
 
     if not run.origin.get("suites"):  # the audit was given samples, not suites
         return {}
     digests = {sample.id: sample.digest for sample in run.samples()}
     try:
-        samples = [sample for sample in defaults.read_samples(dict(run.origin)) if sample.id in ids]
+        samples = [sample for sample in source_of(run.origin).read() if sample.id in ids]
         return {sample.id: sample.prompt for sample in samples if sample_info(sample).digest == digests[sample.id]}
     except ExitsafeError as error:
         console.note(f"the requests cannot be read again: {error}")

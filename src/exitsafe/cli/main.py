@@ -26,12 +26,12 @@ from exitsafe.cli.compare_command import compare_command
 from exitsafe.cli.demo_command import demo_command
 from exitsafe.cli.doctor_command import doctor_command
 from exitsafe.cli.export_command import export_command
+from exitsafe.cli.flags import as_command, rare_settings
 from exitsafe.cli.gate_command import gate_command
 from exitsafe.cli.judge_command import judge_command
 from exitsafe.cli.label_command import label_command
 from exitsafe.cli.recommend_command import recommend_command
 from exitsafe.cli.report_command import report_command
-from exitsafe.cli.settings_file import rare_keys
 from exitsafe.cli.suites_command import suites_command
 from exitsafe.cli.translate_command import translate_command
 from exitsafe.cli.verify_command import verify_command
@@ -53,7 +53,7 @@ app = typer.Typer(
     epilog="Start here: exitsafe demo",
 )
 _MINE = "llava-hf/llava-1.5-7b-hf"
-_PANELS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
+_PANELS: dict[str, dict[Callable[[Any, console.Show], None], tuple[str, str]]] = {
     "Measure": {
         audit_command: (
             "organism --layers all --out runs/before",
@@ -90,13 +90,13 @@ _PANELS: dict[str, dict[Callable[..., None], tuple[str, str]]] = {
 """By panel of the help: the commands, each with an example on the organism and, if that differs, on a model."""
 
 
-def _add(command: Callable[..., None], panel: str, example: str, own_model: str) -> None:
+def _add(command: Callable[[Any, console.Show], None], panel: str, example: str, own_model: str) -> None:
     name = command.__name__.removesuffix("_command")
     notes = [f"Example: exitsafe {name} {example}"]
     notes += [f"With your own model: exitsafe {name} {own_model}"] if own_model else []
-    rare = rare_keys(command)
-    notes += [f"Rarer settings, as keys of --config: {', '.join(rare)}"] if rare else []
-    app.command(name, rich_help_panel=panel, epilog="\n\n".join(notes))(command)
+    rare = [f"{setting.key}: {setting.flag.help}" for setting in rare_settings(command)]
+    notes += ["Keys of --config:", *rare] if rare else []
+    app.command(name, rich_help_panel=panel, epilog="\n\n".join(notes))(as_command(command))
 
 
 for _panel, _commands in _PANELS.items():

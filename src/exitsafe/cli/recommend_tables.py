@@ -108,7 +108,7 @@ def _notes(choice: Recommendation) -> Iterator[str]:
         )
     saved = None if choice.points[0].times is None else choice.points[0].times.saved_share
     if saved is not None and (saved.low is None or saved.high is None or saved.low < 0 < saved.high):
-        yield "Times scatter by more than exits differ: a quiet machine or more --samples would show what exits save."
+        yield "Times scatter by more than exits differ: a quiet machine or more --config samples=N would show the rest."
     if choice.is_prompt_measured is not None:
         prompt = "the run's largest prompt" if choice.is_prompt_measured else "one picture and 64 tokens of text"
         blocks = "blocks behind the exit" + (" and the global blocks" if choice.skip_global else "")
@@ -179,7 +179,7 @@ def _missed(choice: Recommendation, point: Point, miss: Miss) -> str:
     name = _name(choice, miss.limit)
     way = "as low as" if miss.limit == "min_vqa" else "as high as"
     if miss.bound is None:
-        why = "too few times were measured, give more --samples" if miss.limit == "max_ms" else "not measured there"
+        why = "too few times were measured, give more samples" if miss.limit == "max_ms" else "not measured there"
         return f"{name}: {why}"
     bound, allowed = (_value(miss.limit, value, miss.allowed) for value in (miss.bound, miss.allowed))
     words = f"{name} may be {way} {bound}, the limit is {allowed}"

@@ -6,35 +6,33 @@ run is decided by the caller alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from exitsafe.cli import console, defaults
+from exitsafe.cli import console
 from exitsafe.cli.models import load_model
 from exitsafe.errors import ModelError, RunError
+from exitsafe.specs.inputs import FullLoading
 
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
     from exitsafe.records import Sample
     from exitsafe.results.run import AuditRun
 
-_RECORDED = ("adapter", "translators", "revision", "dtype", "device", "quantization")
-"""Arguments of `load_vlm` that are taken from a run."""
 _MUST_AGREE = ("model.checkpoint ", "model.adapter ", "model.translators ", "model.family ", "model.num_layers ")
 
 
-def origin_of_model(run: AuditRun) -> dict[str, Any]:
-    """What the run's command line noted.
+def model_of(run: AuditRun) -> str:
+    """The name of the run's model.
 
     Raises:
         RunError: If the run was made in Python, where model and samples are at hand.
     """
-    origin = dict(run.origin)
-    if not origin.get("suites") or not origin.get("model"):
+    if not run.origin.get("suites") or not run.origin.get("model"):
         raise RunError(f"{run.path} was not made by the command line and does not say how to repeat it")
-    return origin
+    return str(run.origin["model"])
 
 
 def read_samples_of(run: AuditRun) -> list[Sample]:
@@ -43,39 +41,43 @@ def read_samples_of(run: AuditRun) -> list[Sample]:
     Raises:
         RunError: If the suites have changed since, or the run does not name them.
     """
+    from exitsafe.data.source import source_of
     from exitsafe.store.fingerprint import data_fingerprint, sample_info
 
-    origin = origin_of_model(run)
-    samples = defaults.read_samples(origin)
+    model_of(run)
+    source = source_of(run.origin)
+    samples = source.read()
     if data_fingerprint([sample_info(sample) for sample in samples])["hash"] != run.settings["data"]["hash"]:
-        raise RunError(f"the suites of {run.path} ({', '.join(origin['suites'])}) have changed since; restore them")
+        raise RunError(f"the suites of {run.path} ({', '.join(source.suites)}) have changed since; restore them")
     return samples
 
 
-def loading_of(run: AuditRun, *, device: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The arguments of `load_vlm` other than the model's name: as recorded, at the recorded commit.
+def loading_of(run: AuditRun, *, device: str | None = None, trust_remote_code: bool = False) -> FullLoading:
+    """How to load the run's model: as recorded, at the recorded commit.
 
     Args:
         run: A finished run.
         device: Another device than the recorded one.
         trust_remote_code: Whether code from the checkpoint may run, whatever the run says.
     """
-    origin = origin_of_model(run)
-    recorded = origin.get("loading") or {}
-    loading = {name: recorded[name] for name in _RECORDED if name in recorded}
-    if not Path(origin["model"]).exists() and defaults.organism_of(origin["model"]) is None:
-        loading["revision"] = run.settings["model"]["checkpoint"]
-    return loading | ({} if device is None else {"device": device}) | {"trust_remote_code": trust_remote_code}
+    from exitsafe.world.profile import profile_of
+
+    model = model_of(run)
+    changes: dict[str, object] = {"trust_remote_code": trust_remote_code}
+    if not Path(model).exists() and profile_of(model) is None:
+        changes["revision"] = run.settings["model"]["checkpoint"]
+    if device is not None:
+        changes["device"] = device
+    return FullLoading.model_validate({**(run.origin.get("loading") or {}), **changes})
 
 
 @contextmanager
-def remote_code_named(run: AuditRun, loading: Mapping[str, Any]) -> Iterator[None]:
+def remote_code_named(run: AuditRun, loading: FullLoading) -> Iterator[None]:
     """While a run's model is loaded: report that the run was made with code that this call does not allow."""
-    origin = origin_of_model(run)
-    if not (origin.get("loading") or {}).get("trust_remote_code") or loading.get("trust_remote_code"):
+    if not (run.origin.get("loading") or {}).get("trust_remote_code") or loading.trust_remote_code:
         yield
         return
-    hint = f"{run.path} was made with code from {origin['model']}; add --trust-remote-code to run it"
+    hint = f"{run.path} was made with code from {model_of(run)}; add --trust-remote-code to run it"
     try:
         yield
     except ModelError as error:
@@ -83,7 +85,7 @@ def remote_code_named(run: AuditRun, loading: Mapping[str, Any]) -> Iterator[Non
     console.note(hint)
 
 
-def load_model_of(run: AuditRun, loading: Mapping[str, Any]) -> VLM:
+def load_model_of(run: AuditRun, loading: FullLoading) -> VLM:
     """The run's model.
 
     Raises:
@@ -91,7 +93,7 @@ def load_model_of(run: AuditRun, loading: Mapping[str, Any]) -> VLM:
     """
     from exitsafe.store.fingerprint import differences, model_fingerprint
 
-    vlm = load_model(origin_of_model(run)["model"], **loading)
+    vlm = load_model(model_of(run), loading)
     changed = differences({"model": run.settings["model"]}, {"model": model_fingerprint(vlm)})
     if serious := [line for line in changed if line.startswith(_MUST_AGREE)]:
         raise RunError(f"this is not the model of {run.path}: {'; '.join(serious)}; restore it")

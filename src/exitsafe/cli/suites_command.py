@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from exitsafe.cli import console, options
+from exitsafe.cli import console
 from exitsafe.errors import InputError, did_you_mean
+from exitsafe.specs.verbs import SuitesSpec
 
 if TYPE_CHECKING:
     from exitsafe.data import KnownSuite
@@ -19,32 +18,26 @@ _HINTS = (
 )
 
 
-def suites_command(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show one entry in full.", show_default=False)
-    ] = None,
-    json: options.Json = False,
-) -> None:
+def suites_command(spec: SuitesSpec, show: console.Show) -> None:
     """List the suites that --suite knows by name: kinds, licence, and what each needs.
 
     exitsafe ships none of their texts: they come from the Hub, or from a copy of yours.
     """
-    with console.results(as_json=json) as show:
-        from exitsafe.data import KNOWN_SUITES
+    from exitsafe.data import KNOWN_SUITES
 
-        own = organism_entries()
-        organism_entry = next((entry for entry in own if entry["name"] == name), None)
-        if name is None:
-            entries = [describe(suite) for suite in KNOWN_SUITES.values()]
-            show({"suites": own + entries}, lambda: [_table(own + entries), *_HINTS])
-        elif organism_entry is not None:
-            show(organism_entry, lambda: [_table([organism_entry])])
-        elif name in KNOWN_SUITES:
-            entry = describe(KNOWN_SUITES[name])
-            show(entry, lambda: [_full(entry)])
-        else:
-            hint = did_you_mean(name, KNOWN_SUITES)
-            raise InputError(f"suite {name!r} is unknown{hint}; choose from {', '.join(KNOWN_SUITES)}")
+    own, name = organism_entries(), spec.name
+    organism_entry = next((entry for entry in own if entry["name"] == name), None)
+    if name is None:
+        entries = [describe(suite) for suite in KNOWN_SUITES.values()]
+        show({"suites": own + entries}, lambda: [_table(own + entries), *_HINTS])
+    elif organism_entry is not None:
+        show(organism_entry, lambda: [_table([organism_entry])])
+    elif name in KNOWN_SUITES:
+        entry = describe(KNOWN_SUITES[name])
+        show(entry, lambda: [_full(entry)])
+    else:
+        hint = did_you_mean(name, KNOWN_SUITES)
+        raise InputError(f"suite {name!r} is unknown{hint}; choose from {', '.join(KNOWN_SUITES)}")
 
 
 def describe(suite: KnownSuite) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from exitsafe.cli import console, defaults, options
+from exitsafe.cli import console
 from exitsafe.cli.models import load_model
-from exitsafe.cli.settings_file import config_option
 from exitsafe.errors import InputError
+from exitsafe.specs.inputs import Samples
+from exitsafe.specs.verbs import TranslateSpec
 
 if TYPE_CHECKING:
     from exitsafe.records import Sample
@@ -18,77 +17,37 @@ if TYPE_CHECKING:
 _OTHERWISE = "--images DIR with benign pictures, or --suite NAME_OR_FILE"
 
 
-def translate_command(
-    model: options.Model,
-    out: Annotated[Path, options.out("A folder for the maps: new, empty, or of the same maps.")],
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            "--images",
-            metavar="DIR",
-            help="Learn from the pictures in this folder.",
-            show_default=False,
-            file_okay=False,
-        ),
-    ] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--suite",
-            metavar="NAME|PATH",
-            help="Learn from the pictures of a suite's samples that are not harmful; may come several times.",
-            show_default="an organism's own, training split",
-        ),
-    ] = None,
-    layers: options.Layers = None,
-    num_images: Annotated[
-        int | None,
-        typer.Option("--num-images", min=1, metavar="N", help="Draw so many of the pictures.", hidden=True),
-    ] = None,
-    seed: options.Seed = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
-    config: Annotated[Path | None, config_option()] = None,
-    json: options.Json = False,
-) -> None:
+def translate_command(spec: TranslateSpec, show: console.Show) -> None:
     """Fit a linear map per exit from its image features to the default exit's: a repair without training.
 
     Needs pictures only, no labels. exitsafe audit takes the folder by --translators.
     """
-    with console.results(as_json=json) as show:
-        samples = _pictures(model, images=images, suites=suite, seed=seed or 0, num_images=num_images)
-        from exitsafe.baselines import fit_translators
-        from exitsafe.exits.translator_files import read_record
+    samples = _pictures(spec)
+    from exitsafe.baselines import fit_translators
+    from exitsafe.exits.translator_files import read_record
 
-        vlm = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        with console.progress_bar("Translators", unit="picture") as progress:
-            folder = fit_translators(vlm, samples, exit_layers=layers or "all", out=out, progress=progress)
-        record = read_record(folder)
-        assert record is not None
-        audit = f"exitsafe audit {model} --translators {folder} --like BEFORE --out AFTER"
-        pictures = record["pictures"]
-        lines = [
-            f"{pictures['count']} pictures; R² on {pictures['held_out']} of them that were held out.",
-            f"Translators: {folder}",
-            f"Audit it as before: {audit}",
-        ]
-        show({"translators": str(folder), **record}, lambda: [_table(record), *lines])
+    vlm = load_model(spec.model, spec.loading)
+    with console.progress_bar("Translators", unit="picture") as progress:
+        folder = fit_translators(vlm, samples, exit_layers=spec.exit_layers, out=spec.out, progress=progress)
+    record = read_record(folder)
+    assert record is not None
+    pictures = record["pictures"]
+    lines = [
+        f"{pictures['count']} pictures; R² on {pictures['held_out']} of them that were held out.",
+        f"Translators: {folder}",
+        f"Audit it as before: exitsafe audit {spec.model} --translators {folder} --like BEFORE --out AFTER",
+    ]
+    show({"translators": str(folder), **record}, lambda: [_table(record), *lines])
 
 
-def _pictures(
-    model: str, *, images: Path | None, suites: list[str] | None, seed: int, num_images: int | None
-) -> list[Sample]:
+def _pictures(spec: TranslateSpec) -> list[Sample]:
     """The samples whose pictures to learn from, read before a model is loaded."""
-    if images is not None and suites:
-        raise InputError("--images and --suite are two sources of pictures: give one")
-    samples = _of_folder(images) if images is not None else _of_suites(model, suites, seed=seed)
-    if num_images is None or num_images >= len(samples):
+    samples = _of_folder(spec.images) if spec.images is not None else _of_suites(spec)
+    if spec.num_images is None or spec.num_images >= len(samples):
         return samples
     from random import Random
 
-    return Random(seed).sample(samples, num_images)
+    return Random(spec.seed).sample(samples, spec.num_images)
 
 
 def _of_folder(folder: Path) -> list[Sample]:
@@ -102,12 +61,14 @@ def _of_folder(folder: Path) -> list[Sample]:
     return [Sample(id=name, prompt="", images=(folder / name,), kind="benign") for name in names]
 
 
-def _of_suites(model: str, suites: list[str] | None, *, seed: int) -> list[Sample]:
-    names = defaults.choose_suites(model, suites, otherwise=_OTHERWISE)
-    origin = defaults.make_origin(model, suites=names, split="train", seed=seed, limit=None)
-    samples = [sample for sample in defaults.read_samples(origin) if sample.kind != "harmful" and sample.images]
+def _of_suites(spec: TranslateSpec) -> list[Sample]:
+    from exitsafe.data.source import find_samples
+
+    wanted = Samples(suites=spec.suites)
+    source = find_samples(spec.model, wanted, split="train", seed=spec.seed, otherwise=_OTHERWISE)
+    samples = [sample for sample in source.read() if sample.kind != "harmful" and sample.images]
     if not samples:
-        raise InputError(f"{', '.join(names)}: no sample that is not harmful has a picture; give --images DIR")
+        raise InputError(f"{', '.join(source.suites)}: no sample that is not harmful has a picture; give --images DIR")
     return samples
 
 

@@ -11,24 +11,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from exitsafe.cli import console, options
-from exitsafe.cli.audit_plan import (
-    DECODING,
-    AuditPlan,
-    audit_as_planned,
-    check_reach,
-    judging_like,
-    make_judges,
-    settings_of,
-)
+from exitsafe.cli import console
+from exitsafe.cli.audit_command import audit_as_planned
 from exitsafe.cli.models import load_model
-from exitsafe.cli.run_model import load_model_of, loading_of, origin_of_model, read_samples_of, remote_code_named
-from exitsafe.cli.settings_file import config_option
+from exitsafe.cli.run_model import load_model_of, loading_of, read_samples_of, remote_code_named
 from exitsafe.errors import InputError, ModelError, RunError
+from exitsafe.specs.inputs import FullLoading, JudgeOptions
+from exitsafe.specs.verbs import VerifySpec
 
 if TYPE_CHECKING:
     from exitsafe.exporting.verification import Verification
@@ -37,86 +28,9 @@ if TYPE_CHECKING:
     from exitsafe.store.shards import Saved
 
 _MOST_SHOWN = 5
-_NUM_SAMPLES = 64
 
 
-def verify_command(
-    what: Annotated[
-        Path,
-        typer.Argument(metavar="SLIM|RUN", help="A folder of exitsafe export, or a finished run.", show_default=False),
-    ],
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            "--against",
-            metavar="RUN",
-            help="The finished run of the model and adapter that SLIM was made from.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Number of the run's samples to ask SLIM again, spread evenly.",
-            show_default=str(_NUM_SAMPLES),
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="SHARE",
-            help="Share of SLIM's answers that may differ. 0 fits float32; in bfloat16, on another machine or with a "
-            "merged adapter rounding may flip a few.",
-            show_default="0",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of RUN's repeat. An unfinished repeat is resumed only if it is named here.",
-            show_default="RUN-again, or RUN-again-2 and so on",
-            file_okay=False,
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DTYPE",
-            help="Precision of SLIM: auto (as saved), float32, bfloat16 or float16.",
-            show_default="auto",
-            rich_help_panel=options.MODEL,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="auto, cpu or cuda:N.",
-            show_default="auto; of RUN, as recorded",
-            rich_help_panel=options.MODEL,
-        ),
-    ] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option(
-            metavar="nf4|int8",
-            help="Load SLIM quantised, as it will be served.",
-            show_default=False,
-            rich_help_panel=options.MODEL,
-        ),
-    ] = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    judge_url: options.JudgeUrl = None,
-    judge_rubric: options.JudgeRubric = None,
-    config: Annotated[Path | None, config_option()] = None,
-    json: options.Json = False,
-) -> None:
+def verify_command(spec: VerifySpec, show: console.Show) -> None:
     """Check that something is what was audited; exit status 0 if it is, 2 if not.
 
     SLIM, an exported checkpoint, is compared with the audit given as --against: its files by their hashes, its answers
@@ -124,101 +38,70 @@ def verify_command(
 
     RUN, a finished audit, is repeated from its run.json, and answers, verdicts and metrics are compared.
     """
-    of_slim = {"limit": limit, "tolerance": tolerance, "dtype": dtype, "quantization": quantization}
-    judging = options.judging(url=judge_url, rubric=judge_rubric)
-    with console.results(as_json=json) as show:
-        if not what.exists():
-            raise InputError(f"{what} does not exist; give a folder of exitsafe export or a finished run")
-        if against is None:
-            if (what / "exitsafe.json").is_file():
-                raise InputError(f"{what} is an exported checkpoint: give the run it was made from as --against RUN")
-            _refuse(of_slim, "is for an exported checkpoint; leave it out to repeat a run")
-            _verify_run(what, show, out=out, device=device, trust_remote_code=trust_remote_code, judging=judging)
-        else:
-            _refuse({"out": out}, "is for repeating a run; leave it or --against out")
-            loading = {
-                "dtype": dtype or "auto",
-                "device": device or "auto",
-                "quantization": quantization,
-                "trust_remote_code": trust_remote_code,
-            }
-            _verify_slim(
-                what,
-                against,
-                show,
-                limit=limit or _NUM_SAMPLES,
-                tolerance=tolerance or 0.0,
-                judging=judging,
-                loading=loading,
-            )
+    if not spec.what.exists():
+        raise InputError(f"{spec.what} does not exist; give a folder of exitsafe export or a finished run")
+    given = spec.model_fields_set | spec.loading.model_fields_set
+    if spec.against is not None:
+        _refuse(given & {"out"}, "is for repeating a run; leave it or --against out")
+        _verify_slim(spec, spec.against, show)
+        return
+    if (spec.what / "exitsafe.json").is_file():
+        raise InputError(f"{spec.what} is an exported checkpoint: give the run it was made from as --against RUN")
+    of_slim = {"limit", "tolerance", "dtype", "quantization", "revision"}
+    _refuse(given & of_slim, "is for an exported checkpoint; leave it out to repeat a run")
+    _verify_run(spec, show)
 
 
-def _refuse(flags: Mapping[str, Any], reason: str) -> None:
-    for name, value in flags.items():
-        if value is not None:
-            raise InputError(f"--{name} {reason}")
+def _refuse(given: Collection[str], reason: str) -> None:
+    for name in sorted(given):
+        raise InputError(f"--{name} {reason}")
 
 
-def _verify_slim(
-    slim: Path,
-    against: Path,
-    show: console.Show,
-    *,
-    limit: int,
-    tolerance: float,
-    judging: Mapping[str, Any],
-    loading: Mapping[str, Any],
-) -> None:
+def _verify_slim(spec: VerifySpec, against: Path, show: console.Show) -> None:
     from exitsafe.exporting.manifest import ADAPTER
+    from exitsafe.judges.registry import check_options
     from exitsafe.results.run import load_run
 
-    run = load_run(against)
-    options.check_judging(judging, judges=[name for name, _ in run.judges])
+    run, slim = load_run(against), spec.what
+    check_options(spec.judging, [name for name, _ in run.judges])
     if not (slim / "exitsafe.json").is_file():
         raise ModelError(f"{slim} has no exitsafe.json: give a folder that exitsafe export wrote")
     from exitsafe.exporting.verification import check_files, verify
 
     record = check_files(slim, run)
     samples = read_samples_of(run)
-    vlm = load_model(str(slim), adapter=slim / ADAPTER if record.adapter == "kept" else None, **loading)
+    adapter = str(slim / ADAPTER) if record.adapter == "kept" else None
+    vlm = load_model(str(slim), FullLoading(adapter=adapter, **spec.loading.model_dump()))
     with console.progress_bar("Verifying", unit="answer") as progress:
         found = verify(
             vlm,
             run,
             samples,
             exit_layer=record.exit_layer,
-            judges=lambda: _judges(run, judging),
-            limit=limit,
+            judges=lambda: _judges(run, spec.judging),
+            limit=spec.limit,
             progress=progress,
         )
-    document = {"slim": str(slim), "against": str(run.path), "tolerance": tolerance, **asdict(found)}
+    document = {"slim": str(slim), "against": str(run.path), "tolerance": spec.tolerance, **asdict(found)}
     show(document, lambda: _slim_words(found, slim))
-    if found.share_changed > tolerance:
+    if found.share_changed > spec.tolerance:
         raise ModelError(_complaint(found, slim, run))
 
 
-def _verify_run(
-    run: Path,
-    show: console.Show,
-    *,
-    out: Path | None,
-    device: str | None,
-    trust_remote_code: bool,
-    judging: Mapping[str, Any],
-) -> None:
+def _verify_run(spec: VerifySpec, show: console.Show) -> None:
     from exitsafe.results.run import load_run
     from exitsafe.store.directory import saved_in
     from exitsafe.store.reading import is_finished
 
-    before = load_run(run)
+    before = load_run(spec.what)
     recorded = _rows(before)  # read before the audit, which may take hours
-    out = out or _new_folder(run)
-    if out.resolve() == run.resolve():
+    out = spec.out or _new_folder(spec.what)
+    if out.resolve() == spec.what.resolve():
         raise InputError(f"{out} is the run that is to be repeated; choose another folder for --out")
     if is_finished(out):
         raise InputError(f"{out} is finished, so nothing would be repeated; choose a new folder for --out")
     earlier = saved_in(out)
-    again = _repeat(before, out=out, device=device, trust_remote_code=trust_remote_code, judging=judging)
+    again = _repeat(before, spec, out=out)
     found = compare_runs(before, again, recorded=recorded, earlier=earlier)
     show({"run": str(before.path), "again": str(again.path), **found}, lambda: _repeat_words(found, again))
     if difference := _first_difference(found):
@@ -229,8 +112,10 @@ def _verify_run(
         )
 
 
-def _judges(run: AuditRun, given: Mapping[str, Any]) -> list[Judge]:
+def _judges(run: AuditRun, given: JudgeOptions) -> list[Judge]:
     """Those of the run that are known by name and that this call says how to reach; others were given in Python."""
+    from exitsafe.auditing.judging import available_judges
+    from exitsafe.auditing.reach import check_reach, judging_like
     from exitsafe.judges import is_known
 
     names = []
@@ -241,7 +126,7 @@ def _judges(run: AuditRun, given: Mapping[str, Any]) -> list[Judge]:
             console.note(f"{name} was skipped: {error}")
         else:
             names.append(name)
-    return make_judges(names, judging_like(run.path, given, judges=())) or []
+    return available_judges(names, judging_like(run.path, given, judges=()))
 
 
 def _slim_words(found: Verification, slim: Path) -> list[str]:
@@ -327,34 +212,24 @@ def _counts(
     }
 
 
-def _repeat(
-    before: AuditRun, *, out: Path, device: str | None, trust_remote_code: bool, judging: Mapping[str, Any]
-) -> AuditRun:
+def _repeat(before: AuditRun, spec: VerifySpec, *, out: Path) -> AuditRun:
     """The same audit in another folder; what is not the same model or data is refused before it is asked."""
+    from exitsafe.auditing.judging import available_judges
+    from exitsafe.auditing.plan import plan_repeat
     from exitsafe.machine.processes import this_process, wait_for_all
 
-    origin = origin_of_model(before)
-    settings = settings_of(before.path, needs_suites=True)
-    options.check_judging(judging, judges=settings["judges"])
-    samples = read_samples_of(before)
-    plan = AuditPlan(
-        model=origin["model"],
-        origin=origin,
-        exit_layers=before.exit_layers,
-        judges=tuple(settings["judges"]),
-        judging=judging_like(before.path, judging, judges=settings["judges"]),
-        settings={
-            name: settings.get(name, "beside" if name == "judge_pass" else None)
-            for name in (*DECODING, "skip_global", "batch_size", "stop_when", "judge_pass")
-        },
-        today=settings["today"],
+    loading = loading_of(
+        before,
+        device=spec.loading.device if "device" in spec.loading.model_fields_set else None,
+        trust_remote_code=spec.loading.trust_remote_code,
     )
-    judges = make_judges(plan.judges, plan.judging)
+    plan = plan_repeat(before, out=out, loading=loading, judging=spec.judging)
+    samples = read_samples_of(before)
+    judges = available_judges(plan.spec.judges, plan.spec.judging)
     wait_for_all(this_process())  # no process makes the folder before all have looked at it
-    loading = loading_of(before, device=device, trust_remote_code=trust_remote_code)
     with remote_code_named(before, loading):
         vlm = load_model_of(before, loading)
-    return audit_as_planned(plan, vlm, samples, judges, out=out, loading=loading, title="Audit again")
+    return audit_as_planned(plan, vlm, samples, judges, title="Audit again")
 
 
 def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from exitsafe.data.known import KNOWN_SUITES, KnownSuite
 from exitsafe.data.local import load_suite
-from exitsafe.data.registry import SUITE_NAMES, absolute_names, load_suites, resolve_suites
+from exitsafe.data.registry import absolute_names, load_suites, resolve_suites
+from exitsafe.world.profile import SUITE_NAMES
 
 __all__ = [
     "KNOWN_SUITES",

@@ -17,9 +17,9 @@ from exitsafe.data.pairing import pair_with_images
 from exitsafe.errors import InputError, did_you_mean
 from exitsafe.records import KINDS, Kind, Sample
 from exitsafe.world import organism_suites
+from exitsafe.world.profile import SUITE_NAMES
 from exitsafe.world.suites import DEFAULT_SIZES
 
-SUITE_NAMES = tuple(f"organism-{kind}" for kind in KINDS)
 Split = Literal["train", "heldout"]
 
 

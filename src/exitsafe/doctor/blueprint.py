@@ -21,7 +21,8 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError
 from exitsafe.exits.families import find_family
 from exitsafe.machine.devices import check_quantization, find_dtype
-from exitsafe.world import ORGANISMS, model_folder
+from exitsafe.world import model_folder
+from exitsafe.world.profile import is_organism
 
 META = torch.device("meta")
 
@@ -89,7 +90,7 @@ def load_blueprint(
     """
     as_type = find_dtype(dtype)
     check_quantization(quantization)
-    source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
+    source = str(model_folder(name_or_path)) if is_organism(name_or_path) else str(name_or_path)
     remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         remote["revision"] = revision

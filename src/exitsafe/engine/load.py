@@ -23,7 +23,8 @@ from exitsafe.exits.families import find_family
 from exitsafe.exits.sources import check_adapter_source, check_model_source
 from exitsafe.exits.translator_files import load_translators
 from exitsafe.machine.devices import check_quantization, find_device, find_dtype
-from exitsafe.world import ORGANISMS, model_folder
+from exitsafe.world import model_folder
+from exitsafe.world.profile import is_organism
 
 _DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # code runs with trust_remote_code
 # What the libraries raise for torn files, missing parts and devices that are not there.
@@ -64,7 +65,7 @@ def load_vlm(
     """
     where_to, as_type = find_device(device), find_dtype(dtype) or "auto"
     check_quantization(quantization)
-    source = str(model_folder(str(name_or_path))) if name_or_path in ORGANISMS else str(name_or_path)
+    source = str(model_folder(name_or_path)) if is_organism(name_or_path) else str(name_or_path)
     where = Path(source)
     check_model_source(source)
     if adapter is not None:
@@ -75,7 +76,7 @@ def load_vlm(
     if not where.is_dir():
         remote["revision"] = revision or "main"
     prepare()
-    if name_or_path in ORGANISMS:
+    if is_organism(name_or_path):
         torch.set_num_threads(1)  # at a million parameters, threads only wait for each other
     try:
         adapter_folder = None if adapter is None else _adapter_folder(adapter)
@@ -119,8 +120,14 @@ def load_vlm(
     if translators is not None:
         vlm.translators = load_translators(vlm, translators)
     folders = [where if where.is_dir() else None, adapter_folder, None if translators is None else Path(translators)]
+    vlm.adapter = adapter_folder
     vlm.trained_on = frozenset().union(*(read_trained_on(folder) for folder in folders if folder is not None))
     return vlm
+
+
+def as_vlm(model: VLM | str | Path) -> VLM:
+    """The model itself, or the one of that name."""
+    return load_vlm(model) if isinstance(model, str | Path) else model
 
 
 def check_no_adapter(source: str, *, revision: str | None) -> None:

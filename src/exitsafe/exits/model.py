@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -49,6 +50,7 @@ class ExitingModel:
         self.checkpoint_hash = checkpoint_hash
         self.adapter_hash = adapter_hash
         self.translators = translators
+        self.adapter: Path | None = None  # its folder, where it came from one
         self.trained_on: frozenset[str] = frozenset()  # digests of samples and pictures, where a repair names them
         self.exits = ExitStack()
         self.family_row = find_family(self.base_model.config)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from exitsafe.engine.load import as_vlm
 from exitsafe.errors import InputError, ModelError
 from exitsafe.exits.adapters import TRAINED_ON, load_adapter, trained_on_record
 from exitsafe.exits.finite import not_finite
@@ -45,7 +46,7 @@ _PACKAGES = ("torch", "transformers", "peft")
 
 
 def export(
-    vlm: VLM,
+    vlm: VLM | str | Path,
     *,
     exit_layer: int,
     out: str | Path,
@@ -60,7 +61,7 @@ def export(
     with the whole model at that exit before it is called done. The model given is left as it was.
 
     Args:
-        vlm: The whole model, with an adapter or translators or without.
+        vlm: The whole model, with an adapter or translators or without; or its name as for `load_vlm`.
         exit_layer: Encoder blocks to keep, 1 to `vlm.num_layers`.
         out: A new or empty folder.
         skip_global: Llama 3.2 Vision only: drop the global blocks as well.
@@ -80,6 +81,7 @@ def export(
     """
     out = Path(out)
     check_empty(out)
+    vlm = as_vlm(vlm)
     check_can_be_cut(vlm)
     has_adapter = isinstance(vlm.model, PeftModel)
     if keep_adapter and not has_adapter:
@@ -299,13 +301,13 @@ def _command(vlm: VLM, facts: Mapping[str, Any], *, out: str) -> str:
     """The command line that makes the same, with words in place of paths of this machine."""
     parts = ["exitsafe", "export", shlex.quote(public_name(vlm.name))]
     if is_hub_id(vlm.name) and _folder_of(vlm.name) is None and vlm.checkpoint_hash is not None:
-        parts += ["--revision", vlm.checkpoint_hash]
+        parts += ["--config", f"revision={vlm.checkpoint_hash}"]
     parts += ["--dtype", str(vlm.base_model.dtype).removeprefix("torch.")]
     parts += ["--adapter", "ADAPTER"] if isinstance(vlm.model, PeftModel) else []
     parts += ["--keep-adapter"] if facts["adapter"] == "kept" else []
     parts += ["--translators", "TRANSLATORS"] if vlm.translators is not None else []
     parts += ["--exit-layer", str(facts["exit_layer"])]
-    parts += ["--skip-global"] if facts["skip_global"] else []
+    parts += ["--config", "skip_global=true"] if facts["skip_global"] else []
     parts += ["--audit", "RUN"] if facts["audit"] is not None else []
     return " ".join([*parts, "--out", shlex.quote(out)])
 

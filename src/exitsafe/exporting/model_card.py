@@ -19,9 +19,8 @@ from exitsafe.results.metrics import BY_NAME, NO_PROXY, meaning_of, title_of
 from exitsafe.results.numbers import brief_estimate, count, interval
 from exitsafe.show.table import Column, Row, Table
 from exitsafe.stats import Estimate
-from exitsafe.world import ORGANISMS
+from exitsafe.world.profile import WORLD, is_organism
 
-_ORGANISM_LICENSE = "apache-2.0"  # that of this package, which ships them
 _LIBRARY, _TASK = "transformers", "image-text-to-text"
 _TAGS = ["exitsafe", "early-exit", "safety"]
 _ACTIVE = re.compile(r"[<>`|\[\]\\\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
@@ -77,8 +76,8 @@ def license_of(name: str, *, folder: Path | None, revision: str | None) -> str |
         folder: Its folder, if it is local.
         revision: The commit of a Hub model.
     """
-    if name in ORGANISMS:
-        return _ORGANISM_LICENSE
+    if is_organism(name):
+        return WORLD.licence
     try:
         if folder is not None:
             card = folder / "README.md"

@@ -45,7 +45,7 @@ class Gap:
 
 NOT_AUDITED = Gap(reason="this exit was not audited", fix="audit these exits too (--layers)")
 NO_ANSWERS = Gap(reason="there are no answers", fix="audit samples of this kind")
-STOPPED = Gap(reason="exits stopped early, so there is no valid bound here", fix="audit without --stop-when")
+STOPPED = Gap(reason="exits stopped early, so there is no valid bound here", fix="audit without stop_when")
 NO_CATEGORIES = Gap(reason="the samples have no categories", fix="give the suite's samples a category")
 
 

@@ -47,7 +47,7 @@ TOO_LONG = "the prompt is longer than the judge's context"
 NOT_FINITE = "the model returned no number"
 _NO_MEMORY = (
     "out of memory while the judge scores a single answer beside the model: judge in a second pass "
-    "(--judge-pass second) or on another device (--judge-device)"
+    "(--config judge_pass=second) or on another device (--config judge_device=cpu)"
 )
 
 Result = TypeVar("Result")

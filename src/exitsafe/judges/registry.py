@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, cast
 
 from exitsafe.errors import InputError, ModelError, did_you_mean
@@ -20,33 +19,9 @@ from exitsafe.judges.refusal_prefix import RefusalPrefix
 from exitsafe.judges.vqa import VQAAccuracy
 from exitsafe.judges.world_rule import WorldRule
 from exitsafe.records import Sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeOptions:
-    """Where judges find their model or endpoint.
-
-    Args:
-        device: For local models: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
-        url: Base URL of an OpenAI-compatible endpoint; None takes OPENAI_BASE_URL, else OpenAI's own.
-        rubric: A file with a custom rubric; None takes StrongREJECT's.
-        requests_per_minute: The endpoint's rate limit, shared by all processes; None for no limit.
-        prices: US dollars per million tokens in and out, to count what the endpoint costs; None counts tokens only.
-    """
-
-    device: str = "auto"
-    url: str | None = None
-    rubric: Path | None = None
-    requests_per_minute: float | None = None
-    prices: tuple[float, float] | None = None
-
-    @property
-    def own_rate(self) -> float | None:
-        """This process's share of `requests_per_minute`."""
-        from exitsafe.machine.processes import this_process
-
-        rate = self.requests_per_minute
-        return None if rate is None else rate / this_process().num_processes
+from exitsafe.specs.inputs import JudgeOptions
+from exitsafe.specs.spec import settings_of
+from exitsafe.world.profile import WORLD, is_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +30,20 @@ class _Entry:
 
     make: Callable[[str, JudgeOptions], Judge]
     argument: Literal["none", "optional", "required"] = "none"
+    reads: tuple[str, ...] = ()
+    """The fields of `JudgeOptions` that it reads."""
+
+
+_ON_A_DEVICE = ("device",)
+_AT_AN_ENDPOINT = ("url", "rubric", "requests_per_minute", "prices")
 
 
 def _guard(guard: Guard) -> _Entry:
-    return _Entry(make=lambda model, options: GuardJudge(guard, model, device=options.device), argument="optional")
+    return _Entry(
+        make=lambda model, options: GuardJudge(guard, model, device=options.device),
+        argument="optional",
+        reads=_ON_A_DEVICE,
+    )
 
 
 def _toxicity(model: str, options: JudgeOptions) -> Judge:
@@ -76,8 +61,15 @@ def _reward(model: str, options: JudgeOptions) -> Judge:
 def _rubric(model: str, options: JudgeOptions) -> Judge:
     from exitsafe.judges.endpoint import Endpoint
     from exitsafe.judges.rubric import Rubric
+    from exitsafe.machine.processes import this_process
 
-    endpoint = Endpoint(model, base_url=options.url, requests_per_minute=options.own_rate, prices=options.prices)
+    rate = options.requests_per_minute
+    endpoint = Endpoint(
+        model,
+        base_url=options.url,
+        requests_per_minute=None if rate is None else rate / this_process().num_processes,
+        prices=options.prices,
+    )
     return Rubric(endpoint, rubric=options.rubric)
 
 
@@ -85,9 +77,9 @@ _JUDGES: dict[str, _Entry] = {
     WorldRule.name: _Entry(make=lambda _, __: WorldRule()),
     RefusalPrefix.name: _Entry(make=lambda _, __: RefusalPrefix()),
     **{guard.name: _guard(guard) for guard in (QWEN3GUARD, LLAMA_GUARD, HARMBENCH)},
-    "rubric": _Entry(make=_rubric, argument="required"),
-    "toxicity": _Entry(make=_toxicity, argument="optional"),
-    "reward": _Entry(make=_reward, argument="required"),
+    "rubric": _Entry(make=_rubric, argument="required", reads=_AT_AN_ENDPOINT),
+    "toxicity": _Entry(make=_toxicity, argument="optional", reads=_ON_A_DEVICE),
+    "reward": _Entry(make=_reward, argument="required", reads=_ON_A_DEVICE),
     VQAAccuracy.name: _Entry(make=lambda _, __: VQAAccuracy()),
     Coherence.name: _Entry(make=lambda _, __: Coherence()),
 }
@@ -109,6 +101,35 @@ def load_judges(names: Sequence[str], *, options: JudgeOptions | None = None) ->
     ['refusal-prefix', 'reward:hh']
     """
     return [_load(name, options or JudgeOptions()) for name in names]
+
+
+def check_options(options: JudgeOptions, judges: Sequence[str]) -> None:
+    """Refuse options that none of the judges reads.
+
+    Args:
+        options: As a caller gave them.
+        judges: Their names; none are the default judges, which may need a device.
+
+    Raises:
+        InputError: If there is one.
+    """
+    chosen = [_JUDGES[kind] for kind in (name.partition(":")[0] for name in judges) if kind in _JUDGES]
+    reading = {field for entry in chosen for field in entry.reads}
+    for setting in settings_of(JudgeOptions).values():
+        field = setting.path[0]
+        if field not in options.model_fields_set or field in reading:
+            continue
+        readers = [kind for kind, entry in _JUDGES.items() if field in entry.reads]
+        if field != "device":
+            raise InputError(
+                f"{setting.spelled} is for --judge {' or '.join(f'{kind}:MODEL' for kind in readers)}, which is not "
+                "among the judges; name it or leave it out"
+            )
+        if judges:
+            raise InputError(
+                f"{setting.spelled}: none of the judges {', '.join(judges)} runs on a device; leave it out, or add one "
+                f"of {', '.join(sorted(readers))}"
+            )
 
 
 def is_known(name: str) -> bool:
@@ -151,8 +172,8 @@ def choose_judges(judges: Sequence[Judge | str] | None, samples: Sequence[Sample
 
 def default_judge(samples: Sequence[Sample], options: JudgeOptions | None = None) -> Judge:
     """The judge of `choose_judges` where none is named."""
-    if all(sample.source.startswith("organism-") for sample in samples):
-        return WorldRule()
+    if is_world(samples):
+        return load_judges([WORLD.judge])[0]
     if (problem := why_no_default_judge()) is not None:
         warnings.warn(
             f"the default judge, {DEFAULT_JUDGE}, is not available ({problem}); the proxy {RefusalPrefix.name} counts "

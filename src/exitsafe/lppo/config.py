@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from exitsafe.errors import InputError
 from exitsafe.records import Kind
+from exitsafe.specs.inputs import DECODING, JUDGES, SAMPLES, Count, Model, QuantizedLoading, Samples
+from exitsafe.specs.spec import Flag, Key, Spec, in_words
+from exitsafe.specs.verbs import Out
 
 T = TypeVar("T")
-Count = Annotated[int, Field(ge=1)]
+_ANSWER = Flag("Longest answer in tokens.", panel=DECODING, default="256; an organism 24")
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -67,7 +70,16 @@ class LPPOConfig:
     has no value head, and puts the KL penalty into the loss (Shao et al. 2024, arXiv 2402.03300)."""
 
     # What is trained, and on which exits
-    exit_layers: Layers = "all"
+    exit_layers: Annotated[
+        Layers,
+        Flag(
+            "all, or e.g. 1-8,16,23; the default exit is always trained too (include_default).",
+            "LAYERS",
+            name="layers",
+            panel=SAMPLES,
+            default="all",
+        ),
+    ] = "all"
     """Exits that samples are drawn at, uniformly: "all", "default", layers, or text such as "1-8,16". L-PPO promises
     nothing about other exits."""
     include_default: bool = True
@@ -78,13 +90,13 @@ class LPPOConfig:
     """StackLLaMA's rank for a 7B model. Unused by `full`."""
     lora_alpha: Count = 32
     """StackLLaMA's: twice the rank. Unused by `full`."""
-    seed: Natural = 0
+    seed: Annotated[Natural, Flag("Seed of every random draw.", panel=DECODING)] = 0
     """Keys every draw: samples, exits, rollouts, minibatches, LoRA's initial weights."""
 
     # How much
-    num_steps: Count = 400
+    num_steps: Annotated[Count, Flag("PPO steps.", name="steps", default="400; an organism 80")] = 400
     """About a dozen passes over 2,000 red-team prompts at 64 a step."""
-    batch_size: Count = 64
+    batch_size: Annotated[Count, Flag("Answers per step.", default="64; an organism 128")] = 64
     """Responses per step; with several exits in a batch, a few per exit and kind."""
     group_size: Count = 1
     """Responses to each drawn sample and exit (GRPO's G). 1 covers the most samples."""
@@ -104,7 +116,7 @@ class LPPOConfig:
     """First steps train the value head alone: an untrained head's advantages are noise (organism)."""
 
     # Rollouts
-    max_new_tokens: Count = 256
+    max_new_tokens: Annotated[Count, _ANSWER] = 256
     """As in audits: the policy is trained on answers as long as those it is judged by."""
     temperature: Positive = 1.0
     """Sampling temperature; scoring divides by it too, so that what is sampled is what is scored."""
@@ -170,20 +182,26 @@ class LPPOConfig:
     @classmethod
     def for_organism(cls, **changes: Any) -> LPPOConfig:
         """The settings that repair the built-in organism in about two minutes on two cores."""
-        settings: dict[str, Any] = {
-            "train": "full",
-            "num_steps": 80,
-            "batch_size": 128,
-            "minibatch_size": 64,
-            "mix": {"harmful": 0.325, "borderline": 0.325, "benign": 0.15, "vqa": 0.2},
-            "max_new_tokens": 24,
-            "rollout_batch_size": 128,
-            "missing_eos_penalty": 1.0,  # all answers of the world fit, so a truncated one is babble
-            "incoherence_penalty": 0.0,  # the world's rule rewards no gibberish
-            "learning_rate": 1.5e-4,
-            "value_learning_rate": 1e-3,
-        }
-        return cls(**settings | changes)
+        from exitsafe.world.profile import WORLD
+
+        return cls(**{**WORLD.lppo, **changes})
+
+    @classmethod
+    def for_model(cls, model: str, **changes: Any) -> LPPOConfig:
+        """The model's usual settings with the changes.
+
+        A small batch or a short run takes along what hangs on its size.
+        """
+        from exitsafe.world.profile import profile_of
+
+        make = cls if profile_of(model) is None else cls.for_organism
+        usual = make()
+        fitting = {}
+        if isinstance(batch_size := changes.get("batch_size"), int):
+            fitting["minibatch_size"] = min(usual.minibatch_size, batch_size)
+        if isinstance(num_steps := changes.get("num_steps"), int):
+            fitting["value_warmup_steps"] = min(usual.value_warmup_steps, num_steps - 1)
+        return make(**{**fitting, **changes})
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -211,6 +229,84 @@ SIZES = (
 """Affect memory and disk, and results only by rounding: may change on resume, e.g. after running out of memory."""
 
 
+class Watching(Spec):
+    """How `exitsafe align` evaluates on held-out samples; `patience` 0 never ends the training early."""
+
+    panel: ClassVar[str] = JUDGES
+
+    every: Annotated[
+        Natural | None,
+        Flag(
+            "Evaluate on held-out samples with another judge every N steps and keep the best adapter. 0: never.",
+            name="watch-every",
+            default="never",
+        ),
+    ] = None
+    judge: Annotated[
+        str | None,
+        Flag(
+            "Judge for held-out evaluations; must differ from the reward.",
+            "JUDGE",
+            name="watch-judge",
+            default="qwen3guard, or harmbench if the reward uses it; refusal-prefix for an organism",
+        ),
+    ] = None
+    suites: Annotated[
+        tuple[str, ...], Key("Samples to evaluate on (a list); else held out from the training.", "watch-suite")
+    ] = ()
+    num_samples: Annotated[
+        Count | None,
+        Key("Hold out N samples of each kind, at most a quarter; or use the first N of each suite.", "watch-samples"),
+    ] = None
+    patience: Annotated[
+        Natural, Key("Stop after N evaluations without improvement; 0 never stops.", "watch-patience")
+    ] = 5
+    max_kl: Annotated[
+        float | None, Key("Weights with a higher KL per response, in nats, do not become the adapter.", "watch-max-kl")
+    ] = None
+
+    @model_validator(mode="after")
+    def _has_steps(self) -> Self:
+        if self.every is None and self.model_fields_set:
+            raise InputError("watch settings need --watch-every N, the steps between held-out evaluations")
+        return self
+
+
+class AlignSpec(Spec):
+    """`exitsafe align`."""
+
+    model: Model
+    out: Out
+    samples: Samples = Samples()
+    rewards: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Judge that scores the answers, or built-in; built-in also scores what the judge does not measure. "
+            "Repeatable, with weights and for kinds of samples, e.g. reward:hh@harmful=0.5: the score is the weighted "
+            "sum.",
+            "JUDGE[@KIND][=WEIGHT]",
+            name="reward",
+            panel=JUDGES,
+            default="built-in: qwen3guard; for an organism, its world's rule",
+        ),
+    ] = ()
+    watch: Watching = Watching()
+    lppo: LPPOConfig = LPPOConfig()
+    loading: QuantizedLoading = QuantizedLoading()
+    track: Annotated[
+        tuple[str, ...], Key("Also log each step's numbers to tensorboard (in DIR), trackio or wandb (a list).")
+    ] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fits_the_model(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(lppo := given.get("lppo", {}), LPPOConfig):
+            return given
+        layers = lppo.get("exit_layers", "all")  # a YAML list may hold ranges
+        layers = ",".join(map(str, layers)) if isinstance(layers, list) else str(layers)
+        return {**given, "lppo": LPPOConfig.for_model(given["model"], **{**lppo, "exit_layers": layers})}
+
+
 def _explain(cls: type[Any], error: ValidationError, settings: Mapping[str, Any]) -> str:
     """The first fault in one line."""
     fault = error.errors()[0]
@@ -220,27 +316,4 @@ def _explain(cls: type[Any], error: ValidationError, settings: Mapping[str, Any]
     if name not in {field.name for field in dataclasses.fields(cls)}:
         return f"{cls.__name__} has no setting {name!r}"
     schema: dict[str, Any] = TypeAdapter(cls).json_schema()["properties"][name]
-    return f"{name}={settings[name]!r} must be {_range(schema)}"
-
-
-def _range(schema: Mapping[str, Any]) -> str:
-    """The values that a JSON schema allows, in words.
-
-    >>> _range({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})
-    'a whole number of at least 1, or none'
-    """
-    if "description" in schema:
-        return str(schema["description"])
-    if "anyOf" in schema:
-        return ", or ".join(map(_range, schema["anyOf"]))
-    if "enum" in schema:
-        return " or ".join(map(str, schema["enum"]))
-    if "const" in schema:
-        return str(schema["const"])
-    if schema["type"] == "object":
-        return f"{_range(schema['propertyNames'])}, each with {_range(schema['additionalProperties'])}"
-    if schema["type"] not in ("integer", "number"):
-        return {"boolean": "true or false", "null": "none"}[schema["type"]]
-    words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    bounds = " and ".join(f"{word} {schema[bound]}" for bound, word in words.items() if bound in schema)
-    return f"a {'whole ' if schema['type'] == 'integer' else ''}number {bounds}".rstrip()
+    return f"{name}={settings[name]!r} must be {in_words(schema)}"

@@ -21,6 +21,7 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.judges import Judge, ModelJudge, load_judges
 from exitsafe.judges.asking import ask_judge
+from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.scorer import Scorer
@@ -28,6 +29,7 @@ from exitsafe.lppo.sharding import in_step
 from exitsafe.records import Response, Sample
 from exitsafe.results.metrics import METRICS
 from exitsafe.store.fingerprint import data_fingerprint, request_digest, sample_info
+from exitsafe.world.profile import WORLD, is_world
 
 _HARMS = ("asr", "over_refusal", "benign_refusal")  # as they are: 0 is best
 _USES = ("vqa_accuracy", "coherence")  # what the untrained model had of them and is lost
@@ -43,7 +45,8 @@ class Evaluation:
 
     Args:
         samples: Held out: harmful ones, and some that should be answered. None may be trained on.
-        judge: Not the reward, measures `asr`; or its name on the command line.
+        judge: Not the reward, measures `asr`; or its name on the command line. None is the usual one for these samples
+            that is not in the reward.
         every: Steps between evaluations.
         patience: Training ends after this many evaluations without a lower objective; None trains to the last step.
         max_kl: Only weights with at most this many nats per response may become the adapter; None for no budget.
@@ -53,7 +56,7 @@ class Evaluation:
     """
 
     samples: Sequence[Sample]
-    judge: Judge | str
+    judge: Judge | str | None = None
     every: int = 20
     patience: int | None = 5
     max_kl: float | None = None
@@ -100,6 +103,13 @@ def keep_apart(samples: Sequence[Sample], *, per_kind: int) -> tuple[list[Sample
     return [sample for sample in samples if request_digest(sample) not in seen], held_out
 
 
+def other_judge(scorer: Scorer, samples: Sequence[Sample]) -> str:
+    """The default judge for held-out evaluations: the usual one for these samples, if it is not in the reward."""
+    usual = (WORLD.second_judge, WORLD.judge) if is_world(samples) else (DEFAULT_JUDGE, SECOND_JUDGE)
+    rewarding = {judge.name for judge in scorer.judges}
+    return next((name for name in usual if name not in rewarding), usual[-1])
+
+
 class Evaluator:
     """Evaluates a model in training, and remembers the best weights.
 
@@ -124,7 +134,7 @@ class Evaluator:
         self.results: list[EvaluationResult] = []
         self.best_weights: dict[str, Tensor] = {}
         self.kl = 0.0  # of the last step's rollouts
-        self._judges = _judges(evaluation.judge, scorer)
+        self._judges = _judges(evaluation.judge or other_judge(scorer, trained_on), scorer)
         self._num_steps = config.num_steps
         # until the policy is trained there is nothing new to see
         self._first_trained = config.value_warmup_steps + 1 if config.algorithm == "ppo" else 1

@@ -18,6 +18,7 @@ from exitsafe.judges.registry import DEFAULT_JUDGE, FREE_JUDGES
 from exitsafe.lppo.reward import Score
 from exitsafe.records import Kind, Response, Sample
 from exitsafe.world import is_compliance
+from exitsafe.world.profile import WORLD, is_world
 
 MIN_WORDS = 4
 """Fewest different words of an answer without a reference; in scripts without spaces, a letter counts as a word."""
@@ -125,11 +126,6 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def is_world(samples: Sequence[Sample]) -> bool:
-    """Whether all samples are of the organism's suites, which its own rule judges."""
-    return all(sample.source.startswith("organism-") for sample in samples)
-
-
 def needs_helper(judge: Judge | None, kinds: Collection[Kind]) -> bool:
     """Whether a judge alone cannot score samples of these kinds; None is the built-in reward, which is the helper."""
     if judge is None:
@@ -145,7 +141,7 @@ def refusal_judge(samples: Sequence[Sample]) -> Judge:
     Raises:
         InputError: If the guard model is not available. No proxy replaces it: a policy would learn its prefixes.
     """
-    (judge,) = load_judges(["world-rule" if is_world(samples) else DEFAULT_JUDGE])
+    (judge,) = load_judges([WORLD.judge if is_world(samples) else DEFAULT_JUDGE])
     try:
         _ = getattr(judge, "settings", None)
     except ModelError as error:

@@ -17,6 +17,7 @@ from typing import Any, SupportsFloat, cast
 from exitsafe.errors import InputError
 from exitsafe.judges import Judge, ModelJudge
 from exitsafe.judges.refusal_prefix import RefusalPrefix
+from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
 from exitsafe.lppo.judged_reward import JudgedReward, needs_helper, refusal_judge
 from exitsafe.lppo.reward import Reward, Score
 from exitsafe.records import KINDS, Kind, Response, Sample
@@ -151,8 +152,14 @@ class Scorer:
         return found | ({"reward_models": models} if models else {})
 
     def warn_of_proxies(self) -> None:
-        """Warn, before training, about judges of the reward that do not read meaning."""
+        """Warn, before training, about judges of the reward that do not read meaning or that audits use too."""
         for judge in self.judges:
+            if judge.name == DEFAULT_JUDGE:
+                warnings.warn(
+                    f"{DEFAULT_JUDGE} is the reward, and audits use it too: also judge both audits with another model, "
+                    f"e.g. exitsafe judge RUN --judge {SECOND_JUDGE}",
+                    stacklevel=3,
+                )
             if _is_proxy(judge):
                 warnings.warn(
                     f"the reward {judge.name} is a proxy that does not read meaning; training optimises it, not "

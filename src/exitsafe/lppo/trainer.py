@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from exitsafe.engine.generation import NO_MEMORY as NO_ROW
+from exitsafe.engine.load import as_vlm
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
@@ -47,15 +48,13 @@ from exitsafe.machine.memory import BatchSize, Gauge
 from exitsafe.records import Progress, Sample
 from exitsafe.store.fingerprint import pin_today
 
-DEFAULT_CONFIG = LPPOConfig()
-
 
 def align(
-    vlm: VLM,
+    vlm: VLM | str | Path,
     samples: Sequence[Sample],
     *,
     reward: Reward | Judge | WeightedSum | None = None,
-    config: LPPOConfig = DEFAULT_CONFIG,
+    config: LPPOConfig | None = None,
     evaluation: Evaluation | None = None,
     track: Sequence[str] = (),
     out: str | Path,
@@ -72,12 +71,12 @@ def align(
     model's frozen weights stay cut up: load it again to use it.
 
     Args:
-        vlm: The model; it must not carry an adapter.
+        vlm: The model, which must not carry an adapter, or its name as for `load_vlm`.
         samples: What to train on, of all the kinds that should keep or change their behaviour.
         reward: A callable `(samples, responses) -> list[float]` (NaN: unscored), a judge, or None for the built-in
             reward, which uses the guard model `qwen3guard` to reward refusing harmful requests and answering the rest
             (on the organism, its world's rule); or a weighted sum of these.
-        config: All constants.
+        config: All constants; None is `LPPOConfig.for_model`, the model's usual ones.
         evaluation: Held-out evaluation by a judge that is not the reward: the best weights become the adapter.
         track: Trackers that get each step's numbers beside metrics.jsonl: "tensorboard", "trackio", "wandb".
         out: Folder for settings, metrics, checkpoints and adapter; new, empty, or of the same run.
@@ -95,6 +94,8 @@ def align(
         KeyboardInterrupt: On SIGINT or SIGTERM, when the step under way is done and saved; a second one does not wait.
     """
     team = this_team()
+    vlm = as_vlm(vlm)
+    config = config or LPPOConfig.for_model(vlm.name)
     samples = tuple(samples)
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(samples, exit_layers, config)
@@ -119,6 +120,7 @@ def align(
     with team.first_goes_first():
         folder = TrainingFolder.open(Path(out), settings, sizes, is_writer=team.is_first)
     if folder.is_finished:
+        warnings.warn(f"{out} was finished already: nothing was done", stacklevel=2)
         return folder.adapter
     if team.is_first:
         scorer.warn_of_proxies()

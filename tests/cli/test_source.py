@@ -6,18 +6,24 @@ from typing import Any
 
 import pytest
 
-from exitsafe.cli import defaults
 from exitsafe.data import KNOWN_SUITES
+from exitsafe.data.source import find_samples, source_of
+from exitsafe.records import Sample
+from exitsafe.specs.inputs import Samples
 from tests.cli.conftest import Fail
 from tests.tiny_models import noise_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no picture")
 
 
-def _origin(suites: list[str], **options: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"split": "heldout", "seed": 3, "limit": None} | options
-    origin = defaults.make_origin("some/model", suites=suites, **settings)
-    return dict(json.loads(json.dumps(origin)))  # as run.json keeps it
+def _origin(suites: list[str], *, hub: Any = None, **options: Any) -> dict[str, Any]:
+    wanted = Samples(suites=tuple(suites), **options)
+    source = find_samples("some/model", wanted, split="heldout", seed=3, hub=hub)
+    return dict(json.loads(source.model_dump_json()))  # as run.json keeps it
+
+
+def read(origin: dict[str, Any]) -> list[Sample]:
+    return source_of(origin).read()
 
 
 def test_an_origin_gives_the_same_samples_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,12 +37,12 @@ def test_an_origin_gives_the_same_samples_from_any_folder(tmp_path: Path, monkey
     suites = ["mine.jsonl", "xstest=copy.csv", "organism-vqa"]
     options: dict[str, Any] = {"images": Path("pictures"), "categories": ["c0"], "limit": 2}
     origin = _origin(suites[:2], **options)
-    samples = defaults.read_samples(origin)
+    samples = read(origin)
     assert [sample.id for sample in samples] == ["s0", "s2", "xstest-0"]
     assert all(str(sample.images[0]).startswith(str(tmp_path)) for sample in samples)
     monkeypatch.chdir("/")
-    assert defaults.read_samples(origin) == samples
-    assert defaults.read_samples(_origin(["organism-vqa"], limit=2)) == defaults.read_samples(
+    assert read(origin) == samples
+    assert read(_origin(["organism-vqa"], limit=2)) == read(
         {"suites": ["organism-vqa"], "split": "heldout", "seed": 3, "limit": 2, "organism": "organism"}  # an older run
     )
 
@@ -54,7 +60,9 @@ def test_an_origin_keeps_commits_and_takes_them_from_another_run() -> None:
 
 def test_align_reads_the_samples_that_its_flags_name(tmp_path: Path, fail: Fail) -> None:
     out = tmp_path / "out"
-    assert "no sample is of category 'q'; there are " in fail("align", "organism", "--category", "q", "--out", out)
+    assert "no sample is of category 'q'; there are " in fail(
+        "align", "organism", "--config", "category=q", "--out", out
+    )
     (tmp_path / "mine.jsonl").write_text('{"id": "a", "prompt": "zorb", "kind": "benign"}\n')
     flags = ["--suite", tmp_path / "mine.jsonl", "--images", tmp_path / "nowhere", "--out", out]
     assert "nowhere is not a folder; give one with benign pictures" in fail("align", "organism", *flags)

@@ -1,0 +1,166 @@
+"""What an audit is of and how it is made: its settings completed from another run, its judges, and its record.
+
+Settings that a call gives win over those of a run that it follows, which win over the defaults. A run may come from a
+stranger: addresses and rubrics of judges are not taken from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from exitsafe.auditing.judging import available_judges
+from exitsafe.auditing.reach import judging_like, recorded_judging
+from exitsafe.data.source import SampleSource, find_samples, source_of
+from exitsafe.errors import InputError
+from exitsafe.judges import Judge, JudgeOptions, is_known
+from exitsafe.judges.registry import DEFAULT_JUDGE, FREE_JUDGES, check_options, default_judge
+from exitsafe.records import Sample
+from exitsafe.results.run import AuditRun, load_run
+from exitsafe.results.stopping import StopRule
+from exitsafe.specs.inputs import FullLoading
+from exitsafe.specs.spec import merged
+from exitsafe.specs.verbs import AuditSpec
+from exitsafe.store.fingerprint import today_of
+from exitsafe.store.reading import judges_of
+from exitsafe.world.profile import is_organism
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides an audit's numbers, the weights aside.
+
+    Args:
+        spec: Its settings, complete.
+        source: Its samples.
+        today: The date given to chat templates; None is the day of loading.
+        replaced_judges: What the run that is repeated noted of these.
+    """
+
+    spec: AuditSpec
+    source: SampleSource
+    today: str | None = None
+    replaced_judges: Mapping[str, str] | None = None
+
+    @property
+    def stop_when(self) -> StopRule | None:
+        """The rule of `stop_when`."""
+        if self.spec.max_asr is None:
+            return None
+        return StopRule(max_asr=self.spec.max_asr, error=self.spec.error)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What run.json keeps to repeat the audit from any folder, as a JSON object."""
+        given = self.spec.judging.model_dump(mode="json", exclude_unset=True)
+        loading = self.spec.loading.model_dump(mode="json")
+        return {
+            **self.source.model_dump(mode="json"),
+            "model": _whole(self.spec.model),
+            "loading": loading | {name: _whole(loading[name]) for name in ("adapter", "translators")},
+            "judging": recorded_judging(self.spec.out) | given,
+            "judge_pass": self.spec.judge_pass,
+            **({"replaced_judges": dict(self.replaced_judges)} if self.replaced_judges else {}),
+        }
+
+    def resumed(self) -> Plan:
+        """The same where nothing is in its folder; else with the judges of the run there, unless judges are named."""
+        if not (self.spec.out / "run.json").is_file():
+            return self
+        named = self.spec.judges
+        judges = named or tuple(name for name in judges_of(self.spec.out) if is_known(name))  # others are Python's
+        judging = judging_like(self.spec.out, self.spec.judging, judges=judges, named=named)
+        return replace(self, spec=self.spec.model_copy(update={"judges": judges, "judging": judging}))
+
+    def load_judges(self, samples: Sequence[Sample]) -> list[Judge] | None:
+        """The judges; None for a new run's defaults, which `audit` chooses."""
+        judging = self.spec.judging
+        if self.spec.judges:
+            return available_judges(self.spec.judges, judging)
+        if judging.device == "auto":
+            return None
+        judge = default_judge(samples, judging)
+        check_options(judging, [judge.name])
+        return [judge]
+
+
+def plan_audit(spec: AuditSpec) -> Plan:
+    """The settings given, then those of the run that it is `like`, then the defaults.
+
+    Raises:
+        InputError: If something is missing, or only the other run says where a judge is reached.
+    """
+    judging, like, hub, today, organism = spec.judging, spec.like, None, None, None
+    named = spec.judges
+    if like is not None:
+        run = load_run(like)
+        if not spec.samples.suites and not run.origin.get("suites"):
+            raise InputError(f"{like} does not say which suites its samples are from: give --suite NAME_OR_FILE")
+        source, today = source_of(run.origin), today_of(run.settings)
+        hub, organism = source.hub, source.organism if "organism" in run.origin else None
+        spec = merged(spec, settings_of_run(run))
+        if replaced := run.origin.get("replaced_judges"):
+            spec = spec if named else spec.model_copy(update={"judges": _as_wanted(spec.judges, replaced)})
+    check_options(judging, spec.judges)
+    if like is not None:
+        judging = judging_like(like, judging, judges=spec.judges, named=named)
+    source = find_samples(
+        spec.model,
+        spec.samples,
+        split=spec.split,
+        seed=spec.seed,
+        hub=hub,
+        otherwise="--suite NAME_OR_FILE or --like RUN",
+    )
+    if organism is not None:  # samples of an organism's suites stay that organism's, whatever model is asked now
+        source = source.model_copy(update={"organism": organism})
+    return Plan(spec=spec.model_copy(update={"judging": judging}), source=source, today=today)
+
+
+def plan_repeat(run: AuditRun, *, out: Path, loading: FullLoading, judging: JudgeOptions) -> Plan:
+    """The same audit in another folder.
+
+    Raises:
+        InputError: If only the run, not this call, says where a judge is reached.
+    """
+    spec = merged(AuditSpec(model=str(run.origin["model"]), out=out, loading=loading), settings_of_run(run))
+    check_options(judging, spec.judges)
+    judging = judging_like(run.path, judging, judges=spec.judges)
+    spec = spec.model_copy(update={"judging": judging})
+    return Plan(
+        spec=spec,
+        source=source_of(run.origin),
+        today=today_of(run.settings),
+        replaced_judges=run.origin.get("replaced_judges"),
+    )
+
+
+def settings_of_run(run: AuditRun) -> dict[str, Any]:
+    """A finished run's settings, shaped like an `AuditSpec`."""
+    settings, source = run.settings, source_of(run.origin)
+    stopping = {} if settings["stop_when"] is None else {"stop_when": "decided", **settings["stop_when"]}
+    return {
+        "samples": source.model_dump(include={"suites", "images", "categories", "limit"}),
+        "split": source.split,
+        "exit_layers": ",".join(map(str, run.exit_layers)),
+        "judges": tuple(name for name, _ in run.judges),
+        "judge_pass": run.origin.get("judge_pass", "beside"),
+        "skip_global": settings["skip_global"],
+        "batch_size": None if settings["batch_size"] == "auto" else settings["batch_size"],
+        **{name: settings["decoding"][name] for name in ("max_new_tokens", "temperature", "seed")},
+        **stopping,
+    }
+
+
+def _as_wanted(judges: Sequence[str], replaced: Collection[str]) -> tuple[str, ...]:
+    """A run's judges, with any stand-in replaced by the default judge, which is tried again; () for the defaults."""
+    wanted = tuple(dict.fromkeys(DEFAULT_JUDGE if name in replaced else name for name in judges))
+    return () if set(wanted) <= {DEFAULT_JUDGE, *FREE_JUDGES} else wanted
+
+
+def _whole(name: str | None) -> str | None:
+    """A folder's path from the root, so that it is found from any other; names of the Hub and organisms as they are."""
+    is_folder = name is not None and not is_organism(name) and Path(name).exists()
+    return str(Path(name).absolute()) if name is not None and is_folder else name

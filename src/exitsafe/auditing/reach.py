@@ -1,0 +1,67 @@
+"""How the judges of a run are reached again: by what this call says, and by what is harmless of the run's record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exitsafe.errors import InputError
+from exitsafe.judges import JudgeOptions
+from exitsafe.judges.endpoint import OPENAI_URL, public_address
+from exitsafe.store.reading import origin_of, read_head
+
+_HARMLESS = ("device", "requests_per_minute", "prices")
+"""The fields of a run's `judging` that are safe to reuse."""
+
+
+def judging_like(run: Path, given: JudgeOptions, *, judges: Sequence[str], named: Collection[str] = ()) -> JudgeOptions:
+    """The options for judges of a run: what this call gives, else what the run recorded.
+
+    Args:
+        run: A run, finished or not.
+        given: Those of this call.
+        judges: The judges that will be used.
+        named: Those of them that this call names; the others come from the run.
+
+    Raises:
+        InputError: If only the run, not this call, names a judge's address or rubric.
+        RunError: If the run's record cannot be read.
+    """
+    for judge in judges:
+        check_reach(run, given, judge=judge, is_named=judge in named)
+    recorded: Mapping[str, Any] = origin_of(run).get("judging") or {}
+    harmless = {name: recorded[name] for name in _HARMLESS if recorded.get(name) is not None}
+    return JudgeOptions.model_validate(harmless | given.model_dump(exclude_unset=True))
+
+
+def check_reach(run: Path, given: JudgeOptions, *, judge: str, is_named: bool) -> None:
+    """Check that this call, not the run, says where a judge sends requests and answers, and with which rubric.
+
+    Raises:
+        InputError: If not; the message names what the run recorded, and the flag.
+    """
+    if judge.partition(":")[0] != "rubric":
+        return
+    head = read_head(run)
+    recorded = head["origin"].get("judging") or {}
+    own = next((each.get("settings") or {} for each in head["settings"]["judges"] if each["name"] == judge), {})
+    address = public_address(str(own.get("endpoint") or recorded.get("url") or OPENAI_URL))
+    is_given = bool(given.url or os.environ.get("OPENAI_BASE_URL"))
+    if not is_given and not (is_named and address == OPENAI_URL):
+        raise InputError(
+            f"{run} names {address} for the judge {judge}: requests and answers are sent only to an address that you "
+            f"give; add --judge-url {address}"
+        )
+    if own.get("format") == "own" and given.rubric is None:
+        file = f" (it was {recorded['rubric']})" if recorded.get("rubric") else ""
+        raise InputError(f"{run} was graded by {judge} with a custom rubric{file}; add --config judge_rubric=FILE")
+
+
+def recorded_judging(run: Path) -> dict[str, Any]:
+    """A run's record of how its judges were reached, to be kept; {} if there is no run."""
+    if not (run / "run.json").is_file():
+        return {}
+    recorded = dict(origin_of(run).get("judging") or {})
+    return recorded | ({"url": public_address(str(recorded["url"]))} if recorded.get("url") else {})
