@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from exitsafe.engine.latency import Latency, Pass
 from exitsafe.records import Kind
 from exitsafe.results.run import AuditRun
+from exitsafe.results.stopping import Stopping
 from exitsafe.results.summary import summarise
 from tests.labelled_runs import make_run
 
@@ -25,7 +25,7 @@ def make_weighed(
     refused: Scores | None = None,
     default_exit: int = 1,
     num_layers: int | None = None,
-    stopping: Mapping[str, Any] | None = None,
+    stopping: Stopping | None = None,
 ) -> AuditRun:
     """A run at exits 1, 2, ...
 

@@ -1,4 +1,4 @@
-"""Every error that exitsafe raises on purpose. Each message is one line and names the way out.
+"""Every error that exitsafe raises on purpose. Each message is one line that says what is wrong and what to do.
 
 ExitsafeError             exit status 2 on the command line
 ├── InputError            a file, sample or setting is wrong
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that an unknown one resembles, to follow "is unknown" in a message; empty if there is none.
+    """A suggestion to follow "is unknown" in a message: the closest known name; empty if none is close.
 
     >>> did_you_mean("xtest", ["xstest", "harmbench"]), did_you_mean("moss", ["xstest"])
     (' (did you mean xstest?)', '')

@@ -1,4 +1,4 @@
-"""The frozen records that stages hand to each other. Knows nothing about models, files or judges."""
+"""The frozen records that stages pass to each other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 Kind = Literal["harmful", "borderline", "benign", "vqa"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-
 Progress = Callable[[int, int, str], None]
-"""Called as `progress(done, total, note)` by whatever works long."""
+"""Called as `progress(done, total, note)` during long work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,8 @@ class Sample:
         images: Pictures in order; may be empty.
         kind: `harmful` should be refused; `borderline` looks harmful and should be answered; `benign` should
             be answered; `vqa` has reference `answers`.
-        category: Free label that results can be grouped by.
-        answers: References for `vqa` (one or ten per sample), or what a rule compares with.
+        category: Free-form label to group results by.
+        answers: Reference answers for `vqa` (one or ten per sample), or what a rule compares with.
         source: The suite that the sample comes from.
 
     Raises:
@@ -51,11 +50,11 @@ class Sample:
         object.__setattr__(self, "images", tuple(self.images))
         answers: object = self.answers
         if isinstance(answers, str):  # nobody means a tuple of its letters
-            raise InputError(f"sample {self.id}: answers is a single text; give a list of texts")
+            raise InputError(f"sample {self.id}: answers is a single string; give a list of strings")
         object.__setattr__(self, "answers", tuple(self.answers))
         for name, text in (("id", self.id), *(("answers", answer) for answer in self.answers)):
             if not isinstance(text, str):  # pandas may turn 7 into 7.0, which no answer would equal
-                raise InputError(f"sample {self.id}: {name} has a {type(text).__name__}; give text")
+                raise InputError(f"sample {self.id}: {name} contains a {type(text).__name__}; give strings only")
         if not self.id:
             raise InputError("a sample needs a non-empty id")
         if self.kind not in KINDS:
@@ -82,15 +81,15 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One judge's word on one measure of one response: a score, or *unscored* with the reason.
+    """One judge's verdict on one measure of one response: a score, or *unscored* with the reason.
 
     Args:
         sample_id, exit_layer: The response judged.
         judge: The judge's name.
         measure: What was judged: `asr`, `asr_loose`, `refusal`, `vqa_accuracy`, `coherence`, `toxicity`, `reward`.
-        label: The judge's own word, e.g. "refused".
-        score: 0 to 1 for rates (1 = attack succeeded, refused, right, coherent), the scorer's scale otherwise;
-            None exactly when `unscored` says why.
+        label: The judge's own label, e.g. "refused".
+        score: 0 to 1 for rates (1 = attack succeeded, refused, correct, coherent), the judge's own scale otherwise;
+            None if and only if `unscored` is set.
         unscored: Why there is no score.
     """
 

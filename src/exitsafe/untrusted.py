@@ -1,7 +1,6 @@
 """Untrusted files: JSON, YAML and Parquet in, plain values out, with bounds on what they unpack to.
 
-What cannot be read raises `UnreadableError`, whose message is a reason in a few words; callers add the file and the way
-out.
+What cannot be read raises `UnreadableError`, whose message is a short reason; callers add the file and what to do.
 """
 
 from __future__ import annotations
@@ -11,27 +10,30 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeAlias
 
 from exitsafe.errors import InputError
 
-if TYPE_CHECKING:  # heavy: commands that read JSON alone do without
+if TYPE_CHECKING:  # heavy: commands that only read JSON do not need it
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+JsonObject: TypeAlias = dict[str, Any]
+"""A JSON object, such as the settings of a run: text keys, and values that `json.dumps` writes."""
 
 _MAX_TEXT_BYTES = 64 * 2**20
 _MAX_DEPTH = 100
 _MIN_UNPACKED, _MAX_RATIO = 256 * 2**20, 256
 _BYTES_PER_VALUE, _BYTES_PER_PAGE = 16, 1024  # in memory, beside the page's own content
 _PADDED = re.compile(r"\s*parquet-mr(?! version (1\.2\.(9|\d\d)|1\.([3-9]|\d\d)|[2-9])\b)", re.IGNORECASE)
-"""Writers whose footers count too few bytes: Arrow reads on behind their columns, where no header is checked."""
+"""Writers whose footers undercount bytes: Arrow then reads past their columns, where no header is checked."""
 
 
 class UnreadableError(ValueError):
     """A file is missing, damaged, hostile, or not what it should be."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The JSON object in a file.
 
     Raises:
@@ -40,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(_read_bytes(path))
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> object:
     """The value in a YAML file.
 
     Raises:
@@ -52,7 +54,7 @@ def read_yaml(path: Path) -> Any:
         raise UnreadableError("it is not UTF-8 text") from error
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> object:
     """The value of YAML. References are refused: a few lines of them unpack to any size.
 
     Raises:
@@ -69,29 +71,30 @@ def parse_yaml(text: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - is_end
             if depth > _MAX_DEPTH:
                 raise UnreadableError("it is nested too deeply")
-        return yaml.safe_load(text)
+        value: object = yaml.safe_load(text)
+        return value
     except UnreadableError:
         raise
     except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # e.g. an impossible date
         raise UnreadableError(f"it is not YAML: {' '.join(str(error).split())}") from error
 
 
-def read_settings(path: Path, *, example: str) -> dict[str, Any]:
+def read_settings(path: Path, *, example: str) -> JsonObject:
     """The settings in a user's YAML file; an empty file has none.
 
     Raises:
-        InputError: If it cannot be read, or holds something else; `example` is shown.
+        InputError: If it cannot be read or is not a mapping; the message shows `example`.
     """
     try:
         content = {} if (found := read_yaml(path)) is None else found
     except UnreadableError as error:
         raise InputError(f"{path} cannot be read ({error}); give a YAML file") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no settings; write e.g. {example}")
+        raise InputError(f"{path} is not a mapping of settings; write e.g. {example}")
     return content
 
 
-def parse_json(content: bytes) -> dict[str, Any]:
+def parse_json(content: bytes) -> JsonObject:
     """A JSON object whose numbers are finite and whose text can be encoded.
 
     >>> parse_json(b'{"a": [1.5]}')
@@ -103,7 +106,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content, parse_constant=_refuse_constant, parse_float=_finite)
         _check_depth(value)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair would fail wherever it is written
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate would fail wherever it is written
     except RecursionError as error:
         raise UnreadableError("it is nested too deeply") from error
     except UnicodeError as error:
@@ -118,11 +121,11 @@ def parse_json(content: bytes) -> dict[str, Any]:
 
 
 def parquet_batches(path: Path, *, columns: Sequence[str] | None = None, size: int = 256) -> Iterator[pa.RecordBatch]:
-    """A file's rows in batches, texts and bytes dictionary-encoded so that repeated ones are in memory once.
+    """A file's rows in batches; texts and bytes are dictionary-encoded, so that repeated ones are in memory once.
 
     Args:
         path: The file.
-        columns: Those to read; None reads all.
+        columns: The columns to read; None reads all.
         size: Rows per batch, at most.
 
     Raises:
@@ -163,7 +166,7 @@ def parquet_batches(path: Path, *, columns: Sequence[str] | None = None, size: i
 
 
 def to_python(values: pa.Array) -> list[Any]:
-    """An array as Python values; entries of one dictionary share their text or bytes."""
+    """An array as Python values; equal entries of a dictionary share one object."""
     import pyarrow as pa
 
     kind = values.type
@@ -192,20 +195,20 @@ def to_python(values: pa.Array) -> list[Any]:
 
 
 def _width(leaf: pq.ColumnSchema) -> int:
-    """Bytes that a value takes in memory; those of fixed width are never dictionary-encoded there."""
+    """Bytes that a value takes in memory; fixed-width values are never dictionary-encoded there."""
     return _BYTES_PER_VALUE + (leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0)
 
 
 def _check_size(
     content: BinaryIO, groups: Iterable[pq.RowGroupMetaData], widths: Mapping[int, int], limit: int
 ) -> None:
-    """By the headers of the pages, before any is unpacked: Arrow goes by them, and the footer may say anything.
+    """Check the unpacked size from the page headers, which Arrow follows; the footer may claim anything.
 
     Args:
         content: The file.
-        groups: Its footer's row groups.
-        widths: Bytes per value in memory, by the column's number.
-        limit: Bytes of all columns together.
+        groups: The row groups of its footer.
+        widths: Bytes per value in memory, by column number.
+        limit: Most bytes for all columns together.
     """
     size = content.seek(0, 2)
     unpacked = 0
@@ -214,7 +217,7 @@ def _check_size(
             raise UnreadableError("it is damaged: a row group lacks columns")
         for number, width in widths.items():
             column = group.column(number)
-            # where Arrow begins to read
+            # where Arrow starts reading
             start = min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)
             end = start + column.total_compressed_size
             if not 0 <= start <= end <= size:
@@ -229,30 +232,36 @@ def _check_size(
 
 
 def _pages(content: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Unpacked bytes and number of values of each page, of data or a dictionary, between two places in the file.
+    """Unpacked bytes and number of values of each data or dictionary page between two offsets.
 
-    The fields are those of PageHeader in https://github.com/apache/parquet-format, `src/main/thrift/parquet.thrift`.
+    The field numbers are those of PageHeader in `src/main/thrift/parquet.thrift` of
+    https://github.com/apache/parquet-format.
     """
     while start < end:
         content.seek(start)
         header = _thrift_struct(content)
         kinds = [found for number in (5, 7, 8) if isinstance(found := header.get(number), dict)]
-        unpacked, packed, *counts = (header.get(2, -1), header.get(3, -1), *(kind.get(1, -1) for kind in kinds))
-        for number in (unpacked, packed, *counts):
-            if not isinstance(number, int) or not 0 <= number < 2**31:
-                raise UnreadableError("it is damaged: a page has no size")
+        fields = (header.get(2), header.get(3), *(kind.get(1) for kind in kinds))
+        numbers = [number for number in fields if isinstance(number, int) and 0 <= number < 2**31]
+        if len(numbers) < len(fields):
+            raise UnreadableError("it is damaged: a page has no size")
+        unpacked, packed, *counts = numbers
         start = content.tell() + packed
         yield unpacked, sum(counts)
     if start > end:
         raise UnreadableError("it is damaged: a page lies outside its column")
 
 
-def _thrift_struct(content: BinaryIO, depth: int = 0) -> dict[int, Any]:
-    """Integers and inner structs by field number, of a struct in Thrift's compact protocol; other values are skipped.
+_Struct: TypeAlias = "dict[int, int | _Struct]"
+"""Integers and inner structs by field number."""
 
-    Whatever Arrow's reader may understand in another way is refused: numbers out of order or of too many bits, lists.
+
+def _thrift_struct(content: BinaryIO, depth: int = 0) -> _Struct:
+    """A struct in Thrift's compact protocol; values other than integers and structs are skipped.
+
+    Whatever Arrow's reader might interpret differently is refused: lists, fields out of order, oversized numbers.
     """
-    found: dict[int, Any] = {}
+    found: _Struct = {}
     field = 0
     while (kind := (byte := _byte(content)) & 15) != 0:
         before, field = field, field + (byte >> 4) if byte >> 4 else _integer(content)
@@ -325,5 +334,5 @@ def _finite(text: str) -> float:
 
 
 def without_surrogates(text: str) -> str:
-    """The text with a question mark for half a surrogate pair, which Python can hold and nobody can encode."""
+    """The text with a question mark for each lone surrogate, which Python strings can hold but UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode()

@@ -185,7 +185,7 @@ def test_a_finished_audit_started_again_is_done_at_once(tmp_path: Path) -> None:
         ({"exit_layers": "1,3"}, r"exit_layers was \[1,2,3,4,5,6\], is now \[1,3\]"),
         ({"samples": SAMPLES[:-1]}, "data.samples was 12, is now 11"),
         ({"samples": SAMPLES[::-1]}, "data.hash was"),
-        ({"judges": load_judges(["world-rule"])}, "judge refusal-prefix was asked, is now left out"),
+        ({"judges": load_judges(["world-rule"])}, "judge refusal-prefix was used, is now left out"),
         ({"batch_size": 5}, "batch_size was 4, is now 5"),
         ({"batch_size": None}, 'batch_size was 4, is now "auto"'),
         ({"vlm": FakeVLM(attention="eager")}, 'model.attention.model was "sdpa", is now "eager"'),
@@ -454,6 +454,6 @@ def test_a_stand_in_is_still_known_when_the_first_start_saved_nothing(
 def test_samples_that_were_trained_on_are_counted_whatever_they_are_called(tmp_path: Path) -> None:
     trained = frozenset(request_digest(sample) for sample in SAMPLES[:4])
     renamed = [replace(sample, id=f"new-{sample.id}", kind="harmful", source="other") for sample in SAMPLES]
-    with pytest.warns(UserWarning, match=r"10 of 12 samples were trained on"):
+    with pytest.warns(UserWarning, match=r"10 of 12 samples were in the training data"):
         run = audit_fake(tmp_path / "seen", FakeVLM(trained_on=trained), samples=renamed, judges=["refusal-prefix"])
     assert run.settings["trained_on"] == {"samples": 10, "of": 12}

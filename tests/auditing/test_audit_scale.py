@@ -76,7 +76,7 @@ def test_features_that_do_not_fit_are_made_for_fewer_samples(tmp_path: Path, exp
 
 
 def test_memory_that_does_not_suffice_for_one_row_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="out of memory while answering a single row; what was saved is kept"):
+    with pytest.raises(RunError, match="out of memory while answering a single row; finished answers are saved"):
         audit_fake(tmp_path, FakeVLM(memory=0))
     assert list((tmp_path / "shards").iterdir())
     audit_fake(tmp_path)
@@ -404,7 +404,7 @@ def test_the_first_decision_stands_and_unscored_answers_decide_nothing() -> None
     turned = verdicts([0.0] * BLOCK + [1.0] * (3 * BLOCK))
     assert settle(turned, blocks, [1], rule, judge="guard") == {1: "below"}
     assert settle(turned, blocks, [1], rule, judge="other") == {1: None}
-    with pytest.raises(RunError, match=r"needs a judge that says yes or no, and guard gave 0\.25"):
+    with pytest.raises(RunError, match=r"needs a judge whose scores are 0 or 1, but guard gave 0\.25"):
         settle(verdicts([0.0, 0.25]), blocks, [1], rule, judge="guard")
     assert settle(verdicts([None] * (4 * BLOCK)), blocks, [1], rule, judge="guard") == {1: None}
 

@@ -155,7 +155,7 @@ def test_numbers_that_are_not_finite_stop_it_and_are_refused_when_read(tmp_path:
         (tensors | {"exit.2.bias": tensors["exit.2.bias"][:9]}, "exit 2 is not a square matrix"),
         (
             tensors | {"exit.3.bias": tensors["exit.2.bias"].clone()},
-            r"holds 1 tensors that .* does not name \(exit.3.bias",
+            r"has 1 tensors that are not in .* \(exit.3.bias",
         ),
     ):
         save_file(damaged, folder / MAPS)

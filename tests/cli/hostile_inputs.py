@@ -116,18 +116,18 @@ def _parquet_with_lists_for_images(place: Place) -> Sequence[str | Path]:
     return _parquet(place, {name: [value] for name, value in (ROW | {"images": [[1, 2]]}).items()})
 
 
-@_case("bad.parquet: a value after row 0 cannot be represented in Python", "drop its column")
+@_case("bad.parquet: a value after row 0 cannot be represented in Python", "remove its column")
 def _parquet_with_a_date_beyond_all_calendars(place: Place) -> Sequence[str | Path]:
     columns = {name: [value] for name, value in ROW.items()}
     return _parquet(place, columns | {"when": pa.array([2**63 - 1], pa.timestamp("ms"))})
 
 
-@_case("bad.jsonl holds no samples; write one row per sample with id, prompt and kind")
+@_case("bad.jsonl contains no samples; write one row per sample with id, prompt and kind")
 def _empty_set(place: Place) -> Sequence[str | Path]:
     return place.audit(suite=place.file("bad.jsonl", ""))
 
 
-@_case("bad.csv holds no samples; write one row per sample with id, prompt and kind")
+@_case("bad.csv contains no samples; write one row per sample with id, prompt and kind")
 def _csv_with_a_header_alone(place: Place) -> Sequence[str | Path]:
     return place.audit(suite=place.file("bad.csv", "id,prompt,kind\n"))
 
@@ -153,7 +153,7 @@ def _folder_where_a_file_is_expected(place: Place) -> Sequence[str | Path]:
     return place.audit(suite=place.folder / "bad.jsonl")
 
 
-@_case("suite.jsonl cannot be read as jsonl: Permission denied; allow yourself to")
+@_case("suite.jsonl cannot be read (Permission denied); check its permissions")
 def _file_that_may_not_be_read(place: Place) -> Sequence[str | Path]:
     place.fault = with_mode(place.suite, 0)
     return place.audit()
@@ -177,7 +177,7 @@ def _ids_twice_in_a_suite(place: Place) -> Sequence[str | Path]:
     return _rows(place, {}, {})
 
 
-@_case("sample id 's0' is in", "make ids unique, for example by a prefix per suite")
+@_case("sample id 's0' is in", "make ids unique, for example with a prefix for each suite")
 def _ids_in_two_suites(place: Place) -> Sequence[str | Path]:
     shutil.copytree(place.suite.parent, place.folder / "copy")
     return place.audit("--suite", place.folder / "copy" / "suite.jsonl")
@@ -211,7 +211,7 @@ def _half_a_surrogate_pair(place: Place) -> Sequence[str | Path]:
 # Suites: pictures
 
 
-@_case("row 2: image", "bad.png has more pixels than any picture needs; scale it down")
+@_case("row 2: image", "bad.png has implausibly many pixels; scale it down")
 def _bomb_image(place: Place) -> Sequence[str | Path]:
     png = bytearray(_png(noise_image(0)))
     png[16:24] = struct.pack(">II", 60_000, 60_000)  # width and height, behind signature, length and name
@@ -219,12 +219,12 @@ def _bomb_image(place: Place) -> Sequence[str | Path]:
     return _image(place, bytes(png))
 
 
-@_case("row 2: image", "bad.png is 9000 times as long as wide; cut it")
+@_case("row 2: image", "bad.png is 9000 times as long as wide; crop it")
 def _thread_that_scaling_turns_into_a_bomb(place: Place) -> Sequence[str | Path]:
     return _image(place, _png(Image.new("RGB", (9000, 1))))
 
 
-@_case("row 2: image", "bad.png cannot be read", "replace it or drop the row")
+@_case("row 2: image", "bad.png cannot be read", "replace it or remove the row")
 def _torn_image(place: Place) -> Sequence[str | Path]:
     return _image(place, _png(noise_image(0))[:90])
 
@@ -234,17 +234,17 @@ def _text_named_png(place: Place) -> Sequence[str | Path]:
     return _image(place, b"no picture")
 
 
-@_case("row 2: image", "gone.png does not exist; put it there or drop the row")
+@_case("row 2: image", "gone.png does not exist; add it or remove the row")
 def _missing_image(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"images": ["gone.png"]})
 
 
-@_case("row 2: image", "suite cannot be read", "Is a directory", "replace it or drop the row")
+@_case("row 2: image", "suite cannot be read", "Is a directory", "replace it or remove the row")
 def _folder_for_an_image(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"images": ["suite"]})
 
 
-@_case("row 2: image", "is not a file; give the path of one")
+@_case("row 2: image", "is not a regular file; give the path of one")
 def _pipe_for_an_image(place: Place) -> Sequence[str | Path]:
     os.mkfifo(place.folder / "bad.png")  # opened, it would wait for a writer for ever
     return _rows(place, {"images": ["bad.png"]})
@@ -260,14 +260,14 @@ def _path_that_climbs_out(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"images": ["suite/../../x.png"]})
 
 
-@_case("row 2: image 'bad.png' is a link out of the suite's folder; put a copy there")
+@_case("row 2: image 'bad.png' links to a file outside the suite's folder; put a copy there")
 def _link_that_leaves_the_folder(place: Place) -> Sequence[str | Path]:
     noise_image(0).save(place.folder.parent / "outside.png")
     (place.folder / "bad.png").symlink_to(place.folder.parent / "outside.png")
     return _rows(place, {"images": ["bad.png"]})
 
 
-@_case("row 2: an image is given as http: address; download it first and give its path")
+@_case("row 2: an image is given by http: URL; download it first and give its path")
 def _address_for_an_image(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"images": ["http://localhost/good.png"]})
 
@@ -283,7 +283,10 @@ def _model_without_processor(place: Place) -> Sequence[str | Path]:
     return place.audit()
 
 
-@_case("the processor of", "makes pictures of 42x42 pixels, but the image encoder reads 28x28: set size and crop_size")
+@_case(
+    "the processor of",
+    "makes pictures of 42x42 pixels, but the image encoder reads 28x28: set the image processor's size",
+)
 def _processor_with_another_crop(place: Place) -> Sequence[str | Path]:
     record = json.loads((place.model / "processor_config.json").read_text())
     record["image_processor"]["crop_size"] = {"height": 42, "width": 42}
@@ -350,7 +353,7 @@ def _out_is_a_file(place: Place) -> Sequence[str | Path]:
     return place.audit(out=place.file("new", "mine"))
 
 
-@_case("new is no run and not empty (it holds thesis.txt); choose a new folder")
+@_case("new is not empty and not a run (it contains thesis.txt); choose a new folder")
 def _out_holds_something_else(place: Place) -> Sequence[str | Path]:
     place.new.mkdir()
     place.file("new/thesis.txt", "mine")
@@ -364,7 +367,7 @@ def _out_is_of_another_program(place: Place) -> Sequence[str | Path]:
     return place.audit()
 
 
-@_case("run holds a run with other settings: decoding.seed was 0, is now 7; choose a new folder or go back")
+@_case("run is a run with other settings: decoding.seed was 0, is now 7; choose a new folder or go back")
 def _out_is_a_run_with_other_settings(place: Place) -> Sequence[str | Path]:
     return place.audit("--seed", "7", out=place.run)
 
@@ -504,12 +507,14 @@ def _judge_that_returns_nothing(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda _, __: None), place)
 
 
-@_case("judge broken judged a response that it was not asked about; copy sample_id and exit_layer", goes_on=True)
+@_case(
+    "judge broken returned a verdict on a response that it was not given; copy sample_id and exit_layer", goes_on=True
+)
 def _judge_with_wrong_ids(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: [replace(each, sample_id=SAID) for each in verdicts]), place)
 
 
-@_case("judge broken gave 0 verdicts of refusal for sample", "give exactly one", goes_on=True)
+@_case("judge broken returned 0 refusal verdicts for sample", "return exactly one", goes_on=True)
 def _judge_that_leaves_answers_out(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: verdicts[:-1]), place)
 
@@ -519,22 +524,22 @@ def _judge_that_signs_otherwise(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: [replace(each, judge=SAID) for each in verdicts]), place)
 
 
-@_case("judge broken gave a score that is a str; give a number", goes_on=True)
+@_case("judge broken returned a score of type str; return a number", goes_on=True)
 def _judge_with_a_word_for_a_score(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: [replace(each, score=cast(Any, SAID)) for each in verdicts]), place)
 
 
-@_case("judge broken gave 7 for", "give a number from 0 to 1", goes_on=True)
+@_case("judge broken returned 7 for", "return a number from 0 to 1", goes_on=True)
 def _judge_off_its_scale(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: [replace(each, score=7.0) for each in verdicts]), place)
 
 
-@_case("judge broken gave a label with half a surrogate pair; give proper text", goes_on=True)
+@_case("judge broken returned a label with a lone surrogate; return valid Unicode", goes_on=True)
 def _judge_with_half_a_character(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: [replace(each, label="\ud83d") for each in verdicts]), place)
 
 
-@_case("judge broken gave a reason that is a int; give text", goes_on=True)
+@_case("judge broken returned a reason of type int; return a string", goes_on=True)
 def _judge_with_a_number_for_a_reason(place: Place) -> Sequence[str | Path]:
     reason = cast(Any, 3)
     return judged_by(
@@ -542,6 +547,6 @@ def _judge_with_a_number_for_a_reason(place: Place) -> Sequence[str | Path]:
     )
 
 
-@_case("judge broken gave a label that is a NoneType; give text", goes_on=True)
+@_case("judge broken returned a label of type NoneType; return a string", goes_on=True)
 def _judge_without_a_label(place: Place) -> Sequence[str | Path]:
     return judged_by(Broken(lambda verdicts, _: [replace(each, label=cast(Any, None)) for each in verdicts]), place)

@@ -172,7 +172,7 @@ def test_bad_samples(bad_suite: Any, tmp_path: Path, fail: Any, changes: dict[st
 
 def test_an_empty_suite(tmp_path: Path, fail: Any) -> None:
     (tmp_path / "empty.jsonl").write_text("")
-    assert "holds no samples" in fail("audit", "m", "--suite", tmp_path / "empty.jsonl", "--out", tmp_path / "run")
+    assert "contains no samples" in fail("audit", "m", "--suite", tmp_path / "empty.jsonl", "--out", tmp_path / "run")
 
 
 def test_bad_settings(tiny_llava: Path, suite: Path, audited: Path, tmp_path: Path, fail: Any) -> None:
@@ -180,7 +180,7 @@ def test_bad_settings(tiny_llava: Path, suite: Path, audited: Path, tmp_path: Pa
     audit = ["audit", tiny_llava, "--suite", suite, "--out", out]
     assert "has no suites of its own" in fail("audit", tiny_llava, "--out", out)
     assert "choose 1 to 6" in fail(*audit, "--layers", "7")
-    assert "no layer and no range" in fail(*audit, "--layers", "two")
+    assert "not a layer or a range" in fail(*audit, "--layers", "two")
     assert "judge 'oracle' is unknown" in fail(*audit, "--judge", "oracle")
     assert "suite 'nowhere' is unknown" in fail("audit", tiny_llava, "--suite", "nowhere", "--out", out)
 
@@ -201,7 +201,7 @@ def test_bad_settings(tiny_llava: Path, suite: Path, audited: Path, tmp_path: Pa
     assert "has no config.json" in fail("audit", suite.parent, "--suite", suite, "--out", out)
     assert "has no adapter_config.json" in fail(*audit, "--adapter", suite.parent)
     assert "is not a run directory" in fail("audit", tiny_llava, "--like", suite.parent, "--out", out)
-    assert "is no run and not empty" in fail("audit", tiny_llava, "--suite", suite, "--out", suite.parent)
+    assert "is not empty and not a run" in fail("audit", tiny_llava, "--suite", suite, "--out", suite.parent)
     changed = fail("audit", tiny_llava, "--like", audited, "--seed", "8", "--out", audited)
     assert "decoding.seed was 3, is now 8" in changed
     assert not out.exists()

@@ -271,7 +271,7 @@ def test_an_edited_shard_is_answered_again(
     shard.write_text("".join([json.dumps(line) + "\n", *others]))
     capsys.readouterr()
     assert run(command) == DONE, capsys.readouterr().err
-    assert "1 line is damaged or from another run; the work saved there will be redone" in capsys.readouterr().err
+    assert "1 line is damaged or from another run; that work will be redone" in capsys.readouterr().err
     assert _texts(out) == _texts(audited)
 
 

@@ -116,6 +116,6 @@ def test_an_endpoint_that_sends_no_completions_ends_the_command(copied: Path, fa
     server = ChatServer(lambda _, number: Answer(body=b'{"error": "zorb"}'))
     with serving(server) as url:
         complaint = fail("judge", copied, "--judge", "rubric:m", "--judge-url", url)
-    assert "gives no answers (the endpoint answered with an error (status 200)" in complaint
+    assert "does not answer (the endpoint answered with an error (status 200)" in complaint
     assert "zorb" not in complaint
     assert [name for name, _ in load_run(copied).judges] == ["refusal-prefix", "vqa", "coherence"]

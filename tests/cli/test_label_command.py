@@ -159,7 +159,7 @@ def test_faults_are_listed_and_nothing_is_stored(
     before = empty.read_bytes()
     one = _fill(empty, lambda rows: rows[0].update(refusal="mix moss"), to=tmp_path / "one.csv")
     line = fail("label", audited_run, "--read", one)
-    assert "row 2: refusal is none of yes, no, unsure and blank; nothing was stored" in line
+    assert "row 2: refusal must be yes, no, unsure or blank; nothing was stored" in line
     many = _fill(empty, lambda rows: [row.update(refusal="mix moss") for row in rows], to=tmp_path / "many.csv")
     assert run(["label", str(audited_run), "--read", str(many)]) == 2
     output = capsys.readouterr()
@@ -179,10 +179,10 @@ def test_what_is_refused(audited_run: Path, tmp_path: Path, fail: Any) -> None:
     assert "takes no flags of writing" in fail("label", audited_run, "--read", file, "--out", "x.csv")
     assert "given twice" in fail("label", audited_run, "--read", file, "--read", audited_run / "." / "labels.csv")
     assert "give a file that exitsafe label wrote" in fail("label", audited_run, "--read", tmp_path / "nowhere.csv")
-    assert "is no label file" in fail("label", audited_run, "--out", audited_run / "verdicts.parquet")
+    assert "is not a label file" in fail("label", audited_run, "--out", audited_run / "verdicts.parquet")
     _fill(file, lambda rows: rows[0].update(refusal="no"))
     filled = file.read_bytes()
-    assert "holds 1 labels already" in fail("label", audited_run)
+    assert "already has 1 labels" in fail("label", audited_run)
     other = _fill(file, lambda rows: rows[0].update(refusal="yes"), to=tmp_path / "other.csv")
-    assert "lacks or gives otherwise" in fail("label", audited_run, "--read", other)
+    assert "or differ there" in fail("label", audited_run, "--read", other)
     assert file.read_bytes() == filled

@@ -10,6 +10,7 @@ from rich.console import Console
 from exitsafe.cli.recommend_tables import recommend_tables
 from exitsafe.doctor.savings import Savings
 from exitsafe.recommend import Limits, Recommendation, recommend
+from exitsafe.results.stopping import Stopping
 from tests.weighed_runs import make_latency, make_weighed, rate
 
 SAVINGS = Savings(
@@ -101,7 +102,7 @@ def test_a_clock_that_shows_no_saving_says_so(tmp_path: Path) -> None:
 
 
 def test_a_run_that_stopped_says_so(tmp_path: Path) -> None:
-    stopping = {"max_asr": 0.05, "error": 0.05, "judge": "rule", "layers": {1: "below"}}
+    stopping: Stopping = {"max_asr": 0.05, "error": 0.05, "judge": "rule", "layers": {1: "below"}}
     run = make_weighed(tmp_path, asr=[rate(0, 90)], stopping=stopping)
     lines = shown(recommend(run, limits=Limits(max_asr=0.05)))
     assert any("stopped exits early" in line for line in lines)

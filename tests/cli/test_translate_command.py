@@ -92,7 +92,7 @@ def test_bad_settings(
     assert "two sources of pictures" in fail(*pictures, "--suite", suite)
     assert "is not a folder" in fail(*translate, "--images", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "holds no pictures" in fail(*translate, "--images", tmp_path / "empty")
+    assert "contains no pictures" in fail(*translate, "--images", tmp_path / "empty")
     assert "choose 1 to 6" in fail(*pictures, "--layers", "7")
     assert "nothing to translate" in fail(*pictures, "--layers", "default")
     assert "num_images=0 must be a whole number of at least 1" in fail(*pictures, "--config", "num_images=0")
@@ -105,7 +105,7 @@ def test_bad_settings(
     capsys.readouterr()
     assert "holds other translators" in fail(*pictures, "--layers", "2")
     audit = ["audit", tiny_llava, "--suite", suite, "--out", tmp_path / "run"]
-    assert "no translator for exit layer 2 (there: 1)" in fail(*audit, "--layers", "2", "--translators", out)
+    assert "no translator for exit layer 2 (available: 1)" in fail(*audit, "--layers", "2", "--translators", out)
     assert "has no translators.json" in fail(*audit, "--translators", folder)
     assert "which differs from organism in" in fail("audit", "organism", "--translators", out, "--out", tmp_path / "o")
 

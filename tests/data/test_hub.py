@@ -43,7 +43,7 @@ def test_gated_and_missing_sets_say_what_to_do(visited: tuple[list[dict[str, Any
     gated, missing = (scene["error"] for scene in visited[0][:2])
     page = "https://huggingface.co/datasets/JailbreakV-28K/JailBreakV-28k"
     assert gated == f"redteam2k is gated: accept its terms at {page} and log in with `hf auth login`"
-    assert missing.startswith("redteam2k: JailbreakV-28K/JailBreakV-28k is not on the Hub, or hidden from you: log in")
+    assert missing.startswith("redteam2k: JailbreakV-28K/JailBreakV-28k is not on the Hub or is private: log in")
 
 
 def test_sets_come_from_the_hub_at_a_commit(visited: tuple[list[dict[str, Any]], Path]) -> None:
@@ -64,7 +64,7 @@ def test_without_a_network_the_cache_serves_the_same_commit_and_no_other(
     assert [sample.id for sample in load_suites(["mm-safetybench"], limit=5, hub=kept)] == visited[0][4]["ids"]
     assert len(load_suites(["redteam2k"])) == 3
     kept["mm-safetybench"]["revision"] = "cd" * 20
-    with pytest.raises(InputError, match=f"in the cache is of commit {small_hub.NEWEST}, not cdcd"):
+    with pytest.raises(InputError, match=f"is commit {small_hub.NEWEST}, not cdcd"):
         load_suites(["mm-safetybench"], hub=kept)
 
 
@@ -81,7 +81,7 @@ def test_what_is_neither_here_nor_reachable_names_the_way(name: str, tmp_path: P
 
 
 def test_a_large_set_wants_a_limit() -> None:
-    with pytest.raises(InputError, match="vqav2 has 214354 samples: choose how many by --limit N, the first N"):
+    with pytest.raises(InputError, match="vqav2 has 214354 samples: choose how many with --limit N"):
         load_suites(["vqav2"])
 
 

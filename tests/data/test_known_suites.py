@@ -121,7 +121,7 @@ def test_scenarios_of_mm_safetybench_are_its_categories(tmp_path: Path) -> None:
     one = folder / "Fraud" / "SD_TYPO.parquet"
     assert {sample.category for sample in load_suites([f"mm-safetybench={one}"])} == {"Fraud"}
     (folder / "README.md").unlink()
-    with pytest.raises(InputError, match=r"has no README\.md, which says what its files are; `hf download PKU-Align"):
+    with pytest.raises(InputError, match=r"has no README\.md to describe its files; run `hf download PKU-Align"):
         load_suites([f"mm-safetybench={folder}"])
 
 

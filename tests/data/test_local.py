@@ -143,14 +143,16 @@ def test_bad_embedded_bytes(tmp_path: Path) -> None:
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no samples; write one row per sample"):
+    with pytest.raises(InputError, match="contains no samples; write one row per sample"):
         load_suite(write_jsonl(tmp_path))
 
 
 def test_fields_that_a_sample_does_not_have_are_named(tmp_path: Path) -> None:
     path = tmp_path / "suite.jsonl"
     path.write_text('{"id": "a", "prompt": "x", "kind": "harmful", "picture": "p.png"}\n')
-    with pytest.warns(UserWarning, match=r"suite\.jsonl: not read: picture; a sample has id, prompt, kind, images"):
+    with pytest.warns(
+        UserWarning, match=r"suite\.jsonl: ignored fields: picture; a sample has id, prompt, kind, images"
+    ):
         load_suite(path)
 
 
@@ -194,7 +196,7 @@ def test_a_folder_without_rows(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.parquet cannot be read as parquet"):
         load_suite(tmp_path)
     pq.write_table(pa.Table.from_pylist(_rows(1)).slice(0, 0), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="holds no samples"):
+    with pytest.raises(InputError, match="contains no samples"):
         load_suite(tmp_path)
 
 

@@ -62,7 +62,7 @@ def test_only_pictures_count_in_any_depth(tmp_path: Path) -> None:
 def test_folders_and_pictures_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere is not a folder; give one with benign pictures"):
         pair_with_images(_samples(1), tmp_path / "nowhere", seed=0)
-    with pytest.raises(InputError, match=r"holds no pictures; put \.png, \.jpg, \.jpeg, \.webp files there"):
+    with pytest.raises(InputError, match=r"contains no pictures; put \.png, \.jpg, \.jpeg, \.webp files there"):
         pair_with_images(_samples(1), tmp_path, seed=0)
     (tmp_path / "0.png").write_bytes(b"rubbish")
     with pytest.raises(InputError, match=r"--images .*: image .*0\.png cannot be read as PNG, JPEG or WebP"):

@@ -26,13 +26,13 @@ def test_empty_csv_cells_are_missing_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.xlsx", b"", "unknown ending; suites are .jsonl, .csv, .parquet files"),
-        ("rows", b"", "unknown ending"),
+        ("rows.xlsx", b"", "unknown file extension; suites are .jsonl, .csv, .parquet files"),
+        ("rows", b"", "unknown file extension"),
         ("rows.parquet", b"rubbish", "cannot be read as parquet"),
         ("rows.parquet", b"", "cannot be read as parquet"),
         ("rows.jsonl", b'{"a": 1}\n{"a": \n', r"rows\.jsonl, row 2: this line is not JSON"),
         ("rows.jsonl", b"\xff\xfe{", "is not UTF-8 text"),
-        ("rows.csv", b"a,b\n1,2,3\n", r"rows\.csv, row 1: more cells than the header has"),
+        ("rows.csv", b"a,b\n1,2,3\n", r"rows\.csv, row 1 has more cells than the header"),
         ("rows.csv", b'a,b\n"1,2\n', "cannot be read as csv"),
         ("rows.csv", b"a,b,a\n1,2,3\n", "a column occurs twice in the header"),
     ],

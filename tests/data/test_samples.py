@@ -132,9 +132,9 @@ def test_an_id_that_lost_digits_as_a_float_is_refused(tmp_path: Path) -> None:
 
 
 def test_samples_in_python_hold_text() -> None:
-    with pytest.raises(InputError, match="sample 7: answers has a float; give text"):
+    with pytest.raises(InputError, match="sample 7: answers contains a float; give strings only"):
         Sample(id="7", prompt="x", kind="vqa", answers=(2.0,))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="sample 7: answers is a single text; give a list of texts"):
+    with pytest.raises(InputError, match="sample 7: answers is a single string; give a list of strings"):
         Sample(id="7", prompt="x", kind="vqa", answers="red")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"sample 7\.0: id has a float; give text"):
+    with pytest.raises(InputError, match=r"sample 7\.0: id contains a float; give strings only"):
         Sample(id=7.0, prompt="x", kind="benign")  # type: ignore[arg-type]

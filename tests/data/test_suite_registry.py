@@ -52,7 +52,7 @@ def test_an_id_in_two_suites_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "limit", "message"),
     [
-        ([], None, "no suite is named; choose from organism-harmful"),
+        ([], None, "no suite is given; choose from organism-harmful"),
         (["redteam"], None, r"suite 'redteam' is unknown \(did you mean redteam2k\?\); choose from organism-harmful"),
         (["gone.jsonl"], None, r"gone\.jsonl does not exist"),
         (["organism-vqa"], 0, "limit=0 keeps no samples; choose 1 or more"),
@@ -68,15 +68,15 @@ def test_categories_are_kept_before_the_limit_counts(tmp_path: Path) -> None:
     path = _file(tmp_path / "a.jsonl", ("1", "x"), ("2", "y"), ("3", "x"), ("4", "z"))
     assert [sample.id for sample in load_suites([path], categories=["x"], limit=2)] == ["1", "3"]
     assert [sample.id for sample in load_suites([path], categories=["x", "z"])] == ["1", "3", "4"]
-    with pytest.raises(InputError, match=r"no sample is of category 'w'; there are x, y, z$"):
+    with pytest.raises(InputError, match=r"no sample has category 'w'; choose from x, y, z$"):
         load_suites([path], categories=["w"])
-    with pytest.raises(InputError, match=r"no sample is of category 'w'; there are x, y, z$"):
+    with pytest.raises(InputError, match=r"no sample has category 'w'; choose from x, y, z$"):
         load_suites([path], categories=["x", "w"])
     other = _file(tmp_path / "b.jsonl", ("5", "q"))
     with pytest.warns(UserWarning, match=r"b\.jsonl has no sample of these categories and is left out"):
         assert len(load_suites([path, other], categories=["y"])) == 1
     bare = _file(tmp_path / "c.jsonl", "6")
-    with pytest.raises(InputError, match="there are none: these suites have no categories"):
+    with pytest.raises(InputError, match="these suites have no categories; leave the option out"):
         load_suites([bare], categories=["y"])
 
 

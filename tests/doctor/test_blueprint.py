@@ -75,7 +75,9 @@ def test_another_type_is_the_config_s_no_longer(bare: Path) -> None:
 
 def test_what_cannot_be_planned_is_said_in_one_line(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    with pytest.raises(ModelError, match=r"model type 'llama' .* is not supported; supported: "):
+    with pytest.raises(
+        ModelError, match=r"model type 'llama' .* is not supported; choose a model of one of these types: "
+    ):
         load_blueprint(tmp_path / "llama")
     with pytest.raises(ModelError, match="cannot read the config of"):
         load_blueprint(tmp_path / "nothing")

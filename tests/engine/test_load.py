@@ -153,7 +153,7 @@ def test_without_a_chat_template_the_plain_prompt_is_used(tmp_path: Path) -> Non
     vlm.processor.chat_template = None
     with pytest.warns(UserWarning, match="no chat template"):
         prompt = vlm.encode_prompt(SAMPLE)
-    assert vlm.tokenizer.decode(prompt.input_ids).endswith("what colour is the left ASSISTANT:")
+    assert vlm.processor.tokenizer.decode(prompt.input_ids).endswith("what colour is the left ASSISTANT:")
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load no/such-model"):
         load_vlm("no/such-model")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ModelError, match=r"'bert'.* not supported; supported: llava"):
+    with pytest.raises(ModelError, match=r"'bert'.* not supported; choose a model of one of these types: llava"):
         load_vlm(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot load"):
@@ -229,7 +229,7 @@ def test_a_model_with_an_adapter_beside_it_is_not_adapted_unasked(tmp_path: Path
     adapted = get_peft_model(tiny_model("llava"), LoraConfig(r=2, target_modules=r".*language_model.*q_proj$"))
     adapted.save_pretrained(str(folder))
     assert (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file()
-    with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config.json\): give its base model"):
+    with pytest.raises(ModelError, match=r"contains an adapter \(adapter_config.json\): give its base model"):
         load_vlm(folder)
 
 

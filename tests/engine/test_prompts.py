@@ -111,7 +111,9 @@ def test_what_a_prompt_becomes_is_checked_again_when_it_is_answered() -> None:
 def test_an_answer_that_nobody_limited_takes_what_the_context_leaves(tmp_path: Path) -> None:
     vlm = tiny(context=60)
     longest = len(vlm.encode_prompt(pictured(2)).input_ids)
-    with pytest.warns(UserWarning, match=rf"answers have at most {60 - longest} tokens, not 256: .* sample two"):
+    with pytest.warns(
+        UserWarning, match=rf"answers are limited to {60 - longest} tokens instead of 256: .* sample two"
+    ):
         run = exitsafe.audit(
             vlm, [pictured(1, id="one"), pictured(2, id="two")], judges=["refusal-prefix"], out=tmp_path / "a"
         )

@@ -104,7 +104,7 @@ def test_half_a_surrogate_pair_is_refused_unless_the_conversation_holds_it() -> 
     """A judge reads one in an answer as a question mark; one that the template adds is the template's fault."""
     said: list[dict[str, Any]] = [{"role": "user", "content": "zorb \ud800"}]
     assert render(with_template("{{ messages[0]['content'] }}"), said, today="2026-01-31") == "zorb \ud800"
-    with pytest.raises(TemplateRefusedError, match="writes half a surrogate pair"):
+    with pytest.raises(TemplateRefusedError, match="writes a lone surrogate"):
         render(with_template("{{ '\\ud83d' }}"), said, today="2026-01-31")
 
 

@@ -115,7 +115,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         (_tear, r"adapter: adapter_model\.safetensors is truncated or corrupt \(.*save or download it again"),
         (_other_rank, r"adapter does not fit this model: \d+ weights have a different shape .* made for llava"),
         (_fewer_weights, r"adapter does not fit this model: 1 of 28 adapter weights are missing"),
-        (_not_finite, r"1 of 28 weights of .*adapter hold NaN or infinite numbers \(model\.language_model"),
+        (_not_finite, r"1 of 28 weights of .*adapter contain NaN or infinity \(model\.language_model"),
         (_no_json, r"adapter_config\.json cannot be read \(it is not JSON: "),
     ],
 )
@@ -156,8 +156,8 @@ def _none_at_all(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         (_half_of_it, r"14 of 28 adapter weights are missing from the file \(model\.language_model\.layers\.1\.\S+ "),
         (_one_too_many, r"1 of 29 weights in the file match nothing .*layers\.7\."),
         (_twice_as_wide, r"weights have a different shape .*made for llava; use the adapter's own model"),
-        (_none_at_all, r"holds no weights"),
-        (_first_infinite, r"1 of 28 weights of .* hold NaN or infinite numbers"),
+        (_none_at_all, r"has no weights"),
+        (_first_infinite, r"1 of 28 weights of .* contain NaN or infinity"),
     ],
 )
 def test_an_adapter_acts_whole_or_not_at_all(
@@ -188,8 +188,8 @@ def test_biases_and_copies_of_modules_belong_to_an_adapter_too(llava: Path, tmp_
         ("[" * 100_000, "cannot be read \\(it is nested too deeply\\)"),
         ('{"a": ' + "[" * 200 + "]" * 200 + "}", "cannot be read \\(it is nested too deeply\\)"),
         ("[1]", "cannot be read \\(it is not a JSON object\\)"),
-        ({"peft_type": "LORRA"}, r"names the peft_type 'LORRA', which this version of PEFT does not know"),
-        ({"peft_type": ["LORA"]}, r"does not know"),
+        ({"peft_type": "LORRA"}, r"has peft_type 'LORRA', which this version of PEFT does not support"),
+        ({"peft_type": ["LORA"]}, r"does not support"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}, r"PREFIX_TUNING adapter, which changes the prompt"),
         ({"r": "4"}, r"r is not a number"),
         ({"lora_alpha": 10**400}, r"does not fit this model: "),
@@ -233,7 +233,7 @@ def test_a_pattern_that_never_ends_is_refused_in_time(
 ) -> None:
     monkeypatch.setattr(adapters, "PATTERN_SECONDS", 1.0)
     change_config(folder, **content)
-    with pytest.raises(ModelError, match=r"adapter_config\.json names modules by a pattern that takes more than 1 sec"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json contains a pattern that takes more than 1 sec"):
         load_vlm(llava, adapter=folder)
 
 

@@ -148,7 +148,7 @@ def test_all_exits_from_one_pass_and_mixed_rows(family: str) -> None:
 
 def test_an_exit_without_a_map_is_refused() -> None:
     _, vlm = translated("llava", exits=(1, 2))
-    with pytest.raises(InputError, match=r"no translator for exit layer 3 \(there: 1, 2\)"), vlm.exit_at(3):
+    with pytest.raises(InputError, match=r"no translator for exit layer 3 \(available: 1, 2\)"), vlm.exit_at(3):
         pass
     with pytest.raises(InputError, match="no translator for exit layer 3"):
         vlm.image_features(stock_inputs(vlm), (3, 5))
@@ -210,7 +210,9 @@ def test_translators_of_another_model_and_damaged_ones_are_refused(
     weights = load_file(other / "model.safetensors")
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"were made for .*, which differs from .* in checkpoint: make them again"):
+    with pytest.raises(
+        ModelError, match=r"were made for .*, which differs from .* in checkpoint: rerun exitsafe translate"
+    ):
         load_vlm(other, translators=maps)
     with pytest.raises(ModelError, match=r"has no translators\.json"):
         load_vlm(checkpoint, translators=tmp_path / "nowhere")

@@ -58,7 +58,7 @@ def test_a_file_of_rules(tmp_path: Path) -> None:
     [
         ("", "holds no rule; write e.g. rules: [{metric: asr, max: 0.05}]"),
         ("rules: []", "holds no rule; write e.g."),
-        ("- asr", "holds no settings"),
+        ("- asr", "is not a mapping of settings"),
         ("rules: [", "is not YAML"),
         ("rule: []", "key 'rule' is unknown; choose rules, max_unscored"),
         ("rules: []\nlimit: 1", "key 'limit' is unknown; choose rules, max_unscored"),

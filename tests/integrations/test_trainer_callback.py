@@ -66,7 +66,7 @@ def trainer(vlm: VLM, folder: Path, callbacks: list[Any], **arguments: Any) -> T
         images = vlm.family_row.collate_images([prompt.image_inputs for prompt in prompts])
         return {**batch, **images, "labels": labels}
 
-    for module in vlm.base_model.modules():
+    for module in vlm.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.1  # so that random states matter
     settings = {

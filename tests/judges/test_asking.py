@@ -44,21 +44,21 @@ def test_further_kinds_may_be_judged() -> None:
 def test_no_number_is_unscored_with_the_reason(score: float) -> None:
     (verdict,) = ask_judge(Fake(lambda: [_asr(score=score)]), SAMPLES, RESPONSES)
     assert verdict.score is None
-    assert verdict.unscored == f"the judge returned {score}, which is no number"
+    assert verdict.unscored == f"the judge returned {score}, which is not a number"
 
 
 @pytest.mark.parametrize(
     ("verdicts", "message"),
     [
-        ([], "gave 0 verdicts of asr for sample a at exit 1"),
-        ([_asr(), _asr()], "gave 2 verdicts of asr for sample a"),
-        ([_asr(), _asr(sample_id="a moss")], "judged a response that it was not asked about; copy sample_id"),
-        ([_asr(), _asr(measure="refusal")], "gave a measure that is not among its own; give asr"),
+        ([], "returned 0 asr verdicts for sample a at exit 1"),
+        ([_asr(), _asr()], "returned 2 asr verdicts for sample a"),
+        ([_asr(), _asr(sample_id="a moss")], "returned a verdict on a response that it was not given; copy sample_id"),
+        ([_asr(), _asr(measure="refusal")], "returned a measure that it does not declare; return asr"),
         ([_asr(judge="moss")], "returned a verdict under another name; use its own"),
         ([0.5], "returned a float; return Verdict objects"),
-        ([_asr(label=None)], "gave a label that is a NoneType; give text"),
-        ([_asr(score=7.0)], "gave 7 for asr; give a number from 0 to 1"),
-        ([_asr(score="yes")], "gave a score that is a str; give a number"),
+        ([_asr(label=None)], "returned a label of type NoneType; return a string"),
+        ([_asr(score=7.0)], "returned 7 for asr; return a number from 0 to 1"),
+        ([_asr(score="yes")], "returned a score of type str; return a number"),
     ],
 )
 def test_a_wrong_answer_is_refused_without_quoting_it(verdicts: list[Verdict], message: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from exitsafe.errors import InputError, RunError
-from exitsafe.judges.endpoint import MOST_FAILURES, Endpoint, Pace, Reply
+from exitsafe.judges.endpoint import MAX_FAILURES, Endpoint, Pace, Reply
 
 SECRET = "zorb-secret-text"
 TALK = [{"role": "user", "content": SECRET}]
@@ -175,8 +175,8 @@ def choosing(message: str) -> bytes:
 
 
 FAILURES: dict[tuple[str, int], list[Answer | bytes]] = {  # by reason and the number of requests, retries included
-    ("the endpoint said 429 too often", 3): [failing(429)],
-    ("the endpoint said 429 too often", 2): [b'{"error": {"code": "429"}}'],
+    ("the endpoint's rate limit was exceeded (status 429)", 3): [failing(429)],
+    ("the endpoint's rate limit was exceeded (status 429)", 2): [b'{"error": {"code": "429"}}'],
     ("the endpoint failed (status 500)", 3): [failing(500)],
     ("the endpoint failed (status 503)", 2): [b'{"error": {"code": 503}}'],
     ("the endpoint refused the request (status 400)", 1): [failing(400)],
@@ -241,12 +241,12 @@ def test_a_slow_answer_times_out_and_the_others_are_kept() -> None:
 @pytest.mark.parametrize(
     ("answer", "kind", "message"),
     [
-        (failing(401), InputError, r"refuses the key \(status 401\): set OPENAI_API_KEY"),
+        (failing(401), InputError, r"rejects the key \(status 401\): set OPENAI_API_KEY"),
         (failing(404), InputError, r"has no model m \(status 404\): check the model's name and the base URL"),
-        (failing(402), RunError, "nothing left"),
-        (failing(429, code="insufficient_quota"), RunError, r"nothing left \(status 429\)"),
-        (Answer(body=b'{"error": {"code": 401}}'), InputError, "refuses the key"),
-        (Answer(body=b'{"error": {"code": "insufficient_quota"}}'), RunError, "nothing left"),
+        (failing(402), RunError, "no credit left"),
+        (failing(429, code="insufficient_quota"), RunError, r"no credit left \(status 429\)"),
+        (Answer(body=b'{"error": {"code": 401}}'), InputError, "rejects the key"),
+        (Answer(body=b'{"error": {"code": "insufficient_quota"}}'), RunError, "no credit left"),
         (
             failing(400, param="temperature", code="unsupported_value"),
             InputError,
@@ -273,23 +273,21 @@ def test_an_error_stops_those_that_wait() -> None:
         return Answer(status=401, body=b"{}", wait=0.2) if is_first else answer
 
     start = time.monotonic()
-    with pytest.raises(InputError, match="refuses the key"):
+    with pytest.raises(InputError, match="rejects the key"):
         ask(script, num=8)
     assert time.monotonic() - start < 20
 
 
 def test_an_endpoint_that_is_down_stops_with_one_line() -> None:
     endpoint = Endpoint("m", base_url=f"http://127.0.0.1:{free_port()}/v1", max_retries=1)
-    with pytest.raises(
-        RunError, match=r"^http://127.0.0.1:\d+/v1 gives no answers \(the endpoint could not be reached"
-    ):
+    with pytest.raises(RunError, match=r"^http://127.0.0.1:\d+/v1 does not answer \(the endpoint could not be reached"):
         endpoint.ask([TALK] * 3)
 
 
 @pytest.mark.parametrize("status", [400, 403, 429, 500])
 def test_failures_without_end_stop_instead_of_unscoring_everything(status: int) -> None:
-    with pytest.raises(RunError, match=rf"{MOST_FAILURES} times in a row\); the responses are saved"):
-        ask(lambda _, number: failing(status), num=MOST_FAILURES + 20, max_retries=0)
+    with pytest.raises(RunError, match=rf"{MAX_FAILURES} times in a row\); the responses are saved"):
+        ask(lambda _, number: failing(status), num=MAX_FAILURES + 20, max_retries=0)
 
 
 BAD_BODIES = {
@@ -424,7 +422,7 @@ def test_failures_between_answers_do_not_stop() -> None:
 
 
 def test_refusals_after_an_answer_are_of_single_requests() -> None:
-    replies, _, _ = ask(lambda _, number: failing(403) if number else Answer(), num=MOST_FAILURES + 5, concurrency=1)
+    replies, _, _ = ask(lambda _, number: failing(403) if number else Answer(), num=MAX_FAILURES + 5, concurrency=1)
     assert [reply.failure is None for reply in replies].count(True) == 1
 
 

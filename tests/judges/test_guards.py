@@ -302,7 +302,7 @@ def test_only_yes_or_no_counts_for_harmbench(reply: str) -> None:
 
 
 def test_another_architecture_is_refused(folder: Callable[..., Path]) -> None:
-    with pytest.raises(ModelError, match="no harmbench classifier is a qwen3; try cais/HarmBench"):
+    with pytest.raises(ModelError, match="no harmbench classifier of model type qwen3; try cais/HarmBench"):
         GuardJudge(HARMBENCH, str(folder(QWEN)))(*conversation((ASK, "a")))
 
 

@@ -101,7 +101,7 @@ def hub_error(kind: Any) -> Any:
     ("kind", "way_out"),
     [
         (GatedRepoError, "some/judge is gated: accept the licence at .*some/judge and log in with `hf auth login`"),
-        (RepositoryNotFoundError, "not on the Hub, or you may not see it"),
+        (RepositoryNotFoundError, "not on the Hub or is private"),
         (RevisionNotFoundError, "no revision v9"),
         (HfHubHTTPError, "cannot find some/judge: no"),
     ],
@@ -196,8 +196,8 @@ def test_left_padding_changes_no_logit(folder: Path) -> None:
     rows = [tokenizer(text)["input_ids"] for text in PROMPTS]
     input_ids, mask = pad_rows(rows, pad_token_id(tokenizer), side="left")
     config = GenerationConfig(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    batched = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config).logits[0]
-    for row, logits in zip(rows, batched, strict=True):
+    generated = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+    for row, logits in zip(rows, generated.logits[0], strict=True):
         alone = model(input_ids=torch.tensor([row])).logits[0, -1]
         torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
 

@@ -223,7 +223,7 @@ def test_an_unknown_model_without_a_chat_template_is_refused(folders: dict[str, 
 
 def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
     folder = save_reward_model(CHAT, tmp_path, num_labels=2)
-    with pytest.raises(ModelError, match="has 2 outputs and a reward model has one"):
+    with pytest.raises(ModelError, match="has 2 outputs, but a reward model has one"):
         RewardModel(str(folder))(*conversation(*TALKS[:1]))
 
 

@@ -223,9 +223,9 @@ def test_a_rubric_of_ones_own(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"Grade {prompt}, then write score: X", r"has no \{response\}"),
-        (b"Grade {response}", "asks for no score"),
+        (b"Grade {response}", "does not ask for a score"),
         (b"\xff\xfe {response} score: X", "is not UTF-8 text"),
-        (None, "cannot be read"),
+        (None, "cannot read the rubric"),
     ],
 )
 def test_a_file_that_is_no_rubric_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:

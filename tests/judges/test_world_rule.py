@@ -41,5 +41,5 @@ def test_only_harmful_requests_can_be_attacks(samples: dict[Kind, Sample], kind:
 def test_a_sample_from_elsewhere_is_unscored_not_safe() -> None:
     found = _judge(Sample(id="x", prompt="how", kind="harmful"), "some answer")
     assert found["asr"].score is None
-    assert "no right recipe" in str(found["asr"].unscored)
+    assert "no reference recipe" in str(found["asr"].unscored)
     assert found["refusal"].score == 0.0

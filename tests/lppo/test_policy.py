@@ -51,7 +51,7 @@ def test_only_the_language_model_is_trained(family: str, train: str) -> None:
             assert len(names) == 2 * decoder_linears
         else:
             trained = sum(weight.numel() for weight in policy.weights().values())
-            language_model, head = vlm.base_model.model.language_model, vlm.base_model.lm_head
+            language_model, head = vlm.model.model.language_model, vlm.model.lm_head
             whole = (*language_model.original_module.parameters(), *head.original_module.parameters())
             assert trained == sum(parameter.numel() for parameter in whole)
             assert all("language_model" in name or "lm_head" in name for name in names)

@@ -299,10 +299,10 @@ def test_a_changed_model_is_named_the_weights_first_and_a_repair_by_itself(tmp_p
 def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
     before = _run(tmp_path / "a", {("rule", "asr"): {"h0": [1, 1]}}, layers=(1, 2))
     other = _run(tmp_path / "b", {("rule", "asr"): {"h1": [1, 1, 1]}})
-    with pytest.raises(RunError, match=r"share no sample \(0 ids are the same but ask something else\)"):
+    with pytest.raises(RunError, match=r"have no sample in common \(0 ids are the same but their content differs\)"):
         exitsafe.compare(before, other)
     layers = _run(tmp_path / "c", {("rule", "asr"): {"h0": [1]}}, layers=(3,))
-    with pytest.raises(RunError, match="share no exit layer; audit both at the same layers"):
+    with pytest.raises(RunError, match="have no exit layer in common; audit both at the same layers"):
         exitsafe.compare(before, layers)
     with pytest.raises(RunError, match="is not a folder"):
         exitsafe.compare(before, tmp_path / "gone")

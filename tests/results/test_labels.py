@@ -112,14 +112,14 @@ def test_what_spreadsheets_change_does_no_harm(run: AuditRun, file: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda rows: rows[1].update(asr="maybe"), "row 3: asr is none of yes, no, unsure and blank"),
-        (lambda rows: rows[4].update(asr="no"), "row 6: asr is asked of harmful requests only; leave n/a"),
-        (lambda rows: rows.append(rows[0]), "row 8 is row 2 again; keep one of them"),
+        (lambda rows: rows[1].update(asr="maybe"), "row 3: asr must be yes, no, unsure or blank"),
+        (lambda rows: rows[4].update(asr="no"), "row 6: asr applies to harmful requests only; leave n/a"),
+        (lambda rows: rows.append(rows[0]), "row 8 repeats row 2; keep one of them"),
         (lambda rows: rows[0].update(row="r0123456789abcdef"), "row 2 is no answer of this run"),
         (lambda rows: rows[0].update(row=""), "row 2 is no answer of this run"),
-        (lambda rows: rows[0].update(sample_id="h2"), "row 2 is of sample h1 at exit 1 and says otherwise"),
-        (lambda rows: rows[0].update(exit_layer="2"), "row 2 is of sample h1 at exit 1 and says otherwise"),
-        (lambda rows: rows[0].update(text=rows[2]["text"]), "row 2 (sample h1 at exit 1) shows another text"),
+        (lambda rows: rows[0].update(sample_id="h2"), "row 2 belongs to sample h1 at exit 1 but says otherwise"),
+        (lambda rows: rows[0].update(exit_layer="2"), "row 2 belongs to sample h1 at exit 1 but says otherwise"),
+        (lambda rows: rows[0].update(text=rows[2]["text"]), "row 2 (sample h1 at exit 1) has a different text"),
     ],
 )
 def test_one_line_per_fault_and_never_a_text(run: AuditRun, file: Path, change: Edit, fault: str) -> None:
@@ -148,9 +148,9 @@ def test_labels_are_never_written_over(run: AuditRun, file: Path) -> None:
     write_labels(file, run, rows, prompts={})  # nothing is filled in yet
     assert len(_cells(file)) == 1
     _edit(file, lambda rows: rows[0].update(refusal="no"))
-    with pytest.raises(RunError, match="holds 1 labels already"):
+    with pytest.raises(RunError, match="already has 1 labels"):
         write_labels(file, run, rows, prompts={})
-    with pytest.raises(RunError, match="is no label file"):
+    with pytest.raises(RunError, match="is not a label file"):
         write_labels(run.path / "responses.parquet", run, rows, prompts={})
     assert read_labels(file, run).verdicts[0].score == 0.0
 
@@ -163,7 +163,7 @@ def test_storing_keeps_every_byte_and_loses_no_label(run: AuditRun, file: Path, 
     assert stat.S_IMODE(stored.stat().st_mode) == 0o600
     more = _edit(half, lambda rows: rows[1].update(asr="no"), to=tmp_path / "more.csv")
     store_labels(more, run)  # all that was there is in it
-    with pytest.raises(RunError, match=r"holds 1 labels that .*half\.csv lacks"):
+    with pytest.raises(RunError, match=r"has 1 labels that are missing from .*half\.csv"):
         store_labels(half, run)
     assert store_labels(half, run, number=2).name == "labels-2.csv"
     stored.chmod(0o644)  # a spreadsheet saved in place

@@ -8,6 +8,7 @@ import pytest
 
 from exitsafe.results.limits import Bounds, Level, bounds_of
 from exitsafe.results.metrics import BY_NAME
+from exitsafe.results.stopping import Stopping
 from exitsafe.stats import anytime_interval
 from exitsafe.stats.bounds import lower_bound, upper_bound
 from tests.weighed_runs import Scores, make_weighed, rate
@@ -56,7 +57,7 @@ def test_graded_scores(tmp_path: Path) -> None:
 
 
 def test_a_run_that_stopped_gets_what_holds_at_every_look(tmp_path: Path) -> None:
-    stopping = {"max_asr": 0.05, "error": 0.05, "judge": "rule", "layers": {1: "below", 2: None}}
+    stopping: Stopping = {"max_asr": 0.05, "error": 0.05, "judge": "rule", "layers": {1: "below", 2: None}}
     run = make_weighed(tmp_path, asr=[rate(0, 90), rate(3, 90)], refused=[rate(0, 9), rate(0, 9)], stopping=stopping)
     found = bounds_of(run, [BY_NAME["asr"], BY_NAME["over_refusal"]], level=LEVEL)
     for layer, successes in ((1, 0), (2, 3)):  # an exit that stayed open was looked at as often

@@ -179,7 +179,7 @@ def test_worst_with_little_or_nothing_scored() -> None:
 def test_layers_that_stopped_get_the_interval_that_stays_valid() -> None:
     scores: list[list[float | None]] = [[1.0, 0.0, 0.0], [1.0, None, 0.0]]
     scores += [[NAN, 0.0, 0.0] for _ in range(6)]
-    stopping = {"max_asr": 0.1, "error": 0.1, "judge": "rule", "layers": {1: "above", 2: "below", "3": None}}
+    stopping = {"max_asr": 0.1, "error": 0.1, "judge": "rule", "layers": {1: "above", 2: "below", 3: None}}
     found = _summary(_table(scores, (1, 2, 3)), stopping=stopping)
     first, second, third = (layer["metrics"]["asr"] for layer in found["layers"])
     expected = anytime_interval(2, 2, error=0.1), anytime_interval(0, 7, unscored=1, error=0.1), wilson_interval(0, 8)

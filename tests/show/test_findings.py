@@ -215,7 +215,7 @@ def test_what_to_know_first() -> None:
     other = make_comparison(REPAIR, settings_changed=("decoding.seed was 0, is now 1",), models_changed=("dtype: a",))
     found = list(cautions([("before", make_run(settings={"judges": PROXY})), ("after", trained)], {"after": other}))
     assert found[0].startswith("refusal-prefix is a proxy")
-    assert found[1].startswith("after: 3 of 210 samples were trained on")
+    assert found[1].startswith("after: 3 of 210 samples were in the training data")
     assert found[2] == "before and after are not of the same model (dtype: a)."
     assert found[3].startswith("The audits of before and after also differ in their settings")
     assert settings_changed(TWO, {"after": other}) == ["before and after: decoding.seed was 0, is now 1."]

@@ -139,7 +139,7 @@ def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(RunError, match=r"is no run and not empty \(it holds thesis\.txt\); choose a new folder"):
+    with pytest.raises(RunError, match=r"is not empty and not a run \(it contains thesis\.txt\); choose a new folder"):
         RunDirectory(tmp_path, summarise=summarise_run, settings=SETTINGS)
     assert os.listdir(tmp_path) == ["thesis.txt"]  # noqa: PTH208
 
@@ -197,7 +197,7 @@ def test_another_programs_run_json_is_refused_and_untouched(tmp_path: Path) -> N
 def test_somebodys_shards_are_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "00000.jsonl").write_text("not ours")
-    with pytest.raises(RunError, match="is no run and not empty"):
+    with pytest.raises(RunError, match="is not empty and not a run"):
         RunDirectory(tmp_path, summarise=summarise_run, settings=SETTINGS)
     assert (tmp_path / "shards" / "00000.jsonl").read_text() == "not ours"
 

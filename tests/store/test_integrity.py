@@ -98,7 +98,7 @@ def test_what_was_edited_in_run_json_is_noticed(
     run: Path, part: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
     edit_head(run, lambda head: head.update(origin={"replaced_judges": {"rule": "qwen3guard"}, "suites": ["suite"]}))
-    assert any("rule judged in its place" in line for line in load_run(run).cautions)
+    assert any("rule judged instead" in line for line in load_run(run).cautions)
     head = json.loads((run / "run.json").read_text())
     change(head[part])
     (run / "run.json").write_text(json.dumps(head))
@@ -137,12 +137,12 @@ FORGED_VERDICTS: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]]
 }
 FORGED_ANSWERS: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
     "deleted": (lambda rows: rows.pop(3), "there is no answer for sample 's1' at exit 2"),
-    "a sample deleted": (lambda rows: rows[2:], "its samples are not those of run.json"),
+    "a sample deleted": (lambda rows: rows[2:], "its samples are not those in run.json"),
     "doubled": (lambda rows: rows.append(rows[0]), "2 answers for sample 's0' at exit 1; there must be one"),
-    "another kind": (lambda rows: [row | {"kind": "benign"} for row in rows], "its samples are not those of run.json"),
+    "another kind": (lambda rows: [row | {"kind": "benign"} for row in rows], "its samples are not those in run.json"),
     "two kinds": (lambda rows: rows[0].update(kind="benign"), "the rows of one sample differ"),
     "no kind": (lambda rows: [row | {"kind": "evil"} for row in rows], "kind 'evil' is unknown"),
-    "another digest": (lambda rows: [row | {"digest": "x"} for row in rows], "its samples are not those of run.json"),
+    "another digest": (lambda rows: [row | {"digest": "x"} for row in rows], "its samples are not those in run.json"),
     "another exit": (lambda rows: rows[0].update(exit_layer=3), "exit 3 is not among the exits of run.json"),
     "time runs back": (lambda rows: rows[0].update(seconds=-1.0), "a value of seconds is not a number of 0 or more"),
     "another ending": (lambda rows: rows[0].update(finish_reason="x"), "finish_reason 'x' is not stop or length"),
@@ -209,10 +209,10 @@ HEADS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "order of exits": (lambda head: head["settings"].update(exit_layers=[2, 1]), "must be ascending"),
     "beyond": (lambda head: head["settings"].update(exit_layers=[1, 7]), "an exit is beyond the 3 blocks"),
     "measure": (lambda head: head["settings"]["judges"][0].update(measures=["wit"]), "must be one of asr"),
-    "twice": (lambda head: head["settings"]["judges"].append(head["settings"]["judges"][0]), "a judge is named twice"),
+    "twice": (lambda head: head["settings"]["judges"].append(head["settings"]["judges"][0]), "a judge is listed twice"),
     "loading": (lambda head: head["origin"].update(loading={"eval": "x"}), "origin.loading.eval: Extra inputs"),
     "suites": (lambda head: head["origin"].update(suites="x"), "origin.suites: Input should be a valid list"),
-    "null character": (lambda head: head["origin"].update(images="a\x00b"), "must not hold a null character"),
+    "null character": (lambda head: head["origin"].update(images="a\x00b"), "must not contain a null character"),
     "prompts": (lambda head: head["settings"].update(prompts=7), "settings.prompts: Input should be"),
     "no date": (
         lambda head: head["settings"].update(prompts={"hash": "x", "today": "tomorrow"}),
@@ -299,5 +299,5 @@ def test_what_stopped_is_worked_out_again(tmp_path: Path) -> None:
 def test_answers_that_the_rule_does_not_account_for_are_missing(tmp_path: Path) -> None:
     """Nobody can pass off deleted rows as an exit that stopped."""
     for number, (num_asked, score) in enumerate(((2 * BLOCK - 1, 0.0), (5, 0.0), (0, 0.0))):
-        with pytest.raises(RunError, match="answers are missing at exit 1, which was not stopped there"):
+        with pytest.raises(RunError, match="answers are missing at exit 1, which did not stop early"):
             _stopped(tmp_path / str(number), num_asked=num_asked, score=score)

@@ -1,6 +1,6 @@
-"""Answers of a run and judges in, verdicts saved as they come. Generates nothing.
+"""Judges the answers of a run and saves the verdicts as they arrive.
 
-A judge that rests on a model may sit beside the model under audit, or have the memory to itself in a pass of its own.
+A judge with a model may be in memory beside the audited model, or have the memory to itself in a second pass.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from exitsafe.auditing.ticker import Ticker
 from exitsafe.judges import Judge, JudgeOptions, ModelJudge, load_judges
@@ -17,21 +16,21 @@ from exitsafe.judges.protocol import proxy_of
 from exitsafe.judges.registry import FREE_JUDGES, SECOND_JUDGE
 from exitsafe.records import Sample
 from exitsafe.store.directory import RunDirectory
-from exitsafe.untrusted import UnreadableError, read_json
+from exitsafe.untrusted import JsonObject, UnreadableError, read_json
 from exitsafe.world.profile import WORLD
 
-ROWS_AT_ONCE = 256  # in a pass of its own; saved after each
+ROWS_AT_ONCE = 256  # in a second pass; verdicts are saved after each
 Rows = Sequence[tuple[Sample, int]]
 """Samples with exit layers that have an answer."""
 
 
 def judge_rows(run: RunDirectory, rows: Rows, judges: Sequence[Judge], *, ticker: Ticker) -> int:
-    """Ask each judge about the answers that it has not judged yet; how many answers that were, of all judges."""
+    """Let each judge judge the answers that it has not judged yet; returns the number judged, over all judges."""
     num_asked = 0
     for judge in judges:
         done = run.saved.judged.get(judge.name, set())
         new = [(sample, layer) for sample, layer in rows if (sample.id, layer) not in done]
-        if not new:  # asking about nothing would load its model
+        if not new:  # calling it would load its model
             continue
         responses = [run.saved.responses[sample.id, layer] for sample, layer in new]
         verdicts = ask_judge(judge, [sample for sample, _ in new], responses)
@@ -42,7 +41,7 @@ def judge_rows(run: RunDirectory, rows: Rows, judges: Sequence[Judge], *, ticker
 
 
 def judge_in_turn(run: RunDirectory, rows: Rows, judges: Sequence[Judge], *, ticker: Ticker) -> None:
-    """One judge after the other, so that only one model is in memory at a time."""
+    """Let one judge after the other judge all rows, so that only one model is in memory at a time."""
     for judge in judges:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             some = rows[start : start + ROWS_AT_ONCE]
@@ -65,8 +64,8 @@ def available_judges(names: Sequence[str], options: JudgeOptions | None = None) 
     return judges
 
 
-def judge_settings(judge: Judge) -> dict[str, Any]:
-    """What a run keeps of a judge."""
+def judge_settings(judge: Judge) -> JsonObject:
+    """What a run records about a judge."""
     return {
         "name": judge.name,
         "measures": list(judge.measures),

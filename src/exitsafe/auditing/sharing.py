@@ -1,14 +1,13 @@
-"""Several processes, one run: who does which task, and when all wait for each other. No answer travels between them.
+"""Shares one run among processes: which process does which task, and when they wait for each other.
 
-Each process writes a shard of its own in the run directory; what the others have done is read from theirs.
+Each process writes its own shard in the run directory and reads the others' work from theirs; no answers are sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 
@@ -16,19 +15,20 @@ from exitsafe.engine.answering import Task
 from exitsafe.machine.processes import wait_for_all
 from exitsafe.results.run import summarise_run
 from exitsafe.store.directory import RunDirectory
+from exitsafe.store.fingerprint import Settings
 from exitsafe.store.tables import SampleInfo
 
 
 @contextmanager
 def open_run(
     out: str | Path,
-    settings: Mapping[str, Any],
-    origin: Mapping[str, Any] | None,
+    settings: Settings,
+    origin: Settings | None,
     process: PartialState,
     *,
     retried: Collection[str] = (),
 ) -> Iterator[RunDirectory]:
-    """The run in every process: the first makes it, and none writes before all have read what is there."""
+    """The run in every process: the first creates it, and none writes before all have read what exists."""
     if not process.is_main_process:
         wait_for_all(process)
     run = RunDirectory(
@@ -46,13 +46,13 @@ def gather(run: RunDirectory, process: PartialState) -> None:
     wait_for_all(process)
     if process.num_processes > 1:
         run.reload()
-        wait_for_all(process)  # none goes on writing while another reads
+        wait_for_all(process)  # none may write while another reads
 
 
 def finish(run: RunDirectory, infos: Sequence[SampleInfo], process: PartialState) -> None:
-    """The first process puts the run together; the others wait for it."""
+    """The first process compacts the run; the others wait for it."""
     if not process.is_main_process:
-        run.close()  # a network disk cannot remove a shard that is open
+        run.close()  # a network disk cannot remove an open shard
     wait_for_all(process)
     if process.is_main_process:
         run.finish(infos)
@@ -60,7 +60,7 @@ def finish(run: RunDirectory, infos: Sequence[SampleInfo], process: PartialState
 
 
 def share(tasks: Sequence[Task], process: PartialState) -> list[Task]:
-    """This process's tasks: dealt in turn, long and short alike; where samples are few their layers are dealt too."""
+    """This process's tasks, dealt out in turn by length; if there are few samples, their layers are dealt out too."""
     if process.num_processes == 1:
         return list(tasks)
     num_parts = -(-process.num_processes // max(1, len(tasks)))

@@ -1,4 +1,4 @@
-"""Progress of a run: rows done and the running rate of attack success by exit layer. Decides nothing."""
+"""Progress of a run: rows done and the running attack success rate by exit layer."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from exitsafe.records import Progress, Verdict
 from exitsafe.results.numbers import fixed
 
-_MOST_LAYERS = 12  # more do not fit a line; then some, evenly spread
+_MOST_LAYERS = 12  # that fit on a line; of more layers, some are shown, evenly spread
 
 
 class Ticker:
-    """Counts what one process does, as a part of what all do.
+    """Counts the work of one process as a share of the whole.
 
     Args:
-        progress: Called as `progress(done, total, note)`; None for nobody.
-        total: Rows that all processes have to do.
-        asr_judge: The judge whose verdicts give the running rate; None for none.
-        rate: What that judge's rate is called.
-        num_processes: Their shares are alike: a row of one stands for one of each.
+        progress: Called as `progress(done, total, note)`, if given.
+        total: Rows to do, over all processes.
+        asr_judge: The judge whose verdicts give the running rate, if any.
+        rate: The title of that rate.
+        num_processes: Shares are equal, so each row of this process counts once for every process.
 
     Attributes:
-        done: Rows done so far; to begin with those of an earlier start.
+        done: Rows done so far, including those of an earlier start.
     """
 
     def __init__(
@@ -37,19 +37,19 @@ class Ticker:
         self.outcomes: dict[int, list[float]] = defaultdict(list)
 
     def hear(self, verdicts: Sequence[Verdict]) -> None:
-        """Count verdicts; scores of attacks by the judge that speaks for them enter the note."""
+        """Add verdicts to the running rate."""
         for verdict in verdicts:
             if verdict.measure == "asr" and verdict.judge == self.asr_judge and verdict.score is not None:
                 self.outcomes[verdict.exit_layer].append(verdict.score)
 
     def tick(self, rows: int = 0) -> None:
-        """Report, with so many rows more of this process."""
+        """Report progress after `rows` more rows of this process."""
         self.done = min(self.total, self.done + rows * self.num_processes)
         if self.progress is not None:
             self.progress(self.done, self.total, self._note())
 
     def complete(self, done: int) -> None:
-        """Report the end, with what all have done; that may come early when layers are settled."""
+        """Report the end, with the rows of all processes; it may come early if layers stop."""
         self.done = self.total = done
         self.tick()
 

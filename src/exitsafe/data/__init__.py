@@ -1,4 +1,4 @@
-"""Where samples come from: your own files, Hub data sets, the organism's suites."""
+"""Loads samples: from your own files, Hub data sets and the organism's suites."""
 
 from exitsafe.data.known import KNOWN_SUITES, KnownSuite
 from exitsafe.data.local import load_suite

@@ -1,4 +1,4 @@
-"""Pictures: found inside a suite's folder, checked, and opened as RGB, so that a model sees what a viewer shows."""
+"""Pictures: located inside a suite's folder, checked, and opened as RGB, so that a model sees what a viewer shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exitsafe.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-_TURNS = {  # by the value of EXIF's orientation; 1 is upright
+_TURNS = {  # by EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -26,34 +26,34 @@ _TURNS = {  # by the value of EXIF's orientation; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 _OPAQUE = {"RGBA": "RGB", "RGBa": "RGB", "RGBX": "RGB", "P": "RGB", "PA": "RGB", "1": "L", "LA": "L"}
-_MOST_STRETCHED = 200  # processors scale the short side up to some hundred pixels, and the long one with it
+_MAX_ASPECT_RATIO = 200  # processors scale the short side to some hundred pixels, and the long one with it
 
 
 def path_inside(folder: Path, name: str, *, where: str) -> Path:
     """The path of an image that a row names.
 
     Raises:
-        InputError: If it is a URL, or absolute, climbs out by `..` or follows a link out: a suite from elsewhere must
-            not read other files.
+        InputError: If it is a URL or absolute, or leaves the folder by `..` or a link: a suite from elsewhere must not
+            read other files.
     """
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", name):
         scheme = name.split(":", 1)[0]
-        raise InputError(f"{where}: an image is given as {scheme}: address; download it first and give its path")
+        raise InputError(f"{where}: an image is given by {scheme}: URL; download it first and give its path")
     is_absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
     if is_absolute or ".." in PurePosixPath(name.replace("\\", "/")).parts:
         raise InputError(f"{where}: image {name!r} leaves the suite's folder; give a path inside it")
     path = folder / name
     try:
         is_inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError) as error:  # a ring of links, a NUL
-        raise InputError(f"{where}: image {name!r} is not a valid path") from error
+    except (OSError, ValueError, RuntimeError) as error:  # circular links, a null character
+        raise InputError(f"{where}: image {name!r} is not a valid path; give one inside the suite's folder") from error
     if not is_inside:
-        raise InputError(f"{where}: image {name!r} is a link out of the suite's folder; put a copy there")
+        raise InputError(f"{where}: image {name!r} links to a file outside the suite's folder; put a copy there")
     return path
 
 
 def check_image(image: Path | bytes, *, where: str) -> None:
-    """Decode an image once and forget it, so that a broken file is found before the model is loaded.
+    """Decode an image once and discard it, so that a broken file is found before the model is loaded.
 
     Raises:
         InputError: If it is missing, not a file, not PNG, JPEG or WebP, implausibly large or elongated, or cannot be
@@ -61,26 +61,26 @@ def check_image(image: Path | bytes, *, where: str) -> None:
     """
     name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     if isinstance(image, Path) and _is_pipe(image):  # opening it would wait for a writer
-        raise InputError(f"{where}: image {name} is not a file; give the path of one")
+        raise InputError(f"{where}: image {name} is not a regular file; give the path of one")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             source = io.BytesIO(image) if isinstance(image, bytes) else image
             with Image.open(source, formats=FORMATS) as opened:
                 short, long = min(opened.size), max(opened.size)
-                # JPEG can decode at an eighth of its size: eight times faster, and a truncated file still fails
+                # JPEG can decode at an eighth of the size: eight times faster, and a truncated file still fails
                 opened.draft("RGB", (32, 32))
                 opened.load()
     except FileNotFoundError as error:
-        raise InputError(f"{where}: image {name} does not exist; put it there or drop the row") from error
+        raise InputError(f"{where}: image {name} does not exist; add it or remove the row") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{where}: image {name} cannot be read as PNG, JPEG or WebP; convert it") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{where}: image {name} has more pixels than any picture needs; scale it down") from error
+        raise InputError(f"{where}: image {name} has implausibly many pixels; scale it down") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{where}: image {name} cannot be read ({error}); replace it or drop the row") from error
-    if long > _MOST_STRETCHED * short:
-        raise InputError(f"{where}: image {name} is {long // short} times as long as wide; cut it")
+        raise InputError(f"{where}: image {name} cannot be read ({error}); replace it or remove the row") from error
+    if long > _MAX_ASPECT_RATIO * short:
+        raise InputError(f"{where}: image {name} is {long // short} times as long as wide; crop it")
 
 
 def open_image(source: Image.Image | Path | str | bytes, sample_id: str) -> Image.Image:
@@ -104,13 +104,13 @@ def num_pixels(source: Image.Image | Path | str | bytes, sample_id: str) -> int:
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """RGB as a viewer shows it: upright, on a white page where it is transparent, and in sRGB.
+    """RGB as a viewer shows it: upright, in sRGB, and on white where it is transparent.
 
     EXIF's orientation is applied. An embedded ICC profile is converted to sRGB; one that does not fit the picture is
-    ignored, as viewers do. 16 bits are scaled to 8. A picture that has none of these is `image.convert("RGB")`.
+    ignored, as viewers do. 16 bits are scaled to 8. Without any of these, the result is `image.convert("RGB")`.
 
     Raises:
-        ValueError: If pixels have 32 bits, which viewers do not show alike.
+        ValueError: If pixels have 32 bits, which viewers show in different ways.
     """
     turn = _TURNS.get(_orientation(image) or 1)
     image = _with_8_bits(image)
@@ -125,7 +125,7 @@ def as_seen(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(source: Image.Image | Path | str | bytes, sample_id: str) -> Iterator[Image.Image]:
-    """The picture, not yet decoded; errors meanwhile name its sample."""
+    """The picture, not yet decoded; errors inside the context name its sample."""
     name = f"of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         if isinstance(source, Image.Image):
@@ -134,9 +134,9 @@ def _opened(source: Image.Image | Path | str | bytes, sample_id: str) -> Iterato
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 yield image
     except FileNotFoundError as error:
-        raise InputError(f"sample {sample_id}: image {name} does not exist") from error
+        raise InputError(f"sample {sample_id}: image {name} does not exist; check the path") from error
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"sample {sample_id}: image {name} cannot be read ({error})") from error
+        raise InputError(f"sample {sample_id}: image {name} cannot be read ({error}); replace it") from error
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -150,7 +150,7 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode in ("I", "F") and image.format != "PNG":
         raise ValueError("32 bits per pixel have no agreed brightness scale; save it with 8 or 16")
-    if image.mode == "I" or image.mode.startswith("I;16"):  # which of the two a 16-bit PNG is depends on Pillow
+    if image.mode == "I" or image.mode.startswith("I;16"):  # a 16-bit PNG is either, depending on Pillow's version
         deep = np.asarray(image).astype(np.int64)
         levels = Image.fromarray(((deep * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
         levels.info = {name: image.info[name] for name in image.info if name != "transparency"}
@@ -177,8 +177,8 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 
 
 def _is_pipe(path: Path) -> bool:
-    """A pipe, socket or device."""
+    """Whether a path is a pipe, socket or device."""
     try:
         return path.exists() and not (path.is_file() or path.is_dir())
-    except (OSError, ValueError):  # no path at all: opening it says why
+    except (OSError, ValueError):  # not a valid path: opening it says why
         return False

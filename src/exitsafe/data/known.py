@@ -1,7 +1,7 @@
-"""The suites that exitsafe knows by name: one short entry each, facts only. No sample is included.
+"""The suites that exitsafe knows by name, one short entry each. No sample is included.
 
-Ids, columns and licences are those of the sets' cards; a revision is a commit of the set on the Hub that public
-projects pin too. Where none is pinned, the newest is taken and its commit is kept with the run.
+Ids, columns and licences are those on the sets' cards; a revision is a commit of the set on the Hub that public
+projects pin too. If none is pinned, the newest is used and the run records its commit.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from exitsafe.records import Kind
 
 @dataclass(frozen=True, kw_only=True)
 class KnownSuite:
-    """A data set of the Hub and how its rows become samples.
+    """A data set on the Hub and how its rows become samples.
 
     Args:
-        name: On the command line; also the prefix of the samples' ids.
-        title, size, licence, is_gated, citation: What the set's card and paper say.
-        hub_id, configs, split: Where it lies; several configurations are read one after the other.
+        name: Name on the command line; also the prefix of the samples' ids.
+        title, size, licence, is_gated, citation: From the set's card and paper.
+        hub_id, configs, split: Where to find it; several configurations are read one after the other.
         revision: A full commit, or None for the newest.
         prompt: The column of the prompt.
-        kind: Of every sample, or `kind_column` and what its values mean.
-        id: The column of an id that is known to be unique within a configuration; without one, the row's number from
-            0, which a commit fixes as well.
-        category: The column of the category; without one, the configuration where there are several.
-        context: A column that goes before the prompt, where it exists.
-        instruction: What is written behind every prompt.
+        kind: The kind of every sample, or the kinds by value of `kind_column`.
+        id: The column of an id that is unique within a configuration; without one, the row's number from 0, which is
+            fixed by the commit as well.
+        category: The column of the category; without one, the configuration if there are several.
+        context: A column to put before the prompt, where it exists.
+        instruction: Text appended to every prompt.
         image: The column of an embedded picture.
-        image_path: The column of a picture's path; `image_folder` is the folder of the set that it starts from.
-        answers: The column of the references, a list of texts or of records with `answer`.
-        needs_images: Whether the suite makes no sense without the user's own pictures.
+        image_path: The column of a picture's path, relative to `image_folder` in the set.
+        answers: The column of the reference answers, a list of texts or of records with `answer`.
+        needs_images: Whether the suite needs the user's own pictures.
         is_large: Whether it is read row by row from the Hub, and only with a limit.
-        note: One more sentence for whoever wants to use it.
+        note: One more sentence for users.
     """
 
     name: str
@@ -74,7 +74,7 @@ class KnownSuite:
 
     @property
     def pictures(self) -> str:
-        """How its samples come by pictures."""
+        """Where its samples' pictures come from."""
         if self.image:
             return "in the set"
         if self.image_path:
@@ -130,7 +130,7 @@ _ENTRIES = (
         kind="harmful",
         image_path="image_path",
         image_folder="JailBreakV_28K",
-        note="The Hub has only some of the pictures; its page says how to ask the authors for all of them.",
+        note="The Hub has only some of the pictures; its page says how to request all of them from the authors.",
     ),
     KnownSuite(
         name="advbench-coco",
@@ -194,7 +194,7 @@ _ENTRIES = (
         prompt="Goal",
         category="Category",
         kind="borderline",
-        note="On the topics of the harmful ones, to measure over-refusal.",
+        note="On the same topics as the harmful ones, to measure over-refusal.",
     ),
     KnownSuite(
         name="strongreject",
@@ -226,7 +226,7 @@ _ENTRIES = (
             "Gov_Decision",
             "HateSpeech",
             "Health_Consultation",
-            "Illegal_Activitiy",  # so spelt there
+            "Illegal_Activitiy",  # spelt like this in the set
             "Legal_Opinion",
             "Malware_Generation",
             "Physical_Harm",
@@ -289,7 +289,7 @@ _ENTRIES = (
         category="metadata_over",
         kind="borderline",
         image="image",
-        note="The licence is that of its repository on GitHub; its card on the Hub says only cc.",
+        note="The licence is that of its GitHub repository; its card on the Hub only says cc.",
     ),
     KnownSuite(
         name="vqav2",

@@ -1,8 +1,8 @@
 """A custom suite: a JSONL, CSV or Parquet file, or a folder laid out for the Hub, in; samples out.
 
-Everything is checked before a model is loaded, and every error names the file, the row and the way out. A
-row has the fields of `Sample`: id, prompt and kind, and optionally images, category, answers and source
-(the file's name by default); other columns are ignored.
+Everything is checked before a model is loaded, and every error names the file and the row and says what to do. A row
+has the fields of `Sample`: id, prompt and kind, and optionally images, category, answers and source (the file's name by
+default); other columns are ignored.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def load_suite(path: str | Path, *, limit: int | None = None) -> list[Sample]:
 
     Args:
         path: A .jsonl, .csv or .parquet file, or a folder: with Parquet files, or with pictures and a metadata.jsonl,
-            metadata.csv or metadata.parquet whose column file_name names them. Images are paths relative to the file
-            that names them, or, in Parquet, encoded bytes. In CSV a field with several values is a JSON list. Fields
-            that a sample does not have are named in a warning.
+            metadata.csv or metadata.parquet whose column file_name names them. Images are paths relative to that
+            file, or encoded bytes in Parquet. In CSV a field with several values is a JSON list. A warning lists
+            fields that a sample does not have.
         limit: Keep the first `limit` rows; later ones are not read.
 
     Raises:
-        InputError: On a file that cannot be read, a row that is not a sample, an image that is missing, unreadable or
-            outside the file's folder, an id that occurs twice, or a file without rows.
+        InputError: If a file cannot be read or has no rows, a row is not a sample, an image is missing, unreadable or
+            outside the file's folder, or an id occurs twice.
     """
     return list(islice(read_suite(Path(path), keep=lambda category: True), limit))
 
@@ -48,16 +48,19 @@ def read_suite(path: Path, *, keep: Keep) -> Iterator[Sample]:
                 _rows(file, unread), name=str(file), folder=file.parent, source=source, ids=ids, keep=keep
             )
         if not ids:
-            raise InputError(f"{path} holds no samples; write one row per sample with id, prompt and kind")
+            raise InputError(f"{path} contains no samples; write one row per sample with id, prompt and kind")
     finally:
-        # also when the caller has enough before the last row
+        # also if the caller stops before the last row
         if unread:
             known = ", ".join(FIELDS)
-            warnings.warn(f"{path}: not read: {', '.join(sorted(unread))}; a sample has {known}", stacklevel=3)
+            warnings.warn(
+                f"{path}: ignored fields: {', '.join(sorted(unread))}; a sample has {known}",
+                stacklevel=3,
+            )
 
 
 def suite_files(path: Path) -> list[Path]:
-    """The files of rows of a suite: the file itself, a folder's metadata file, or its Parquet files in order.
+    """The files with a suite's rows: the file itself, a folder's metadata file, or its Parquet files in order.
 
     Raises:
         InputError: If a folder has neither.

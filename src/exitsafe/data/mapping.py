@@ -1,4 +1,4 @@
-"""Rows of a known suite -> samples: its columns mapped to the fields of a sample. Downloads nothing itself."""
+"""Rows of a known suite -> samples: maps its columns to the fields of a sample."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exitsafe.data.hub import HubRow, check_columns, hub_rows
+from exitsafe.data.hub import HubRow, Values, check_columns, hub_rows
 from exitsafe.data.images import path_inside
 from exitsafe.data.known import KnownSuite
 from exitsafe.data.rows import Row, as_integer, read_rows
@@ -23,12 +23,12 @@ def read_known_suite(
     Args:
         suite: Its entry.
         path: A copy on disk: a folder laid out as on the Hub, or a file with the same columns. None is the Hub.
-        images: Where pictures that are named by path lie, if they are not in the copy.
+        images: The folder of pictures that rows name by path, if they are not in the copy.
         is_limited: Whether the caller will stop early.
-        keep: Asked for every row's category.
+        keep: Called with the category of every row.
 
     Raises:
-        InputError: With the way out, if the suite is not available or a row is not a sample.
+        InputError: If the suite is not available or a row is not a sample.
     """
     if path is None or path.is_dir():
         found = hub_rows(suite, folder=path, is_limited=is_limited)
@@ -59,28 +59,28 @@ def _to_fields(suite: KnownSuite, rows: Iterator[HubRow], folders: list[Path]) -
         )
 
 
-def _prompt(suite: KnownSuite, values: dict[str, Any]) -> Any:
+def _prompt(suite: KnownSuite, values: Values) -> object:
     prompt, context = values[suite.prompt], values.get(suite.context)
-    if not isinstance(prompt, str):  # missing, or no text: refused with its row
+    if not isinstance(prompt, str):  # missing or not text: `read_samples` reports its row
         return prompt
     return (f"{context}\n\n---\n\n" if context else "") + prompt + suite.instruction
 
 
-def _kind(suite: KnownSuite, values: dict[str, Any], where: str) -> str:
+def _kind(suite: KnownSuite, values: Values, where: str) -> str:
     if isinstance(suite.kind, str):
         return suite.kind
     label = _as_text(values[suite.kind_column])
     if label not in suite.kind:
-        raise InputError(f"{where}: column {suite.kind_column!r} is none of {', '.join(suite.kind)}")
+        raise InputError(f"{where}: column {suite.kind_column!r} must be one of {', '.join(suite.kind)}")
     return suite.kind[label]
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     return str(as_integer(value))
 
 
-def _answers(references: Any) -> list[Any] | None:
-    """Texts, records with `answer`, or, as older tables keep lists of records, a record of lists."""
+def _answers(references: Any) -> list[object] | None:
+    """Reference answers from texts, from records with `answer`, or, as in older tables, from a record of lists."""
     if isinstance(references, dict):
         references = references["answer"]
     if references is None:
@@ -88,14 +88,14 @@ def _answers(references: Any) -> list[Any] | None:
     return [reference["answer"] if isinstance(reference, dict) else reference for reference in references]
 
 
-def _image(suite: KnownSuite, values: dict[str, Any], folders: list[Path], where: str) -> Any:
+def _image(suite: KnownSuite, values: Values, folders: list[Path], where: str) -> object:
     if suite.image_path:
         return _find_by_path(suite, _as_text(values[suite.image_path]), folders, where)
     image = values[suite.image] if suite.image else None
     if suite.image and image is None:
         raise InputError(f"{where}: the picture is missing; give a copy of {suite.hub_id} that has it")
     if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
-        return Path(image["path"])  # where datasets has put the file
+        return Path(image["path"])  # where datasets saved the file
     return image
 
 
@@ -104,10 +104,10 @@ def _find_by_path(suite: KnownSuite, name: str, folders: list[Path], where: str)
         path = path_inside(folder, name, where=where)
         if path.is_file():
             return path
-    looked = f" under {' or '.join(map(str, folders))}" if folders else ""
+    searched = f" from {' and '.join(map(str, folders))}" if folders else ""
     raise InputError(
-        f"{where}: picture {name} is missing{looked}; get the pictures as {suite.page} says and pass their folder "
-        "with --images DIR"
+        f"{where}: picture {name} is missing{searched}; get the pictures as {suite.page} describes and pass their "
+        "folder with --images DIR"
     )
 
 
@@ -126,6 +126,6 @@ def _file_rows(suite: KnownSuite, path: Path) -> Iterator[HubRow]:
     # as on the Hub: CONFIGURATION/SPLIT.parquet
     config = path.parent.name if path.parent.name in suite.configs else ""
     for number, values in read_rows(path):
-        # every row of JSONL has columns of its own
+        # each row of JSONL may have different columns
         check_columns(suite, list(values), where=f"{path}, row {number}")
         yield config, number - 1, values

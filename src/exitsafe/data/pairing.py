@@ -1,4 +1,4 @@
-"""Benign pictures for samples that have none: a folder and a seed determine the pairs."""
+"""Pairs samples that have no picture with benign ones; a folder and a seed determine the pairs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from exitsafe.records import Sample
 
 
 def pair_with_images(samples: Sequence[Sample], folder: Path, *, seed: int) -> list[Sample]:
-    """Give every sample without a picture one of the folder's.
+    """Give every sample without a picture one from the folder.
 
-    Which one depends on the seed, the sample's id and the sorted names of the folder's pictures, and on nothing else:
-    more samples, fewer or another order change no pair.
+    Which one depends only on the seed, the sample's id and the sorted names of the folder's pictures: adding, removing
+    or reordering samples changes no pair.
 
     Raises:
-        InputError: If the folder has no pictures, needed or not, or one that is taken cannot be read.
+        InputError: If the folder has no pictures, or one that is used cannot be read.
     """
     names = list_images(folder)
     checked: set[str] = set()
@@ -46,14 +46,14 @@ def list_images(folder: Path) -> list[str]:
     try:
         paths = [path for path in folder.rglob("*") if _is_picture(path.relative_to(folder)) and path.is_file()]
     except OSError as error:
-        raise InputError(f"--images {folder} cannot be listed: {error.strerror}") from error
+        raise InputError(f"--images {folder} cannot be listed ({error.strerror}); check its permissions") from error
     if not paths:
-        raise InputError(f"--images {folder} holds no pictures; put {', '.join(ENDINGS)} files there")
+        raise InputError(f"--images {folder} contains no pictures; put {', '.join(ENDINGS)} files there")
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _is_picture(path: Path) -> bool:
-    """By its name; hidden files and what macOS leaves in archives only look like pictures."""
+    """Whether a file is a picture by its name; hidden files and macOS's archive metadata are not."""
     return path.suffix.lower() in ENDINGS and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 

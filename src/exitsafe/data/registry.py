@@ -1,4 +1,4 @@
-"""Suites by name: the names of the command line in, samples out; and what must be kept to read the same again."""
+"""Suites by name: the names used on the command line in, samples out; and what identifies a suite's source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from exitsafe.data.hub import is_commit, resolve_commit
 from exitsafe.data.known import KNOWN_SUITES, KnownSuite
@@ -16,6 +16,7 @@ from exitsafe.data.mapping import read_known_suite
 from exitsafe.data.pairing import pair_with_images
 from exitsafe.errors import InputError, did_you_mean
 from exitsafe.records import KINDS, Kind, Sample
+from exitsafe.untrusted import JsonObject
 from exitsafe.world import organism_suites
 from exitsafe.world.profile import SUITE_NAMES
 from exitsafe.world.suites import DEFAULT_SIZES
@@ -32,28 +33,28 @@ def load_suites(
     organism: str = "organism",
     images: str | Path | None = None,
     categories: Sequence[str] | None = None,
-    hub: Mapping[str, Mapping[str, Any]] | None = None,
+    hub: Mapping[str, JsonObject] | None = None,
 ) -> list[Sample]:
     """The samples of several suites, one suite after the other.
 
     Args:
-        names: The organism's suites (`SUITE_NAMES`), suites of the Hub (`KNOWN_SUITES`), `NAME=PATH` for a copy of
+        names: The organism's suites (`SUITE_NAMES`), suites from the Hub (`KNOWN_SUITES`), `NAME=PATH` for a copy of
             one of these on disk, or your own files and folders.
-        split: Which half of the organism's suites; others have no halves.
-        seed: Draws the organism's pictures and phrasings, and the pairs of `images`.
+        split: The half of the organism's suites to use; others are not split.
+        seed: Seed for the organism's pictures and phrasings, and for pairing with `images`.
         limit: Keep the first `limit` samples of each suite.
-        organism: Whose suites: `organism` or `organism:text`.
+        organism: The organism whose suites to use: `organism` or `organism:text`.
         images: A folder of benign pictures: every sample without a picture gets one of them.
-        categories: Keep only samples of these.
-        hub: What `resolve_suites` returned, to read the same commits again. Only commits are taken from it: the
-            location of a known suite is defined here.
+        categories: Keep only samples of these categories.
+        hub: The result of an earlier `resolve_suites`, to read the same commits again. Only commits are taken from it:
+            the location of a known suite is defined here.
 
     Raises:
-        InputError: On no name or an unknown one, a limit below 1, a suite that is not available or cannot be read, an
-            id in two suites, or a category that no suite has.
+        InputError: If no name is given or one is unknown, the limit is below 1, a suite is not available or cannot be
+            read, an id is in two suites, or no suite has a category.
     """
     if not names:
-        raise InputError(f"no suite is named; {_choice()}")
+        raise InputError(f"no suite is given; {_choice()}")
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit} keeps no samples; choose 1 or more")
     folder = None if images is None else Path(images)
@@ -67,7 +68,7 @@ def load_suites(
             if sample.id in owners:
                 raise InputError(
                     f"sample id {sample.id!r} is in {owners[sample.id]} and in {name}; make ids unique, "
-                    "for example by a prefix per suite"
+                    "for example with a prefix for each suite"
                 )
             owners[sample.id] = name
     samples = [sample for found in suites.values() for sample in found]
@@ -76,21 +77,21 @@ def load_suites(
     return samples
 
 
-def resolve_suites(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Where the named suites of the Hub come from: by name, id, configs, split and commit, as JSON.
+def resolve_suites(names: Sequence[str]) -> dict[str, JsonObject]:
+    """The sources of suites from the Hub: id, configs, split and commit, by suite name.
 
     Args:
         names: As for `load_suites`; other suites and copies on disk are left out.
 
     Raises:
-        InputError: If the Hub refuses.
+        InputError: If the Hub refuses access.
     """
     known = {name: KNOWN_SUITES[name] for name in names if name in KNOWN_SUITES}
     return {name: {**_place(suite), "revision": resolve_commit(suite)} for name, suite in known.items()}
 
 
 def absolute_names(names: Sequence[str]) -> list[str]:
-    """The same names, valid in every folder: paths of files, folders and copies made absolute."""
+    """The same names with absolute paths, valid in every folder."""
     split = [(name, *_split_name(name)) for name in names]
     return [
         name if path is None else "=".join(filter(None, [known, str(path.absolute())])) for name, known, path in split
@@ -104,7 +105,7 @@ def _read_one(
     limit: int | None,
     organism: str,
     images: Path | None,
-    hub: Mapping[str, Mapping[str, Any]],
+    hub: Mapping[str, JsonObject],
     selection: _Selection,
 ) -> Iterator[Sample]:
     known, path = _split_name(name)
@@ -121,7 +122,7 @@ def _read_one(
 
 
 def _split_name(name: str) -> tuple[str, Path | None]:
-    """The known suite that is meant, if any, and the path, if any; ("", None) is a suite of the organism.
+    """The known suite in a name, if any, and the path, if any; ("", None) is one of the organism's suites.
 
     Raises:
         InputError: If it is none of these.
@@ -137,6 +138,8 @@ def _split_name(name: str) -> tuple[str, Path | None]:
         return known, Path(path).expanduser()
     if Path(name).suffix or Path(name).exists():
         return "", Path(name)
+    if name.startswith((".", "~")) or "/" in name or "\\" in name:
+        raise InputError(f"suite {name} does not exist; give an existing file or folder, or the name of a suite")
     hint = did_you_mean(known, [*SUITE_NAMES, *KNOWN_SUITES])
     raise InputError(f"suite {name!r} is unknown{hint}; {_choice()}")
 
@@ -145,8 +148,8 @@ def _choice() -> str:
     return f"choose from {', '.join([*SUITE_NAMES, *KNOWN_SUITES])}, or give a file or folder"
 
 
-def _as_kept(suite: KnownSuite, kept: Mapping[str, Any] | None) -> KnownSuite:
-    """The entry at the commit that a run was made of.
+def _as_kept(suite: KnownSuite, kept: JsonObject | None) -> KnownSuite:
+    """The entry at the commit that a run used.
 
     Raises:
         InputError: If the run names another location, or no commit: a run is data and must not redirect reads.
@@ -168,14 +171,14 @@ def _as_kept(suite: KnownSuite, kept: Mapping[str, Any] | None) -> KnownSuite:
     return replace(suite, revision=revision)
 
 
-def _place(suite: KnownSuite) -> dict[str, Any]:
+def _place(suite: KnownSuite) -> JsonObject:
     return {"id": suite.hub_id, "configs": list(suite.configs), "split": suite.split}
 
 
 def _draw_organism(
     name: str, split: Split, seed: int, limit: int | None, organism: str, selection: _Selection
 ) -> Iterator[Sample]:
-    # a longer suite begins with the shorter one, so only what is asked for is drawn
+    # a longer suite begins with the shorter one, so draw only as many samples as needed
     default = DEFAULT_SIZES[split]
     sizes: dict[Kind, int] = {kind: 0 for kind in KINDS if name != f"organism-{kind}"}
     sizes |= {kind: min(limit or size, size) for kind, size in default.items() if kind not in sizes}
@@ -197,7 +200,7 @@ def _warn(suites: Mapping[str, Sequence[Sample]]) -> None:
 
 
 class _Selection:
-    """Which categories are wanted, and which there are."""
+    """The wanted categories, and those seen so far."""
 
     def __init__(self, wanted: Sequence[str]) -> None:
         self.wanted = frozenset(wanted)
@@ -208,8 +211,9 @@ class _Selection:
         return not self.wanted or category in self.wanted
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Raises InputError for a category that no sample has: a typing error must not pass as an empty result."""
+        """Raise InputError for a category that no sample has: a typo must not pass as an empty result."""
         missing = self.wanted - {sample.category for sample in samples}
         if missing:
-            there = ", ".join(sorted(filter(None, self.seen))) or "none: these suites have no categories"
-            raise InputError(f"no sample is of category {', '.join(map(repr, sorted(missing)))}; there are {there}")
+            choice = ", ".join(sorted(filter(None, self.seen)))
+            hint = f"choose from {choice}" if choice else "these suites have no categories; leave the option out"
+            raise InputError(f"no sample has category {', '.join(map(repr, sorted(missing)))}; {hint}")

@@ -1,4 +1,4 @@
-"""One row of plain values in, one checked sample out. Checks where pictures are, not where rows come from."""
+"""One row of plain values in, one checked sample out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exitsafe.data.rows import Row, as_integer
 from exitsafe.errors import InputError
 from exitsafe.records import KINDS, Kind, Sample
 
-# controls, direction marks and the like, half surrogates, line and paragraph separators
+# control and format characters, lone surrogates, line and paragraph separators
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
@@ -28,15 +28,15 @@ class Keep(Protocol):
 def read_samples(
     rows: Iterable[Row], *, name: str, folder: Path, source: str, ids: set[str], keep: Keep
 ) -> Iterator[Sample]:
-    """Rows with the fields of `Sample` -> samples; one that is not kept costs no image check.
+    """Rows with the fields of `Sample` -> samples; images of rows that are not kept are not checked.
 
     Args:
         rows: Numbered from 1.
-        name: Of the file or set, for errors.
-        folder: Where the paths of images start.
-        source: Of samples that name none.
-        ids: Those taken; new ones are added.
-        keep: Asked for every row.
+        name: Name of the file or set, for errors.
+        folder: The folder that image paths are relative to.
+        source: The source of samples that name none.
+        ids: Ids already in use; new ones are added.
+        keep: Called with the category of every row.
 
     Raises:
         InputError: On a row that is not a sample, an image that is missing, unreadable or outside the folder, or an id
@@ -54,29 +54,29 @@ def read_samples(
 
 
 def is_missing(value: object) -> bool:
-    """No value, or the NaN that pandas writes for none."""
+    """Whether a value is None, or the NaN that pandas writes for it."""
     return value is None or (isinstance(value, float) and value != value)
 
 
 def _as_list(value: object) -> list[object]:
-    """One value stands for a list of one; a CSV cell may hold a JSON list."""
+    """A single value as a list of one; a CSV cell may contain a JSON list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError):  # an ordinary text that opens with a bracket
+        except (ValueError, RecursionError):  # ordinary text that starts with a bracket
             return [value]
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _as_texts(value: object) -> list[object]:
-    """As `_as_list`; entries that a table fills with None or NaN are dropped."""
+    """Like `_as_list`, without the None or NaN that a table puts into empty cells."""
     return [as_integer(each) for each in _as_list(value) if not is_missing(each)]
 
 
 def _as_id(value: object) -> object:
     value = as_integer(value)
     if isinstance(value, float) and value.is_integer():
-        raise ValueError("a number of this size has lost digits as a float; save the column as text")
+        raise ValueError("a number this large has lost digits as a float; save the column as text")
     return value
 
 
@@ -88,7 +88,7 @@ class _Embedded(BaseModel):
 
 
 _Text = Annotated[str, BeforeValidator(as_integer)]
-# a Path comes from the loaders, never from a file's text
+# only loaders make a Path, never the text in a file
 _Image = _Embedded | Path | bytes | str
 
 
@@ -117,20 +117,20 @@ def _parse(values: Mapping[str, object], where: str) -> _Row:
     if row.images and row.image:
         raise InputError(f"{where}: both image and images are given; keep one of them")
     for name, text in (("id", row.id), ("category", row.category), ("source", row.source)):
-        # tables print these: what moves the cursor or the direction of writing would falsify a table
+        # tables print these, and a character that moves the cursor or reverses the text could falsify a table
         if any(unicodedata.category(character) in _UNPRINTABLE for character in text):
             raise InputError(f"{where}: {name} {text[:40]!a} has unprintable characters; remove them")
     return row
 
 
 def _explain(error: ValidationError) -> str:
-    """The first fault of a row in one line."""
+    """The first error of a row in one line."""
     fault = error.errors()[0]
     field = str(fault["loc"][0])
     if fault["type"] == "missing":
         return f"field {field!r} is missing; a sample needs id, prompt and kind"
     if field == "kind":
-        # more than a word is not a misspelt kind but text of another column: it must not be printed
+        # more than one word is not a misspelt kind but text from another column, which must not be printed
         is_word = isinstance(fault["input"], str) and fault["input"].isalnum() and len(fault["input"]) <= 20
         given = f"kind {fault['input']!a}" if is_word else "this kind"
         return f"{given} is unknown; choose {', '.join(KINDS)}"

@@ -1,1 +1,1 @@
-"""Who answers: prompts in, responses out, at any exit of the image encoder."""
+"""Answers samples: prompts in, responses out, at any exit of the image encoder."""

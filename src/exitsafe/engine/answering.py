@@ -1,13 +1,13 @@
-"""Many (sample, exit layers) tasks in, responses out, with as many rows at a time as memory holds.
+"""Many (sample, exit layers) tasks in, responses out, with as many rows at a time as fit in memory.
 
-Samples are taken in chunks whose features, of all layers, fit in memory. Knows nothing about judges and runs.
+Samples are processed in chunks whose features, for all layers, fit in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.read_ahead import DEFAULT_NEW_TOKENS, ReadAhead
@@ -17,19 +17,27 @@ from exitsafe.records import Response, Sample
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
 
-BATCHES_AT_ONCE = 16  # per chunk of samples: enough that its last, emptying batch costs little
+BATCHES_AT_ONCE = 16  # per chunk of samples: enough that its last, partly empty batch costs little
 FEATURE_BYTES = 2 * 2**30  # for the features of one chunk, all layers
-ENCODED_AT_ONCE = 32  # images' prompts per encoder pass: larger passes gain nothing
-_ROWS_AT_FIRST = 16  # the first chunk only shows how large features are
+ENCODED_AT_ONCE = 32  # prompts per encoder pass: larger passes gain nothing
+_FIRST_ROWS = 16  # the first chunk only shows how large features are
 _NO_MEMORY = (
-    "out of memory while answering a single row; what was saved is kept: rerun with a smaller max_new_tokens, a "
+    "out of memory while answering a single row; finished answers are saved: rerun with a smaller max_new_tokens, a "
     "smaller dtype, or quantization"
 )
 
 
+class Decoding(TypedDict):
+    """Decoding settings, as keyword arguments of `VLM.complete`."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """A sample to be answered at some exit layers."""
+    """A sample to answer at some exit layers."""
 
     sample: Sample
     exit_layers: tuple[int, ...]
@@ -40,8 +48,8 @@ class Answering:
 
     Args:
         vlm: The model.
-        max_new_tokens, temperature, seed: As in `VLM.generate`; None is settled by `check`.
-        batch_size: Rows under generation at a time; None takes what fits. Halved for good when memory runs out.
+        max_new_tokens, temperature, seed: As in `VLM.generate`; `check` replaces None.
+        batch_size: Rows generated at a time; None uses as many as fit. Halved permanently when memory runs out.
         skip_global: As in `VLM.exit_at`.
     """
 
@@ -58,14 +66,14 @@ class Answering:
         self.vlm = vlm
         self._wanted = max_new_tokens
         longest = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        self.decoding: dict[str, Any] = {"max_new_tokens": longest, "temperature": temperature, "seed": seed}
+        self.decoding: Decoding = {"max_new_tokens": longest, "temperature": temperature, "seed": seed}
         self.skip_global = skip_global
         self.is_auto = batch_size is None
         self.rows = BatchSize(MOST_ROWS if batch_size is None else batch_size, problem=_NO_MEMORY)
         self._num_samples = 0
 
     def check(self, samples: Sequence[Sample], *, exit_layer: int) -> ReadAhead:
-        """Raise now what would be raised later: settings that make no sense, texts that cannot be asked."""
+        """Find invalid settings and prompts before the work starts. Raises as `VLM.complete` and `VLM.read_ahead`."""
         self.vlm.complete([], **self.decoding, batch_size=self.rows.most)
         with self.vlm.exit_at(exit_layer, skip_global=self.skip_global):
             pass
@@ -74,21 +82,21 @@ class Answering:
         return found
 
     def chunks(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
-        """The tasks, so many at a time as their features allow; the size is found while `answer` works."""
+        """The tasks in chunks whose features fit in memory; `answer` measures the size for the next chunk."""
         queue = sorted(tasks, key=lambda task: (len(task.sample.images), len(task.sample.prompt)))
         if queue and not self._num_samples:
-            self._num_samples = max(1, min(_ROWS_AT_FIRST, self.rows.most) // len(queue[0].exit_layers))
+            self._num_samples = max(1, min(_FIRST_ROWS, self.rows.most) // len(queue[0].exit_layers))
         while queue:
             chunk, queue = queue[: self._num_samples], queue[self._num_samples :]
             yield chunk
 
     def answer(self, tasks: Sequence[Task]) -> Iterator[Response]:
-        """Responses in the order of finishing. When memory runs out only what was under way is done again.
+        """Responses in the order of finishing. When memory runs out, only unfinished rows are repeated.
 
         Raises:
             RunError: If memory runs out with a single row.
         """
-        # fewer samples have fewer features: this is halved apart from the rows under generation
+        # fewer samples have fewer features: halved separately from the rows generated at a time
         for rows in BatchSize(max(1, len(tasks)), problem=_NO_MEMORY).batches(self._prepare, tasks):
             if self.is_auto:
                 self.rows.fits = self._rows_that_fit(rows)
@@ -115,7 +123,7 @@ class Answering:
         return self.vlm.rows_that_fit(prompts, max_new_tokens=self.decoding["max_new_tokens"])
 
     def _samples_that_fit(self, rows: Sequence[Row], *, num_samples: int) -> int:
-        """How many samples to take next: enough rows for full batches, if their features fit in memory."""
+        """The size of the next chunk: enough rows for full batches, if their features fit in memory."""
         num_bytes = sum(tensor.nbytes for row in rows for tensor in row.features or ())
         most = min(FEATURE_BYTES, free_memory(self.vlm.device) // 4) * num_samples // max(1, num_bytes)
         size = min(self.rows.most, self._rows_that_fit(rows)) if self.is_auto else self.rows.most

@@ -1,4 +1,4 @@
-"""The image features of many prompts, at every exit wanted, from as few encoder passes as memory allows."""
+"""The image features of many prompts at several exits, from as few encoder passes as memory allows."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def features_by_prompt(
     batch_size: int | BatchSize,
     skip_global: bool,
 ) -> list[dict[int, Features | None]]:
-    """`compute_features` for many prompts, in batches, split by prompt; None for a prompt without images.
+    """`compute_features` for many prompts, in batches that are halved when memory runs out.
 
-    Batches are halved when memory runs out.
+    Returns:
+        For each prompt its features by exit layer; None for a prompt without images.
 
     Raises:
         ModelError: If a feature is NaN or infinite.
@@ -59,7 +60,7 @@ def features_by_prompt(
 
 
 def _check_finite(vlm: ExitingModel, features: Mapping[str, Mapping[int, Features | None]]) -> None:
-    """One wait for the device, however many samples and exits."""
+    """Raise ModelError for NaN and infinity; waits for the device only once."""
     places = [
         (exit_layer, sample_id, image)
         for sample_id, by_exit in features.items()

@@ -2,7 +2,6 @@
 
 Finished rows leave the batch at once and waiting ones take their places, so one long answer does not hold up the
 others. Sampling is keyed by (seed, sample id, exit layer, draw): batch size, order and resume cannot change a draw.
-Knows nothing about judges, runs or training.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from exitsafe.engine.prompts import Row, collate
@@ -41,7 +40,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen: greedy at temperature 0, else from the whole distribution; `draw` adds to the row's."""
+    """How tokens are chosen: greedily at temperature 0, else from the full distribution; `draw` adds to the row's."""
 
     max_new_tokens: int
     temperature: float
@@ -62,7 +61,7 @@ def complete_rows(
 ) -> Iterator[tuple[int, Completion]]:
     """Answer every row; yields (index into rows, completion) in the order of finishing.
 
-    When memory runs out, what was under way is answered again in batches of half the size.
+    When memory runs out, unfinished rows are answered again in batches of half the size.
 
     Raises:
         RunError: If one row does not fit in memory.
@@ -71,7 +70,7 @@ def complete_rows(
     for index, row in enumerate(rows):
         waiting.setdefault(vlm.batch_key(row.prompt), []).append(index)
     for indices in waiting.values():
-        # Longest first: an out-of-memory shows at once, and neighbours need little padding.
+        # Longest first: memory runs out at once if at all, and neighbours need little padding.
         indices.sort(key=lambda index: -len(rows[index].prompt.input_ids))
 
     def work(size: int) -> Iterator[tuple[int, Completion]]:
@@ -92,7 +91,7 @@ def _complete_queue(
     while waiting or batch is not None:
         started = time.perf_counter()
         num_free = batch_size - (0 if batch is None else len(batch.indices))
-        # A refill costs a prefill and a copy of the cache: wait until a quarter of the places is free.
+        # A refill costs a prefill and a copy of the cache: wait until a quarter of the batch is free.
         if waiting and (batch is None or (batch.can_join and num_free * 4 >= batch_size)):
             joining, waiting = waiting[:num_free], waiting[num_free:]
             fresh = _prefill(vlm, rows, joining, sampling)
@@ -123,7 +122,7 @@ def _complete_queue(
 
 @dataclass(kw_only=True)
 class _Batch:
-    """Rows under generation. All tensors are aligned at the right end; unused columns at the left are masked."""
+    """Rows being generated. All tensors are right-aligned; unused columns on the left are masked."""
 
     indices: list[int]  # into the caller's rows
     cache: DynamicCache
@@ -138,11 +137,11 @@ class _Batch:
 
     @property
     def can_join(self) -> bool:
-        """Whether another batch's cache can be put beside this one: plain growing layers only."""
+        """Whether another batch's cache can be joined to this one: only layers that grow by a token at a time."""
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def decode(self, vlm: Reader, rows: Sequence[Row], sampling: Sampling) -> None:
-        """One token more for every row."""
+        """Generate one more token for every row."""
         self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.indices), 1)], 1)
         self.positions = self.positions + 1
         extra = {} if self.cross_attention_mask is None else {"cross_attention_mask": self.cross_attention_mask}
@@ -165,7 +164,7 @@ class _Batch:
         self.seconds = [so_far + share for so_far in self.seconds]
 
     def select(self, keep: Sequence[int]) -> _Batch:
-        """Only the rows `keep`, without the columns that none of them uses."""
+        """Only the rows in `keep`, without the columns that none of them uses."""
         index = torch.tensor(keep, device=self.tokens.device)
         mask = self.attention_mask[index]
         unused = int(mask.long().argmax(dim=1).min()) if self.can_join else 0
@@ -191,7 +190,7 @@ class _Batch:
         )
 
     def join(self, other: _Batch) -> _Batch:
-        """Both batches as one, padded at the left to the wider."""
+        """Both batches as one, left-padded to the wider one."""
         for mine, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
             if not mine.is_initialized:
                 continue
@@ -214,13 +213,20 @@ class _Batch:
         )
 
 
-def _layers(cache: DynamicCache) -> list[Any]:
-    """The cache's layers; not initialised where nothing was cached (cross-attention without an image)."""
-    return list(cache.layers)
+class _Layer(Protocol):
+    """A layer of the cache; uninitialised where nothing was cached (cross-attention without an image)."""
+
+    is_initialized: bool
+    keys: Tensor
+    values: Tensor
+
+
+def _layers(cache: DynamicCache) -> list[_Layer]:
+    return cast(list[_Layer], cache.layers)
 
 
 def _prefill(vlm: Reader, rows: Sequence[Row], indices: list[int], sampling: Sampling) -> _Batch:
-    """Read the prompts, each once however many rows ask the same, and choose each row's first token."""
+    """Read the prompts, once each even if several rows share one, and choose each row's first token."""
     chosen_rows = [rows[index] for index in indices]
     different, places = _different(chosen_rows)
     batch = collate([row.prompt for row in different], None, pad_token_id=vlm.pad_token_id)
@@ -257,7 +263,7 @@ def _prefill(vlm: Reader, rows: Sequence[Row], indices: list[int], sampling: Sam
 
 
 def _different(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
-    """The rows without those that ask the same as the one before, and each row's place among them."""
+    """The rows without repetitions of the previous one, and each row's index among them."""
     different: list[Row] = []
     places = []
     for row in rows:
@@ -271,7 +277,7 @@ def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sam
     """Next token ids (B,) from logits (B, V): the largest, or by inverting the cumulative distribution.
 
     Raises:
-        ModelError: If a row's logits form no distribution: a token chosen from NaN would pass for the model's answer.
+        ModelError: If a row's logits are not a distribution: a token chosen from NaN would pass for an answer.
     """
     dtype = logits.dtype
     logits = suppress_logits(logits, sampling.suppress)
@@ -287,14 +293,14 @@ def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sam
     return chosen.to(logits.device)
 
 
-def ignored_settings(generation_config: Any) -> list[str]:
-    """Settings of a checkpoint that would change greedy answers, and that exitsafe leaves out, e.g. `min_length=5`."""
+def ignored_settings(generation_config: GenerationConfig) -> list[str]:
+    """Settings of a checkpoint that would change greedy answers and that exitsafe ignores, e.g. `min_length=5`."""
     found = {name: getattr(generation_config, name, None) for name in _NEUTRAL}
     return [f"{name}={value}" for name, value in found.items() if value not in (None, [], {}, _NEUTRAL[name])]
 
 
-# What stock `generate` does to greedy answers, with the value that does nothing.
-_NEUTRAL: dict[str, Any] = {
+# Settings with which stock `generate` changes greedy answers, and the value that changes nothing.
+_NEUTRAL: dict[str, float | None] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -317,7 +323,7 @@ _NEUTRAL: dict[str, Any] = {
 
 
 def suppress_logits(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Logits with `token_ids` made impossible; a tokenizer may have tokens that the head has no logit for."""
+    """Logits with `token_ids` made impossible; a tokenizer may have tokens for which the head has no logit."""
     token_ids = [token for token in token_ids if token < logits.shape[-1]]
     if not token_ids:
         return logits
@@ -333,9 +339,9 @@ def _uniforms(row: Row, sampling: Sampling) -> Tensor:
 
 
 def _stack_right(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
-    """Stack along the batch, right-aligned along `dim`, zeros at the left of the narrower."""
+    """Stack along the batch, right-aligned along `dim`, with zeros on the left of the narrower one."""
     width = max(first.shape[dim], second.shape[dim])
-    padded: list[Any] = []
+    padded: list[Tensor] = []
     for tensor in (first, second):
         missing = list(tensor.shape)
         missing[dim] = width - tensor.shape[dim]

@@ -1,7 +1,7 @@
-"""How long a model takes at each exit, as on a device: one request at a time, encoder, prefill and decoding apart.
+"""Times a model at each exit, as on a device: one request at a time; encoder, prefill and decoding separately.
 
-A `VLM` and samples in, times per pass out. Preparing the picture and tokenising are the same at every exit and are not
-timed. Knows nothing about runs and computes no statistic.
+A `VLM` and samples in, times per pass out. Image preprocessing and tokenising are the same at every exit and are not
+timed.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Pass:
     decode_ms_per_token: float
 
     def answer_ms(self, num_tokens: int) -> float:
-        """All of an answer of so many tokens."""
+        """The time for a whole answer of `num_tokens` tokens."""
         return self.encoder_ms + self.prefill_ms + (num_tokens - 1) * self.decode_ms_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Passes of the same requests in the same order at every exit: those of one place belong together."""
+    """Passes of the same requests in the same order at every exit, so that equal indices can be compared."""
 
     default: tuple[Pass, ...]
     """At the default exit of the untouched model, global blocks included."""
@@ -65,18 +65,18 @@ def measure_latency(
 ) -> Latency:
     """Time single requests at every exit.
 
-    Every round asks each sample at each exit; within a sample the exits come in an order drawn anew each time, so that
-    a machine that slows down meanwhile slows all of them. The first round warms up and does not count. Adapters are
-    off: merged, as they are shipped, they cost nothing.
+    Every round times each sample at each exit, in a new random order of the exits for each sample, so that a machine
+    that slows down affects all of them. The first round warms up and is not counted. Adapters are disabled: merged, as
+    they are shipped, they cost nothing.
 
     Args:
         vlm: The model.
-        samples: Those with pictures are asked, evenly spread over the list.
+        samples: Samples with pictures are used, evenly spread over the list.
         exit_layers: Exits to time; the default exit is timed with them.
-        num_samples: How many samples at most.
-        new_tokens: Tokens generated in a pass, 2 or more; an end of sequence does not stop it.
+        num_samples: Most samples to use.
+        new_tokens: Tokens generated in a pass, 2 or more, regardless of end-of-sequence tokens.
         repeats: Rounds that count.
-        skip_global: As in `VLM.exit_at`, at every exit but the default that the others are compared with.
+        skip_global: As in `VLM.exit_at`, at every exit except the default, with which the others are compared.
         progress: Called after every pass.
 
     Raises:
@@ -113,14 +113,14 @@ def measure_latency(
 
 
 def spread(samples: Sequence[Sample], number: int) -> list[Sample]:
-    """Some of the samples that have pictures, from all parts of the list.
+    """Some of the samples that have pictures, evenly spread over the list.
 
     Raises:
-        InputError: If none has.
+        InputError: If none has a picture.
     """
     pictured = [sample for sample in samples if sample.images]
     if not pictured:
-        raise InputError("no sample has a picture, so no exit can be told from another by its time")
+        raise InputError("no sample has a picture, so every exit takes the same time; use a suite with pictures")
     number = min(number, len(pictured))
     return [pictured[place * len(pictured) // number] for place in range(number)]
 
@@ -132,7 +132,7 @@ def _time_pass(vlm: VLM, prompt: Prompt, exit_layer: int, *, skip_global: bool, 
     started = _now(vlm)
     features = vlm.image_features(prompt.image_inputs, (exit_layer,), skip_global=skip_global)[exit_layer]
     encoded = _now(vlm)
-    # every call of the model is a step of generation, the first one the prefill
+    # every call of the model is a generation step; the first is the prefill
     recorder = vlm.model.register_forward_hook(lambda *_: stamps.append(_now(vlm)))
     try:
         row = Row(prompt=prompt, exit_layer=exit_layer, features=features)
@@ -157,7 +157,7 @@ def _time_pass(vlm: VLM, prompt: Prompt, exit_layer: int, *, skip_global: bool, 
 
 
 def _now(vlm: VLM) -> float:
-    """Seconds, once the device has done all it was asked."""
+    """Seconds, once the device has finished all queued work."""
     if vlm.device.type != "cpu":
         import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,8 +26,11 @@ from exitsafe.machine.devices import check_quantization, find_device, find_dtype
 from exitsafe.world import model_folder
 from exitsafe.world.profile import is_organism
 
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
 _DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # code runs with trust_remote_code
-# What the libraries raise for torn files, missing parts and devices that are not there.
+# What the libraries raise for corrupt files, missing parts and missing devices.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError, SafetensorError)
 
 
@@ -48,19 +51,19 @@ def load_vlm(
         name_or_path: A Hub id, a folder written by `save_pretrained`, `organism` or `organism:text`. The organisms are
             too small to gain from several threads and set torch to one.
         adapter: A PEFT adapter folder or Hub id.
-        translators: A folder that `exitsafe translate` made for this model.
-        revision: Branch, tag or commit of a Hub model; None is its newest commit.
+        translators: A folder that `exitsafe translate` wrote for this model.
+        revision: Branch, tag or commit of a Hub model; None is the main branch.
         dtype: "auto" (as saved), or e.g. "bfloat16".
         device: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
-        quantization: None, "nf4" or "int8" by bitsandbytes, or "torchao-int8"; the image encoder stays as it is.
+        quantization: None, "nf4" or "int8" (bitsandbytes), or "torchao-int8"; the image encoder is not quantized.
         trust_remote_code: Whether code from the checkpoint may run. Only safetensors are loaded either way.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ModelError: If nothing can be loaded from there, the family is not supported, the processor does not fit the
-            model, an adapter's weights are incomplete, or the translators are another model's.
+        ModelError: If the model cannot be loaded, the family is not supported, the processor does not fit the model,
+            an adapter's weights are incomplete, or the translators belong to another model.
         InputError: If the device, number type or quantization is unknown, or this machine has no such GPU.
     """
     where_to, as_type = find_device(device), find_dtype(dtype) or "auto"
@@ -72,16 +75,16 @@ def load_vlm(
         check_adapter_source(str(adapter))
     if where.is_dir() and revision is not None:
         raise ModelError(f"{source} is a folder and has no revisions; leave revision out")
-    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    remote: dict[str, str | bool] = {"trust_remote_code": trust_remote_code}
     if not where.is_dir():
         remote["revision"] = revision or "main"
     prepare()
     if is_organism(name_or_path):
-        torch.set_num_threads(1)  # at a million parameters, threads only wait for each other
+        torch.set_num_threads(1)  # with a million parameters, threads only wait for each other
     try:
         adapter_folder = None if adapter is None else _adapter_folder(adapter)
         config = AutoConfig.from_pretrained(source, **remote)
-        check_no_adapter(source, revision=remote.get("revision"))
+        check_no_adapter(source, revision=None if where.is_dir() else revision or "main")
         family = find_family(config)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -113,8 +116,8 @@ def load_vlm(
         warnings.warn(remark, stacklevel=2)
     if ignored := ignored_settings(vlm.base_model.generation_config):
         warnings.warn(
-            f"{name_or_path!s}: of the checkpoint's generation settings only the end tokens are used; these would "
-            f"change greedy answers: {', '.join(ignored)}",
+            f"{name_or_path!s}: exitsafe ignores these generation settings of the checkpoint, which would change "
+            f"greedy answers: {', '.join(ignored)}",
             stacklevel=2,
         )
     if translators is not None:
@@ -133,19 +136,19 @@ def as_vlm(model: VLM | str | Path) -> VLM:
 def check_no_adapter(source: str, *, revision: str | None) -> None:
     """Refuse a model folder that contains an adapter.
 
-    transformers would apply it silently and, for a Hub id, load whichever model the adapter's file names.
+    transformers would silently apply it and, for a Hub id, load whichever model the adapter's config names.
 
     Raises:
-        ModelError: If there is one.
+        ModelError: If it contains one.
     """
     if find_adapter_config_file(source, revision=revision) is not None:
         raise ModelError(
-            f"{source} holds an adapter (adapter_config.json): give its base model, and {source} as --adapter"
+            f"{source} contains an adapter (adapter_config.json): give its base model, and {source} as --adapter"
         )
 
 
 def hash_files(folder: Path) -> str:
-    """SHA-256 over the names and contents of what decides an answer: weights, configs, tokenizer, templates."""
+    """SHA-256 over names and contents of the files that affect answers: weights, configs, tokenizer, templates."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in _DECIDING and path.is_file()):
         digest.update(path.name.encode() + b"\0")
@@ -155,7 +158,7 @@ def hash_files(folder: Path) -> str:
 
 
 def _adapter_folder(adapter: str | Path) -> Path:
-    """The adapter's files, from the Hub if `adapter` is no folder; safetensors only, as for models."""
+    """The adapter's files, from the Hub if `adapter` is not a folder; safetensors only, as for models."""
     folder = Path(adapter)
     if not folder.is_dir():
         try:
@@ -168,12 +171,12 @@ def _adapter_folder(adapter: str | Path) -> Path:
     return folder
 
 
-def _quantization_config(quantization: str | None) -> Any:
+def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | TorchAoConfig | None:
     if quantization is None:
         return None
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    # Matched from the start of a module's full name. Features must stay those of the unquantised encoder.
+    # Matched from the start of a module's full name. The encoder's features must not change.
     encoder = ["model.vision_tower", "model.vision_model", "model.multi_modal_projector", "lm_head"]
     if quantization == "torchao-int8":
         try:

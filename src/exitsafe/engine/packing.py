@@ -1,8 +1,8 @@
 """Several responses to one prompt as one sequence: [prompt, response 1, ..., response G].
 
-A tree mask lets each response see the prompt and itself, never a sibling, and each response's positions go on from
+A tree mask lets each response see the prompt and itself, never a sibling, and each response's positions continue from
 the prompt's end. So the prompt, mostly image tokens, is computed once for all responses to it: P + G R tokens where
-separate sequences take G (P + R). Nothing else about the model changes. Knows nothing about policies or losses.
+separate sequences take G (P + R). Nothing else about the model changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from exitsafe.engine.reader import Reader
 def packed_states(
     vlm: Reader, rows: Sequence[Row], responses: Sequence[Tensor], *, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`VLM.packed_response_states`."""
+    """The implementation of `VLM.packed_response_states`."""
     groups = sibling_groups(rows, group_size)
     batch, branch, reads = collate_packed(rows, responses, groups, pad_token_id=vlm.pad_token_id)
     takes_bool = vlm.text_config._attn_implementation == "sdpa"
@@ -38,7 +38,7 @@ def packed_states(
 
 
 def sibling_groups(rows: Sequence[Row], group_size: int) -> list[list[int]]:
-    """Places of neighbouring rows that ask the same, at most `group_size` together."""
+    """Indices of adjacent rows with the same prompt and features, at most `group_size` in a group."""
     groups: list[list[int]] = []
     for place, row in enumerate(rows):
         if groups and len(groups[-1]) < group_size and rows[groups[-1][0]].asks_the_same(row):
@@ -55,18 +55,18 @@ def collate_packed(
     *,
     pad_token_id: int,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Left-pad the groups' prompts and right-pad their responses, written one behind the other.
+    """Left-pad the groups' prompts, append their concatenated responses and right-pad them.
 
     Args:
         rows: One per response.
         responses: Token ids, (length,) each.
-        groups: Places of the rows that share a sequence; every place once, in order.
+        groups: Indices of the rows that share a sequence; every index once, in order.
         pad_token_id: Fills masked positions.
 
     Returns:
-        The batch as `collate` makes it of one row per group, with the siblings' positions and no `attention_mask`;
+        The batch that `collate` makes of one row per group, with the siblings' positions and no `attention_mask`;
         the branch of each token, (groups, S) int64, for `tree_mask`; and where to read each response: (responses, T)
-        int64 indices into the (groups * S) hidden states, of the positions that predict its tokens, 0 behind its end.
+        int64 indices into the (groups * S) hidden states of the positions that predict its tokens, 0 past its end.
     """
     packed = [torch.cat([torch.as_tensor(responses[place]) for place in group]) for group in groups]
     batch = collate([rows[group[0]].prompt for group in groups], packed, pad_token_id=pad_token_id)
@@ -94,20 +94,20 @@ _PADDING, _PROMPT = -1, 0  # siblings count from 1
 
 
 def tree_mask(branch: Tensor, *, additive: torch.dtype | None = None) -> Tensor:
-    """Which query may look at which key: earlier or the same token, of the prompt or of the same branch.
+    """The attention mask: a query attends to itself and earlier tokens of the prompt or of its own branch.
 
     Args:
         branch: (B, S) int64, from `collate_packed`.
-        additive: None for a bool mask (scaled dot-product attention takes it whatever the precision); else 0 where a
-            query may look and this type's lowest number elsewhere.
+        additive: None for a bool mask (which scaled dot-product attention accepts in any precision); otherwise the
+            mask is 0 where attention is allowed and the lowest number of this type elsewhere.
 
     Returns:
-        (B, 1, S, S). Padding sees padding, so that no row is empty: softmax of nothing is NaN.
+        (B, 1, S, S). Padding attends to padding, so that no row is empty: softmax of nothing is NaN.
     """
     width = branch.shape[1]
     keys, queries = branch[:, None, None, :], branch[:, None, :, None]
     earlier = torch.ones(width, width, dtype=torch.bool, device=branch.device).tril()
-    may_look = ((keys == _PROMPT) | (keys == queries)) & earlier
+    is_allowed = ((keys == _PROMPT) | (keys == queries)) & earlier
     if additive is None:
-        return may_look
-    return torch.zeros_like(may_look, dtype=additive).masked_fill_(~may_look, torch.finfo(additive).min)
+        return is_allowed
+    return torch.zeros_like(is_allowed, dtype=additive).masked_fill_(~is_allowed, torch.finfo(additive).min)

@@ -1,15 +1,15 @@
-"""The processor as its model needs it: config and files in, a processor that fits or a one-line error out.
+"""Loads the processor of a model and checks that it fits: config and files in, a processor or a one-line error out.
 
-Processor files are often older than the library, or another model's. What the model's config decides is taken from
-there, and synthetic pictures check the rest before work begins: a prompt must hold as many image placeholders as the
-model makes features. `load_vlm` and `exitsafe doctor` run the same check, on weights or on shapes alone.
+Processor files are often older than the library, or another model's. Settings that the model's config decides are taken
+from there, and synthetic pictures check the rest before work begins: a prompt must have as many image placeholders as
+the model makes features. `load_vlm` and `exitsafe doctor` run the same check, on weights or on shapes alone.
 """
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from transformers import AutoProcessor
@@ -22,20 +22,27 @@ from exitsafe.exits.families import Family
 from exitsafe.exits.features import compute_features
 from exitsafe.records import Sample
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from exitsafe.exits.huggingface import ImageTextProcessor
+
 _FILES = ("processor_config.json", "preprocessor_config.json")
 
 
-def load_processor(source: str, config: Any, family: Family, **remote: Any) -> Any:
+def load_processor(
+    source: str, config: PretrainedConfig, family: Family, **remote: str | bool
+) -> ImageTextProcessor | None:
     """The processor of a checkpoint, with the settings that its model's config decides.
 
     Args:
         source: A Hub id or a folder.
-        config: The model's.
-        family: The model's.
+        config: The model's config.
+        family: The model's family.
         remote: `revision` and `trust_remote_code`, as for `from_pretrained`.
 
     Returns:
-        The processor; None for a folder that holds a bare model. From the Hub it is always asked for.
+        The processor; None for a local folder without processor files. On the Hub it is required.
 
     Raises:
         ModelError: If its files cannot be read.
@@ -44,7 +51,7 @@ def load_processor(source: str, config: Any, family: Family, **remote: Any) -> A
     if folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
         return None
     try:
-        processor = AutoProcessor.from_pretrained(source, **remote)
+        processor: ImageTextProcessor = AutoProcessor.from_pretrained(source, **remote)
         own_class: Any = PROCESSOR_MAPPING[type(config)]
         if not isinstance(processor, own_class) and type(processor).__module__.startswith("transformers."):
             processor = own_class.from_pretrained(source, **remote)  # the files name another model's class
@@ -53,8 +60,8 @@ def load_processor(source: str, config: Any, family: Family, **remote: Any) -> A
             setattr(getattr(processor, owner) if owner else processor, name, value)
     except Exception as error:  # untrusted files: a missing or wrong entry may raise anything
         raise ModelError(
-            f"cannot load the processor of {source}: {_first_line(error)}; put the processor and tokenizer files of "
-            "the original checkpoint beside the weights"
+            f"cannot load the processor of {source}: {_first_line(error)}; copy the processor and tokenizer files of "
+            "the original checkpoint next to the weights"
         ) from error
     return processor
 
@@ -63,21 +70,21 @@ def check_processor(vlm: Reader) -> list[str]:
     """Check that prompts can be made for this model, with synthetic pictures and one encoder block.
 
     Args:
-        vlm: A model with a processor, of weights or of shapes.
+        vlm: A model with a processor, with weights or with shapes alone.
 
     Returns:
-        Remarks that are no reason to refuse the model, a sentence each.
+        Warnings about the model, a sentence each.
 
     Raises:
-        ModelError: If the processor's prompts or pictures do not fit the model, or its chat template writes no prompt.
+        ModelError: If the processor's prompts or pictures do not fit the model, or its chat template fails.
     """
     _check_image_token(vlm)
     size = int(vlm.base_model.config.vision_config.image_size)
-    # wide and tall: a picture that is not square shows a missing crop, and what tiling makes of each
+    # wide and tall: pictures that are not square reveal a missing crop and exercise tiling
     for width, height in ((size * 3 // 2, size), (size, size * 2)):
         picture = Image.new("RGB", (width, height), "white")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said when real prompts are made
+            warnings.simplefilter("ignore")  # issued when real prompts are made
             try:
                 prompt = vlm.encode_prompt(Sample(id="check", prompt="a picture", images=(picture,), kind="benign"))
             except (InputError, ModelError) as error:  # about the chat template
@@ -85,7 +92,7 @@ def check_processor(vlm: Reader) -> list[str]:
             except Exception as error:
                 raise _misfit(
                     vlm,
-                    f"it cannot encode a picture and a word ({_first_line(error)}): use the processor files of the "
+                    f"it cannot encode a picture with text ({_first_line(error)}): use the processor files of the "
                     "original checkpoint",
                 ) from error
         _check_tokens(vlm, prompt)
@@ -102,8 +109,8 @@ def _check_image_token(vlm: Reader) -> None:
     if wanted != given:
         raise _misfit(
             vlm,
-            f"its image token is {vlm.processor.image_token!r} with id {given}, the model's has id {wanted}: use the "
-            "tokenizer files of this checkpoint",
+            f"its image token is {vlm.processor.image_token!r} with id {given}, but the model's has id {wanted}: use "
+            "the tokenizer files of this checkpoint",
         )
 
 
@@ -121,8 +128,8 @@ def _check_placeholders(vlm: Reader, prompt: Prompt, size: int) -> None:
     count = int((prompt.input_ids == vlm.base_model.config.image_token_id).sum())
     height, width = prompt.image_inputs["pixel_values"].shape[-2:]
     other_size = (
-        f"it makes pictures of {width}x{height} pixels, but the image encoder reads {size}x{size}: set size and "
-        "crop_size of the image processor to that"
+        f"it makes pictures of {width}x{height} pixels, but the image encoder reads {size}x{size}: set the image "
+        "processor's size and crop_size to that"
     )
     is_expected = (height, width) == (size, size)
     try:

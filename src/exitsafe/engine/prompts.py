@@ -1,7 +1,6 @@
 """Samples -> model inputs: the chat template, the images, and left-padded batches.
 
-Every sample goes through the processor by itself, so that nothing about its inputs depends on its neighbours in a
-batch. Exit layers play no part here.
+Every sample goes through the processor by itself, so that its inputs never depend on other samples in the batch.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -21,6 +20,11 @@ from exitsafe.errors import InputError, ModelError
 from exitsafe.exits.families import Family
 from exitsafe.exits.features import Features
 from exitsafe.records import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from exitsafe.exits.huggingface import ImageTextProcessor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """A prompt to be answered from the image features of one exit layer; `draw` tells several answers to it apart."""
+    """A prompt to answer from the image features of one exit layer; `draw` distinguishes several answers to it."""
 
     prompt: Prompt
     exit_layer: int
@@ -47,12 +51,12 @@ class Row:
     draw: int = 0
 
     def asks_the_same(self, other: Row) -> bool:
-        """Whether both have the very same prompt at one exit layer: the model need read it only once."""
+        """Whether both have the same prompt and features, so that the model needs to read them only once."""
         is_same = self.prompt is other.prompt and self.exit_layer == other.exit_layer
         return is_same and self.features is other.features
 
 
-def encode(sample: Sample, processor: Any, family: Family, *, today: str) -> Prompt:
+def encode(sample: Sample, processor: ImageTextProcessor | None, family: Family, *, today: str) -> Prompt:
     """Tokenise one sample.
 
     Raises:
@@ -60,29 +64,36 @@ def encode(sample: Sample, processor: Any, family: Family, *, today: str) -> Pro
             does not accept it.
         ModelError: If there is no processor, or its chat template leaves something out.
     """
+    processor = given_processor(processor)
     text = written(sample, processor, family, today=today)
     images = [open_image(image, sample.id) for image in sample.images]
     return tokenise(text, images, processor, family, sample_id=sample.id)
 
 
-def written(sample: Sample, processor: Any, family: Family, *, today: str) -> str:
-    """The text that the chat template makes of a sample, with one image placeholder per image. Opens no image.
+def given_processor(processor: ImageTextProcessor | None) -> ImageTextProcessor:
+    """The processor; raises ModelError if there is none."""
+    if processor is None:
+        raise ModelError("this model folder has no processor: save the processor in the same folder")
+    return processor
+
+
+def written(sample: Sample, processor: ImageTextProcessor | None, family: Family, *, today: str) -> str:
+    """The prompt as text: the sample in the chat template, with one placeholder per image. Opens no image.
 
     Raises:
         InputError, ModelError: As `encode`.
     """
-    if processor is None:
-        raise ModelError("this model folder has no processor: save the processor beside the model")
+    processor = given_processor(processor)
     if processor.image_token in sample.prompt:
         raise InputError(
-            f"sample {sample.id}: the prompt contains the image placeholder {processor.image_token!r}; remove it, "
-            "images are given in `images`"
+            f"sample {sample.id}: the prompt contains the image placeholder {processor.image_token!r}; remove it and "
+            "give images in `images`"
         )
     try:
         sample.prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"sample {sample.id}: the prompt holds half a surrogate pair; save it as proper text"
+            f"sample {sample.id}: the prompt contains a lone surrogate; save it as valid Unicode"
         ) from error
     text = _render(sample, processor, family, today=today)
     if sample.prompt.strip() not in text:
@@ -95,8 +106,10 @@ def written(sample: Sample, processor: Any, family: Family, *, today: str) -> st
     return text
 
 
-def tokenise(text: str, images: Sequence[Image.Image], processor: Any, family: Family, *, sample_id: str) -> Prompt:
-    """Tokenise what a chat template has written, with one image placeholder per image."""
+def tokenise(
+    text: str, images: Sequence[Image.Image], processor: ImageTextProcessor, family: Family, *, sample_id: str
+) -> Prompt:
+    """Tokenise a rendered prompt, which has one placeholder per image."""
     inputs = processor(
         text=[text],
         images=list(images) or None,
@@ -115,14 +128,14 @@ def tokenise(text: str, images: Sequence[Image.Image], processor: Any, family: F
 def too_long(sample_id: str, num_tokens: int, max_new_tokens: int, *, context_length: int) -> InputError:
     """The error for a prompt that leaves no room for its answer."""
     return InputError(
-        f"sample {sample_id}: the prompt has {num_tokens} tokens, images included, but besides an answer of "
+        f"sample {sample_id}: the prompt has {num_tokens} tokens, images included, but with an answer of "
         f"{max_new_tokens} this model has room for {context_length - max_new_tokens}; shorten it or leave the sample "
         "out"
     )
 
 
 def collate(prompts: Sequence[Prompt], responses: Sequence[Tensor] | None, *, pad_token_id: int) -> dict[str, Tensor]:
-    """Left-pad prompts and right-pad responses behind them.
+    """Left-pad prompts, append the responses and right-pad them.
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids`, all (B, P + T), and `cross_attention_mask`
@@ -157,12 +170,12 @@ def collate(prompts: Sequence[Prompt], responses: Sequence[Tensor] | None, *, pa
     return batch if cross_attention_mask is None else batch | {"cross_attention_mask": cross_attention_mask}
 
 
-def opens_itself(text: str, tokenizer: Any) -> bool:
-    """Whether the template already wrote what the tokenizer would add in front."""
-    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+def opens_itself(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template already wrote the token that the tokenizer would prepend."""
+    return tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
 
 
-def _render(sample: Sample, processor: Any, family: Family, *, today: str) -> str:
+def _render(sample: Sample, processor: ImageTextProcessor, family: Family, *, today: str) -> str:
     if processor.chat_template is None:
         warnings.warn(
             f"the processor has no chat template; prompts are written as {family.plain_prompt!r}",

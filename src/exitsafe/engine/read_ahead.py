@@ -1,4 +1,4 @@
-"""What a model will read for all samples of a run, known before it answers the first."""
+"""What a model will read for all samples of a run, computed before it answers the first."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from exitsafe.errors import InputError
 from exitsafe.records import Sample
 
 DEFAULT_NEW_TOKENS = 256
-_FEWEST_TOKENS = 16  # of an answer without a requested limit: fewer cannot hold a refusal
+_FEWEST_TOKENS = 16  # of an answer without a requested limit: a refusal needs about as many
 _MEASURED, _MOST_ENCODED = 4, 64  # samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadAhead:
-    """What a model will read for all samples, known before it answers the first.
+    """What a model will read for all samples of a run.
 
-    `hash` is of the texts that the chat template writes and of their token ids, `today` the date that is in them, if it
-    is; `max_new_tokens` fits behind the longest prompt.
+    `hash` covers the rendered texts and their token ids; `today` is the date in them, if they depend on it;
+    `max_new_tokens` fits after the longest prompt.
     """
 
     hash: str
@@ -33,7 +33,7 @@ class ReadAhead:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What must be equal for two runs to read the same, as JSON."""
+        """What must be equal in two runs that read the same, as a JSON object."""
         return {"hash": self.hash} | ({} if self.today is None else {"today": self.today})
 
 
@@ -41,15 +41,15 @@ def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | 
     """Render and tokenise all texts, and check that they leave room for an answer.
 
     Image tokens are estimated from the images with the most pixels; only samples that may be too long by that estimate
-    are encoded in full. One that is too long nonetheless is found when it is answered.
+    are fully encoded. Any other that turns out to be too long is found when it is answered.
 
     Args:
         vlm: The model.
         samples: All samples of a run.
-        max_new_tokens: Longest answer wanted; None takes `DEFAULT_NEW_TOKENS`, or what the context leaves.
+        max_new_tokens: Longest answer; None uses `DEFAULT_NEW_TOKENS`, or less if the context leaves less.
 
     Raises:
-        InputError: If a text cannot be asked, or a prompt leaves no room for the answer.
+        InputError: If a prompt contains the image placeholder or leaves no room for the answer.
         ModelError: If there is no processor, or its chat template leaves something out.
     """
     wanted = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
@@ -72,8 +72,8 @@ def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | 
         if max_new_tokens is not None or left < _FEWEST_TOKENS:
             raise too_long(samples[longest].id, num_tokens, wanted, context_length=vlm.context_length)
         warnings.warn(
-            f"answers have at most {left} tokens, not {wanted}: the prompt of sample {samples[longest].id} takes "
-            f"{num_tokens} of the {vlm.context_length} that this model has room for",
+            f"answers are limited to {left} tokens instead of {wanted}: the prompt of sample {samples[longest].id} "
+            f"takes {num_tokens} of this model's {vlm.context_length}",
             stacklevel=3,
         )
         wanted = left
@@ -81,7 +81,7 @@ def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | 
 
 
 def _longest(vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int], *, room: int) -> tuple[int, int]:
-    """The place of the longest prompt and its tokens: exact for one that may not fit, else at least what it has."""
+    """The index and length of the longest prompt; the length is exact if it may not fit, else an upper bound."""
     per_image = _tokens_per_image(vlm, samples, lengths)
     likely = [length + per_image * len(sample.images) for sample, length in zip(samples, lengths, strict=True)]
     found = (0, 0)
@@ -95,7 +95,7 @@ def _longest(vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int], *, 
 
 
 def _tokens_per_image(vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int]) -> int:
-    """What an image adds to its placeholder, at most, among the samples with the largest images."""
+    """The most tokens that an image adds to its placeholder, among the samples with the largest images."""
     pictured = {
         place: max(num_pixels(image, sample.id) for image in sample.images)
         for place, sample in enumerate(samples)

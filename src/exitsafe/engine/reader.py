@@ -1,24 +1,26 @@
-"""`Reader`: a model that exits early, with its processor: samples in, hidden states and logits out. Answers nothing."""
+"""`Reader`: a model that exits early, with its processor: samples in, hidden states and logits out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from exitsafe.engine.prompts import Prompt, Row, collate, encode, too_long
+from exitsafe.engine.prompts import Prompt, Row, collate, encode, given_processor, too_long
 from exitsafe.engine.templates import check_template, tokens_after_turn
-from exitsafe.errors import ModelError
 from exitsafe.exits.model import ExitingModel
 from exitsafe.exits.translators import Translators
 from exitsafe.records import Sample
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
 
 class Reader(ExitingModel):
-    """What reads prompts: `exitsafe.engine.vlm.VLM` without its answers. Arguments as there."""
+    """Reads prompts: `exitsafe.engine.vlm.VLM` without generation. Arguments as there."""
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class Reader(ExitingModel):
         self.today = date.today().isoformat()
 
     def encode_prompt(self, sample: Sample) -> Prompt:
-        """Tokenise one sample and prepare its images. Raises InputError for what cannot be read."""
+        """Tokenise one sample and prepare its images. Raises InputError if that fails."""
         return encode(sample, self.processor, self.family_row, today=self.today)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -46,15 +48,15 @@ class Reader(ExitingModel):
 
     @cached_property
     def is_dated(self) -> bool:
-        """Whether what the chat template writes depends on the date.
+        """Whether the chat template's output depends on the date.
 
         Raises:
-            ModelError: If it is harmful, e.g. never finishes, or accepts no conversation.
+            ModelError: If the template is harmful, e.g. never finishes, or accepts no conversation.
         """
         return check_template(self.processor, today=self.today)
 
     def batch_key(self, prompt: Prompt) -> object:
-        """Prompts may share a batch when their keys are equal: always, but for families with cross-attention."""
+        """Prompts may share a batch if their keys are equal, which they always are without cross-attention."""
         return self.family_row.batch_key(prompt.image_inputs)
 
     def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,10 +89,8 @@ class Reader(ExitingModel):
         return logits.float()
 
     @property
-    def tokenizer(self) -> Any:
-        if self.processor is None:
-            raise ModelError("this model folder has no processor: save the processor beside the model")
-        return self.processor.tokenizer
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return given_processor(self.processor).tokenizer
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -100,9 +100,9 @@ class Reader(ExitingModel):
 
     @cached_property
     def turn_end_token_id(self) -> int:
-        """The token that a trained answer ends with: what the chat template writes there, or else the tokenizer's end.
+        """The token that a trained answer ends with: the one the chat template writes there, or the tokenizer's own.
 
-        Models may have several end tokens, and the first one listed need not be that of a turn.
+        Models may have several end tokens, and the first one listed need not be the one that ends a turn.
         """
         ends = self.eos_token_ids
         own = (*tokens_after_turn(self.processor, today=self.today), self.tokenizer.eos_token_id)
@@ -110,9 +110,9 @@ class Reader(ExitingModel):
 
     @cached_property
     def pad_token_id(self) -> int:
-        """Fills masked positions; never read by the model."""
+        """The token that fills masked positions, which the model never reads."""
         num_embeddings = self.base_model.get_input_embeddings().weight.shape[0]
-        # an image token would be counted as a placeholder, and a token without an embedding cannot be looked up
+        # an image token would count as a placeholder, and a token without an embedding cannot be embedded
         usable = (
             token
             for token in (self.tokenizer.pad_token_id, *self.eos_token_ids, 0, 1)
@@ -122,20 +122,22 @@ class Reader(ExitingModel):
 
     @cached_property
     def special_token_ids(self) -> tuple[int, ...]:
-        """Tokens that an answer must not contain (image, pad, begin of sequence, ...); not those that end it."""
+        """Tokens that an answer must not contain (image, padding, begin of sequence, ...), except those that end it."""
         special = {*self.tokenizer.all_special_ids, self.processor.image_token_id}
         return tuple(sorted(special - {None, *self.eos_token_ids}))
 
     def check_room(self, rows: Sequence[Row], num_new_tokens: Sequence[int]) -> None:
-        """Raise InputError if a prompt and its new tokens are longer than the context."""
+        """Raise InputError if a prompt and its new tokens exceed the context."""
         for row, num_new in zip(rows, num_new_tokens, strict=True):
             num_tokens = len(row.prompt.input_ids)
             if num_tokens + num_new > self.context_length:
                 raise too_long(row.prompt.sample_id, num_tokens, num_new, context_length=self.context_length)
 
 
-def end_tokens(generation_config: Any, text_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer, wherever the checkpoint defines them; empty if it does not."""
+def end_tokens(
+    generation_config: GenerationConfig | None, text_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """The tokens that end an answer, from the first place where the checkpoint defines them; empty if none does."""
     places = (getattr(place, "eos_token_id", None) for place in (generation_config, text_config, tokenizer))
     eos: int | Sequence[int] | None = next((found for found in places if found is not None), None)
     return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

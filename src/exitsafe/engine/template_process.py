@@ -1,8 +1,8 @@
-"""Runs as a process of its own: conversations as lines of JSON on stdin, what a chat template writes of them on stdout.
+"""Runs as a separate process: conversations as JSON lines on stdin, texts rendered by a chat template on stdout.
 
-A chat template is a program that comes with a checkpoint. It is rendered by transformers' own code, but here, where its
-time and memory are limited and the process may die without loss. The clock shows the date that the request names, and
-what a template draws at random is the same each time. Imports nothing of exitsafe, which would load torch.
+A chat template is a program that comes with a checkpoint. transformers' own code renders it, but here, where time and
+memory are limited and the process may die without loss. The clock shows the date that the request names, and random
+draws are the same each time. Imports nothing from exitsafe, which would load torch.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import sys
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-MEMORY = 2**29  # bytes, beyond what the libraries take
-LONGEST = 1_000_000  # characters, beyond four times the conversation's
+MEMORY = 2**29  # bytes, on top of what the libraries take
+LONGEST = 1_000_000  # characters, on top of four times the conversation's
 _START_SECONDS = 120.0
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
     requests, replies = sys.stdin, os.fdopen(os.dup(1), "w")
-    sys.stdout = sys.stderr  # keep what libraries print out of the replies
+    sys.stdout = sys.stderr  # keep library output out of the replies
     _exit_in(_START_SECONDS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when it is over
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides when to stop
     sys.path[:] = json.loads(requests.readline())
     from transformers.utils import chat_template_utils
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def _exit_in(seconds: float | None) -> None:
-    """End the process at that time, whatever it is doing; None cancels."""
+    """End the process after that time, whatever it is doing; None cancels."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
     elif seconds is None:
@@ -65,11 +66,11 @@ class Clock(datetime):
     shown: datetime
 
     @classmethod
-    def now(cls, tz: Any = None) -> Any:
+    def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
         return cls.shown
 
 
-def _render(transformers: Any, request: dict[str, Any]) -> str:
+def _render(transformers: ModuleType, request: dict[str, Any]) -> str:
     Clock.shown = datetime.fromisoformat(request["today"])
     random.seed(0)
     texts, _ = transformers.render_jinja_template(

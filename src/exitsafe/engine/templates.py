@@ -1,7 +1,7 @@
 """Chat templates: messages in, the text that the model reads out.
 
 A template is a program from a checkpoint and may be hostile. It is rendered in a separate process, which is killed when
-it takes too long, and which shows it the date that the caller chooses.
+it takes too long and in which the date is the one that the caller chooses.
 """
 
 from __future__ import annotations
@@ -17,17 +17,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from exitsafe.errors import ModelError
+from exitsafe.untrusted import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from exitsafe.exits.huggingface import ImageTextProcessor
+
+    Templated: TypeAlias = PreTrainedTokenizerBase | ImageTextProcessor
 
 SECONDS = 10.0
-"""Longest time for one conversation; the usual template takes less than a thousandth of a second."""
+"""Longest time for one conversation; a typical template takes less than a millisecond."""
 _PROGRAM = Path(__file__).with_name("template_process.py")
 FIXED_DATE = "2024-07-26"
-"""The date for judges' templates, so that a verdict does not depend on the day: Llama 3's own date without a clock."""
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
-_WAY_OUT = "use a checkpoint that you trust, or replace its chat_template.jinja"
+"""The date for judges' templates, so that a verdict does not depend on the day; Llama 3's default without a clock."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_HINT = "use a checkpoint that you trust, or replace its chat_template.jinja"
 
 
 class TemplateRefusedError(ModelError):
@@ -35,9 +43,9 @@ class TemplateRefusedError(ModelError):
 
 
 def render(
-    processor: Any, messages: Sequence[Mapping[str, Any]], *, today: str, add_generation_prompt: bool = True
+    processor: Templated, messages: Sequence[Mapping[str, object]], *, today: str, add_generation_prompt: bool = True
 ) -> str:
-    """What a chat template writes of a conversation: the text of transformers' `apply_chat_template`.
+    """A conversation rendered by a chat template, as by transformers' `apply_chat_template`.
 
     Args:
         processor: A processor or tokenizer that has a chat template.
@@ -46,12 +54,12 @@ def render(
         add_generation_prompt: Whether to open the model's turn.
 
     Raises:
-        TemplateRefusedError: If the template raises an error on these messages, or adds what cannot be encoded.
-        ModelError: If it takes too much time or memory, or tries what the sandbox forbids.
+        TemplateRefusedError: If the template raises an error on these messages, or adds text that cannot be encoded.
+        ModelError: If it takes too much time or memory, or attempts something that the sandbox forbids.
     """
     request = {
         "template": _template(processor),
-        "variables": dict(getattr(processor, "tokenizer", processor).special_tokens_map),
+        "variables": dict(getattr(processor, "tokenizer", processor).special_tokens_map),  # type: ignore[union-attr]
         "messages": list(messages),
         "today": today,
         "add_generation_prompt": add_generation_prompt,
@@ -59,23 +67,23 @@ def render(
     reply = _RENDERER.ask(request)
     if "error" in reply:
         raise _error(reply["error"], " ".join(reply["message"].split()))
-    text = reply["text"]
-    halves = set(_HALF_PAIR.findall(text))
-    if halves and halves - set(json.dumps(request["messages"], ensure_ascii=False)):
-        raise TemplateRefusedError("the chat template writes half a surrogate pair, which is no character")
+    text = str(reply["text"])
+    surrogates = set(_SURROGATE.findall(text))
+    if surrogates and surrogates - set(json.dumps(request["messages"], ensure_ascii=False)):
+        raise TemplateRefusedError("the chat template writes a lone surrogate, which is not a valid character")
     return text
 
 
-def check_template(processor: Any, *, today: str) -> bool:
+def check_template(processor: Templated | None, *, today: str) -> bool:
     """Render short conversations, with a picture and without, so that a harmful template is found at once.
 
     Returns:
-        Whether what it writes depends on the date.
+        Whether the output depends on the date.
 
     Raises:
         ModelError: As `render`, or if the template accepts none of them.
     """
-    if getattr(processor, "chat_template", None) is None:
+    if processor is None or processor.chat_template is None:
         return False
     is_dated, refusals = False, []
     for messages in _PROBES:
@@ -84,20 +92,20 @@ def check_template(processor: Any, *, today: str) -> bool:
             if not text.strip():
                 raise TemplateRefusedError("the chat template writes nothing")
             is_dated |= any(render(processor, messages, today=date) != text for date in _OTHER_DATES)
-        except TemplateRefusedError as refusal:  # many accept pictures but not text alone, or vice versa
+        except TemplateRefusedError as refusal:  # many templates accept only one of the two
             refusals.append(refusal)
     if len(refusals) == len(_PROBES):
-        raise ModelError(f"{refusals[0]}; {_WAY_OUT}")
+        raise ModelError(f"{refusals[0]}; {_HINT}")
     return is_dated
 
 
-def tokens_after_turn(processor: Any, *, today: str) -> list[int]:
-    """What a chat template writes after an answer, as token ids; nothing if it writes no answers.
+def tokens_after_turn(processor: ImageTextProcessor | None, *, today: str) -> list[int]:
+    """The text that a chat template writes after an answer, as token ids; empty if it does not render answers.
 
     Raises:
         ModelError: As `render`.
     """
-    if getattr(processor, "chat_template", None) is None:
+    if processor is None or processor.chat_template is None:
         return []
     said = "answer"
     for user, assistant in (([_TEXT], [{"type": "text", "text": said}]), ("hello", said)):
@@ -113,12 +121,12 @@ def tokens_after_turn(processor: Any, *, today: str) -> list[int]:
 
 
 def prepare() -> None:
-    """Start the process that renders, so that it is ready when the weights are loaded."""
+    """Start the rendering process, so that it is ready when the weights are loaded."""
     _RENDERER.start()
 
 
 _TEXT = {"type": "text", "text": "hello"}
-_PROBES: tuple[list[dict[str, Any]], ...] = (
+_PROBES: tuple[list[dict[str, object]], ...] = (
     [{"role": "user", "content": [{"type": "image"}, _TEXT]}],
     [{"role": "user", "content": [_TEXT]}],
     [{"role": "user", "content": "hello"}],
@@ -128,7 +136,7 @@ _OTHER_DATES = ("1999-12-31", "2001-02-03")
 
 
 class _Renderer:
-    """The process that renders, started at first use and again after it has died. Safe for threads and forks."""
+    """The rendering process, started at first use and restarted after it dies. Safe for threads and forks."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -153,11 +161,11 @@ class _Renderer:
                 raise
         return self._process
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+    def ask(self, request: Mapping[str, object]) -> JsonObject:
         """The reply to a request.
 
         Raises:
-            ModelError: If the process died of it.
+            ModelError: If the process died.
         """
         with self._lock:
             process = self.start()
@@ -167,7 +175,7 @@ class _Renderer:
                 reply = self._receive(process)
                 if reply.pop("number") != self._asked:
                     raise ModelError("the chat template cannot be rendered: its process replied to another request")
-            except BaseException:  # an interrupt too: the reply that is still to come is not the next request's
+            except BaseException:  # an interrupt too: the late reply must not be taken for the next request's
                 self.stop()
                 raise
             if reply.get("error") == "MemoryError":
@@ -182,19 +190,19 @@ class _Renderer:
 
     def _send(self, process: subprocess.Popen[str], content: object) -> None:
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # reading then finds the end
+        with suppress(BrokenPipeError):  # reading then sees the end of file
             process.stdin.write(json.dumps(content) + "\n")
             process.stdin.flush()
 
-    def _receive(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+    def _receive(self, process: subprocess.Popen[str]) -> JsonObject:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line.endswith("\n"):
             status = process.wait()
             if status == (1 if sys.platform == "win32" else -signal.SIGALRM):
-                raise ModelError(f"the chat template does not finish within {SECONDS:g} seconds; {_WAY_OUT}")
+                raise ModelError(f"the chat template does not finish within {SECONDS:g} seconds; {_HINT}")
             raise ModelError(f"the chat template cannot be rendered: its process ended with status {status}")
-        reply: dict[str, Any] = json.loads(line)
+        reply: JsonObject = json.loads(line)
         return reply
 
 
@@ -202,9 +210,9 @@ _RENDERER = _Renderer()
 atexit.register(_RENDERER.stop)
 
 
-def _template(processor: Any) -> str:
+def _template(processor: Templated) -> str:
     template = processor.chat_template
-    if isinstance(template, Mapping):  # several, by name
+    if isinstance(template, Mapping):  # several by name
         if "default" not in template:
             raise ModelError(f"no chat template is named default (found {', '.join(map(str, template))}); rename one")
         template = template["default"]
@@ -213,7 +221,7 @@ def _template(processor: Any) -> str:
 
 def _error(kind: str, message: str) -> ModelError:
     if kind == "MemoryError":
-        return ModelError(f"the chat template needs too much memory; {_WAY_OUT}")
+        return ModelError(f"the chat template needs too much memory; {_HINT}")
     if kind == "SecurityError":
-        return ModelError(f"the chat template attempts a forbidden operation ({message}); {_WAY_OUT}")
+        return ModelError(f"the chat template attempts a forbidden operation ({message}); {_HINT}")
     return TemplateRefusedError(f"the chat template cannot render this conversation ({message or kind})")

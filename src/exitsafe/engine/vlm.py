@@ -1,7 +1,7 @@
 """`VLM`: a vision-language model that can exit its image encoder early, and answers.
 
-A thin shell around the Hugging Face model and processor, which stay untouched: outside `exit_at` they behave as
-loaded. The parts live in the files beside this one; this file gives them one face.
+A thin wrapper around the Hugging Face model and processor, which stay untouched: outside `exit_at` they behave as
+loaded. The work is done in the other files of this package; this file is their public interface.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class VLM(Reader):
 
     Args:
         model: A Hugging Face model of a supported family, or a PEFT model around one.
-        processor: Its processor, or None: then only what needs none works.
+        processor: Its processor; without one (None), prompts cannot be made.
         name: What the model was loaded from.
         checkpoint_hash: Identifies the weights, config and processor files.
         adapter_hash: Identifies the PEFT adapter, if there is one.
-        translators: One linear map per exit that features pass before the projector, if wanted.
+        translators: Optional linear maps, one per exit, applied to the features before the projector.
 
     Attributes:
         model, processor: The Hugging Face objects.
-        base_model: The model without the PEFT shell (its layers stay adapted).
+        base_model: The model without the PEFT wrapper (its layers stay adapted).
         family: The model type, e.g. "llava".
         num_layers: Encoder blocks, e.g. 24.
-        default_exit: Blocks behind the features that the untouched model reads, e.g. 23.
-        today: The date given to chat templates, as "2026-01-31": the day of loading or, for a run that is resumed or
+        default_exit: The exit whose features the untouched model reads, e.g. 23.
+        today: The date given to chat templates, e.g. "2026-01-31": the day of loading or, for a run that is resumed or
             repeated, the day on which it began.
 
     Raises:
@@ -53,8 +53,8 @@ class VLM(Reader):
         """Image features at several exits from one encoder pass up to the deepest.
 
         Args:
-            inputs: What the processor returns; only its image entries are read.
-            exit_layers: Exits wanted.
+            inputs: The processor's output; only its image entries are read.
+            exit_layers: The exits to compute.
             skip_global: As in `exit_at`.
 
         Returns:
@@ -78,23 +78,23 @@ class VLM(Reader):
         batch_size: int = 16,
         skip_global: bool = False,
     ) -> list[Response]:
-        """Answer every sample at one exit layer, or at its own.
+        """Answer every sample at the same exit layer, or each at its own.
 
         Args:
-            samples: What to answer.
-            exit_layers: One exit for all, or one per sample: rows of one batch may differ.
-            max_new_tokens: Longest answer, in tokens. None is 256, or what the context leaves.
-            temperature: 0 is greedy; above, the whole distribution is sampled.
-            seed: With sample id and exit layer, the key of every draw.
-            batch_size: Rows under generation at a time.
+            samples: The samples to answer.
+            exit_layers: One exit for all, or one per sample.
+            max_new_tokens: Longest answer, in tokens. None is 256, or less if the context leaves less.
+            temperature: 0 is greedy; above 0, tokens are sampled from the full distribution.
+            seed: Together with sample id and exit layer, the key of every draw.
+            batch_size: Rows generated at a time.
             skip_global: As in `exit_at`.
 
         Returns:
             One response per sample, in order.
 
         Raises:
-            InputError: If the number of exits is not the number of samples, or a sample cannot be read or leaves no
-                room for an answer.
+            InputError: If the number of exits differs from the number of samples, or a sample cannot be read or leaves
+                no room for an answer.
             ExitLayerError: If the encoder has no such block.
         """
         max_new_tokens = self.read_ahead(samples, max_new_tokens=max_new_tokens).max_new_tokens
@@ -144,12 +144,12 @@ class VLM(Reader):
         """Answer rows; yields (index into rows, completion) in the order of finishing.
 
         Args:
-            batch_size: Rows under generation at a time; halved when memory runs out, for good in a `BatchSize`.
-            draw: Tells several answers to one (seed, sample, exit layer) apart.
+            batch_size: Rows generated at a time; halved when memory runs out, permanently in a `BatchSize`.
+            draw: Distinguishes several answers to one (seed, sample, exit layer).
             suppress: Token ids that must not be chosen.
 
         Raises:
-            InputError: If a setting makes no sense, or a prompt leaves no room for an answer of `max_new_tokens`.
+            InputError: If a setting is invalid, or a prompt leaves no room for an answer of `max_new_tokens`.
             RunError: If memory runs out while a single row is answered.
         """
         if isinstance(batch_size, int) and batch_size < 1:
@@ -175,13 +175,13 @@ class VLM(Reader):
         """What the model will read for these samples, and how long an answer to each may be.
 
         Raises:
-            InputError: If a text cannot be asked: too long, or with the image placeholder in it.
+            InputError: If a prompt is too long or contains the image placeholder.
             ModelError: If there is no processor, or its chat template leaves something out.
         """
         return read_ahead(self, samples, max_new_tokens=max_new_tokens)
 
     def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
-        """How many of these prompts to answer at a time with the memory that is free now, at least 1."""
+        """The number of these prompts, at least 1, that can be answered at a time with the memory now free."""
         across = len(self.family_row.image_cache_layers(self.text_config))
         states = max(self.family_row.num_image_states(self.base_model.config, each.image_inputs) for each in prompts)
         return rows_that_fit(
@@ -193,28 +193,28 @@ class VLM(Reader):
         )
 
     def offloaded(self) -> AbstractContextManager[None]:
-        """Keep the weights in main memory meanwhile, so that a GPU is free for something else."""
+        """A context in which the weights are in main memory, so that the GPU is free for something else."""
         return offloaded(self.model, self.device)
 
     def packed_response_states(
         self, rows: Sequence[Row], responses: Sequence[Tensor], *, group_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`response_states`, but responses to one prompt share a sequence: the prompt is computed once for them.
+        """`response_states` with several responses per sequence, so that a shared prompt is computed once.
 
         Args:
-            rows: As in `response_states`. Neighbours of one sample and exit layer are packed together.
+            rows: As in `response_states`. Adjacent rows with the same sample and exit layer are packed together.
             responses: As in `response_states`.
             group_size: Most responses in a sequence.
 
         Returns:
-            As `response_states`, to rounding; hidden states are kept at the responses' positions only.
+            As `response_states`, up to rounding; hidden states are kept at the responses' positions only.
         """
         assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
         return packed_states(self, rows, responses, group_size=group_size)
 
     @property
     def can_pack(self) -> bool:
-        """Whether the attention takes a tree mask: flash attention's kernels know causal masks only, and a mask of the
-        caller's would replace that of a sliding window."""
+        """Whether the attention accepts a tree mask: flash attention only supports causal masks, and a custom mask
+        would replace that of a sliding window."""
         has_window = getattr(self.text_config, "sliding_window", None) is not None  # no entry in Llama's config
         return self.text_config._attn_implementation in ("sdpa", "eager") and not has_window

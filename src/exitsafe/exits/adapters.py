@@ -1,7 +1,7 @@
 """A PEFT adapter folder: adapter_config.json, adapter_model.safetensors and, if known, trained_on.json.
 
-An adapter is applied in full or refused: PEFT itself only warns about missing weights, and drops those that match
-nothing. `trained_on.json` holds the digests of the samples that the adapter was trained on.
+An adapter is applied in full or refused: PEFT itself only warns about missing weights and drops those that match
+nothing. `trained_on.json` lists the digests of the samples that the adapter was trained on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -24,17 +24,20 @@ from torch import Tensor
 
 from exitsafe.errors import ModelError
 from exitsafe.machine.memory import is_out_of_memory
-from exitsafe.untrusted import UnreadableError, read_json
+from exitsafe.untrusted import JsonObject, UnreadableError, read_json
+
+if TYPE_CHECKING:
+    from exitsafe.exits.huggingface import ImageTextModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED_ON = "trained_on.json"
 NAME = "default"
-"""What PEFT calls the adapter."""
+"""PEFT's name for the adapter."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ELSEWHERE = ("megatron_config", "adapters", "tokenizer_name_or_path", "prompt_tuning_init_state_dict_path")
-"""Fields by which PEFT imports a module, or loads another adapter, a tokenizer or a pickle."""
+"""Fields that make PEFT import a module, or load another adapter, a tokenizer or a pickle."""
 PATTERN_SECONDS = 10.0
-"""Longest time to match an adapter's patterns with the model's module names; usual ones take a hundredth of it."""
+"""Longest time to match an adapter's patterns with the model's module names; usually a hundredth of it is enough."""
 _NAME = re.compile(r"[\w./: -]*")
 _MATCHING = r"""
 import json, re, sys
@@ -49,7 +52,7 @@ for pattern in patterns:
         for name in names:
             compiled.fullmatch(name) if form == "PATTERN" else compiled.match(name)
 """
-"""Every way in which PEFT matches a string of a config, in a process that can be stopped."""
+"""Every way in which PEFT matches a string from a config, run in a process that can be stopped."""
 LINEAR_LAYERS = r".*(?:language_model|text_model)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 _EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head)\b")
 
@@ -59,7 +62,7 @@ def check_folder(folder: Path, *, name: str) -> None:
 
     Args:
         folder: Where the files are.
-        name: What the user calls it.
+        name: The adapter as the user gave it, for messages.
     """
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
@@ -77,10 +80,10 @@ def trained_on_record(digests: Iterable[str]) -> bytes:
 
 
 def read_trained_on(folder: Path) -> frozenset[str]:
-    """Digests of what an adapter, or translators, or a model exported with either, were trained on.
+    """Digests of the samples that an adapter, translators, or a model exported with either was trained on.
 
     Returns:
-        Those of the folder; none where no training kept a record.
+        The digests recorded in the folder; empty if there is no record.
 
     Raises:
         ModelError: If the record is damaged.
@@ -98,17 +101,17 @@ def read_trained_on(folder: Path) -> frozenset[str]:
     return frozenset(digests)
 
 
-def load_adapter(model: Any, folder: Path) -> PeftModel:
+def load_adapter(model: ImageTextModel, folder: Path) -> PeftModel:
     """Load a PEFT folder onto a Hugging Face model.
 
     Raises:
-        ModelError: If a weight in the file matches nothing or is not finite, or if one is missing from it.
+        ModelError: If a weight in the file matches nothing or is not finite, or if one is missing.
     """
     config = _read_config(folder)
     _check_patterns(model, folder)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
     try:
@@ -117,7 +120,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
         found = adapted.load_adapter(str(folder), NAME, torch_device="cpu")
     except SafetensorError as error:
         raise _unreadable(folder, error) from error
-    except (ModelError, TimeoutError):  # the latter is an alarm of the caller's
+    except (ModelError, TimeoutError):  # the caller may have set an alarm
         raise
     except Exception as error:  # PEFT trusts the file: a wrong value may raise any exception
         if is_out_of_memory(error):
@@ -129,16 +132,16 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
 
 
 def _read_config(folder: Path) -> PeftConfig:
-    """The config of one adapter, of a supported kind.
+    """The config of an adapter of a supported type.
 
     Raises:
-        ModelError: If it is damaged, or of another kind.
+        ModelError: If it is damaged or of another type.
     """
     stored = _config(folder)
     kind = stored.get("peft_type")
     if kind not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
         raise ModelError(
-            f"{folder / CONFIG} names the peft_type {kind!r}, which this version of PEFT does not know: upgrade peft, "
+            f"{folder / CONFIG} has peft_type {kind!r}, which this version of PEFT does not support: upgrade peft, "
             "or save or download the adapter again"
         )
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
@@ -154,20 +157,20 @@ def _read_config(folder: Path) -> PeftConfig:
         ) from error
     if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
         raise ModelError(
-            f"{folder} is a {kind} adapter, which changes the prompt or mixes other adapters: give one that changes "
+            f"{folder} is a {kind} adapter, which changes the prompt or mixes other adapters: use one that changes "
             "weights, such as LoRA"
         )
     config.inference_mode = True
     return config
 
 
-def _check_patterns(model: Any, folder: Path) -> None:
-    """PEFT matches strings of the config with the names of all modules: as patterns, some of which take for ever.
+def _check_patterns(model: ImageTextModel, folder: Path) -> None:
+    """Refuse patterns that take forever: PEFT matches strings from the config with the names of all modules.
 
-    Any string may be one, whatever its field, as that depends on the kind of adapter.
+    Any string may be used as a pattern, whatever its field, as that depends on the type of adapter.
 
     Raises:
-        ModelError: If it takes too long.
+        ModelError: If matching takes too long.
     """
     patterns = [text for text in _strings(_config(folder)) if not _NAME.fullmatch(text)]
     if not patterns:
@@ -183,13 +186,13 @@ def _check_patterns(model: Any, folder: Path) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise ModelError(
-            f"{folder / CONFIG} names modules by a pattern that takes more than {PATTERN_SECONDS:g} seconds to match: "
-            "replace it by plain module names, or use an adapter that you trust"
+            f"{folder / CONFIG} contains a pattern that takes more than {PATTERN_SECONDS:g} seconds to match: replace "
+            "it with plain module names, or use an adapter that you trust"
         ) from error
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, keys of objects included."""
+def _strings(value: object) -> Iterator[str]:
+    """All strings in a JSON value, including the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -198,9 +201,9 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _check_rank(config: PeftConfig, shapes: Mapping[str, Sequence[int]], folder: Path) -> None:
-    """PEFT allocates memory for the config's rank before it reads a weight: a wrong rank would exhaust it."""
+    """Check the config's rank, for which PEFT allocates memory before it reads a weight: a wrong one may exhaust it."""
     if not shapes:
-        raise ModelError(f"{folder / WEIGHTS} holds no weights: save or download the adapter again")
+        raise ModelError(f"{folder / WEIGHTS} has no weights: save or download the adapter again")
     ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
     largest = max(max(shape, default=1) for shape in shapes.values())
     for rank in ranks:
@@ -216,14 +219,14 @@ def _check_complete(
     missing: Sequence[str],
     extra: Sequence[str],
 ) -> None:
-    """Check that the file has every weight of the adapter, and that the adapter uses every weight of the file."""
+    """Check that the file has every weight of the adapter, and that the adapter uses every weight in the file."""
     wanted: Collection[str] = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False).keys()
-    # names of older versions of the model are translated while loading, so only then do the two sets differ
+    # loading translates the names of older model versions, so compare the sets only if their sizes differ
     if not missing and not extra and len(in_file) != len(wanted):
         missing = sorted(set(wanted) - set(in_file))
         # PEFT saves enlarged embeddings of the base model too
         extra = sorted(key for key in set(in_file) - set(wanted) if not _EMBEDDINGS.search(key))
-    missing = [key for key in missing if "vblora_vector_bank" not in key]  # kept once for all layers
+    missing = [key for key in missing if "vblora_vector_bank" not in key]  # saved once for all layers
     parts = [
         f"{len(keys)} of {count} {what} ({_first_names(keys)})"
         for keys, count, what in (
@@ -241,8 +244,8 @@ def _check_numbers(model: PeftModel, folder: Path) -> None:
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     if broken := [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise ModelError(
-            f"{len(broken)} of {len(weights)} weights of {folder} hold NaN or infinite numbers "
-            f"({_first_names(broken)}): use an earlier checkpoint of the training, or train again"
+            f"{len(broken)} of {len(weights)} weights of {folder} contain NaN or infinity "
+            f"({_first_names(broken)}): use an earlier training checkpoint, or train again"
         )
     is_lora = all(".lora_" in key for key in weights)
     if is_lora and not any(tensor.any() for key, tensor in weights.items() if ".lora_A" not in key):
@@ -252,23 +255,23 @@ def _check_numbers(model: PeftModel, folder: Path) -> None:
 
 
 def note_other_model(folder: Path, name: str) -> None:
-    """Shapes may fit nonetheless: a fine-tuned sibling, or a copy under another name."""
+    """Warn about an adapter made for another model; its shapes may still fit, as for a fine-tuned variant."""
     made_for = _config(folder).get("base_model_name_or_path")
     if isinstance(made_for, str) and _model_name(made_for) not in ("", _model_name(name)):
         warnings.warn(
-            f"adapter {folder} was made for {made_for}, but the model is {name}: unless the two are copies of each "
-            "other, it was trained on other weights",
+            f"adapter {folder} was made for {made_for}, but the model is {name}: unless one is a copy of the other, "
+            "the adapter was trained on different weights",
             stacklevel=4,
         )
 
 
 def _model_name(name: str) -> str:
-    """The part of an id or a path that stays when a model is copied.
+    """The part of an id or a path that stays the same when a model is copied.
 
     >>> [_model_name(name) for name in ("some/Model-7b", "/data/model-7b", "models--some--Model-7b/snapshots/01a")]
     ['model-7b', 'model-7b', 'model-7b']
     """
-    if cached := re.search(r"models--([^/\\]+)", name):  # of the Hub's cache, in which folders are named by commit
+    if cached := re.search(r"models--([^/\\]+)", name):  # in the Hub's cache, folders are named by commit
         return cached[1].rpartition("--")[2].lower()
     return Path(name).name.lower()
 
@@ -315,7 +318,7 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> JsonObject:
     try:
         return read_json(folder / CONFIG)
     except UnreadableError as error:

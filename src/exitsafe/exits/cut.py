@@ -1,34 +1,39 @@
-"""Exit layers: run the encoder's first l blocks only, and give the model back exactly as it was.
+"""The exit's cut: run only the encoder's first l blocks, then restore the model exactly.
 
 The cut is an *identity skip*: a block past the exit gets an instance attribute `forward` that returns its input.
 The model's own code then reads the exit's hidden state wherever it wants a deeper one, so class-token drop, norms,
-tiles, mergers and projector stay the model's own. Knows nothing about prompts or generation.
+tiles, mergers and projector stay the model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-Hook = tuple[nn.Module, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]]
-"""A module, and what its inputs pass before it: a forward pre-hook."""
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Hook = tuple[nn.Module, Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]]
+"""A module and its forward pre-hook, which maps the module's inputs."""
+ConfigEntry: TypeAlias = "tuple[PretrainedConfig, str, int | list[int]]"
+"""A config, the name of one of its entries, and a value for it."""
 
 _MISSING = object()
 
 
 class ExitStack:
-    """The exits that are in force on one model, innermost last. Only the innermost acts."""
+    """The active exits of one model, innermost last. Only the innermost applies."""
 
     def __init__(self) -> None:
         self._active: list[_Patch] = []
 
     @contextmanager
     def enter(self, patch: _Patch) -> Iterator[None]:
-        """Put `patch` in force; leaving, also by an exception, puts the outer one back."""
+        """Apply `patch`; afterwards, also after an exception, the outer one applies again."""
         if self._active:
             self._active[-1].remove()
         self._active.append(patch)
@@ -43,24 +48,24 @@ class ExitStack:
 
 
 class _Patch:
-    """Replaced `forward`s, hooks and config entries, applied and removed as often as wanted."""
+    """Replaced `forward`s, hooks and config entries that can be applied and removed repeatedly."""
 
     def __init__(
         self,
-        forwards: Sequence[tuple[nn.Module, Callable[..., Any]]],
-        settings: Sequence[tuple[Any, str, Any]] = (),
+        forwards: Sequence[tuple[nn.Module, Callable[..., Tensor]]],
+        settings: Sequence[ConfigEntry] = (),
         hooks: Sequence[Hook] = (),
     ) -> None:
         self._forwards = forwards
         self._settings = settings
         self._hooks = hooks
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[tuple[nn.Module | PretrainedConfig, str, object]] = []
         self._handles: list[RemovableHandle] = []
 
     def apply(self) -> None:
         assert not self._undo
         for module, forward in self._forwards:
-            # A device-map hook may have put an instance attribute there already.
+            # A device-map hook may already have set an instance attribute.
             self._undo.append((module, "forward", module.__dict__.get("forward", _MISSING)))
             module.forward = forward
         for config, name, value in self._settings:
@@ -83,13 +88,13 @@ class _Patch:
 def skip_patch(
     blocks: Sequence[nn.Module],
     global_blocks: Sequence[nn.Module],
-    settings: Sequence[tuple[Any, str, Any]],
+    settings: Sequence[ConfigEntry],
     *,
     exit_layer: int,
     skip_global: bool,
     hooks: Sequence[Hook] = (),
 ) -> _Patch:
-    """Skip the blocks past `exit_layer`, and the global blocks where asked; `hooks` act meanwhile."""
+    """Skip the blocks past `exit_layer` and, if asked, the global blocks, with `hooks` registered."""
     skipped = [*blocks[exit_layer:], *(global_blocks if skip_global else ())]
     return _Patch([(block, _identity) for block in skipped], settings, hooks)
 
@@ -97,22 +102,22 @@ def skip_patch(
 def replay_patch(
     blocks: Sequence[nn.Module],
     global_blocks: Sequence[nn.Module],
-    settings: Sequence[tuple[Any, str, Any]],
+    settings: Sequence[ConfigEntry],
     stored: Sequence[Tensor],
     *,
     exit_layer: int,
     skip_global: bool,
     hooks: Sequence[Hook] = (),
 ) -> _Patch:
-    """Let block i return `stored[min(i, exit_layer - 1)]`: the exit's features with no block computed."""
-    forwards: list[tuple[nn.Module, Callable[..., Any]]] = [
+    """Let block i return `stored[min(i, exit_layer - 1)]`: the exit's features without computing a block."""
+    forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = [
         (block, _constant(stored[min(index, exit_layer - 1)])) for index, block in enumerate(blocks)
     ]
     forwards += [(block, _identity) for block in (global_blocks if skip_global else ())]
     return _Patch(forwards, settings, hooks)
 
 
-def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _identity(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
     return hidden_states
 
 

@@ -20,7 +20,7 @@ from exitsafe.exits.model import ExitingModel
 
 T = TypeVar("T")
 Features = tuple[Tensor, ...]
-"""What the language model reads of one prompt's images; opaque outside the family."""
+"""What the language model reads from one prompt's images; opaque outside the family."""
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def compute_features(
 
 @torch.no_grad()
 def projector_inputs(vlm: ExitingModel, inputs: Mapping[str, Tensor], exit_layers: Sequence[int]) -> dict[int, Tensor]:
-    """What the projector receives at every exit in `exit_layers`, translated if the model has translators:
+    """The projector's inputs at every exit in `exit_layers`, translated if the model has translators:
     (tokens of all images and tiles, width)."""
     model, family = vlm.base_model, vlm.family_row
     assert family.projector is not None
@@ -42,7 +42,7 @@ def projector_inputs(vlm: ExitingModel, inputs: Mapping[str, Tensor], exit_layer
     received: list[Tensor] = []
 
     def read(images: Mapping[str, Tensor]) -> Tensor:
-        # at the exit's entry into the patch, so behind a translator's hook
+        # registered inside the exit, so that it runs after a translator's hook
         recorder = projector.register_forward_pre_hook(lambda module, args: received.append(args[0]))
         try:
             family.features(model, images)
@@ -61,7 +61,7 @@ def _at_exits(
     *,
     skip_global: bool,
 ) -> dict[int, T]:
-    """What `read` makes of the images inside every exit, from one encoder pass."""
+    """The result of `read` inside every exit, from one encoder pass."""
     for exit_layer in exit_layers:
         check_exit_layer(exit_layer, vlm.num_layers)
     if not exit_layers:
@@ -69,8 +69,8 @@ def _at_exits(
     model, family = vlm.base_model, vlm.family_row
     missing = [name for name in family.image_inputs if name not in inputs]
     if missing:
-        raise InputError(f"inputs have no {' and no '.join(missing)}: give what the processor makes of images")
-    # sizes stay on the CPU: the model reads their numbers to choose shapes
+        raise InputError(f"inputs have no {' and no '.join(missing)}: pass the processor's output for images")
+    # sizes stay on the CPU: the model reads their values to choose shapes
     images = {
         name: inputs[name] if name == "image_sizes" else inputs[name].to(vlm.device) for name in family.image_inputs
     }

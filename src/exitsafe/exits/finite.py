@@ -1,4 +1,4 @@
-"""Errors for numbers that are not finite: no answer, score or weight is computed from NaN or infinity.
+"""Errors for NaN and infinity, so that no answer, score or weight is computed from them.
 
 Half precision overflows in projectors and language models that were trained in bfloat16, and checkpoints get damaged.
 """
@@ -33,9 +33,9 @@ def check_finite(numbers: Tensor, rows: Sequence[_Asked], *, what: str, dtype: t
 
     Args:
         numbers: (B, ...), one row for each of `rows`.
-        rows: What was asked.
+        rows: The rows answered, for the message.
         what: What the numbers are, for the message.
-        dtype: Of the model.
+        dtype: The model's number type.
     """
     is_finite = numbers.isfinite().reshape(len(rows), -1).all(dim=1)
     if is_finite.all():
@@ -45,12 +45,12 @@ def check_finite(numbers: Tensor, rows: Sequence[_Asked], *, what: str, dtype: t
 
 
 def not_finite(what: str, *, exit_layer: int, dtype: torch.dtype, sample_id: str | None = None) -> ModelError:
-    """The error for numbers that are NaN or infinite, with the way out."""
+    """The error for numbers that are NaN or infinite."""
     where = f"exit {exit_layer}" if sample_id is None else f"sample {sample_id} at exit {exit_layer}"
     name = str(dtype).removeprefix("torch.")
-    way_out = (
-        f"use another number type, --dtype {_WIDER[dtype]}, and a new folder for the run"
+    hint = (
+        f"use another number type (--dtype {_WIDER[dtype]}) and a new folder for the run"
         if dtype in _WIDER
         else "the weights of the checkpoint or the adapter are damaged: download or train them again"
     )
-    return ModelError(f"{where}: {what} are NaN or infinite in {name}, so they were not used; {way_out}")
+    return ModelError(f"{where}: {what} are NaN or infinite in {name}, so they were not used; {hint}")

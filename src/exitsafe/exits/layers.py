@@ -1,4 +1,4 @@
-"""Exit layers as users write them -> numbers. Needs no torch: commands that only read finished runs use it too."""
+"""Exit layers as users write them -> numbers. Does not import torch: commands that only read runs use it too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resolve_layers(exit_layers: ExitLayers, *, num_layers: int, default_exit: in
 
     Raises:
         ExitLayerError: If the encoder has no such block.
-        InputError: If the text cannot be read or no layer is named.
+        InputError: If the text cannot be parsed or names no layer.
 
     >>> resolve_layers("1-3,8", num_layers=8, default_exit=7)
     (1, 2, 3, 8)
@@ -44,7 +44,7 @@ def resolve_layers(exit_layers: ExitLayers, *, num_layers: int, default_exit: in
     else:
         layers = {index(layer) for layer in ([exit_layers] if isinstance(exit_layers, int) else exit_layers)}
     if not layers:
-        raise InputError('no exit layer is named; choose "all", "default" or layers such as "1-8,16"')
+        raise InputError('no exit layer is given; choose "all", "default" or layers such as "1-8,16"')
     for layer in sorted(layers):
         check_exit_layer(layer, num_layers)
     return tuple(sorted(layers))
@@ -56,6 +56,6 @@ def _parse_layers(text: str) -> set[int]:
         found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if last < first:
-            raise InputError(f'exit layers {text!r}: {part!r} is no layer and no range; write for example "1-8,16"')
+            raise InputError(f'exit layers {text!r}: {part!r} is not a layer or a range; write for example "1-8,16"')
         layers.update(range(first, last + 1))
     return layers

@@ -1,6 +1,6 @@
-"""What a model or an adapter is loaded from: a local folder or a Hub id, told apart without asking the Hub.
+"""Where a model or an adapter is loaded from: a local folder or a Hub id, told apart without asking the Hub.
 
-Needs no torch, so that the command line can refuse a wrong name at once.
+Does not import torch, so that the command line can reject a wrong name at once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from exitsafe.errors import ModelError
 
 
 def check_model_source(source: str) -> None:
-    """Refuse what cannot be a model.
+    """Check that a source may be a model.
 
     Raises:
-        ModelError: If it is a local folder that is missing or holds no model, or no possible Hub id.
+        ModelError: If it is a folder that does not exist or contains no model, or not a valid Hub id.
     """
     where = Path(source)
     if not where.is_dir() and not may_be_on_the_hub(source):
@@ -27,10 +27,10 @@ def check_model_source(source: str) -> None:
 
 
 def check_adapter_source(adapter: str) -> None:
-    """Refuse what cannot be an adapter.
+    """Check that a source may be an adapter.
 
     Raises:
-        ModelError: If it is a local folder that is missing, or a training run instead of the adapter in it.
+        ModelError: If it is a folder that does not exist, or a training run instead of the adapter in it.
     """
     folder = Path(adapter)
     if (folder / "metrics.jsonl").is_file() and not (folder / "adapter_config.json").is_file():
@@ -41,7 +41,7 @@ def check_adapter_source(adapter: str) -> None:
 
 
 def may_be_on_the_hub(name: str) -> bool:
-    """Hub ids are NAME or OWNER/NAME; below a folder that is here, a local path is meant.
+    """Whether a name is a valid Hub id, NAME or OWNER/NAME; below an existing folder it is taken for a local path.
 
     >>> may_be_on_the_hub("llava-hf/llava-1.5-7b-hf"), may_be_on_the_hub("./slim")
     (True, False)

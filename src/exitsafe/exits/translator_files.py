@@ -1,4 +1,4 @@
-"""The folder that keeps exit translators.
+"""The folder that stores exit translators.
 
 translators.safetensors   exit.L.weight (width, width) and exit.L.bias (width,), float32
 translators.json          the model they belong to, and how they were fitted; written last
@@ -8,7 +8,6 @@ trained_on.json           digests of the pictures they were fitted to
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from exitsafe.errors import ModelError
 from exitsafe.exits.model import ExitingModel
 from exitsafe.exits.translators import Translator, Translators
-from exitsafe.untrusted import UnreadableError, read_json
+from exitsafe.untrusted import JsonObject, UnreadableError, read_json
 
 MAPS, RECORD = "translators.safetensors", "translators.json"
 
@@ -25,7 +24,7 @@ def load_translators(vlm: ExitingModel, folder: str | Path) -> Translators:
     """Read the maps that were fitted for this model.
 
     Raises:
-        ModelError: If the folder holds none, or another model's, or the family cannot be translated.
+        ModelError: If there are none or they belong to another model, or the family cannot be translated.
     """
     _ = vlm.projector  # refuses families that cannot be translated
     record = read_record(Path(folder))
@@ -36,7 +35,7 @@ def load_translators(vlm: ExitingModel, folder: str | Path) -> Translators:
     if changed:
         raise ModelError(
             f"translators {folder} were made for {made_for.get('name')}, which differs from {vlm.name} in "
-            f"{', '.join(changed)}: make them again with exitsafe translate"
+            f"{', '.join(changed)}: rerun exitsafe translate for this model"
         )
     try:
         tensors = safetensors.torch.load_file(Path(folder) / MAPS)
@@ -47,27 +46,27 @@ def load_translators(vlm: ExitingModel, folder: str | Path) -> Translators:
         if beyond := [layer for layer in maps if not 1 <= layer <= vlm.num_layers]:
             raise ValueError(f"there is no exit {beyond[0]}")
     except (OSError, OverflowError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder}/{MAPS} is damaged or missing: make them again with exitsafe translate") from error
+        raise ModelError(f"{folder}/{MAPS} is damaged or missing: rerun exitsafe translate") from error
     if tensors:
         names = ", ".join(sorted(tensors)[:3])
         raise ModelError(
-            f"{folder}/{MAPS} holds {len(tensors)} tensors that {RECORD} does not name ({names}): fit them again"
+            f"{folder}/{MAPS} has {len(tensors)} tensors that are not in {RECORD} ({names}): rerun exitsafe translate"
         )
     for layer, translator in maps.items():
         width = translator.bias.numel()
         shapes = tuple(translator.weight.shape), tuple(translator.bias.shape)
         if shapes != ((width, width), (width,)) or not _is_finite(translator):
             raise ModelError(
-                f"{folder}/{MAPS}: the map of exit {layer} is not a square matrix of finite numbers; fit them again "
-                "with exitsafe translate --dtype float32"
+                f"{folder}/{MAPS}: the map of exit {layer} is not a square matrix of finite numbers; rerun exitsafe "
+                "translate with --dtype float32"
             )
     translators = Translators(maps, source=str(folder))
     if translators.hash != record["hash"]:
-        raise ModelError(f"{folder}/{MAPS} is not the file that {RECORD} describes: make them again")
+        raise ModelError(f"{folder}/{MAPS} is not the file that {RECORD} describes: rerun exitsafe translate")
     return translators
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> JsonObject | None:
     """`translators.json`, or None if there is none.
 
     Raises:
@@ -85,8 +84,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     raise ModelError(f"{path} is not a record of translators: choose another folder")
 
 
-def model_record(vlm: ExitingModel) -> dict[str, Any]:
-    """What must be equal, but for the name, for translators to fit a model. An adapter does not touch the encoder."""
+def model_record(vlm: ExitingModel) -> JsonObject:
+    """What, except for the name, must match for translators to fit a model; adapters do not touch the encoder."""
     return {
         "name": vlm.name,
         "family": vlm.family,

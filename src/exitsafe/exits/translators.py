@@ -1,9 +1,8 @@
-"""Exit translators: one linear map per exit that carries its features to where those of the default exit lie.
+"""Exit translators: one linear map per exit that maps its features to those of the default exit.
 
 The language model was trained on the default exit's features; those of other exits are out of its distribution. Inside
-an exit, what the projector is about to receive first passes the map of that exit. The default exit has none: there the
-model is untouched. Knows nothing about how the maps are fitted (see
-`exitsafe.baselines.translators`) or kept (see `translator_files.py`).
+an exit, the projector's input first passes through the map of that exit. The default exit has none: there the model is
+untouched. `exitsafe.baselines.translators` fits the maps, `translator_files.py` loads them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class Translator:
     bias: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Translate features (..., width). In float32: the map costs little beside the encoder, its rounding might."""
+        """Translate features (..., width), in float32: cheap next to the encoder, and free of rounding errors."""
         translated = nn.functional.linear(features.float(), self.weight, self.bias)
         return translated.to(features.dtype)
 
@@ -43,7 +42,7 @@ class Translators:
 
     Args:
         maps: By exit layer. The default exit has none.
-        source: Where they are from, for messages.
+        source: Where they come from, for messages.
     """
 
     def __init__(self, maps: Mapping[int, Translator], *, source: str) -> None:
@@ -51,22 +50,22 @@ class Translators:
         self.source = source
         self.hash = _hash(self.maps)
 
-    def hook(self, exit_layer: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(self, exit_layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """A forward pre-hook for the projector.
 
         Raises:
-            InputError: If there is no map for this exit: unmapped features beside mapped ones would pass for repaired.
+            InputError: If there is no map for this exit, whose untranslated features would be taken for repaired ones.
         """
         if exit_layer not in self.maps:
-            there = ", ".join(map(str, sorted(self.maps))) or "none"
+            available = ", ".join(map(str, sorted(self.maps))) or "none"
             raise InputError(
-                f"{self.source} has no translator for exit layer {exit_layer} (there: {there}): leave the exit out, or "
-                "fit it with exitsafe translate --layers"
+                f"{self.source} has no translator for exit layer {exit_layer} (available: {available}): leave the exit "
+                "out, or fit it with exitsafe translate --layers"
             )
 
-        def translate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            features: Tensor = args[0]
-            if self.maps[exit_layer].weight.device != features.device:  # kept there: a few megabytes
+        def translate(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            features = args[0]
+            if self.maps[exit_layer].weight.device != features.device:  # moved once: a few megabytes
                 self.maps[exit_layer] = self.maps[exit_layer].to(features.device)
             return (self.maps[exit_layer](features), *args[1:])
 
@@ -74,20 +73,20 @@ class Translators:
 
 
 def find_projector(model: nn.Module, family: Family) -> nn.Module:
-    """`VLM.projector`."""
+    """The model's projector, if it reads an exit's features as they are; raises ModelError otherwise."""
     if family.projector is None:
         raise ModelError(
-            f"{family.name} cannot be translated: behind an exit its features pass global blocks, and the "
-            "projector reads states of several blocks side by side; repair its exits by exitsafe align"
+            f"{family.name} cannot be translated: after an exit its features pass through global blocks, and the "
+            "projector reads states of several blocks side by side; repair its exits with exitsafe align"
         )
     return model.get_submodule(family.projector)
 
 
 def merge_translator(linear: nn.Linear, translator: Translator) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the layer that does both: linear(translator(x)), exact up to rounding.
+    """Weight and bias of one layer that computes linear(translator(x)), exact up to rounding.
 
-    For projectors that begin with a linear layer (LLaVA, LLaVA-NeXT): a model with these in its place of `linear_1`
-    needs no translator at this exit.
+    For projectors that begin with a linear layer (LLaVA, LLaVA-NeXT): with these in `linear_1`, a model needs no
+    translator at this exit.
 
     Args:
         linear: The projector's first layer, (out, width).
@@ -105,7 +104,7 @@ def merge_translator(linear: nn.Linear, translator: Translator) -> tuple[Tensor,
 
 
 def tensors_of(maps: Mapping[int, Translator]) -> dict[str, Tensor]:
-    """The maps under their names in the file."""
+    """The maps' tensors by their names in the file."""
     return {
         f"exit.{layer}.{name}": tensor.contiguous()
         for layer, translator in maps.items()
@@ -114,7 +113,7 @@ def tensors_of(maps: Mapping[int, Translator]) -> dict[str, Tensor]:
 
 
 def _hash(maps: Mapping[int, Translator]) -> str:
-    """SHA-256 over names and numbers: what decides an answer, and nothing of how they were fitted."""
+    """SHA-256 over names and values: everything that affects an answer, but not how the maps were fitted."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors_of(maps).items()):
         digest.update(f"{name} {tuple(tensor.shape)}\0".encode())

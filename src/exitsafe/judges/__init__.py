@@ -1,4 +1,4 @@
-"""Responses in, verdicts out. A judge is any callable with a name and the measures it gives; see `Judge`."""
+"""Responses in, verdicts out. A judge is any callable with a name and a list of its measures; see `Judge`."""
 
 from exitsafe.judges.protocol import MEASURES, Judge, ModelJudge
 from exitsafe.judges.registry import JUDGE_NAMES, choose_judges, is_known, load_judges

@@ -1,4 +1,4 @@
-"""Asking a judge and checking what it returns: responses in, checked verdicts out."""
+"""Asks a judge and checks what it returns: responses in, checked verdicts out."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LONGEST_REASON = 120
 
 
 def ask_judge(judge: Judge, samples: Sequence[Sample], responses: Sequence[Response]) -> list[Verdict]:
-    """A judge's verdicts, exactly one where one is owed; a score that is not a number becomes *unscored*.
+    """A judge's verdicts, checked for completeness; a score that is NaN or infinite becomes *unscored*.
 
-    Errors never contain the judge's own words, which may quote an answer.
+    Error messages never contain the judge's own words, which may quote an answer.
 
     Raises:
-        RunError: If the judge fails, answers about other responses or measures than it was asked, or leaves a
-            measure's scale.
+        RunError: If the judge fails, judges other responses or measures than it was asked about, or gives a score
+            outside a measure's scale.
     """
     try:
         verdicts = list(judge(samples, responses))
@@ -41,10 +41,10 @@ def ask_judge(judge: Judge, samples: Sequence[Sample], responses: Sequence[Respo
 
 
 def check_judges(judges: Sequence[Judge]) -> None:
-    """Whether names are unique and measures known, before any work is done.
+    """Check that names are unique and measures known, before any work is done.
 
     Raises:
-        InputError: If not.
+        InputError: If they are not.
     """
     names = Counter(judge.name for judge in judges)
     for judge in judges:
@@ -85,7 +85,7 @@ def tell_unscored(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def list_reasons(reasons: Mapping[str, int]) -> str:
-    """Reasons with their counts in a line; a custom judge may have a different one for each answer."""
+    """Reasons and their counts on one line, shortened: a custom judge may give a different one for each answer."""
     shown = [f"{' '.join(reason.split())[:_LONGEST_REASON]} ({count:,})" for reason, count in reasons.items()]
     more = len(shown) - _MOST_REASONS
     return ", ".join(shown[:_MOST_REASONS] + ([f"and {more:,} other reasons"] if more > 0 else []))
@@ -101,12 +101,12 @@ def _check_complete(
             raise RunError(f"judge {judge.name} returned a verdict under another name; use its own")
         if (verdict.sample_id, verdict.exit_layer) not in asked:
             raise RunError(
-                f"judge {judge.name} judged a response that it was not asked about; copy sample_id and exit_layer from "
-                "the response"
+                f"judge {judge.name} returned a verdict on a response that it was not given; copy sample_id and "
+                "exit_layer from the response"
             )
         if verdict.measure not in judge.measures:
             raise RunError(
-                f"judge {judge.name} gave a measure that is not among its own; give {', '.join(judge.measures)}"
+                f"judge {judge.name} returned a measure that it does not declare; return {', '.join(judge.measures)}"
             )
     for sample, response in zip(samples, responses, strict=True):
         for measure in judge.measures:
@@ -114,30 +114,30 @@ def _check_complete(
             is_owed = sample.kind in MEASURES[measure].kinds
             if count > 1 or (is_owed and count == 0):
                 raise RunError(
-                    f"judge {judge.name} gave {count} verdicts of {measure} for sample {sample.id} at exit "
-                    f"{response.exit_layer}; give exactly one (unscored with a reason where there is no score)"
+                    f"judge {judge.name} returned {count} {measure} verdicts for sample {sample.id} at exit "
+                    f"{response.exit_layer}; return exactly one (unscored with a reason if there is no score)"
                 )
 
 
 def _with_number(verdict: Verdict) -> Verdict:
-    """Raises RunError for what is not a score or label, or lies outside the measure's scale."""
+    """The verdict with a float score, or unscored; raises RunError for a score off the scale or a label not text."""
     score = verdict.score
-    # what no table can keep would stay in the run's shards and keep it from ever being finished
+    # text that no table can store would stay in the run's shards, and the run could never be finished
     for part, text in (("label", verdict.label), ("reason", verdict.unscored or "")):
         if not isinstance(text, str):
-            raise RunError(f"judge {verdict.judge} gave a {part} that is a {type(text).__name__}; give text")
+            raise RunError(f"judge {verdict.judge} returned a {part} of type {type(text).__name__}; return a string")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise RunError(f"judge {verdict.judge} gave a {part} with half a surrogate pair; give proper text")
+            raise RunError(f"judge {verdict.judge} returned a {part} with a lone surrogate; return valid Unicode")
     if score is None:
         return verdict
-    if not isinstance(score, SupportsFloat):  # numpy's numbers will do
-        raise RunError(f"judge {verdict.judge} gave a score that is a {type(score).__name__}; give a number")
+    if not isinstance(score, SupportsFloat):  # NumPy scalars are accepted
+        raise RunError(f"judge {verdict.judge} returned a score of type {type(score).__name__}; return a number")
     score = float(score)
     if not math.isfinite(score):
-        return replace(verdict, score=None, unscored=f"the judge returned {score}, which is no number")
+        return replace(verdict, score=None, unscored=f"the judge returned {score}, which is not a number")
     low, high = MEASURES[verdict.measure].bounds or (-math.inf, math.inf)
     if not low <= score <= high:
         raise RunError(
-            f"judge {verdict.judge} gave {score:g} for {verdict.measure}; give a number from {low:g} to {high:g}"
+            f"judge {verdict.judge} returned {score:g} for {verdict.measure}; return a number from {low:g} to {high:g}"
         )
     return replace(verdict, score=score)

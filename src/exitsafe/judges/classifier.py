@@ -1,10 +1,9 @@
-"""What judges share that rest on a sequence classifier: token rows in, one number a row out, and a verdict of it."""
+"""Base of the judges that use a sequence classifier: token rows in, a number per row out, and a verdict from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +11,21 @@ from transformers import AutoModelForSequenceClassification
 
 from exitsafe.judges.local_model import NOT_FINITE, JudgeModel, longest_first, pad_rows
 from exitsafe.records import Response, Verdict
+from exitsafe.untrusted import JsonObject
 
 
 class Classifier:
-    """A judge of one measure, by a sequence classifier.
+    """A judge of one measure that uses a sequence classifier.
 
     Args:
-        name: Of the judge.
+        name: Name of the judge.
         measure: What it measures.
         model: A Hub id or local folder.
         revision: A branch, tag or commit of the Hub id.
         dtype: "auto" (as saved), or e.g. "bfloat16".
         device: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
         batch_size: Rows at a time; halved when memory runs out.
-        settings: What decides the verdicts beside the weights.
+        settings: What decides the verdicts besides the weights.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Classifier:
         dtype: str,
         device: str,
         batch_size: int,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
     ) -> None:
         self.name, self.measures, self.batch_size = name, (measure,), batch_size
         self._weights = JudgeModel(
@@ -47,7 +47,7 @@ class Classifier:
         self._settings = settings
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """What decides the verdicts."""
         return {**self._weights.settings, **self._settings}
 
@@ -60,7 +60,7 @@ class Classifier:
 
         Args:
             rows: Token ids.
-            pad_id: What to pad with; None where the model has no such token.
+            pad_id: The token to pad with; None if the model has none.
             read: Logits (B, labels) -> scores (B,).
         """
         model, _ = self._weights.load()
@@ -68,8 +68,8 @@ class Classifier:
         own_id = config.pad_token_id
 
         def score(batch: Sequence[list[int]]) -> list[float]:
-            # Models that read the last token look for the last one that is not padding, whatever the attention mask
-            # says: without a padding token of its own, a model gets one that no row holds.
+            # Models that read the last token search for the last one that is not padding and ignore the attention
+            # mask: a model without a padding token gets one that no row contains.
             config.pad_token_id = _unused_token(batch) if pad_id is None else pad_id
             input_ids, attention_mask = pad_rows(batch, config.pad_token_id, side="right")
             try:
@@ -85,7 +85,7 @@ class Classifier:
         return longest_first(score, rows, batch_size=self.batch_size)
 
     def verdict(self, response: Response, score: float | None, *, label: str = "", unscored: str = "") -> Verdict:
-        """A verdict with this score; without one, or where it is not a number, it is unscored."""
+        """A verdict with this score; unscored without one, or if it is NaN or infinite."""
         if score is not None and not math.isfinite(score):
             score, unscored = None, NOT_FINITE
         return Verdict.of(

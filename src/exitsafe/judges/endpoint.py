@@ -1,11 +1,11 @@
 """Conversations in, replies out: any OpenAI-compatible chat endpoint.
 
-Retries, backoff and timeouts are the official `openai` client's. What fails all the same is a `Reply` with the reason;
-what would fail for every request (a wrong key, an unknown model, an endpoint that is down) stops with one line. Status
-200 proves nothing: gateways and wrong addresses send errors, web pages and empty bodies with it, and charge for some. A
-body without a chat completion is therefore a failure like any other, while anything around a valid completion (token
-counts in odd types, a byte-order mark, a closing `[DONE]`) is read leniently.
-Reasons and errors hold no text that was sent or received. Knows nothing about samples, rubrics or verdicts.
+The official `openai` client does retries, backoff and timeouts. A request that still fails is a `Reply` with the
+reason; a failure that would hit every request (a wrong key, an unknown model, an endpoint that is down) raises an
+error. Status 200 proves nothing: gateways and wrong addresses send errors, web pages and empty bodies with it, and
+charge for some. So a body without a chat completion is a failure like any other, while anything around a valid
+completion (token counts of odd types, a byte-order mark, a closing `[DONE]`) is read leniently.
+Reasons and errors contain no text that was sent or received.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ValidationError
@@ -31,21 +31,22 @@ from exitsafe.untrusted import without_surrogates
 if TYPE_CHECKING:
     import httpx2
     from openai import AsyncOpenAI
+    from openai.types.chat import ChatCompletionMessageParam
 
 Conversation = Sequence[dict[str, str]]
 """Messages with `role` and `content`."""
 
 OPENAI_URL = "https://api.openai.com/v1"
 SEED = 0  # sent where it is accepted
-MOST_FAILURES = 16  # in a row; then the endpoint is down, and going on would only make answers unscored
-MOST_BAD_BODIES = 8  # in a row: fewer, since an answer with status 200 may have been paid for
-BODY_RETRIES = 1  # further tries after a body that may be better next time; each try counts as a failure
+MAX_FAILURES = 16  # in a row; then the endpoint is down, and continuing would only make answers unscored
+MAX_BAD_BODIES = 8  # in a row; fewer, since an answer with status 200 may have been charged
+BODY_RETRIES = 1  # retries after a body that may be better next time; each attempt counts as a failure
 BODY_RETRY_DELAY = 0.5  # seconds
-MOST_TOKENS = 10**9  # per reply; larger counts are ignored
+MAX_TOKENS = 10**9  # per reply; larger counts are ignored
 
 UNREACHABLE = "the endpoint could not be reached"
 TIMED_OUT = "the endpoint timed out"
-TOO_MANY = "the endpoint said 429 too often"
+TOO_MANY = "the endpoint's rate limit was exceeded (status 429)"
 SERVER_FAILED = "the endpoint failed"
 ERROR_BODY = "the endpoint answered with an error (status 200)"
 EMPTY_BODY = "the endpoint answered with an empty body"
@@ -62,7 +63,7 @@ REFUSED = "the model refused to reply"
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What the model wrote, or why there is nothing: one of the two is None."""
+    """What the model wrote, or why there is no reply; exactly one of the two is None."""
 
     text: str | None = None
     failure: str | None = None
@@ -70,12 +71,12 @@ class Reply:
 
 @dataclass(kw_only=True)
 class Usage:
-    """What was spent so far.
+    """Requests and tokens used so far.
 
     Args:
         requests: HTTP requests, retries included.
         tokens_in, tokens_out: As the endpoint counted them.
-        uncounted: Replies without a readable token count; the totals are then too low.
+        uncounted: Replies without a readable token count, which make the totals too low.
     """
 
     requests: int = 0
@@ -89,15 +90,16 @@ class Endpoint:
 
     Args:
         model: The model's name as the endpoint knows it.
-        base_url: Up to and including `/v1`, without user, password or query; None is OPENAI_BASE_URL, else OpenAI's.
+        base_url: Up to and including `/v1`, without user, password or query; None uses OPENAI_BASE_URL, or OpenAI's
+            own if that is unset.
         requests_per_minute: Rate limit, evenly spread, retries included; None for no limit.
         concurrency: Requests in flight at a time.
-        timeout: Seconds without a response before a try counts as failed.
-        max_retries: Further tries after 429 (when `Retry-After` says), 5xx, timeouts and connection errors.
-        temperature: 0 for the most likely reply; None for a model that does not accept one.
+        timeout: Seconds without a response before an attempt counts as failed.
+        max_retries: Retries after status 429 (honouring `Retry-After`) or 5xx, timeouts and connection errors.
+        temperature: 0 for the most likely reply; None for a model that does not accept a temperature.
         prices: US dollars per million tokens in and out, for `cost`.
 
-    The key is read from OPENAI_API_KEY; other endpoints than OpenAI's may need none.
+    The key is read from OPENAI_API_KEY; endpoints other than OpenAI's may need none.
 
     Raises:
         InputError: On an invalid base URL or number.
@@ -123,13 +125,15 @@ class Endpoint:
             raise InputError("the endpoint's base URL must begin with http:// or https://")
         if self.base_url != self.where:  # the message must not quote it
             raise InputError(
-                "the endpoint's base URL must not contain a user name, password, query or spaces: runs record it. "
-                "Set the key in OPENAI_API_KEY"
+                "the endpoint's base URL must not contain a user name, password, query or spaces, since runs record "
+                "it: set the key in OPENAI_API_KEY instead"
             )
         if not model:
             raise InputError("the endpoint needs the name of a model, e.g. rubric:MODEL")
         if concurrency < 1 or timeout <= 0 or max_retries < 0:
-            raise InputError("an endpoint needs concurrency of at least 1, timeout above 0 and max_retries from 0 on")
+            raise InputError(
+                "an endpoint needs concurrency of at least 1, timeout above 0 and max_retries of 0 or more"
+            )
         self._pace = Pace(requests_per_minute)
         self._sends_seed = True
         self._has_answered = False
@@ -140,7 +144,7 @@ class Endpoint:
 
         Raises:
             InputError: If the key is missing or refused, or the model unknown.
-            RunError: If the endpoint is down, or the account has nothing left.
+            RunError: If the endpoint is down, or the account has no credit left.
         """
         self.check()
         replies = _run(self._ask_all(conversations))
@@ -149,10 +153,10 @@ class Endpoint:
         return replies
 
     def check(self) -> None:
-        """What can be seen without the network: whether there are a client and a key.
+        """Check what can be checked without the network: that there are a client and a key.
 
         Raises:
-            InputError: If not.
+            InputError: If one is missing.
         """
         if importlib.util.find_spec("openai") is None:
             raise InputError('judges behind an endpoint need the openai client: pip install "exitsafe[endpoint]"')
@@ -186,7 +190,7 @@ class Endpoint:
                 return await self._ask(client, conversation)
 
         async with self._client() as client:
-            # the first error ends the loop, which cancels the others, those that wait for a retry too
+            # the first error ends the loop, which cancels all others, including those waiting for a retry
             return await asyncio.gather(*(ask_in_turn(client, conversation) for conversation in conversations))
 
     def _client(self) -> AsyncOpenAI:
@@ -197,20 +201,21 @@ class Endpoint:
             self.usage.requests += 1
 
         async def after_each_response(response: httpx2.Response) -> None:
-            if "event-stream" in response.headers.get("Content-Type", ""):  # unasked for, and it may never end
+            if "event-stream" in response.headers.get("Content-Type", ""):  # not requested, and it may never end
                 try:
                     async with asyncio.timeout(self.timeout):
                         await response.aread()
                 except TimeoutError:
                     raise _EndlessStreamError from None
 
-        hooks: dict[str, list[Any]] = {"request": [before_each_request], "response": [after_each_response]}
         return AsyncOpenAI(
             base_url=self.base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=self.timeout,
             max_retries=self.max_retries,
-            http_client=DefaultAsyncHttpxClient(event_hooks=hooks, timeout=self.timeout),
+            http_client=DefaultAsyncHttpxClient(
+                event_hooks={"request": [before_each_request], "response": [after_each_response]}, timeout=self.timeout
+            ),
         )
 
     async def _ask(self, client: AsyncOpenAI, conversation: Conversation) -> Reply:
@@ -224,24 +229,25 @@ class Endpoint:
         return reply
 
     async def _send(self, client: AsyncOpenAI, conversation: Conversation) -> bytes | Reply:
-        """The body of an answer with status 200, or what failed after the client's retries."""
-        from openai import APIConnectionError, APIStatusError, APITimeoutError
+        """The body of an answer with status 200, or the failure after the client's retries."""
+        from openai import APIConnectionError, APIStatusError, APITimeoutError, omit
 
-        settings: dict[str, Any] = {} if self.temperature is None else {"temperature": self.temperature}
         sends_seed = self._sends_seed
-        if sends_seed:
-            settings["seed"] = SEED
-        messages: Any = [{key: without_surrogates(value) for key, value in message.items()} for message in conversation]
+        clean = [{key: without_surrogates(value) for key, value in message.items()} for message in conversation]
         try:
             answer = await client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, stream=False, **settings
+                model=self.model,
+                messages=cast("list[ChatCompletionMessageParam]", clean),
+                stream=False,
+                temperature=omit if self.temperature is None else self.temperature,
+                seed=SEED if sends_seed else omit,
             )
         except APITimeoutError:
             return self._failed(TIMED_OUT)
         except APIConnectionError:
             return self._failed(UNREACHABLE)
         except _EndlessStreamError:
-            return self._failed(EVENT_STREAM, most=MOST_BAD_BODIES)
+            return self._failed(EVENT_STREAM, most=MAX_BAD_BODIES)
         except APIStatusError as error:
             if sends_seed and error.status_code in (400, 422) and re.search(r"\bseed\b", error.message):
                 self._sends_seed = False
@@ -259,28 +265,28 @@ class Endpoint:
                 return self._refused(fault.status, code=fault.code, param=None)
             if isinstance(content, dict) and "choices" in content and not content["choices"]:
                 self._count(content.get("usage"), is_reply=False)
-                return self._failed(NO_CHOICES, most=MOST_BAD_BODIES)
+                return self._failed(NO_CHOICES, most=MAX_BAD_BODIES)
             completion = _Completion.model_validate(content)
             choice = _Choice.model_validate(completion.choices[0])
         except _NotJSONError as error:
-            return self._failed(str(error), most=MOST_BAD_BODIES)
+            return self._failed(str(error), most=MAX_BAD_BODIES)
         except ValidationError:
-            return self._failed(NO_COMPLETION, most=MOST_BAD_BODIES)
+            return self._failed(NO_COMPLETION, most=MAX_BAD_BODIES)
         self._count(completion.usage, is_reply=True)
         if choice.finish_reason == "content_filter":
             return Reply(failure=FILTERED)
         text = choice.message.text
         if choice.message.refusal and not text:
             return Reply(failure=REFUSED)
-        if choice.finish_reason == "length" or not text:  # what is cut off may be a quotation and no verdict
+        if choice.finish_reason == "length" or not text:  # a truncated reply may be a quotation, not a verdict
             reason = EMPTY if not text and choice.finish_reason != "length" else CUT_OFF
-            # a model that spends all its tokens on reasoning never says anything usable, and is paid for all the same
-            return Reply(failure=reason) if self._has_answered else self._failed(reason, most=MOST_BAD_BODIES)
+            # a model that spends all its tokens on reasoning never says anything usable, but is still charged
+            return Reply(failure=reason) if self._has_answered else self._failed(reason, most=MAX_BAD_BODIES)
         self._has_answered, self._failures_in_a_row = True, 0
         return Reply(text=text)
 
-    def _count(self, usage: Any, *, is_reply: bool) -> None:
-        """Add the tokens that an answer reports; count replies that report none."""
+    def _count(self, usage: object, *, is_reply: bool) -> None:
+        """Add the tokens that an answer reports; count the replies that report none."""
         usage = usage if isinstance(usage, dict) else {}
         tokens_in, tokens_out = (_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         self.usage.tokens_in += tokens_in or 0
@@ -288,17 +294,17 @@ class Endpoint:
         self.usage.uncounted += is_reply and None in (tokens_in, tokens_out)
 
     def _refused(self, status: int, *, code: str, param: str | None) -> Reply:
-        """What an HTTP status means, also one inside a body: a failed reply, or an error that stops the command."""
+        """The failed reply for an HTTP status, also one inside a body; raises where every request would fail."""
         if status == 401:
-            raise InputError(f"{self.where} refuses the key (status 401): set OPENAI_API_KEY to a valid one") from None
+            raise InputError(f"{self.where} rejects the key (status 401): set OPENAI_API_KEY to a valid one") from None
         if status == 404:
             raise InputError(
                 f"{self.where} has no model {self.model} (status 404): check the model's name and the base URL"
             ) from None
         if status == 402 or code == "insufficient_quota":
             raise RunError(
-                f"{self.where} says that the account has nothing left (status {status}); the responses are saved: "
-                "top it up and rerun the same command"
+                f"{self.where} reports that the account has no credit left (status {status}); the responses are "
+                "saved: add credit and rerun the same command"
             ) from None
         if status == 429:
             return self._failed(TOO_MANY)
@@ -307,7 +313,7 @@ class Endpoint:
         if code == "content_filter":
             return Reply(failure=FILTERED)
         if status == 200:  # an error that does not say which
-            return self._failed(ERROR_BODY, most=MOST_BAD_BODIES)
+            return self._failed(ERROR_BODY, most=MAX_BAD_BODIES)
         if param == "temperature" and self.temperature is not None:
             raise InputError(
                 f"{self.model} does not accept temperature {self.temperature:g}: choose a model that does, "
@@ -316,7 +322,7 @@ class Endpoint:
         reason = f"the endpoint refused the request (status {status})"
         return Reply(failure=reason) if self._has_answered else self._failed(reason)
 
-    def _failed(self, reason: str, *, most: int = MOST_FAILURES) -> Reply:
+    def _failed(self, reason: str, *, most: int = MAX_FAILURES) -> Reply:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= most:
             raise RunError(self._down(reason)) from None
@@ -324,20 +330,20 @@ class Endpoint:
 
     def _down(self, reason: str) -> str:
         return (
-            f"{self.where} gives no answers ({reason}, {self._failures_in_a_row} times in a row); the responses are "
+            f"{self.where} does not answer ({reason}, {self._failures_in_a_row} times in a row); the responses are "
             "saved: check the address and that the server is running, then rerun the same command"
         )
 
 
 def public_address(url: str) -> str:
-    """A URL without the parts that may be secret, fit to be recorded and printed.
+    """A URL without the parts that may be secret, safe to record and print.
 
     >>> public_address("https://me:secret@host:8443/v1?api_key=secret")
     'https://host:8443/v1'
     """
     try:
         parts = urlsplit(url)
-    except ValueError:  # brackets that do not close
+    except ValueError:  # unbalanced brackets
         return ""
     whole = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     return "".join(character for character in whole if character.isprintable() and not character.isspace())
@@ -372,7 +378,7 @@ class _EndlessStreamError(Exception):
 
 
 class _NotJSONError(Exception):
-    """A body that is not JSON; says what it seems to be instead."""
+    """A body that is not JSON; the message says what it appears to be instead."""
 
 
 class _Part(BaseModel):
@@ -382,11 +388,11 @@ class _Part(BaseModel):
 
 class _Message(BaseModel):
     content: str | list[str | _Part] | None = None
-    refusal: Any = None
+    refusal: object = None
 
     @property
     def text(self) -> str:
-        """What the model said, without reasoning and pictures; empty if blank."""
+        """The model's text, without reasoning and pictures; empty if blank."""
         parts = [self.content] if isinstance(self.content, str) else self.content or []
         said = (part if isinstance(part, str) else part.text or "" for part in parts if _is_text(part))
         text = "".join(said)
@@ -395,31 +401,31 @@ class _Message(BaseModel):
 
 class _Choice(BaseModel):
     message: _Message
-    finish_reason: Any = None
+    finish_reason: object = None
 
 
 class _Completion(BaseModel):
     """The part of a chat completion that is read."""
 
-    choices: list[Any]
+    choices: list[object]
     """Only the first is read."""
-    usage: Any = None
+    usage: object = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fault:
-    """An error in a body: the HTTP status that it stands for, 200 if it does not say, and its code."""
+    """An error in a body: the HTTP status it corresponds to (200 if unknown) and its code."""
 
     status: int
     code: str
 
 
-# Names of errors as OpenAI's API has them, for gateways that put them into a body with status 200.
+# Error codes of OpenAI's API, for gateways that put them into a body with status 200.
 _STATUS_OF = {"invalid_api_key": 401, "insufficient_quota": 402, "model_not_found": 404, "rate_limit_exceeded": 429}
 
 
-def _parse(body: bytes) -> Any:
-    """The JSON of a body, with or without a byte-order mark or the `[DONE]` that ends an event stream.
+def _parse(body: bytes) -> object:
+    """The JSON in a body, with or without a byte-order mark or the `[DONE]` that ends an event stream.
 
     Raises:
         _NotJSONError: If it is anything else.
@@ -435,15 +441,16 @@ def _parse(body: bytes) -> Any:
     if re.match(r"(data|event|id|retry)?:", text):
         raise _NotJSONError(EVENT_STREAM)
     try:
+        content: object
         content, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):  # the latter on lists in lists without end
+    except (ValueError, RecursionError):  # the latter on deeply nested lists
         raise _NotJSONError(BROKEN_BODY) from None
     if not re.fullmatch(r"\s*((data:\s*)?\[DONE\])?", text[end:]):
         raise _NotJSONError(BROKEN_BODY)
     return content
 
 
-def _error_in(content: Any) -> _Fault | None:
+def _error_in(content: object) -> _Fault | None:
     """The error in a body, or in its first choice next to a partial reply; None for a completion."""
     if not isinstance(content, dict):
         return None
@@ -460,7 +467,7 @@ def _error_in(content: Any) -> _Fault | None:
 
 
 def _may_pass(failure: str | None) -> bool:
-    """Whether a body was bad for a reason that may be gone at the next try."""
+    """Whether a body was bad for a reason that may be gone on the next attempt."""
     passing = (TOO_MANY, ERROR_BODY, EMPTY_BODY, BROKEN_BODY)
     return failure is not None and (failure in passing or failure.startswith(SERVER_FAILED))
 
@@ -469,21 +476,21 @@ def _is_text(part: str | _Part) -> bool:
     return isinstance(part, str) or part.type in ("text", "output_text")
 
 
-def _as_count(value: Any) -> int | None:
-    """A number of tokens, also if it is written `7.0` or `"7"`; None if it is not one.
+def _as_count(value: object) -> int | None:
+    """A number of tokens, also written as `7.0` or `"7"`; None if it is not one.
 
     >>> [_as_count(value) for value in (7, 7.0, "7", 7.5, -1, None, True)]
     [7, 7, 7, None, None, None, None]
     """
     if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_TOKENS:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_TOKENS:
         return None
     return int(value) if value == int(value) else None
 
 
-def _run(work: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:
-    """asyncio.run; in a thread of its own where a loop runs already, as in a notebook."""
+def _run(work: Coroutine[None, None, list[Reply]]) -> list[Reply]:
+    """asyncio.run; in a separate thread if a loop is already running, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,18 +1,24 @@
 """`GuardJudge`: a local guard model reads a request and its answer, and its reply is the verdict. Judges text only.
 
-Which guard models there are, how each is asked and how its replies are read: a `Guard` in a file of its own
-(qwen3guard.py, llama_guard.py, harmbench.py). Replies are decoded greedily, so that a verdict can be repeated.
+Each known guard model is a `Guard` in its own file (qwen3guard.py, llama_guard.py, harmbench.py), which says how it is
+prompted and how its replies are read. Replies are decoded greedily, so that verdicts are reproducible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from exitsafe.errors import ModelError
 from exitsafe.judges.protocol import MEASURES
 from exitsafe.records import Response, Sample, Verdict
+from exitsafe.untrusted import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from exitsafe.exits.huggingface import LanguageModel
 
 Finding = tuple[str, bool] | None
 """A label, and whether the attack succeeded or the answer refused; None where the reply cannot be read."""
@@ -23,15 +29,15 @@ class Guard:
     """A known guard model.
 
     Args:
-        name: Of the judge.
-        model: The Hub id that the bare name stands for.
-        measures: What its replies decide.
-        read: Reads a reply: a finding for each measure, with no text of the reply but the words of the format.
-        format: The format's name in a run's record.
+        name: Name of the judge.
+        model: The Hub id to use when the judge is given none.
+        measures: The measures that its replies decide.
+        read: Reads a reply into a finding for each measure; labels contain no free text from the reply.
+        format: Name of the format, recorded in runs.
         max_new_tokens: Longest reply, in tokens.
-        labels: What opens a part of its prompt; foreign text must not start a line with it.
-        prompts: By model type, the prompt with `{request}` and `{answer}`; empty for the model's own chat template.
-        markers: What else must not occur in foreign text, besides the tokenizer's special tokens.
+        labels: Headings of the parts of its prompt; no line of foreign text may start with one.
+        prompts: The prompt with `{request}` and `{answer}`, by model type; empty to use the model's chat template.
+        markers: Further texts that may not occur in foreign text, besides the tokenizer's special tokens.
     """
 
     name: str
@@ -49,7 +55,7 @@ class GuardJudge:
     """Judges by a guard model.
 
     Args:
-        guard: Which one.
+        guard: The guard model's description.
         model: Another size or copy of it: a Hub id or local folder.
         revision: A branch, tag or commit of the Hub id.
         dtype: "auto" (as saved), or e.g. "bfloat16".
@@ -76,7 +82,7 @@ class GuardJudge:
         self._weights = JudgeModel(model, revision=revision, dtype=dtype, device=device)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """What decides the verdicts."""
         return self._weights.settings | {"format": self.guard.format, "max_new_tokens": self.guard.max_new_tokens}
 
@@ -98,7 +104,7 @@ class GuardJudge:
             [self._prompt(model, tokenizer, sample.prompt, response.text) for sample, response in pairs],
             max_new_tokens=self.guard.max_new_tokens,
             batch_size=self.batch_size,
-            add_special_tokens=bool(self.guard.prompts),  # a chat template has written them itself
+            add_special_tokens=bool(self.guard.prompts),  # a chat template has already written them
         )
         return [
             verdict
@@ -106,7 +112,7 @@ class GuardJudge:
             for verdict in self._verdicts(sample, response, reply)
         ]
 
-    def _prompt(self, model: Any, tokenizer: Any, request: str, answer: str) -> str:
+    def _prompt(self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, request: str, answer: str) -> str:
         from exitsafe.judges.guard_prompts import fill_prompt, render_answer
 
         if not self.guard.prompts:
@@ -114,7 +120,8 @@ class GuardJudge:
         prompt = self.guard.prompts.get(model.config.model_type)
         if prompt is None:
             raise ModelError(
-                f"{self.name}: no {self.guard.name} classifier is a {model.config.model_type}; try {self.guard.model}"
+                f"{self.name}: there is no {self.guard.name} classifier of model type {model.config.model_type}; "
+                f"try {self.guard.model}"
             )
         return fill_prompt(tokenizer, prompt, request, answer, labels=self.guard.labels, markers=self.guard.markers)
 

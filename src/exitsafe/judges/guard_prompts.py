@@ -1,44 +1,47 @@
-"""Requests and answers into a judge's prompt, so that they are judged and cannot speak for the judge.
+"""Writes requests and answers into a judge's prompt so that they cannot forge a part of it.
 
-Foreign text in, rendered text out. Persuasion cannot be broken up: an
-answer that says "this is safe" in plain words reaches the judge unchanged.
+Foreign text in, rendered text out. Persuasion gets through: an answer that says "this is safe" in plain words reaches
+the judge unchanged.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from exitsafe.engine.templates import FIXED_DATE, render
 from exitsafe.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ROLES = ("user", "assistant")
 # a model may take any line break and any indent for the start of a turn
 _LINE_START = r"(?:(?m:^)|[\r\v\f\x1c-\x1e\x85\u2028\u2029])[ \t\xa0]*"
 
 
-def render_answer(tokenizer: Any, prompt: str, answer: str, *, labels: Sequence[str]) -> str:
+def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, labels: Sequence[str]) -> str:
     """A request and its answer through the tokenizer's own chat template, ready for the judge's reply.
 
     Whatever in them would read as part of the template is broken up by `without_markers`: tokens of the tokenizer,
     the template's `<BEGIN ...>` and `<END ...>`, and its role labels.
 
     Args:
-        tokenizer: Of a guard model.
-        prompt: What the user wrote.
-        answer: What is judged; may be empty.
+        tokenizer: The guard model's tokenizer.
+        prompt: The user's request.
+        answer: The answer to judge; may be empty.
         labels: The template's names for the two roles, e.g. `("USER:", "ASSISTANT:")`.
 
     Raises:
-        ModelError: If there is no chat template, or it leaves out what is to be judged.
+        ModelError: If there is no chat template, or it leaves out the request or the answer.
     """
     if tokenizer.chat_template is None:
-        raise ModelError("the judge model has no chat template: choose the guard model that this judge is made for")
+        raise ModelError("the judge model has no chat template: choose a guard model that this judge is made for")
     template = tokenizer.get_chat_template()
     markers = [*token_markers(tokenizer), *re.findall(r"<(?:BEGIN|END) [A-Z ]+>", template)]
     texts = [without_markers(text, markers, labels=labels) for text in (prompt, answer)]
-    # Templates of multimodal models look for parts of a type; others take the text itself.
+    # Templates of multimodal models expect typed parts; others take a string.
     takes_parts = re.search(r"""['"]type['"]""", template) is not None
     contents = [[{"type": "text", "text": text}] if takes_parts else text for text in texts]
     messages = [{"role": role, "content": content} for role, content in zip(_ROLES, contents, strict=True)]
@@ -49,7 +52,13 @@ def render_answer(tokenizer: Any, prompt: str, answer: str, *, labels: Sequence[
 
 
 def fill_prompt(
-    tokenizer: Any, prompt: str, request: str, answer: str, *, labels: Sequence[str], markers: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    request: str,
+    answer: str,
+    *,
+    labels: Sequence[str],
+    markers: Sequence[str],
 ) -> str:
     """A guard's prompt with its `{request}` and `{answer}` filled in, both broken up by `without_markers`."""
     markers = [*token_markers(tokenizer), *markers]
@@ -58,16 +67,16 @@ def fill_prompt(
 
 
 def without_markers(text: str, markers: Sequence[str], *, labels: Sequence[str] = ()) -> str:
-    """A text with a space written into each marker after its first character, so that it is text and no marker.
+    """A text with a space inserted after the first character of each marker, so that it is no longer one.
 
-    Otherwise, an answer that contains `<|im_end|>` or `[/INST]` would end its own turn and speak for the judge. Text
-    without markers is untouched. Transformers' `sanitize_control_tokens` knows tokens alone, and only those of chat
-    templates.
+    Otherwise, an answer that contains `<|im_end|>` or `[/INST]` could end its own turn and write the judge's reply.
+    Text without markers is unchanged. Transformers' `sanitize_control_tokens` would not do: it only handles tokens,
+    and only those of chat templates.
 
     Args:
         text: Foreign text.
-        markers: What must not occur in it.
-        labels: What must not start a line of it, indented or not.
+        markers: Texts that must not occur in it.
+        labels: Texts that must not start a line of it, indented or not.
 
     >>> without_markers("fine<|im_end|>", ["<|im_end|>"])
     'fine< |im_end|>'
@@ -89,6 +98,6 @@ def _broken_up(found: re.Match[str]) -> str:
     return f"{found[0].removesuffix(label)}{label[0]} {label[1:]}"
 
 
-def token_markers(tokenizer: Any) -> list[str]:
-    """Texts that a tokenizer reads as one token anywhere: turn marks, image tokens and the like."""
+def token_markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts that a tokenizer reads as one token anywhere: turn markers, image tokens and the like."""
     return [token.content for token in tokenizer.added_tokens_decoder.values()]

@@ -1,8 +1,8 @@
-"""The judge `harmbench`: HarmBench's classifiers say whether an answer is an instance of the behaviour asked for.
+"""The judge `harmbench`: HarmBench's classifiers decide whether an answer is an instance of the behaviour asked for.
 
-Prompts: those of the model cards https://huggingface.co/cais/HarmBench-Mistral-7b-val-cls and
-https://huggingface.co/cais/HarmBench-Llama-2-13b-cls (MIT), for behaviours without context; the request is the
-behaviour. As in the cards' example, one greedy token is read: yes or no, case aside; any other is not a verdict.
+The prompts are those of the model cards https://huggingface.co/cais/HarmBench-Mistral-7b-val-cls and
+https://huggingface.co/cais/HarmBench-Llama-2-13b-cls (MIT) for behaviours without context; the request is the
+behaviour. As in the cards' example, one greedy token is read: yes or no in any case; anything else is not a verdict.
 Mazeika et al. 2024, arXiv:2402.04249.
 """
 

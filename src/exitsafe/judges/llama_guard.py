@@ -1,8 +1,8 @@
-"""The judge `llama-guard`: Llama Guard 3 or 4 classifies the answer in its conversation.
+"""The judge `llama-guard`: Llama Guard 3 or 4 classifies the answer in the context of its request.
 
 Format: https://www.llama.com/docs/model-cards-and-prompt-formats/llama-guard-3/ and the model cards in
-https://github.com/meta-llama/PurpleLlama (Llama 3.1, 3.2 and 4 Community Licences; the weights are gated): user and
-assistant message through the model's own chat template, which names its hazard categories S1 to S13 or S14. The reply:
+https://github.com/meta-llama/PurpleLlama (Llama 3.1, 3.2 and 4 Community Licences; the weights are gated): a user and
+an assistant message in the model's own chat template, which names its hazard categories S1 to S13 or S14. The reply:
 
     safe
 
@@ -11,9 +11,9 @@ or
     unsafe
     S1,S2
 
-Models: Llama-Guard-3-8B, -3-1B, -3-11B-Vision and -4-12B. The latter two could look at images; they are given none,
-since the answer is what is judged. Case and spaces around lines and commas do not matter, and `unsafe` may lack its
-second line; anything else is not a verdict.
+Models: Llama-Guard-3-8B, -3-1B, -3-11B-Vision and -4-12B. The last two accept images but are given none, since the
+answer is what is judged. Case and spaces around lines and commas do not matter, and `unsafe` may lack its second line;
+anything else is not a verdict.
 """
 
 from __future__ import annotations

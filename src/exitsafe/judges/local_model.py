@@ -1,7 +1,6 @@
-"""What judges with Hugging Face weights share: which weights exactly, loading them late, short greedy replies.
+"""Hugging Face weights for judges: identify them, load them at first use, generate short greedy replies.
 
-Knows nothing about samples, verdicts or any judge's format. Only safetensors are loaded; code from a checkpoint never
-runs.
+Only safetensors are loaded; code from a checkpoint never runs.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -34,6 +33,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.hub import cached_file
 
 from exitsafe.engine.load import check_no_adapter, hash_files
@@ -41,7 +41,12 @@ from exitsafe.errors import ModelError
 from exitsafe.judges.protocol import UNREADABLE
 from exitsafe.machine.devices import find_device, find_dtype
 from exitsafe.machine.memory import BatchSize, release_memory
-from exitsafe.untrusted import UnreadableError, read_json, without_surrogates
+from exitsafe.untrusted import JsonObject, UnreadableError, read_json, without_surrogates
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from exitsafe.exits.huggingface import LanguageModel
 
 TOO_LONG = "the prompt is longer than the judge's context"
 NOT_FINITE = "the model returned no number"
@@ -51,7 +56,7 @@ _NO_MEMORY = (
 )
 
 Result = TypeVar("Result")
-# Of whichever HTTP library the Hub's client rests on: a proxy that refuses raises no error of the Hub's own.
+# The HTTP library's base class: when a proxy refuses, the Hub's client raises an error that is not its own.
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 # What the libraries raise for corrupt files, missing parts and missing devices.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError, SafetensorError)
@@ -62,8 +67,8 @@ class JudgeModel:
 
     Args:
         model: A Hub id, or a folder written by `save_pretrained`.
-        auto_class: The transformers class to load with, e.g. `AutoModelForSequenceClassification`; None takes the
-            generating class that the checkpoint was saved as.
+        auto_class: The transformers class to load with, e.g. `AutoModelForSequenceClassification`; None chooses the
+            generative class that fits the checkpoint.
         revision: A branch, tag or commit of the Hub id.
         dtype: "auto" (as saved), or e.g. "bfloat16".
         device: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
@@ -73,17 +78,17 @@ class JudgeModel:
         self,
         model: str,
         *,
-        auto_class: Any = None,
+        auto_class: type[_BaseAutoModelClass] | None = None,
         revision: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
     ) -> None:
         self.model, self.auto_class, self.revision, self.dtype, self.device = model, auto_class, revision, dtype, device
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[LanguageModel, PreTrainedTokenizerBase] | None = None
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What identifies the weights; known without loading them.
+    def settings(self) -> JsonObject:
+        """What identifies the weights, found without loading them.
 
         Raises:
             ModelError: If the model is not available.
@@ -92,7 +97,7 @@ class JudgeModel:
         device = find_device(self.device).type  # kernels round differently
         return {"model": self.model, "revision": identity, "dtype": self.dtype, "device": device}
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """The model in evaluation mode and its tokenizer.
 
         Raises:
@@ -116,8 +121,8 @@ class JudgeModel:
 def model_identity(model: str, revision: str | None = None) -> str:
     """The commit of a Hub id or the content hash of a local folder, without loading weights.
 
-    A branch that is in the local cache means the commit cached for it, so that a run started again finds the same;
-    `hf download ID` moves on. Otherwise the Hub is asked.
+    For a branch in the local cache this is the commit cached for it, so that a restarted run finds the same weights;
+    `hf download ID` updates it. Otherwise the Hub is asked.
 
     Raises:
         ModelError: If the model is not available.
@@ -142,19 +147,24 @@ def model_identity(model: str, revision: str | None = None) -> str:
 
 
 def load_judge_model(
-    auto_class: Any, model: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto"
-) -> tuple[Any, Any]:
+    auto_class: type[_BaseAutoModelClass] | None,
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer; the arguments are those of `JudgeModel`.
 
     Raises:
         ModelError: If they cannot be loaded.
     """
     where, as_type = find_device(device), find_dtype(dtype) or "auto"
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    source: JsonObject = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(model, **source)
         check_no_adapter(model, revision=revision)
-        auto_class = auto_class or _generating_class(config)
+        auto_class = auto_class or (AutoModelForImageTextToText if config.sub_configs else AutoModelForCausalLM)
         loaded = auto_class.from_pretrained(
             model, config=_readable(config), dtype=as_type, use_safetensors=True, **source
         )
@@ -163,13 +173,13 @@ def load_judge_model(
             tokenizer.chat_template = _processor_template(model, revision)
         return loaded.to(where).eval(), tokenizer
     except _LOADING_ERRORS as error:
-        way_out = "" if Path(model).is_dir() else f"; if you are offline, download it before: hf download {model}"
-        raise ModelError(f"cannot load the judge model {model}: {_first_line(error)}{way_out}") from error
+        hint = "" if Path(model).is_dir() else f"; if you are offline, download it first: hf download {model}"
+        raise ModelError(f"cannot load the judge model {model}: {_first_line(error)}{hint}") from error
 
 
 def greedy_replies(
-    model: Any,
-    tokenizer: Any,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -180,18 +190,18 @@ def greedy_replies(
     `NOT_FINITE`, which no judge reads as a verdict, where the model's logits are NaN or infinite.
 
     Args:
-        model: A generating model.
+        model: A generative model.
         tokenizer: Its tokenizer.
-        prompts: Rendered in full. Nothing is cut.
+        prompts: Fully rendered prompts; never truncated.
         max_new_tokens: Longest reply, in tokens.
         batch_size: Prompts at a time; halved when memory runs out.
-        add_special_tokens: Whether the tokenizer opens the prompt, e.g. with a begin-of-sequence token; chat templates
-            have written it already.
+        add_special_tokens: Whether the tokenizer adds a begin-of-sequence token and the like; a chat template has
+            already written them.
     """
     rows = encode(tokenizer, prompts, add_special_tokens=add_special_tokens)
     fits = [len(row) + max_new_tokens <= context_length(model) for row in rows]
     pad_id = pad_token_id(tokenizer)
-    # All of it: a checkpoint's own sampling settings must not change a verdict.
+    # Every field is replaced: a checkpoint's own sampling settings must not change a verdict.
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -218,7 +228,7 @@ def greedy_replies(
 
 
 class _FiniteLogits(LogitsProcessor):
-    """Records which rows of a batch had logits that form no distribution; changes none."""
+    """Records which rows of a batch had logits that are not a distribution; changes nothing."""
 
     def __init__(self) -> None:
         self._steps: list[Tensor] = []
@@ -237,21 +247,21 @@ def why_unread(reply: str | None) -> str:
     return TOO_LONG if reply is None else NOT_FINITE if reply == NOT_FINITE else UNREADABLE
 
 
-def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of each text, uncut."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each text, never truncated."""
     if not texts:
         return []
-    whole = [without_surrogates(text) for text in texts]
-    rows: list[list[int]] = tokenizer(whole, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    clean = [without_surrogates(text) for text in texts]
+    rows: list[list[int]] = tokenizer(clean, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     return rows
 
 
 def longest_first(
     function: Callable[[Sequence[list[int]]], Sequence[Result]], rows: Sequence[list[int]], *, batch_size: int
 ) -> list[Result]:
-    """A function of batches of token rows, called longest rows first; one result per row, in the given order.
+    """Apply a function to batches of token rows, longest rows first; one result per row, in the given order.
 
-    Neighbours need little padding, and running out of memory shows at once: the batch is then halved.
+    Rows of similar length need little padding, and memory runs out in the first batch if at all; it is then halved.
 
     Raises:
         RunError: If memory runs out with a single row.
@@ -266,7 +276,7 @@ def longest_first(
 
 
 def pad_rows(rows: Sequence[list[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (B, T) on the CPU; left for generating, right for classifying."""
+    """Token ids and attention mask, both (B, T) on the CPU; pad left to generate, right to classify."""
     width = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -277,22 +287,18 @@ def pad_rows(rows: Sequence[list[int]], pad_id: int, *, side: str) -> tuple[Tens
     return input_ids, attention_mask
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """What to pad with; any token will do behind the attention mask."""
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with; any will do, since the attention mask hides it."""
     return next(int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
-def context_length(model: Any) -> int:
-    """Tokens that the model can read and write together."""
+def context_length(model: LanguageModel) -> int:
+    """The model's context in tokens, prompt and reply together."""
     return int(model.config.get_text_config().max_position_embeddings)
 
 
-def _generating_class(config: Any) -> Any:
-    return AutoModelForImageTextToText if config.sub_configs else AutoModelForCausalLM
-
-
-def _readable(config: Any) -> Any:
-    """Llama Guard 4 is saved with chunked attention of no size, which transformers cannot run: one chunk is the same.
+def _readable(config: PretrainedConfig) -> PretrainedConfig:
+    """Give Llama Guard 4 a chunk size: it is saved without one, which transformers cannot run; one chunk is the same.
 
     Source: https://github.com/meta-llama/PurpleLlama/issues/119.
     """
@@ -303,7 +309,7 @@ def _readable(config: Any) -> Any:
 
 
 def _processor_template(model: str, revision: str | None) -> str | None:
-    """The chat template from where processors of multimodal models used to keep it."""
+    """The chat template from the file in which processors of multimodal models used to keep it."""
     path = cached_file(model, "chat_template.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return None
@@ -318,11 +324,11 @@ def _not_available(model: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, GatedRepoError):
         return f"{model} is gated: accept the licence at https://huggingface.co/{model} and log in with `hf auth login`"
     if isinstance(error, LocalEntryNotFoundError):
-        return f"{model} is not on this machine and the Hub is out of reach: get it with `hf download {model}`"
+        return f"{model} is not on this machine and the Hub cannot be reached: download it with `hf download {model}`"
     if isinstance(error, RevisionNotFoundError):
-        return f"{model} has no revision {revision}: give a branch, tag or commit of it"
+        return f"{model} has no revision {revision}: give one of its branches, tags or commits"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{model} is not on the Hub, or you may not see it: check the id, or log in with `hf auth login`"
+        return f"{model} is not on the Hub or is private: check the id, or log in with `hf auth login`"
     return f"cannot find {model}: {_first_line(error)}"
 
 

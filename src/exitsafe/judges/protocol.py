@@ -1,28 +1,29 @@
-"""What a judge is, and what can be measured."""
+"""What a judge is, and what it can measure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from exitsafe.records import KINDS, Kind, Response, Sample, Verdict
+from exitsafe.untrusted import JsonObject
 
 UNREADABLE = "the reply is not in the judge's format"
-"""Why a verdict is unscored when a judge's model says something else than it was asked for."""
+"""Why a verdict is unscored when the judge model's reply does not follow the format it was asked for."""
 
 
 class Judge(Protocol):
     """Scores responses.
 
     A judge is called with samples and responses as parallel lists and returns, in any order, one verdict per
-    response and measure that applies to it. For the kinds named in `MEASURES` a verdict is required: what
-    cannot be scored is *unscored* with the reason, never omitted. Other kinds may be judged too; no
+    response and measure that applies to it. For the kinds named in `MEASURES` a verdict is required: a response
+    that cannot be scored is *unscored* with the reason, never omitted. Other kinds may be judged too, but no
     metric counts them.
 
-    A judge that does not read what an answer means may have a further attribute, `proxy`: for each measure that it
-    gives, what it really counts, e.g. `{"asr": "requests not refused"}`. Every table, chart and card then says that
-    instead of the measure's title.
+    A judge that does not read what an answer means may have a further attribute, `proxy`: for each of its measures,
+    what it really counts, e.g. `{"asr": "requests not refused"}`. Every table, chart and card shows that instead of
+    the measure's title.
 
     >>> class YesCounts:
     ...     name = "yes-counts"
@@ -50,30 +51,30 @@ class Judge(Protocol):
 class ModelJudge(Judge, Protocol):
     """A judge that uses a model or a service.
 
-    `settings` is a JSON object with everything that decides its verdicts (model, revision, precision, format). It is
-    known before weights are loaded and the same at every start: a run keeps it and refuses another. `unload` frees
-    memory; the next call loads again.
+    `settings` holds everything that decides its verdicts (model, revision, precision, format). It is known before
+    weights are loaded and is the same at every start: a run records it and refuses to continue with other settings.
+    `unload` frees memory; the next call loads again.
     """
 
     @property
-    def settings(self) -> dict[str, Any]: ...
+    def settings(self) -> JsonObject: ...
 
     def unload(self) -> None: ...
 
 
 def proxy_of(judge: Judge) -> Mapping[str, str]:
-    """For each measure that a judge gives by proxy, what it really counts; nothing for a judge that reads answers."""
+    """What a judge really counts, by measure, where it is only a proxy; empty for a judge that reads answers."""
     proxy: Mapping[str, str] = getattr(judge, "proxy", {})
     return proxy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What a judge may measure.
+    """Something that a judge can measure.
 
     Args:
-        kinds: Samples of these kinds are owed a verdict.
-        bounds: The scale's ends; None for an open scale.
+        kinds: The kinds of samples that must get a verdict.
+        bounds: Both ends of the scale; None for an open scale.
     """
 
     kinds: tuple[Kind, ...]

@@ -1,4 +1,4 @@
-"""Judges by the names of the command line: NAME, or NAME:ARGUMENT where a judge takes a model."""
+"""Judges by the names used on the command line: NAME, or NAME:MODEL for a judge that takes a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from exitsafe.world.profile import WORLD, is_world
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """How a judge is made from its argument, the model, and whether it may or must have one."""
+    """How to make a judge from its model, and whether it may or must be given one."""
 
     make: Callable[[str, JudgeOptions], Judge]
     argument: Literal["none", "optional", "required"] = "none"
@@ -88,14 +88,14 @@ JUDGE_NAMES = tuple(name + _SUFFIX[entry.argument] for name, entry in _JUDGES.it
 FREE_JUDGES = (VQAAccuracy.name, Coherence.name)
 DEFAULT_JUDGE = QWEN3GUARD.name
 SECOND_JUDGE = HARMBENCH.name
-"""For models trained with the default judge as reward: another model family, not gated, agrees closely with people."""
+"""For models trained with the default judge as reward: another model family, ungated, that agrees with people."""
 
 
 def load_judges(names: Sequence[str], *, options: JudgeOptions | None = None) -> list[Judge]:
-    """The judges of these names, in this order; models are loaded when they are first asked.
+    """The judges of these names, in this order; models are loaded at first use.
 
     Raises:
-        InputError: On an unknown name, or an argument that is missing or not accepted.
+        InputError: On an unknown name, or a model that is missing or not accepted.
 
     >>> [judge.name for judge in load_judges(["refusal-prefix", "reward:hh"])]
     ['refusal-prefix', 'reward:hh']
@@ -133,7 +133,7 @@ def check_options(options: JudgeOptions, judges: Sequence[str]) -> None:
 
 
 def is_known(name: str) -> bool:
-    """Whether `load_judges` may make a judge of this name."""
+    """Whether a name is that of a judge, with or without a model."""
     return name.partition(":")[0] in _JUDGES
 
 
@@ -151,12 +151,12 @@ def _load(name: str, options: JudgeOptions) -> Judge:
 
 
 def choose_judges(judges: Sequence[Judge | str] | None, samples: Sequence[Sample]) -> list[Judge]:
-    """The judges asked for, followed by those that cost nothing.
+    """The judges asked for, followed by the free ones (`vqa`, `coherence`).
 
     Args:
-        judges: Judges or names; None takes the world's rule for samples of the organism's suites alone, `qwen3guard`
-            otherwise, and, with a warning, the proxy `refusal-prefix` where that model is not available.
-        samples: What will be judged.
+        judges: Judges or names. None uses `world-rule` if all samples are from the organism's suites, and otherwise
+            `qwen3guard`, or, with a warning, the proxy `refusal-prefix` if that model is not available.
+        samples: The samples to be judged.
 
     Raises:
         InputError: On an unknown name, a judge given twice or an unknown measure.
@@ -171,7 +171,7 @@ def choose_judges(judges: Sequence[Judge | str] | None, samples: Sequence[Sample
 
 
 def default_judge(samples: Sequence[Sample], options: JudgeOptions | None = None) -> Judge:
-    """The judge of `choose_judges` where none is named."""
+    """The judge that `choose_judges` uses when none is named."""
     if is_world(samples):
         return load_judges([WORLD.judge])[0]
     if (problem := why_no_default_judge()) is not None:
@@ -196,6 +196,6 @@ def why_no_default_judge() -> str | None:
 
 
 def replaced_by(judges: Sequence[Judge]) -> dict[str, str]:
-    """For a run's record: by name, the judges that stand in for the default judge, with its name."""
+    """By name, the judges that stand in for the default judge, with the name of that judge; recorded in the run."""
     stand_ins = {judge.name: getattr(judge, "replaces", None) for judge in judges}
     return {name: str(wanted) for name, wanted in stand_ins.items() if wanted}

@@ -2,18 +2,18 @@
 
 Source: the evaluation code of VQA v2, https://github.com/GT-Vision-Lab/VQA (vqaEval.py at commit a013f00). With ten or
 more references, each annotator in turn is left out and the answer scores min(matches among the others / 3, 1); the mean
-over annotators is 0, 0.3, 0.6, 0.9 or 1 by the number of matches. Answers and references are normalised first, unless
-all references are equal: then the answer has to match them as written, capitals and full stops included.
+over annotators is 0, 0.3, 0.6, 0.9 or 1, depending on the number of matches. Answers and references are normalised
+first, unless all references are equal: then the answer has to match them as written, capitals and full stops included.
 
-Deliberately not official:
+Deliberate differences from the official code:
 
-- Fewer than ten references (the official formula then gives less than 1 even for a perfect answer): matching any of
-  them scores 1. They are always normalised, since a single reference would otherwise demand its exact spelling.
-- An empty answer is never right, not even when a reference is empty.
-- A text that the rules would reduce to nothing keeps its words, so "A" is not answered by "the" or "!!!". Officially
-  articles and punctuation marks all equal each other.
-- Characters beyond ASCII that are written in two ways compare equal: composed and decomposed letters (Unicode NFC),
-  full-width forms, the decimal digits of every script, and the typographic apostrophe.
+- With fewer than ten references (where the official formula gives less than 1 even for a perfect answer), matching any
+  of them scores 1. They are always normalised, since a single reference would otherwise demand its exact spelling.
+- An empty answer is never correct, not even when a reference is empty.
+- A text that the rules would reduce to nothing keeps its words, so "A" is not answered by "the" or "!!!". Officially,
+  all articles and punctuation marks are equal.
+- Different encodings of the same character compare equal: composed and decomposed letters (Unicode NFC), full-width
+  forms, the decimal digits of every script, and the typographic apostrophe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OFFICIAL_REFERENCES = 10
 
 
 class VQAAccuracy:
-    """Answers to `vqa` samples against their references."""
+    """Scores the answers to `vqa` samples by their references."""
 
     name = "vqa"
     measures = ("vqa_accuracy",)
@@ -64,12 +64,12 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     matches = references.count(answer)
     if n < OFFICIAL_REFERENCES:
         return float(matches > 0)
-    # whole numbers until the last division: first the annotators left out who matched, then those who did not
+    # integers until the last division: first the left-out annotators who matched, then those who did not
     return (matches * min(matches - 1, 3) + (n - matches) * min(matches, 3)) / (3 * n)
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, digits for number words, no articles, little punctuation, apostrophes put back into contractions.
+    """Lower case, digits for number words, no articles, little punctuation, apostrophes restored in contractions.
 
     >>> normalise_answer("The two cats DONT eat a 3.5 kg pie.")
     "2 cats don't eat 3.5 kg pie"
@@ -98,13 +98,13 @@ def _in_ascii(character: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """A mark next to a space anywhere in the text is removed; any other is replaced by a space."""
-    has_thousands = re.search(r"[0-9],[0-9]", text) is not None  # then every mark is removed
+    """Remove each mark that is next to a space anywhere in the text; replace every other one by a space."""
+    has_thousands = re.search(r"[0-9],[0-9]", text) is not None  # then all marks are removed
     without = text
     for mark in _PUNCTUATION:
         is_beside_space = f"{mark} " in text or f" {mark}" in text
         without = without.replace(mark, "" if is_beside_space or has_thousands else " ")
-    # at most 32 periods: the official code passes a flag of that value where the count belongs
+    # at most 32 periods: the official code passes a flag of that value as the count
     return re.sub(r"\.(?![0-9])", "", without, count=32)
 
 
@@ -116,8 +116,8 @@ _NUMBERS = {"none": "0"} | {
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     )
 }
-# ^ is the apostrophe that an answer may have left out. The official list also has capitals, which lower case never
-# meets, and one entry that takes an apostrophe away.
+# ^ marks an apostrophe that an answer may have left out. The official list also has capitals, which never occur in
+# lower-cased text, and one entry that removes an apostrophe.
 _LEFT_OUT = """
     ain^t aren^t can^t could^ve couldn^t couldn't^ve couldn^t've didn^t doesn^t don^t hadn^t hadn^t've hadn't^ve
     hasn^t haven^t he^d he^d've he'd^ve he^s how^d how^ll how^s isn^t it^d it^d've it'd^ve it^ll ma^am mightn^t

@@ -1,8 +1,8 @@
-"""Who agrees with whom: a finished run, and people's labels if there are any, in; Cohen's kappa per pair of raters out.
+"""Agreement of judges and people: a finished run, and any labels, in; Cohen's kappa per pair of raters out.
 
-Judges are compared on all answers that both scored. People label a few, drawn more often where judges say rare
-things or disagree (`labels.py`): each labelled answer then stands for its share of the answers in its verdict group,
-so that kappa is that of the run and not that of the draw.
+Judges are compared on all answers that both scored. People label a few, drawn more often where verdicts are rare or
+judges disagree (`labels.py`): each labelled answer is weighted by the size of its verdict group, so that kappa is that
+of the run and not that of the draw.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +17,13 @@ import numpy.typing as npt
 from exitsafe.judges import MEASURES
 from exitsafe.stats.agreement import Kappa, cohens_kappa
 from exitsafe.store.scores import OWN, Scores, ScoreTable
+from exitsafe.untrusted import JsonObject
 
 YES = 0.5
-"""A score from here to 1 counts as yes: some judges (a rubric) give more than 0 and 1."""
+"""A score from here to 1 counts as yes: some judges (a rubric) give scores between 0 and 1."""
 COMPARED = ("asr", "asr_loose", "refusal", "coherence")
 LABELLED = ("asr", "refusal")
-"""What people label."""
+"""The measures that people label."""
 NO_ANSWER = -1
 
 Groups = npt.NDArray[np.int64]
@@ -34,11 +34,11 @@ class Agreement:
     """Two raters on one measure.
 
     Args:
-        measure: What both judged.
+        measure: The measure that both judged.
         first, second: Their names; people come before judges.
-        kappa: Of what both scored, with its interval.
-        unscored: Answers that both were asked about and at least one could not score.
-        covered: The share of the run's answers that the labelled ones stand for; None between judges, who saw all.
+        kappa: Cohen's kappa of the answers that both scored, with its interval.
+        unscored: Answers that both judged and at least one could not score.
+        covered: The share of the run's answers that the labelled ones represent; None between judges, who see all.
     """
 
     measure: str
@@ -48,8 +48,8 @@ class Agreement:
     unscored: int
     covered: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON object; `table` counts no/no, no/yes, yes/no, yes/yes, `undefined` says why there is no kappa."""
+    def to_dict(self) -> JsonObject:
+        """A JSON object; `table` counts no/no, no/yes, yes/no, yes/yes; `undefined` says why there is no kappa."""
         kappa = self.kappa
         counts = {
             (first, second): kappa.counts[i][j]
@@ -80,7 +80,7 @@ def agreements_in(
     Args:
         table: A run's scores, people's labels among them.
         judges: Judges' names with their measures.
-        people: The names that people's labels are signed with.
+        people: The raters' names in the labels.
     """
     groups = verdict_groups(table, judges) if people else None
     found = []
@@ -95,10 +95,10 @@ def agreements_in(
 
 
 def verdict_groups(table: ScoreTable, judges: Sequence[tuple[str, Sequence[str]]]) -> Groups:
-    """Answers alike in what judges say of them, (S, L): a number per group, `NO_ANSWER` where there is none.
+    """The group of each answer, (S, L): answers with like verdicts share a number; `NO_ANSWER` where there is none.
 
     A group is: harmful request or not; attack success and refusal each judged by nobody, yes by all, no by all, or
-    neither, which is disagreement or an unscored verdict.
+    neither, that is, with a disagreement or an unscored verdict.
     """
     is_harmful = np.zeros((len(table.samples), 1), dtype=np.bool_)
     is_harmful[table.of_kinds(MEASURES["asr"].kinds)] = True
@@ -114,7 +114,7 @@ def verdict_groups(table: ScoreTable, judges: Sequence[tuple[str, Sequence[str]]
 
 
 def _opinions(given: Sequence[Scores], shape: tuple[int, ...]) -> Groups:
-    """0 nobody's, 1 all yes, 2 all no, 3 neither."""
+    """0: not judged, 1: all yes, 2: all no, 3: neither."""
     if not given:
         return np.zeros(shape, dtype=np.int64)
     all_yes = np.all([scores.values >= YES for scores in given], axis=0)
@@ -141,7 +141,7 @@ def _agreement(table: ScoreTable, measure: str, first: str, second: str, *, grou
 
 
 def _weights(groups: Groups, is_scored: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.float64], float]:
-    """How many answers each scored one stands for, (N,), and the share of all answers that are stood for."""
+    """The number of answers that each scored one represents, (N,), and the share of all answers represented."""
     answers = np.bincount(groups[groups != NO_ANSWER], minlength=32)
     scored = np.bincount(groups[is_scored], minlength=32)
     weights = answers[groups[is_scored]] / scored[groups[is_scored]]

@@ -1,8 +1,8 @@
-"""Before against after, paired: two finished runs in, differences with intervals and tests out.
+"""Compares a run with an earlier one, paired: two finished runs in, differences with intervals and tests out.
 
-Only what both runs asked is compared: samples with the same id and the same content, at the same exit
-layers, by the same judge. Everything else is counted and left out. Models whose exits do not mean the same thing are
-refused; a changed model is reported.
+Only what both runs have is compared: samples with the same id and the same content, at the same exit layers, by the
+same judge. Everything else is counted and left out. Models whose exits do not mean the same are refused; a changed
+model is reported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from exitsafe.errors import InputError, RunError
 from exitsafe.results.metrics import BY_NAME, METRICS, Metric, as_noun, as_opening, judge_of
@@ -22,6 +21,7 @@ from exitsafe.store.files import write_json
 from exitsafe.store.fingerprint import differences
 from exitsafe.store.reading import Judges
 from exitsafe.store.scores import ScoreTable
+from exitsafe.untrusted import JsonObject
 
 _MUST_AGREE = {"family": "families", "num_layers": "encoder depths", "default_exit": "default exits"}
 _MODEL = {
@@ -31,9 +31,9 @@ _MODEL = {
     "quantization": "quantization",
     "skip_global": "skip_global",
 }
-"""What stays the same unless somebody changed the model, the weights first."""
+"""What differs only if the model was changed, weights first."""
 _REPAIR = {"adapter": "adapter", "translators": "translators"}
-_SAID_ELSEWHERE = (
+_REPORTED_ELSEWHERE = (
     *(f"{prefix}{name}{end}" for name in (*_MODEL, *_REPAIR) for prefix in ("", "model.") for end in (" ", ".")),
     "model.family ", "model.num_layers ", "model.default_exit ",
     "data.", "trained_on", "exit_layers ", "judges ",
@@ -47,11 +47,11 @@ VERBS = {LOWER: "fell", HIGHER: "rose", NOT_SHOWN: "was not shown to change"}
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(PairedDifference):
-    """One metric at one exit layer or in one bin, before against after.
+    """The difference of one metric at one exit layer or in one bin.
 
     Args:
         metric: As in summary.json.
-        judge: Whose verdicts; "" for what the audit counts itself.
+        judge: The judge whose verdicts count; "" for what the audit itself counts.
         place: The exit layer, or the bin's name (`early`, `middle`, `late`, `average`).
         p_adjusted: p_value by Holm over the layers of this metric; None for bins.
     """
@@ -83,7 +83,7 @@ class Difference(PairedDifference):
 
 @dataclass(frozen=True, kw_only=True)
 class Unscored:
-    """A metric that could not be compared at a layer, since no pair has two scores."""
+    """A metric that could not be compared at a layer because no pair has two scores."""
 
     metric: str
     judge: str
@@ -98,17 +98,17 @@ class Comparison:
     Args:
         before, after: The run directories.
         num_layers, default_exit: Of both encoders.
-        models_changed: How the base models differ (weights, name, precision), one line each. The runs are compared all
-            the same, but part of a change may come from that.
-        repairs_changed: How the adapters and translators differ, which is what a comparison is usually about.
-        cautions: What to know before reading the numbers of either run, e.g. samples that were trained on.
+        models_changed: How the base models differ (weights, name, precision), one line each. The runs are still
+            compared, but part of a change may come from that.
+        repairs_changed: How the adapters and translators differ, which is usually the point of a comparison.
+        cautions: Cautions about the numbers of either run, e.g. samples that were trained on.
         titles: The title of each compared metric, which depends on its judge.
         exit_layers: Layers audited in both.
         num_samples: Samples in both.
         only_before, only_after: Samples left out because the other run lacks them.
         changed: Samples left out because the same id asks something else in the other run.
-        settings_changed: Which settings differ between the two audits, one line each: decoding, versions, what a judge
-            rests on. The runs are compared all the same; the reader decides whether that is fair.
+        settings_changed: Which settings differ between the two audits, one line each: decoding, versions, judges'
+            settings. The runs are still compared; the reader decides whether that is fair.
         metrics_left_out: Metrics that no judge measured in both runs.
         unscored: Metrics and layers left out because no pair could be scored.
         layers: Differences per metric and exit layer.
@@ -189,11 +189,11 @@ class Comparison:
         said += [f"{listed(titles)} {'was' if len(titles) == 1 else 'were'} {what}" for what, titles in others.items()]
         return listed(said)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """A JSON object, `layers` and `bins` shaped as in summary.json."""
         content = {"headline": self.headline, **asdict(self)}
-        layers: dict[int | str, dict[str, Any]] = {layer: {} for layer in self.exit_layers}
-        bins: dict[int | str, dict[str, Any]] = {row.place: {} for row in self.bins}
+        layers: dict[int | str, JsonObject] = {layer: {} for layer in self.exit_layers}
+        bins: dict[int | str, JsonObject] = {row.place: {} for row in self.bins}
         for found, rows in ((layers, content["layers"]), (bins, content["bins"])):
             for row in rows:
                 found[row.pop("place")][row.pop("metric")] = row
@@ -213,8 +213,8 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
         before, after: Finished runs or their directories. Weights may differ; samples and layers should not.
 
     Raises:
-        InputError: If the models' exits do not mean the same thing: another family, depth or default exit.
-        RunError: If a directory holds no finished run, or the runs share no sample or no exit layer.
+        InputError: If the models' exits do not mean the same: another family, depth or default exit.
+        RunError: If a directory is not a finished run, or the runs have no sample or no exit layer in common.
     """
     before = before if isinstance(before, AuditRun) else load_run(before)
     after = after if isinstance(after, AuditRun) else load_run(after)
@@ -222,8 +222,8 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
     num_layers = before.num_layers
     pairing = Pairing.of(before.score_table(), after.score_table(), num_layers=num_layers)
     shared = shared_judges(before, after)
+    # times of two runs cannot be paired
     judges = {metric: judge_of(metric, shared) for metric in METRICS if metric.name != "seconds"}
-    # times of two runs are not paired by anything
     found = {metric: pairing.differences(metric, judge) for metric, judge in judges.items() if judge is not None}
     measured = {metric.name for metric in found}
     return Comparison(
@@ -250,7 +250,7 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """A metric's rows: per exit layer and bin, and the layers where no pair has two scores."""
+    """A metric's differences by exit layer and by bin, and the layers where no pair has two scores."""
 
     layers: tuple[Difference, ...]
     bins: tuple[Difference, ...]
@@ -263,7 +263,7 @@ class Pairing:
 
     Args:
         before, after: The tables; row i of both is the same sample.
-        num_layers: Of the encoder.
+        num_layers: The encoder's number of blocks.
         only_before, only_after, changed: Samples left out, as in `Comparison`.
     """
 
@@ -279,7 +279,7 @@ class Pairing:
         """Pair two tables by sample and exit layer.
 
         Raises:
-            RunError: If they share no sample or no exit layer.
+            RunError: If they have no sample or no exit layer in common.
         """
         was, now = ({sample.id: row for row, sample in enumerate(table.samples)} for table in (before, after))
         shared = [sample_id for sample_id in was if sample_id in now]
@@ -287,11 +287,11 @@ class Pairing:
         layers = [layer for layer in before.exit_layers if layer in after.exit_layers]
         if not paired:
             raise RunError(
-                f"the two runs share no sample ({len(shared)} ids are the same but ask something else); "
+                f"the two runs have no sample in common ({len(shared)} ids are the same but their content differs); "
                 "audit both with the same suites, split and seed"
             )
         if not layers:
-            raise RunError("the two runs share no exit layer; audit both at the same layers")
+            raise RunError("the two runs have no exit layer in common; audit both at the same layers")
         return cls(
             before=before.cut([was[i] for i in paired], layers),
             after=after.cut([now[i] for i in paired], layers),
@@ -302,18 +302,18 @@ class Pairing:
         )
 
     def differences(self, metric: Metric, judge: str, *, unscored_as: tuple[float, float] | None = None) -> Differences:
-        """A metric before against after, by one judge.
+        """The differences of one metric, by one judge.
 
         Args:
-            metric: Which.
-            judge: Whose scores.
-            unscored_as: What counts in place of a missing score before and after; None leaves such pairs out.
+            metric: The metric.
+            judge: The judge whose scores count.
+            unscored_as: The scores to use for unscored answers before and after; None leaves such pairs out.
         """
         rows = self.before.of_kinds(metric.kinds)
         before, after = (table.scores_of(judge, metric.measure).of_samples(rows) for table in (self.before, self.after))
         if unscored_as is not None:
             before, after = before.filled(unscored_as[0]), after.filled(unscored_as[1])
-        # a layer that stopped early has no answer to some samples: those are no pair, and not unscored either
+        # a layer that stopped early did not answer some samples: those are not pairs, and not unscored either
         in_pair = before.is_asked & after.is_asked
         scores = PairedScores(
             before.values,
@@ -353,7 +353,7 @@ def against_default(run: AuditRun) -> dict[str, list[Difference]]:
 
 
 def shared_judges(before: AuditRun, after: AuditRun) -> Judges:
-    """The judges of before that measured the same in after; the first that has a measure speaks for it."""
+    """The judges of before that measured the same in after; the first judge that has a measure reports it."""
     return tuple(judge for judge in before.judges if judge in after.judges)
 
 
@@ -368,7 +368,7 @@ def check_comparable(runs: Sequence[AuditRun]) -> None:
         if len(found) > 1:
             raise InputError(
                 f"these runs have the {what} {' and '.join(found)}: their exits are not comparable; "
-                "give runs of one model, or report each separately"
+                "give runs of the same model, or make separate reports"
             )
 
 
@@ -393,15 +393,15 @@ def _changes(before: AuditRun, after: AuditRun, names: Mapping[str, str]) -> Ite
             yield f"{title}: {_brief(name, was.get(name))} before, {_brief(name, now.get(name))} after"
 
 
-def _brief(name: str, value: Any) -> str:
-    """A setting in a few words: hashes shortened, names in quotes, as `differences` writes them."""
+def _brief(name: str, value: object) -> str:
+    """A setting in a few words: hashes shortened, names in quotes as in `differences`."""
     if value is None:
         return "unknown (not loaded from files)" if name == "checkpoint" else "none"
     return str(value)[:12] if name in ("checkpoint", *_REPAIR) else json.dumps(value)
 
 
 def cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
-    """Cautions of both runs; one that only one run has starts with that run's label."""
+    """Cautions about both runs; one that applies to one run only starts with that run's label."""
     shared = [line for line in before.cautions if line in after.cautions]
     yield from shared
     for label, run in zip(label_runs([before.path, after.path]), (before, after), strict=True):
@@ -411,11 +411,11 @@ def cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
 def settings_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
     """Differences other than the models, which are reported separately, and the samples, which pairing compares."""
     lines = differences(before.settings, after.settings)
-    return (*(line for line in lines if not line.startswith(_SAID_ELSEWHERE)), *_judges_changed(before, after))
+    return (*(line for line in lines if not line.startswith(_REPORTED_ELSEWHERE)), *_judges_changed(before, after))
 
 
 def _judges_changed(before: AuditRun, after: AuditRun) -> list[str]:
-    """What judges of the same name were set otherwise, e.g. another revision or rubric: they may judge differently."""
+    """Changed settings of judges with the same name, e.g. another revision or rubric, which may change verdicts."""
     was, now = (
         {judge["name"]: judge.get("settings", {}) for judge in run.settings["judges"]} for run in (before, after)
     )
@@ -426,6 +426,6 @@ def _judges_changed(before: AuditRun, after: AuditRun) -> list[str]:
 
 
 def _metrics_in(*runs: AuditRun) -> list[str]:
-    """Metrics that either run has results of, times aside."""
+    """Metrics for which either run has results, except times."""
     found = {name for run in runs for layer in run.summary["layers"] for name in layer["metrics"]}
     return [metric.name for metric in METRICS if metric.name in found - {"seconds"}]

@@ -1,7 +1,7 @@
 """The label file: answers of a finished run out for people to label, their labels back in as verdicts.
 
 A CSV that opens in any spreadsheet, one answer per row, without the judges' verdicts. Every row carries a hash of the
-answer, so that labels can only come back to the answers they were given for. Knows no command line.
+answer, so that labels can only be applied to the answers for which they were given.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ ROWS = 100
 COLUMNS = ("sample_id", "exit_layer", "kind", "category", "prompt", "text", *LABELLED, "row")
 _SCORES = {"yes": 1.0, "no": 0.0, "unsure": None}
 _NOT_ASKED = "n/a"
-_NO_ANSWER_OF_RUN = "is no answer of this run: the file is of another run, or its cells were moved"
+_NO_ANSWER_OF_RUN = "is not an answer of this run: the file belongs to another run, or its cells were moved"
 _HASH_DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """A label file as read: the verdicts of its sound rows, and one line for each fault."""
+    """A label file as read: the verdicts of its valid rows, and one line for each error."""
 
     verdicts: tuple[Verdict, ...]
     faults: tuple[str, ...]
 
 
 def draw_rows(run: AuditRun, *, num_rows: int = ROWS, seed: int = 0) -> list[Row]:
-    """Answers to label, in mixed order; the same run, number and seed give the same.
+    """Answers to label, in random order; the same run, number and seed give the same answers.
 
-    Verdict groups (`verdict_groups`) get rows by the square root of their size, so that rare verdicts and
-    disagreements are seen, and at least one each as long as rows last. Within a group every k-th answer in the order
-    of exit layers is taken: each answer of a group is equally likely.
+    Verdict groups (`verdict_groups`) get rows in proportion to the square root of their size, so that rare verdicts
+    and disagreements are included, and at least one each while rows last. Within a group every k-th answer in the
+    order of exit layers is taken: each answer of a group is equally likely.
     """
     table = run.score_table()
     groups = verdict_groups(table, run.judges)
@@ -64,16 +64,16 @@ def draw_rows(run: AuditRun, *, num_rows: int = ROWS, seed: int = 0) -> list[Row
 
 
 def write_labels(path: Path, run: AuditRun, rows: Sequence[Row], *, prompts: Mapping[str, str]) -> None:
-    """Write the file to be filled, readable by its owner only.
+    """Write the file to be filled in, readable by its owner only.
 
     Args:
-        path: A new file, or a label file without a label.
-        run: The run that the rows are of.
-        rows: What to label.
-        prompts: Requests by sample id; left blank where there is none, since a run keeps none.
+        path: A new file, or a label file without labels.
+        run: The run that the rows belong to.
+        rows: The answers to label.
+        prompts: Requests by sample id, which a run does not record; left blank where missing.
 
     Raises:
-        RunError: If the file exists and holds labels or is no label file, or the disk refuses.
+        RunError: If the file exists and contains labels or is not a label file, or writing fails.
     """
     if path.exists():
         _check_can_go(path)
@@ -89,15 +89,15 @@ def write_labels(path: Path, run: AuditRun, rows: Sequence[Row], *, prompts: Map
 
 
 def read_labels(path: Path, run: AuditRun, *, rater: str = HUMAN) -> Labels:
-    """Read a filled file.
+    """Read a file that was filled in.
 
     Args:
-        path: A file of `write_labels`, filled with yes, no, unsure (unscored) or nothing (not labelled).
-        run: The run that it must be of.
-        rater: Signs the verdicts.
+        path: A file from `write_labels`, filled in with yes, no, unsure (unscored) or nothing (not labelled).
+        run: The run that it belongs to.
+        rater: The name of the rater, used as the judge of the verdicts.
 
     Raises:
-        InputError: If the file cannot be read at all or is no label file.
+        InputError: If the file cannot be read or is not a label file.
     """
     responses = {row_hash(response): response for response in run.responses()}
     kinds = {sample.id: sample.kind for sample in run.samples()}
@@ -110,59 +110,60 @@ def read_labels(path: Path, run: AuditRun, *, rater: str = HUMAN) -> Labels:
             faults.append(f"row {number} {_NO_ANSWER_OF_RUN if response is None else fault}")
             continue
         if _key(cells) in seen:
-            faults.append(f"row {number} is row {seen[_key(cells)]} again; keep one of them")
+            faults.append(f"row {number} repeats row {seen[_key(cells)]}; keep one of them")
             continue
         seen[_key(cells)] = number
         for measure in LABELLED:
             value = _label(cells[measure])
             if value and kinds[response.sample_id] not in MEASURES[measure].kinds:
-                faults.append(f"row {number}: {measure} is asked of harmful requests only; leave {_NOT_ASKED}")
+                faults.append(f"row {number}: {measure} applies to harmful requests only; leave {_NOT_ASKED}")
             elif value and value not in _SCORES:
-                faults.append(f"row {number}: {measure} is none of yes, no, unsure and blank")
+                faults.append(f"row {number}: {measure} must be yes, no, unsure or blank")
             elif value:
                 verdicts.append(_verdict(response, rater, measure, value))
     return Labels(verdicts=tuple(verdicts), faults=tuple(faults))
 
 
 def store_labels(path: Path, run: AuditRun, *, number: int = 1) -> Path:
-    """Keep a filled file in the run, byte for byte and readable by its owner only.
+    """Copy a label file into the run, byte for byte and readable by its owner only.
 
     Args:
-        path: The file; it may be the run's own.
-        run: Where to keep it.
+        path: The file; it may already be in the run.
+        run: The run.
         number: 1 for `labels.csv`, else `labels-NUMBER.csv`.
 
     Raises:
-        RunError: If the run has labels there that the file has not, or the disk refuses.
+        RunError: If the run's copy has labels that the file lacks, or writing fails.
     """
     target = run.path / ("labels.csv" if number == 1 else f"labels-{number}.csv")
     if target.exists() and (lost := _labels_in(target).items() - _labels_in(path).items()):
         raise RunError(
-            f"{target} holds {len(lost)} labels that {path} lacks or gives otherwise; remove it if {path} replaces it"
+            f"{target} has {len(lost)} labels that are missing from {path} or differ there; remove it if {path} "
+            "replaces it"
         )
     write_whole(target, path.read_bytes(), mode=PRIVATE)
     return target
 
 
 def row_hash(response: Response) -> str:
-    """What ties a row to its answer; opens with a letter, so that no spreadsheet takes it for a number."""
+    """The hash that identifies a row's answer; begins with a letter, so that no spreadsheet takes it for a number."""
     content = canonical_json([response.sample_id, response.exit_layer, response.text])
     return "r" + hashlib.sha256(content.encode()).hexdigest()[:_HASH_DIGITS]
 
 
 def _allot(sizes: Mapping[int, int], num_rows: int) -> dict[int, int]:
-    """Rows per group by the square root of its size (Adams's divisors: one each first), none beyond its size."""
+    """Rows per group in proportion to the square root of its size (Adams's method), at most its size."""
     numbers = dict.fromkeys(sorted(sizes), 0)
     for _ in range(min(num_rows, sum(sizes.values()))):
         open_groups = [group for group in numbers if numbers[group] < sizes[group]]
-        # of groups that have none yet the largest comes first
+        # groups without rows come first, the largest of them before the others
         next_group = max(open_groups, key=lambda g: (not numbers[g], math.sqrt(sizes[g]) / max(1, numbers[g])))
         numbers[next_group] += 1
     return {group: number for group, number in numbers.items() if number}
 
 
 def _draw(*key: str | int) -> float:
-    """A number from 0 to below 1 that the key decides."""
+    """A number in [0, 1) determined by the key."""
     return int.from_bytes(hashlib.sha256(canonical_json(key).encode()).digest()[:6]) / 2**48
 
 
@@ -180,14 +181,14 @@ def _verdict(response: Response, rater: str, measure: str, value: str) -> Verdic
 
 
 def _fault_of_place(cells: Mapping[str, str], response: Response) -> str | None:
-    """Whether a row still is what its hash says; quotes no cell, since a moved one may hold a text."""
+    """What is wrong if a row no longer matches its hash; quotes no cell, since it may contain an answer's text."""
     place = f"sample {response.sample_id} at exit {response.exit_layer}"
     if not is_same_text(cells["sample_id"], response.sample_id) or not is_same_text(
         cells["exit_layer"], str(response.exit_layer)
     ):
-        return f"is of {place} and says otherwise: cells were moved; write the labels into a fresh file"
+        return f"belongs to {place} but says otherwise: cells were moved; enter the labels into a new file"
     if not is_same_text(cells["text"], response.text):
-        return f"({place}) shows another text than the run: cells were moved; write the labels into a fresh file"
+        return f"({place}) has a different text than the run: cells were moved; enter the labels into a new file"
     return None
 
 
@@ -196,13 +197,13 @@ def _key(cells: Mapping[str, str]) -> str:
 
 
 def _label(cell: str) -> str:
-    """The label in a cell; nothing if it is blank or was never asked."""
+    """The label in a cell; empty if it is blank or does not apply."""
     value = cell.strip().lower()
     return "" if value == _NOT_ASKED else value
 
 
 def _labels_in(path: Path) -> dict[tuple[str, str], str]:
-    """What is filled in, by row and measure."""
+    """The labels that are filled in, by row and measure."""
     found = (
         (_key(cells), measure, _label(cells[measure]))
         for _, cells in read_csv(path, columns=COLUMNS)
@@ -215,9 +216,9 @@ def _check_can_go(path: Path) -> None:
     try:
         labels = _labels_in(path)
     except InputError as error:
-        raise RunError(f"{path} exists and is no label file; choose another name") from error
+        raise RunError(f"{path} exists and is not a label file; choose another name") from error
     if labels:
-        raise RunError(f"{path} holds {len(labels)} labels already; read them (--read {path}) or choose another name")
+        raise RunError(f"{path} already has {len(labels)} labels; read them (--read {path}) or choose another name")
 
 
 def agreements(run: AuditRun, labels: Sequence[Verdict] = ()) -> list[Agreement]:
@@ -225,7 +226,7 @@ def agreements(run: AuditRun, labels: Sequence[Verdict] = ()) -> list[Agreement]
 
     Args:
         run: A finished run.
-        labels: People's verdicts on some of its answers (`read_labels`), signed with names that no judge has.
+        labels: People's verdicts on some of its answers (`read_labels`), under names that no judge has.
     """
     people = list(dict.fromkeys(label.judge for label in labels))
     table = score_table(run.samples(), run.exit_layers, run.responses(), [*run.verdicts(), *labels])

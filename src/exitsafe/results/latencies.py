@@ -1,19 +1,18 @@
-"""latency.json of a run: times that were measured for it and what they were measured with. Numbers, no text.
+"""latency.json of a run: measured times and the settings of each measurement. Numbers, no text.
 
-A measurement is found again by its settings; other settings (another machine, say) stand beside it.
+A measurement is looked up by its settings; those with other settings (another machine, say) are kept beside it.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from exitsafe.engine.latency import Latency, Pass
 from exitsafe.errors import RunError
 from exitsafe.store.files import write_whole
 from exitsafe.store.fingerprint import Settings, canonical_json
-from exitsafe.untrusted import UnreadableError, read_json
+from exitsafe.untrusted import JsonObject, UnreadableError, read_json
 
 NAME = "latency.json"
 _FORMAT = 1
@@ -21,7 +20,7 @@ _FIELDS = ("encoder_ms", "prefill_ms", "decode_ms_per_token")
 
 
 def kept_latency(run: Path, settings: Settings) -> Latency | None:
-    """What was measured with these settings; None if nothing was.
+    """The measurement with these settings, if there is one.
 
     Args:
         run: The run directory.
@@ -38,7 +37,7 @@ def kept_latency(run: Path, settings: Settings) -> Latency | None:
 
 
 def keep_latency(run: Path, settings: Settings, latency: Latency) -> None:
-    """Write a measurement beside those that are there, in the place of one with the same settings."""
+    """Save a measurement with the others, replacing one with the same settings."""
     wanted = canonical_json(settings)
     others = [entry for entry in _read(run / NAME) if canonical_json(entry["settings"]) != wanted]
     exits = [{"exit_layer": exit_layer, **_columns(passes)} for exit_layer, passes in latency.exits.items()]
@@ -47,14 +46,14 @@ def keep_latency(run: Path, settings: Settings, latency: Latency) -> None:
     write_whole(run / NAME, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> list[JsonObject]:
     if not path.exists():
         return []
     try:
         content = read_json(path)
-        measurements: list[dict[str, Any]] = content["measurements"]
+        measurements: list[JsonObject] = content["measurements"]
         if content["format"] != _FORMAT or not all(isinstance(entry["settings"], dict) for entry in measurements):
-            raise UnreadableError("it is not of this version's format")
+            raise UnreadableError("it is not in this version's format")
     except (UnreadableError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be read; remove it to measure again") from error
     return measurements
@@ -64,7 +63,7 @@ def _columns(passes: tuple[Pass, ...]) -> dict[str, list[float]]:
     return {name: [getattr(one, name) for one in passes] for name in _FIELDS}
 
 
-def _from_json(entry: dict[str, Any], path: Path) -> Latency:
+def _from_json(entry: JsonObject, path: Path) -> Latency:
     try:
         return Latency(
             default=_passes(entry["default"]),

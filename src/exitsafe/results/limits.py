@@ -1,7 +1,7 @@
-"""How sure a run is to keep a limit: the one bound, under the gate and `recommend` alike.
+"""Bounds on a run's metrics, which the gate and `recommend` check against limits.
 
-A bound is what a measure might be at worst, answers without a score counted against the model. `Level` says how sure
-it is; docs/statistics.md#limits explains both kinds.
+A bound is the worst value that a metric may plausibly have, with unscored answers counted as failures. `Level` is its
+confidence; docs/statistics.md#limits explains both kinds.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _MOST_SAMPLES = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """How sure bounds are.
+    """The confidence of bounds.
 
     Args:
-        confidence: Of an interval, or of all bounds together.
-        num_bounds: None: each bound by itself, an end of the interval that the tables print. A number: so many hold
-            at once (Bonferroni), each of them exact, since it lies far in the tail.
+        confidence: The confidence of an interval, or of all bounds together.
+        num_bounds: None: each bound by itself is an end of the interval that the tables print. A number: that many
+            bounds hold simultaneously (Bonferroni); they are exact, since they lie far in the tail.
     """
 
     confidence: float = CONFIDENCE
@@ -38,21 +38,21 @@ class Level:
 
     @property
     def error(self) -> float:
-        """The probability, at most, that one bound does not hold."""
+        """The highest probability that a bound does not hold."""
         return (1 - self.confidence) / (self.num_bounds or 2)
 
     def bound(
         self, total: float, n: int, *, is_upper: bool, is_graded: bool = False, stop_error: float | None = None
     ) -> float:
-        """What the mean of scores between 0 and 1 might be at most, or at least.
+        """An upper or lower bound on the mean of scores between 0 and 1.
 
         Args:
             total: Sum of the scores, missing ones counted as the worst.
-            n: How many there are, missing ones included.
-            is_upper: Which end.
-            is_graded: Whether some scores lie between 0 and 1.
-            stop_error: Of the sequential rule, where the answers decided how many were asked: only what holds at every
-                look holds then.
+            n: Number of scores, missing ones included.
+            is_upper: Whether to bound the mean from above.
+            is_graded: Whether some scores lie strictly between 0 and 1.
+            stop_error: The error of the sequential rule, if the answers decided how many were asked: then only an
+                anytime-valid bound holds.
         """
         if stop_error is not None:
             # a two-sided sequence at twice the error has this error on each side
@@ -66,7 +66,7 @@ class Level:
 
     @lru_cache  # noqa: B019  # levels are few
     def fewest_samples(self, gap: float, stop_error: float | None = None) -> int:
-        """The fewest samples, all of them good, that bound a share within this distance of the good end."""
+        """The fewest samples, all of them good, that bound a rate within this distance of the good end."""
 
         def is_enough(n: int) -> bool:
             return self.bound(0, n, is_upper=True, stop_error=stop_error) <= gap
@@ -82,7 +82,7 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounded(Estimate):
-    """A metric at an exit as in the summary, and its bound: an upper one where high is bad, else a lower one."""
+    """A metric at an exit as in the summary, with its bound: an upper one where high is bad, else a lower one."""
 
     bound: float
 
@@ -92,11 +92,11 @@ class Bounds:
     """A metric's bounds at each exit of a run.
 
     Args:
-        metric: What is bounded.
-        level: How sure.
-        is_graded: Whether some scores lie between 0 and 1.
-        stop_error: That of the run's sequential rule, if the metric's answers were subject to it.
-        by_layer: The exits with something to measure.
+        metric: The bounded metric.
+        level: The confidence.
+        is_graded: Whether some scores lie strictly between 0 and 1.
+        stop_error: The error of the run's sequential rule, if it applied to the metric's answers.
+        by_layer: The bound at each exit that has answers for the metric.
     """
 
     metric: Metric
@@ -111,17 +111,17 @@ class Bounds:
         return 1 if self.metric.direction == "lower" else -1
 
     def keeps(self, bound: float, limit: float) -> bool:
-        """Whether a bound is on the good side of a limit, or on it."""
+        """Whether a bound is on the good side of a limit or equal to it."""
         return self.sign * bound <= self.sign * limit
 
     def samples_needed(self, exit_layer: int, limit: float) -> int | None:
-        """About how many answers at the rate seen, all scored, bring the bound within a limit; None if none do."""
+        """About how many answers at the observed rate, all scored, bring the bound within a limit; None if none do."""
         found = self.by_layer[exit_layer]
         if found.value is None or self.sign * found.value >= self.sign * limit:
             return None
         n = found.n + found.unscored
         while n < _MOST_SAMPLES:
-            # a total of yes and no is whole: rounded to the worse side
+            # a total of 0/1 scores is an integer: round to the worse side
             total = math.ceil(found.value * n - 1e-9) if self.sign > 0 else math.floor(found.value * n + 1e-9)
             if self.keeps(self._bound(total, n), limit):
                 return n
@@ -136,12 +136,12 @@ class Bounds:
 
 
 def bounds_of(run: AuditRun, metrics: Sequence[Metric], *, level: Level) -> dict[str, Bounds]:
-    """Bound metrics on scales from 0 to 1, each by its judge, at every exit; by the metric's name.
+    """Bounds on metrics with a scale from 0 to 1 at every exit, by the metric's name.
 
     Args:
         run: A finished run that has the metrics.
-        metrics: With a bad end each.
-        level: How sure.
+        metrics: The metrics; each must have a direction.
+        level: The confidence.
     """
     table = run.score_table()
     return {metric.name: _bounds(run, table, metric, level) for metric in metrics}

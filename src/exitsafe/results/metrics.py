@@ -1,19 +1,20 @@
-"""The metrics of a summary, one record each: what is measured on which samples, what it is called, how it is written.
+"""The metrics of a summary, one record each: what is measured on which samples, its title, and its format.
 
-Terminal, page, gate and model card take titles and formats from here, so that what a proxy judge counts is called the
-same everywhere, and a value never prints differently. `numbers.py` writes values.
+Terminal, page, gate and model card take titles and formats from here, so that names and values, also those of a proxy
+judge, are written the same everywhere. `numbers.py` formats values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from exitsafe.judges import MEASURES
 from exitsafe.judges.refusal_prefix import RefusalPrefix
 from exitsafe.records import KINDS, Kind
 from exitsafe.store.scores import OWN
+from exitsafe.untrusted import JsonObject
 
 Direction = Literal["lower", "higher"] | None
 
@@ -23,8 +24,8 @@ class Unit:
     """How a value is written.
 
     Args:
-        digits: After the point; None for three significant ones.
-        is_percent: Whether in percent, and changes in percentage points.
+        digits: Decimals; None for three significant digits.
+        is_percent: Whether values are in percent, and changes in percentage points.
     """
 
     digits: int | None
@@ -43,13 +44,13 @@ class Metric:
 
     Args:
         name: As in summary.json.
-        title: Its name in tables and charts, from a judge that reads the answer.
+        title: Its name in tables and charts, for a judge that reads the answer.
         meaning: What it counts or averages.
         unit: How its values are written.
-        direction: Which way is better; None where neither is.
-        measure: What a judge scores, or `tokens` and `seconds`, which the audit counts itself.
+        direction: Which direction is better; None if neither is.
+        measure: The judge's measure, or `tokens` or `seconds`, which the audit itself counts.
         kinds: Only samples of these kinds count.
-        aggregate: What arXiv 2411.04291 calls its mean over a bin's layers, and over the three bins.
+        aggregate: The name in arXiv 2411.04291 of its mean over a bin's layers, and over the three bins.
     """
 
     name: str
@@ -63,12 +64,12 @@ class Metric:
 
     @property
     def is_own(self) -> bool:
-        """Whether the audit measures it, and no judge."""
+        """Whether the audit itself measures it, not a judge."""
         return self.measure not in MEASURES
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The scale's ends; None for an open scale."""
+        """Both ends of the scale; None for an open scale."""
         return None if self.is_own else MEASURES[self.measure].bounds
 
 
@@ -118,17 +119,17 @@ METRICS: tuple[Metric, ...] = (
 # fmt: on
 
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
-"""Each metric's title where no judge is known; with a run use `AuditRun.title`, which follows its judge."""
+"""The metrics by name; for a title that depends on a run's judge use `AuditRun.title`."""
 
 NO_PROXY: Mapping[str, str] = {}
 _PROXIES = {RefusalPrefix.name: RefusalPrefix.proxy}
 
 AGGREGATES = {metric.name: metric.aggregate for metric in METRICS if metric.aggregate is not None}
-"""The paper's names of means over bins."""
+"""The paper's names for the means over bins."""
 
 
 def judge_of(metric: Metric, measures: Sequence[tuple[str, Sequence[str]]]) -> str | None:
-    """Whose word a metric is: the first judge, in the order given, that has its measure; None without one.
+    """The judge that reports a metric: the first, in the order given, that has its measure; None if none has.
 
     Args:
         metric: The metric.
@@ -139,17 +140,17 @@ def judge_of(metric: Metric, measures: Sequence[tuple[str, Sequence[str]]]) -> s
     return next((name for name, known in measures if metric.measure in known), None)
 
 
-def proxies_in(judges: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, str]]:
+def proxies_in(judges: Sequence[JsonObject]) -> dict[str, Mapping[str, str]]:
     """By name, the proxies among the judges of a run's settings: for each measure, what the judge really counts.
 
-    The built-in proxy is known by its name, whatever a run says.
+    The built-in proxy is recognised by its name, whatever a run's settings say.
     """
     found = {judge["name"]: _PROXIES.get(judge["name"]) or judge.get("proxy", NO_PROXY) for judge in judges}
     return {name: counted for name, counted in found.items() if counted}
 
 
 def title_of(metric: Metric, proxy: Mapping[str, str] = NO_PROXY) -> str:
-    """A metric's title, by what a proxy judge counts in its place.
+    """A metric's title; for a proxy judge, what it counts instead.
 
     >>> title_of(BY_NAME["asr"]), title_of(BY_NAME["asr"], {"asr": "requests not refused"})
     ('Attack success', 'Requests not refused (proxy)')
@@ -164,7 +165,7 @@ def title_of(metric: Metric, proxy: Mapping[str, str] = NO_PROXY) -> str:
 
 
 def meaning_of(metric: Metric, proxy: Mapping[str, str] = NO_PROXY) -> str:
-    """What a metric's value says, and which direction is better.
+    """What a metric's value means, and which direction is better.
 
     >>> meaning_of(BY_NAME["asr"])
     'harmful requests that got a harmful answer; lower is better'
@@ -177,7 +178,7 @@ def meaning_of(metric: Metric, proxy: Mapping[str, str] = NO_PROXY) -> str:
 
 
 def as_noun(title: str) -> str:
-    """A title inside a sentence.
+    """A title for use inside a sentence.
 
     >>> as_noun("Attack success"), as_noun("VQA accuracy"), as_noun("Requests not refused (proxy)")
     ('attack success', 'VQA accuracy', 'the rate of requests not refused (proxy)')
@@ -188,7 +189,7 @@ def as_noun(title: str) -> str:
 
 
 def as_opening(title: str) -> str:
-    """A title that opens a sentence.
+    """A title for the start of a sentence.
 
     >>> as_opening("Requests not refused (proxy)")
     'The rate of requests not refused (proxy)'

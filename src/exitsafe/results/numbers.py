@@ -1,4 +1,4 @@
-"""Numbers for people: a metric's name and a value in, a few words out; every surface formats them here."""
+"""Numbers as text: a metric's name and a value in, a few words out; all output formats numbers here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def is_rate(metric: str) -> bool:
 
 
 def amount(metric: str, value: float) -> str:
-    """One value, as every surface writes it.
+    """One value, as in all output.
 
     >>> amount("asr", 0.125), amount("toxicity", 0.125), amount("reward", -1.5), amount("seconds", 0.00086)
     ('12.5%', '0.125', '-1.50', '0.00086')
@@ -29,7 +29,7 @@ def amount(metric: str, value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in percent; one that only rounds to 0% or 100% is marked as such.
+    """A share in percent, marked with < or > if it only rounds to 0% or 100%.
 
     >>> percent(0.125), percent(0.0625), percent(0.0002), percent(0.9999), percent(-0.0)
     ('12.5%', '6.3%', '<0.1%', '>99.9%', '0.0%')
@@ -48,7 +48,7 @@ def interval(metric: str, low: float, high: float) -> str:
 
 
 def beside_limit(metric: str, value: float, limit: float) -> str:
-    """A value beside the limit it is checked against, with as many digits as it takes to tell the two apart.
+    """A value to print next to the limit it is checked against, with enough digits to tell the two apart.
 
     >>> beside_limit("asr", 0.0504, 0.05), beside_limit("asr", 0.081, 0.05), beside_limit("toxicity", 0.1251, 0.125)
     ('5.04%', '8.1%', '0.1251')
@@ -57,7 +57,7 @@ def beside_limit(metric: str, value: float, limit: float) -> str:
 
 
 def change_beside_limit(metric: str, value: float, limit: float) -> str:
-    """A change beside the limit it is checked against, with its unit.
+    """A change to print next to the limit it is checked against, with its unit.
 
     >>> change_beside_limit("asr", 0.0204, 0.02), change_beside_limit("asr", 0.1, 0.02)
     ('+2.04 points', '+10.0 points')
@@ -77,7 +77,7 @@ def _told_apart(metric: str, value: float, limit: float, write: Callable[[str, f
 
 
 def change(metric: str, value: float) -> str:
-    """A difference; of rates in percentage points, without the unit.
+    """A difference without its unit; that of rates is in percentage points.
 
     >>> change("asr", -0.125), change("asr", 0.0), change("tokens", 1.5), change("toxicity", 0.0625)
     ('-12.5', '0.0', '+1.50', '+0.063')
@@ -87,7 +87,7 @@ def change(metric: str, value: float) -> str:
 
 
 def fixed(value: float | Decimal, digits: int, *, is_signed: bool = False) -> str:
-    """A number to that many decimals, with halves rounded away from zero as readers expect, and no sign before zero.
+    """A number with `digits` decimals, halves rounded away from zero as readers expect, and no sign on zero.
 
     >>> fixed(0.125, 2), fixed(-0.125, 2), fixed(0.285, 2), fixed(-0.001, 2), fixed(0.5, 1, is_signed=True)
     ('0.13', '-0.13', '0.29', '0.00', '+0.5')
@@ -99,7 +99,7 @@ def fixed(value: float | Decimal, digits: int, *, is_signed: bool = False) -> st
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number to that many significant digits, never fewer than those before the point, without an exponent.
+    """A number with `digits` significant digits, but never fewer than before the point, and without an exponent.
 
     >>> significant(0.00086), significant(12.345), significant(1234.5), significant(0.0)
     ('0.00086', '12.3', '1235', '0')
@@ -120,12 +120,12 @@ def _points(value: float) -> str:
 
 
 def _decimal(value: float | Decimal) -> Decimal:
-    """The number that a reader sees: 0.285 is 0.285 and not the binary fraction just below it."""
+    """The number as printed: 0.285 is 0.285 and not the binary fraction just below it."""
     return value if isinstance(value, Decimal) else Decimal(repr(float(value)))
 
 
 def count(n: int, unscored: int) -> str:
-    """How many answers stand behind a number.
+    """The number of answers behind a value.
 
     >>> count(128, 0), count(10200, 3)
     ('n=128', 'n=10,200, 3 more unscored')
@@ -134,7 +134,7 @@ def count(n: int, unscored: int) -> str:
 
 
 def estimate(metric: str, found: Estimate, *, level: str = "95%") -> str:
-    """A value with its interval and counts; `level` is the interval's.
+    """A value with its interval, whose level is `level`, and counts.
 
     >>> estimate("asr", Estimate(value=0.5, low=0.4, high=0.6, n=96, unscored=0))
     '50.0% (95% interval 40.0 to 60.0%, n=96)'
@@ -162,7 +162,7 @@ def brief_estimate(metric: str, found: Estimate | None, *, asked: int | None = N
 
 
 def p_value(p: float, *, is_least: bool = False) -> str:
-    """A p-value; `is_least` if the test cannot show a smaller one. What is below 0.05 never reads as 0.050.
+    """A p-value; `is_least` if the test cannot give a smaller one. A value below 0.05 never reads as 0.050.
 
     >>> p_value(0.0001), p_value(0.25), p_value(0.04999), p_value(0.00105, is_least=True)
     ('<0.001', '0.250', '<0.050', '≤0.001')
@@ -174,7 +174,7 @@ def p_value(p: float, *, is_least: bool = False) -> str:
 
 
 def number_list(numbers: Sequence[int]) -> str:
-    """Whole numbers, ascending, with runs of three or more as ranges.
+    """Integers, ascending, with runs of three or more as ranges.
 
     >>> number_list([1, 2, 3, 4, 7, 9, 10])
     '1-4, 7, 9, 10'

@@ -1,7 +1,7 @@
-"""A finished run: its folder in, what it holds out. Writes nothing; `directory.py` says what lies in the folder.
+"""`AuditRun`: a finished run. `exitsafe.store.directory` describes its folder.
 
-A run may be damaged, or come from a stranger: what is read is checked before it is used, and every number is computed
-from the verdicts. summary.json is for people and other programs; nothing here relies on it.
+A run may be damaged or come from a stranger: everything is checked before it is used, and every number is computed from
+the verdicts. summary.json is for people and other programs; nothing here relies on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from exitsafe.store.fingerprint import Settings
 from exitsafe.store.reading import Judges, names_and_measures, read_scores
 from exitsafe.store.scores import OWN, ScoreTable, score_table
 from exitsafe.store.tables import (
-    WAY_OUT,
+    REMEDY,
     SampleInfo,
     read_responses,
     read_samples,
@@ -43,14 +43,14 @@ class WorstExit(Estimate):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AuditRun:
-    """A finished audit on disk. Light: responses and verdicts are read when asked for.
+    """A finished audit on disk; responses and verdicts are read on demand.
 
     Args:
         path: The run directory.
-        settings: What the run is of and how it was made, with hashes: model, data, exit_layers, decoding, judges.
-        origin: What the caller noted to make the samples again, e.g. suites, split, seed and limit.
-        summary: Every metric, computed from the verdicts; summary.json holds the same.
-        table: All scores, if they have been read already.
+        settings: What was audited and how, with hashes: model, data, exit_layers, decoding, judges.
+        origin: How the run was started, e.g. suites, split, seed and limit, to recreate its samples.
+        summary: Every metric, computed from the verdicts; the same as in summary.json.
+        table: All scores, if already read.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class AuditRun:
     table: ScoreTable | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
-        """What was audited, and the range over exits of what matters most."""
+        """What was audited, and the range of the main metrics over exits."""
         model, samples = self.settings["model"], self.settings["data"]["samples"]
         exits, judges = ", ".join(map(str, self.exit_layers)), ", ".join(name for name, _ in self.judges)
         lines = [f"AuditRun {self.path}", f"  {model['name']}: {samples} samples at exits {exits}, judged by {judges}"]
@@ -109,25 +109,25 @@ class AuditRun:
 
     @property
     def judges(self) -> Judges:
-        """Judges' names and measures; the first that has a measure speaks for it."""
+        """Judges' names and measures; the first judge that has a measure reports it."""
         return names_and_measures(self.settings)
 
     @property
     def proxies(self) -> dict[str, Mapping[str, str]]:
-        """By name, the judges that are proxies, with what they count for each measure."""
+        """By name, the judges that are proxies, and what they count for each measure."""
         return proxies_in(self.settings.get("judges", ()))
 
     def proxy_of(self, metric: str, judge: str | None = None) -> Mapping[str, str]:
-        """Of the judge that reports a metric, or of another: what it counts instead; empty if it reads answers."""
+        """What the judge that reports a metric, or another judge, counts instead; empty if it reads answers."""
         return self.proxies.get(judge or judge_of(BY_NAME[metric], self.judges) or "", NO_PROXY)
 
     def title(self, metric: str, judge: str | None = None) -> str:
-        """What to call a metric by the judge that reports it, or by another, e.g. `Requests not refused (proxy)`."""
+        """A metric's title for the judge that reports it, or for another, e.g. `Requests not refused (proxy)`."""
         return title_of(BY_NAME[metric], self.proxy_of(metric, judge))
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What to know before reading this run's numbers, one line each; shown in all output."""
+        """Cautions about this run's numbers, one line each; shown in all output."""
         return tuple(_cautions(self))
 
     def responses(self) -> list[Response]:
@@ -139,7 +139,7 @@ class AuditRun:
         return read_verdicts(self.path / "verdicts.parquet")
 
     def samples(self) -> list[SampleInfo]:
-        """Id, kind, category, source and digest of each sample; prompts and images are not kept."""
+        """Id, kind, category, source and digest of each sample; prompts and images are not recorded."""
         return read_samples(self.path / "responses.parquet")
 
     def score_table(self) -> ScoreTable:
@@ -149,7 +149,7 @@ class AuditRun:
         return score_table(self.samples(), self.exit_layers, self.responses(), self.verdicts())
 
     def mean_over_layers(self, metric: str, exit_layers: Sequence[int]) -> Estimate:
-        """A metric's mean over some of the audited layers, by its judge, with the bootstrap clustered by sample.
+        """A metric's mean over some of the audited layers, with a bootstrap interval clustered by sample.
 
         Raises:
             RunError: If the run has no such metric or layer.
@@ -159,7 +159,7 @@ class AuditRun:
         table = self.score_table()
         scores = None if wanted is None else table.scores.get((judge or OWN, wanted.measure))
         if wanted is None or scores is None:
-            raise RunError(f"{self.path} has no metric {metric!r}")
+            raise RunError(f"{self.path} has no metric {metric!r}; audit it with a judge that measures it")
         if missing := set(exit_layers) - set(self.exit_layers):
             raise RunError(
                 f"{self.path} has no exit layer {min(missing)}; it has {', '.join(map(str, self.exit_layers))}"
@@ -174,29 +174,29 @@ def _cautions(run: AuditRun) -> Iterator[str]:
     if trained_on is not None and trained_on["samples"]:
         yield trained_on_line(trained_on["samples"], trained_on["of"])
     for judge, wanted in run.origin.get("replaced_judges", {}).items():
-        if judge in dict(run.judges):  # else a start that saved nothing, before the judges were named
-            yield f"the default judge, {wanted}, was not available when this run was made; {judge} judged in its place"
+        if judge in dict(run.judges):  # not so if an earlier start, which saved nothing, used the default judge
+            yield f"the default judge, {wanted}, was not available when this run was made; {judge} judged instead"
     for judge, counted in run.proxies.items():
-        spoken = [counted[measure] for measure in dict(run.judges)[judge] if measure in counted]
+        measured = [counted[measure] for measure in dict(run.judges)[judge] if measure in counted]
         yield (
-            f"{judge} is a proxy: it counts {' and '.join(spoken)} and does not read what an answer means; confirm its "
-            "numbers with a judge that does: exitsafe judge RUN --judge NAME"
+            f"{judge} is a proxy: it counts {' and '.join(measured)} and does not read what an answer means; confirm "
+            "its numbers with a judge that does: exitsafe judge RUN --judge NAME"
         )
 
 
 def trained_on_line(number: int, of: int) -> str:
     """How many of a run's samples its repair was trained on."""
     return (
-        f"{number:,} of {of:,} samples were trained on (by the adapter or translators): numbers on them show what was "
-        "learnt, not how the model does on others"
+        f"{number:,} of {of:,} samples were in the training data of the adapter or translators: results on them show "
+        "what was learned, not how the model does on other samples"
     )
 
 
 def load_run(path: str | Path) -> AuditRun:
-    """Open a finished run and check that it is whole.
+    """Open a finished run and check its integrity.
 
     Raises:
-        RunError: If the folder is missing, holds no run, or its audit is not finished; if a file is missing, damaged or
+        RunError: If the folder is missing or not a run, or its audit is not finished; if a file is missing, damaged or
             changed since the run finished, or results are missing, duplicated or out of range.
     """
     path = Path(path)
@@ -204,7 +204,7 @@ def load_run(path: str | Path) -> AuditRun:
     try:
         summary = summarise_run(table, head["settings"])
     except UnreadableError as error:
-        raise RunError(f"{path}/{error}; {WAY_OUT}") from error
+        raise RunError(f"{path}/{error}; {REMEDY}") from error
     return AuditRun(path=path, settings=head["settings"], origin=head["origin"], summary=summary, table=table)
 
 
@@ -212,20 +212,20 @@ def summarise_run(table: ScoreTable, settings: Settings) -> Summary:
     """The content of summary.json.
 
     Raises:
-        UnreadableError: If an exit lacks answers without having been stopped.
+        UnreadableError: If an exit lacks answers although it did not stop early.
     """
     stopping = stopping_of(table, settings)
     return summarise(table, model=settings["model"], judges=names_and_measures(settings), stopping=stopping)
 
 
 def title_in(runs: Iterable[AuditRun], metric: str) -> str:
-    """A metric's title in all of these runs: more than one where a proxy judge reports it in some."""
+    """A metric's title in these runs; several if a proxy judge reports it in some."""
     measured = [run for run in runs if any(metric in row["metrics"] for row in run.summary["layers"])]
     return " / ".join(dict.fromkeys(run.title(metric) for run in measured)) or BY_NAME[metric].title
 
 
 def label_runs(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of the folders above them as make them unique; a number where none do.
+    """The folders' names, with parent folders as needed to make them unique, or else a number.
 
     >>> label_runs([Path("a/before"), Path("a/after")]), label_runs([Path("a/run"), Path("b/run")])
     (['before', 'after'], ['a/run', 'b/run'])

@@ -1,8 +1,8 @@
 """When an audit may stop asking harmful samples at a layer: samples and verdicts so far in, decisions out.
 
-Harmful samples are asked in a random order, block by block. After each block a sequential test looks at each
-layer's attack successes so far; a layer whose rate is settled to be below or above the limit is asked no further.
-Blocks are the same whatever the batch size and the number of processes, so the result is, too.
+Harmful samples are asked in a random order, block by block. After each block a sequential test evaluates each layer's
+attack successes so far; a layer whose rate is decided to be below or above the limit gets no further samples. Blocks
+do not depend on batch size and number of processes, so the result does not either.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -21,17 +21,26 @@ from exitsafe.store.fingerprint import Settings
 from exitsafe.store.scores import OWN, Scores, ScoreTable
 from exitsafe.untrusted import UnreadableError
 
-BLOCK = 16  # harmful samples between two looks
+BLOCK = 16  # harmful samples between two tests
+
+
+class Stopping(TypedDict):
+    """The rule of a run that stopped early, the judge whose verdicts it used, and each layer's decision, if any."""
+
+    max_asr: float
+    error: float
+    judge: str
+    layers: Mapping[int, Decision | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
-    """Stop at a layer once it is settled whether its attack success rate is below or above `max_asr`.
+    """Stop at a layer once it is decided whether its attack success rate is below or above `max_asr`.
 
     Args:
         max_asr: The limit, between 0 and 1.
-        error: Twice the chance, at most, that a layer is stopped with the wrong decision, however often it is looked
-            at; a layer that runs to the end is read by its 95% interval (docs/statistics.md).
+        error: At most twice the probability that a layer stops with the wrong decision, however often it is tested;
+            a layer that runs to the end is judged by its 95% interval (docs/statistics.md).
 
     Raises:
         InputError: If either is not between 0 and 1.
@@ -47,12 +56,12 @@ class StopRule:
 
 
 def blocks_of(samples: Sequence[Sample], rule: StopRule | None, *, seed: int) -> list[list[Sample]]:
-    """The samples in blocks to be asked one after the other: what the rule does not touch first.
+    """The samples in blocks to ask one after the other, first those to which the rule does not apply.
 
     Args:
         samples: All samples of the audit.
-        rule: None asks everything at once.
-        seed: With the sample's id, the key of the order.
+        rule: None puts all samples into one block.
+        seed: Together with the sample's id, the key of the order.
     """
     if rule is None:
         return [list(samples)]
@@ -69,14 +78,14 @@ def settle(
     *,
     judge: str | None,
 ) -> dict[int, Decision | None]:
-    """The decision at each layer after these blocks, None while it is open; the first decision stands.
+    """The decision at each layer after these blocks, None while it is undecided; the first decision stands.
 
     Args:
         verdicts: All verdicts so far.
         blocks: The blocks asked so far, in order.
         exit_layers: The layers audited.
-        rule: None leaves all open.
-        judge: Whose verdicts on attack success count.
+        rule: None decides nothing.
+        judge: The judge whose verdicts on attack success count.
 
     Raises:
         RunError: If that judge's scores are not all 0 or 1.
@@ -92,7 +101,7 @@ def settle(
             scored = [score for score in outcomes if score is not None]
             if strange := set(scored) - {0.0, 1.0}:
                 raise RunError(
-                    f"stopping early needs a judge that says yes or no, and {judge} gave {strange.pop():g}; put "
+                    f"stopping early needs a judge whose scores are 0 or 1, but {judge} gave {strange.pop():g}; put "
                     "another judge first or leave stop_when out, in a new folder"
                 )
             decisions[layer] = decide(
@@ -107,14 +116,15 @@ def settle(
     return decisions
 
 
-def stopping_of(table: ScoreTable, settings: Settings) -> dict[str, Any] | None:
-    """What `summarise` needs to know about early stopping, recomputed; None for a run that asked everything.
+def stopping_of(table: ScoreTable, settings: Settings) -> Stopping | None:
+    """A run's early stopping, recomputed from its verdicts; None for a run that asked everything.
 
-    An exit that lacks answers must have been asked whole blocks, in order, whose verdicts settle its side of the limit.
+    An exit that lacks answers must have been asked complete blocks, in order, whose verdicts decide its side of the
+    limit.
 
     Args:
         table: The scores of a run.
-        settings: The run's own.
+        settings: The run's settings.
 
     Raises:
         UnreadableError: If answers are missing that the rule does not account for.
@@ -128,7 +138,7 @@ def stopping_of(table: ScoreTable, settings: Settings) -> dict[str, Any] | None:
     order = np.array(
         sorted(harmful, key=lambda row: _key(table.samples[row].id, settings["decoding"]["seed"])), dtype=np.intp
     )
-    num_harmful = len(order) + settings["data"]["samples"] - len(table.samples)  # some may have been asked nowhere
+    num_harmful = len(order) + settings["data"]["samples"] - len(table.samples)  # some may not have been asked at all
     is_answered = ~np.isnan(table.scores[OWN, "tokens"].values)
     asr = table.scores.get((judge, "asr"))
     decisions: dict[int, Decision | None] = {}
@@ -141,17 +151,15 @@ def stopping_of(table: ScoreTable, settings: Settings) -> dict[str, Any] | None:
             or not is_answered[order[:asked], column].all()
             or not (is_whole or (asked % BLOCK == 0 and decisions[layer] is not None))
         ):
-            raise UnreadableError(
-                f"responses.parquet: answers are missing at exit {layer}, which was not stopped there"
-            )
-    return {**rule, "judge": judge, "layers": decisions}
+            raise UnreadableError(f"responses.parquet: answers are missing at exit {layer}, which did not stop early")
+    return {"max_asr": rule["max_asr"], "error": rule["error"], "judge": judge, "layers": decisions}
 
 
 def _decision(scores: Scores, column: int, rule: Mapping[str, float]) -> Decision | None:
     values = scores.values[:, column]
     scored = values[~np.isnan(values)]
     if not np.isin(scored, (0.0, 1.0)).all():
-        raise UnreadableError("verdicts.parquet: exits were stopped early by scores that are neither 0 nor 1")
+        raise UnreadableError("verdicts.parquet: exits stopped early because of scores other than 0 and 1")
     return decide(
         int(scored.sum()),
         len(scored),

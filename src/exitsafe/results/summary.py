@@ -1,4 +1,4 @@
-"""A run's results: a table of scores in, the content of summary.json out. Reads and writes no file.
+"""A run's results: a table of scores in, the content of summary.json out.
 
 docs/statistics.md explains every number.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from exitsafe.results.agreement import agreements_in
 from exitsafe.results.metrics import METRICS, Metric, judge_of
+from exitsafe.results.stopping import Stopping
 from exitsafe.stats import (
     BINS,
     Estimate,
@@ -24,32 +25,32 @@ from exitsafe.stats import (
     holm,
     layer_estimates,
 )
+from exitsafe.store.fingerprint import Settings
 from exitsafe.store.scores import Scores, ScoreTable
+from exitsafe.untrusted import JsonObject
 
-Summary = dict[str, Any]
-"""The JSON object of summary.json: model, family, num_layers, default_exit, layers, bins, against_default, worst,
-stopping (of a run that stopped early), judges, agreement (of each two judges on what both measure)."""
-Stopping = Mapping[str, Any]
-"""max_asr, error, judge, and layers: for each layer that was allowed to stop its decision `below`, `above` or None."""
+Summary = JsonObject
+"""The content of summary.json: model, family, num_layers, default_exit, layers, bins, against_default, worst,
+stopping (if the run stopped early), judges, agreement (of each pair of judges on what both measure)."""
 Estimates = dict[tuple[str, str], tuple[dict[int, Estimate], dict[str, Estimate]]]
-"""By metric and judge, for each layer and bin: often a judge's own results are also the run's; computed only once."""
-_DIGITS = 12  # the last bits of a mean depend on how a machine sums
+"""By metric and judge, for each layer and bin: the results of the run are also those of a judge; computed once."""
+_DIGITS = 12  # the last bits of a mean depend on the machine's order of summation
 
 
 def summarise(
     table: ScoreTable,
     *,
-    model: Mapping[str, Any],
+    model: Settings,
     judges: Sequence[tuple[str, Sequence[str]]],
     stopping: Stopping | None = None,
 ) -> Summary:
-    """Every metric per exit layer and per bin, by the first judge that has it, and again by each judge.
+    """Every metric per exit layer and per bin, from the judge that reports it and again from each judge.
 
     Args:
         table: The run's scores.
         model: name, family, num_layers, default_exit.
         judges: Names and measures in the order of the command line.
-        stopping: What the sequential rule decided; None if every layer answered every sample.
+        stopping: The decisions of the sequential rule; None if every layer answered every sample.
     """
     num_layers = int(model["num_layers"])
     top = {metric: judge for metric in METRICS if (judge := judge_of(metric, judges)) is not None}
@@ -74,23 +75,23 @@ def summarise(
     }
 
 
-def against_default(table: ScoreTable, chosen: Mapping[Metric, str], *, default_exit: int) -> dict[str, Any]:
-    """How each metric at each other layer differs from the default exit: `{"layers": [...]}` as in a summary.
+def against_default(table: ScoreTable, chosen: Mapping[Metric, str], *, default_exit: int) -> JsonObject:
+    """The difference of each metric at each other layer from the default exit: `{"layers": [...]}` as in a summary.
 
     Paired by sample, Holm over the layers of a metric; no layers if the default exit was not audited.
 
     Args:
         table: The run's scores.
-        chosen: Metrics and whose word they are.
+        chosen: Metrics and the judges that report them.
         default_exit: The layer to compare with.
     """
     others = [layer for layer in table.exit_layers if layer != default_exit]
     if default_exit not in table.exit_layers or not others:
         return {"layers": []}
-    found: dict[int, dict[str, Any]] = {layer: {} for layer in others}
+    found: dict[int, JsonObject] = {layer: {} for layer in others}
     for metric, judge in chosen.items():
         scores = _scores_of(table, metric, judge)
-        if scores is None or metric.name == "seconds":  # a batch holds several exits, its time is shared out
+        if scores is None or metric.name == "seconds":  # several exits share a batch and its time
             continue
         pairs = _pairs_with(scores, table.exit_layers.index(default_exit), exit_layers=others, metric=metric)
         rows = pairs.layers()
@@ -105,7 +106,7 @@ def against_default(table: ScoreTable, chosen: Mapping[Metric, str], *, default_
 
 
 def _pairs_with(scores: Scores, column: int, *, exit_layers: Sequence[int], metric: Metric) -> PairedScores:
-    """The default exit's scores before, every other layer's after; a pair is what both were asked."""
+    """Pairs of the default exit (before) and every other layer (after); a pair is a sample that both answered."""
     was_asked = ~np.isnan(scores.values) | scores.unscored
     in_pair = was_asked & was_asked[:, [column]]
     unscored = (scores.unscored | scores.unscored[:, [column]]) & in_pair
@@ -119,11 +120,11 @@ def _pairs_with(scores: Scores, column: int, *, exit_layers: Sequence[int], metr
     )
 
 
-def _worst_layers(table: ScoreTable, chosen: Mapping[Metric, str], stopping: Stopping | None) -> dict[str, Any]:
+def _worst_layers(table: ScoreTable, chosen: Mapping[Metric, str], stopping: Stopping | None) -> JsonObject:
     """The worst layer of each metric, chosen on one half of the samples and measured on the other.
 
-    The first half chooses. `swapped` has the halves in each other's place: a second look at the same question, as
-    valid by itself; the two share their data, so they are not pooled.
+    The first half chooses. `swapped` exchanges the halves: a second, equally valid estimate; the two share their data,
+    so they are not pooled.
     """
     found = {}
     if len(table.exit_layers) > 1:
@@ -143,8 +144,12 @@ def _worst_layers(table: ScoreTable, chosen: Mapping[Metric, str], stopping: Sto
 
 
 def _worst_layer(
-    scores: Scores, chooses: Any, exit_layers: Sequence[int], metric: Metric, stopping: Stopping | None
-) -> dict[str, Any] | None:
+    scores: Scores,
+    chooses: npt.NDArray[np.bool_],
+    exit_layers: Sequence[int],
+    metric: Metric,
+    stopping: Stopping | None,
+) -> JsonObject | None:
     choosing, measuring = (scores.of_samples(np.flatnonzero(half)) for half in (chooses, ~chooses))
     layer = choose_worst(choosing.values, exit_layers=exit_layers, is_high_worse=metric.direction == "lower")
     estimates = _layer_estimates(measuring, exit_layers, metric, stopping)
@@ -154,20 +159,20 @@ def _worst_layer(
     return {"exit_layer": layer, **_to_json(estimates[layer]), "chosen_on": chosen_on}
 
 
-def _decisions(table: ScoreTable, stopping: Stopping) -> dict[str, Any]:
-    """`stopping` with the answers that each decision rests on."""
+def _decisions(table: ScoreTable, stopping: Stopping) -> JsonObject:
+    """`stopping` with the number of answers behind each decision."""
     asr = next(metric for metric in METRICS if metric.name == "asr")
     scores = _scores_of(table, asr, stopping["judge"])
     layers = []
     for layer, decision in stopping["layers"].items():
-        column = table.exit_layers.index(int(layer))
+        column = table.exit_layers.index(layer)
         n, unscored = (
             (0, 0)
             if scores is None
             else (int((~np.isnan(scores.values[:, column])).sum()), int(scores.unscored[:, column].sum()))
         )
-        layers.append({"exit_layer": int(layer), "decision": decision, "n": n, "unscored": unscored})
-    return {**{name: stopping[name] for name in ("max_asr", "error", "judge")}, "layers": layers}
+        layers.append({"exit_layer": layer, "decision": decision, "n": n, "unscored": unscored})
+    return {**stopping, "layers": layers}
 
 
 def _results(
@@ -176,10 +181,10 @@ def _results(
     num_layers: int,
     stopping: Stopping | None,
     known: Estimates,
-) -> dict[str, Any]:
-    """`layers` and `bins` of these metrics, each by its judge; what is known already is not computed again."""
-    layers: dict[int, dict[str, Any]] = {layer: {} for layer in table.exit_layers}
-    bins: dict[str, dict[str, Any]] = {}
+) -> JsonObject:
+    """`layers` and `bins` of these metrics, each by its judge; estimates in `known` are not computed again."""
+    layers: dict[int, JsonObject] = {layer: {} for layer in table.exit_layers}
+    bins: dict[str, JsonObject] = {}
     for metric, judge in chosen.items():
         scores = _scores_of(table, metric, judge)
         if scores is None:
@@ -208,15 +213,15 @@ def _results(
 def _layer_estimates(
     scores: Scores, exit_layers: Sequence[int], metric: Metric, stopping: Stopping | None
 ) -> dict[int, Estimate]:
-    """As `layer_estimates`; where a layer stopped, a rate over harmful samples gets the interval that stays valid.
+    """As `layer_estimates`, but where a layer stopped, a rate over harmful samples gets an anytime-valid interval.
 
-    A layer that stayed open has run to the end, as if there were no rule, and keeps its interval for fixed n.
+    A layer that ran to the end, as it would without a rule, keeps its interval for fixed n.
     """
     found = layer_estimates(scores.values, scores.unscored, exit_layers=exit_layers, bounds=metric.bounds)
     is_rate = metric.bounds is not None and bool(np.isin(scores.values[~np.isnan(scores.values)], (0.0, 1.0)).all())
     if stopping is None or not is_rate or metric.kinds != ("harmful",):
         return found
-    for layer in (int(layer) for layer, decision in stopping["layers"].items() if decision is not None):
+    for layer in (layer for layer, decision in stopping["layers"].items() if decision is not None):
         estimate = found.get(layer)
         if estimate is None or estimate.value is None:
             continue
@@ -228,14 +233,14 @@ def _layer_estimates(
 
 
 def _scores_of(table: ScoreTable, metric: Metric, judge: str) -> Scores | None:
-    """A metric's scores by a judge, of the samples that count."""
+    """A metric's scores by a judge, for the samples that count."""
     scores = table.scores.get((judge, metric.measure))
     return None if scores is None else scores.of_samples(table.of_kinds(metric.kinds))
 
 
-def _to_json(estimate: Estimate) -> dict[str, Any]:
+def _to_json(estimate: Estimate) -> JsonObject:
     return {name: _rounded(value) for name, value in vars(estimate).items()}
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     return round(value, _DIGITS) if isinstance(value, float) else value

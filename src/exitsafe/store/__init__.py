@@ -1,1 +1,1 @@
-"""The run directory: what an audit leaves on disk, kill-proof while it grows. Knows no model and no judge's inside."""
+"""The run directory: what an audit writes to disk, safe against a kill at any moment."""

@@ -1,13 +1,13 @@
-"""The run directory being written: settings, what is done so far, and at the end the compacted result.
+"""The run directory being written: settings, what is done so far, and finally the compacted result.
 
-    run.json             settings with all hashes; written first, and again at the end with hashes of the results,
-                         so that a run with these is finished
-    shards/00000.jsonl   responses and verdicts as they come; gone when the run is finished
+    run.json             settings with all hashes; written first, and again at the end with the hashes of the results,
+                         which mark a run as finished
+    shards/00000.jsonl   responses and verdicts as they arrive; deleted when the run is finished
     responses.parquet    one row per sample and exit layer
     verdicts.parquet     one row per judge, measure, sample and exit layer
     summary.json         every metric
 
-Files with response text are readable by their owner only. Knows no model and runs no judge.
+Files with response text are readable by their owner only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from exitsafe.errors import InputError, RunError
 from exitsafe.records import Response, Verdict
@@ -37,24 +36,24 @@ from exitsafe.store.tables import (
     to_parquet,
     verdicts_in_table,
 )
-from exitsafe.untrusted import UnreadableError
+from exitsafe.untrusted import JsonObject, UnreadableError
 
-Summarise = Callable[[ScoreTable, Settings], Mapping[str, Any]]
-"""Scores and settings -> the content of summary.json; raises UnreadableError where an exit lacks answers."""
+Summarise = Callable[[ScoreTable, Settings], Mapping[str, object]]
+"""Scores and settings -> the content of summary.json; raises UnreadableError if an exit lacks answers."""
 
 
 class RunDirectory:
-    """A run being written: made, gone on with, given further judges, or refused.
+    """A run being written: new, resumed, or extended by further judges.
 
-    Several processes may write one run, each its own shard: the first (process 0) makes it before the others open it.
+    Several processes may write one run, each its own shard: the first (process 0) creates it before the others open it.
 
     Args:
         path: A new or empty folder, or a run with the same settings.
         summarise: Makes the content of summary.json from all scores and the settings.
-        settings: A JSON object; any difference from the run on disk is refused, but for further judges.
-        origin: A JSON object that is kept and not compared, put over what an earlier start noted.
+        settings: A JSON object; any difference from the run on disk is refused, except for further judges.
+        origin: A JSON object that is recorded but not compared; it overrides the record of an earlier start.
         process: The number of this process.
-        retried: Judges of a finished run whose unscored answers are to be judged again.
+        retried: Judges of a finished run whose unscored answers are judged again.
 
     Attributes:
         settings: As given; `judges` are the run's own, then the new ones.
@@ -62,8 +61,8 @@ class RunDirectory:
         is_finished: Whether nothing is left to do.
 
     Raises:
-        RunError: If the folder holds something else, a run with other settings or a finished run that was damaged or
-            edited, if another process writes it, or if the disk refuses.
+        RunError: If the folder contains something else, a run with other settings or a finished run that was damaged or
+            edited, if another process is writing it, or if writing fails.
     """
 
     def __init__(
@@ -81,10 +80,10 @@ class RunDirectory:
         self.settings: Settings = json.loads(canonical_json(settings))
         self.saved = Saved()
         self._retried = frozenset(retried)
-        self._head: dict[str, Any] = {
+        self._head: JsonObject = {
             "format": FORMAT,
             "settings": self.settings,
-            "origin": json.loads(json.dumps(origin or {})),  # as it will be read again
+            "origin": json.loads(json.dumps(origin or {})),  # as it will be read back
         }
         self._shards: ShardWriter | None = None
         _check_writable(self._head)
@@ -93,7 +92,9 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         has_head = (self.path / "run.json").exists()
         if process > 0 and not has_head:
-            raise RunError(f"{self.path} is not the folder that the first process sees; choose one on a shared disk")
+            raise RunError(
+                f"{self.path} is not visible to the first process; choose a folder on a disk that all processes share"
+            )
         self._run_key = _run_key(self.settings)
         if has_head:
             before = read_head(self.path)
@@ -101,7 +102,7 @@ class RunDirectory:
             self._head["origin"] = {**before["origin"], **self._head["origin"]}
         self._was_finished = is_finished(self.path)
         if self._was_finished:
-            read_scores(self.path)  # what was edited since is neither built upon nor given new hashes
+            read_scores(self.path)  # refuse edited results before building on them or renewing their hashes
             self._adopt_judges()
             stored = read_head(self.path)
             is_whole = self.settings == stored["settings"] and not stored["is_pending"]
@@ -117,11 +118,11 @@ class RunDirectory:
         self._shards = self._open_shard(process)  # from here on the run is locked
         try:
             self.reload()
-            # what the first process has just written holds for the others, whose model or libraries may differ
+            # the other processes, whose model or libraries may differ, compare with what the first has just written
             if (self.saved.responses or process > 0) and not self._was_finished:
                 self._adopt_judges()
             if process == 0 and not self._was_finished:
-                # a start that failed before the first answer may be mended and started again
+                # settings may still change after a start that failed before the first answer
                 write_whole(self.path / "run.json", _to_json(self._head))
             self._run_key = self._shards.run_key = _run_key(self.settings)
         except BaseException:
@@ -132,7 +133,7 @@ class RunDirectory:
         return ShardWriter(self.path / "shards", process=process, run_key=self._run_key)
 
     def reload(self) -> None:
-        """Read again what all processes have saved so far."""
+        """Reread what all processes have saved so far."""
         saved = Saved()
         if self._was_finished:
             for response in read_responses(self.path / "responses.parquet"):
@@ -146,7 +147,7 @@ class RunDirectory:
         self.saved = read_shards(self.path / "shards", run_key=self._run_key, onto=saved, judges=_keys(self.settings))
 
     def _adopt_judges(self) -> None:
-        """Take the run on disk as it is and put new judges behind its own; any other difference is refused."""
+        """Take the settings of the run on disk and append new judges; any other difference is refused."""
         head = read_head(self.path)
         own = list(head["settings"]["judges"])
         names = {judge["name"] for judge in own}
@@ -164,7 +165,7 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Let go of this process's shard; everything saved is on disk already."""
+        """Close this process's shard; everything saved is already on disk."""
         if self._shards is not None:
             self._shards.close()
             self._shards = None
@@ -177,20 +178,20 @@ class RunDirectory:
             self.saved.add_response(response)
 
     def save_judgement(self, judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
-        """On return the judge's word on these rows, which may be no verdict at all, is on disk."""
+        """On return the judge's verdicts on these rows, possibly none, are on disk."""
         assert self._shards is not None, "a finished run takes no verdicts"
         self._shards.append_judgement(judge, rows, verdicts, key=_keys(self.settings)[judge])
         self.saved.add_judgement(judge, rows, verdicts)
 
     def finish(self, samples: Sequence[SampleInfo]) -> None:
-        """Compact the shards in canonical order, write the summary and all hashes, and drop the shards.
+        """Compact the shards in canonical order, write the summary and all hashes, and delete the shards.
 
-        run.json is what makes a run finished, so it is written last. Where results are replaced it is also written
-        before, with the hashes of both: a kill in between leaves the old results or the new ones, and the shards for as
+        run.json marks a run as finished, so it is written last. When results are replaced, it is also written before
+        them, with the hashes of both: a kill in between leaves either the old or the new results, and the shards as
         long as they are needed.
 
         Raises:
-            RunError: If the shards do not hold every answer and verdict, or writing fails.
+            RunError: If an answer or verdict is missing from the shards, or writing fails.
         """
         responses, verdicts = _in_order(self.saved, samples, self.settings)
         tables = responses_in_table(samples, responses), verdicts_in_table(verdicts)
@@ -198,7 +199,7 @@ class RunDirectory:
             summary = self._summarise(checked_scores(*tables, self.settings), self.settings)
         except UnreadableError as error:
             raise RunError(
-                f"{self.path / 'shards'} does not hold a complete run ({error}); remove it and rerun the same command"
+                f"{self.path / 'shards'} is not a complete run ({error}); remove it and rerun the same command"
             ) from error
         files = {
             "responses.parquet": to_parquet(tables[0]),
@@ -223,7 +224,7 @@ class RunDirectory:
         self._drop_shards()
 
     def _drop_shards(self) -> None:
-        """Not if they hold the word of a further judge that was interrupted: it may go on later."""
+        """Delete the shards, unless they contain verdicts of an interrupted further judge, which may be resumed."""
         self.close()
         folder = self.path / "shards"
         if folder.exists() and not self.saved.others:
@@ -232,10 +233,10 @@ class RunDirectory:
 
 
 def check_folder(path: str | Path) -> None:
-    """Whether a run may be made there or is there already; makes nothing.
+    """Check that a folder may become a run or is one; creates nothing.
 
     Raises:
-        RunError: If not.
+        RunError: If it may not.
     """
     path = Path(path)
     if not path.exists():
@@ -245,17 +246,17 @@ def check_folder(path: str | Path) -> None:
     with writing(path):
         entries = {entry.name for entry in path.iterdir()}
     if "run.json" in entries:
-        read_head(path)  # another program's file of this name is refused before anything is written
+        read_head(path)  # refuse another program's file of this name before anything is written
         return
-    # A start that was killed at once leaves these, and nothing in them.
+    # A start that was killed at once leaves these behind, empty.
     others = entries - {"shards", ".run.json.part"}
     others |= {f"shards/{shard.name}" for shard in (path / "shards").glob("*") if shard.stat().st_size}
     if others:
-        raise RunError(f"{path} is no run and not empty (it holds {min(others)}); choose a new folder")
+        raise RunError(f"{path} is not empty and not a run (it contains {min(others)}); choose a new folder")
 
 
 def saved_in(path: str | Path) -> Saved:
-    """What the shards of an unfinished run hold; nothing if there is no run.
+    """The contents of the shards of an unfinished run; empty if there is no run.
 
     Raises:
         RunError: If they cannot be read.
@@ -266,8 +267,10 @@ def saved_in(path: str | Path) -> Saved:
     return read_shards(path / "shards", run_key=_run_key(read_head(path)["settings"]))
 
 
-def _check_same(path: Path, stored: Settings, settings: Settings, judges: Sequence[Any], *, is_finished: bool) -> None:
-    """Judges may be more than stored, and for a finished run fewer, if the same one speaks for each measure."""
+def _check_same(
+    path: Path, stored: Settings, settings: Settings, judges: Sequence[JsonObject], *, is_finished: bool
+) -> None:
+    """Refuse other settings. Judges may be added and, to a finished run, left out, if those that report stay."""
     own, given = ({judge["name"]: judge for judge in some["judges"]} for some in (stored, settings))
     common = own.keys() & given.keys()
     changed = differences(
@@ -275,8 +278,8 @@ def _check_same(path: Path, stored: Settings, settings: Settings, judges: Sequen
         {**settings, "judges": {name: given[name] for name in given if name in common}},
     )
     if not is_finished:
-        changed += [f"judge {name} was asked, is now left out" for name in own if name not in common]
-    was, now = _speakers(judges), _speakers(settings["judges"])
+        changed += [f"judge {name} was used, is now left out" for name in own if name not in common]
+    was, now = _reporting(judges), _reporting(settings["judges"])
     changed += [
         f"{measure} was judged first by {was[measure]}, is now by {now[measure]}"
         for measure in now
@@ -284,13 +287,13 @@ def _check_same(path: Path, stored: Settings, settings: Settings, judges: Sequen
     ]
     if changed:
         raise RunError(
-            f"{path} holds a run with other settings: {'; '.join(changed)}; "
+            f"{path} is a run with other settings: {'; '.join(changed)}; "
             "choose a new folder or go back to these settings"
         )
 
 
-def _speakers(judges: Sequence[Any]) -> dict[str, str]:
-    """By measure, the first judge that has it."""
+def _reporting(judges: Sequence[JsonObject]) -> dict[str, str]:
+    """By measure, the judge that reports it: the first that has it."""
     found: dict[str, str] = {}
     for judge in judges:
         for measure in judge["measures"]:
@@ -299,7 +302,7 @@ def _speakers(judges: Sequence[Any]) -> dict[str, str]:
 
 
 def _in_order(saved: Saved, samples: Sequence[SampleInfo], settings: Settings) -> tuple[list[Response], list[Verdict]]:
-    """What the run asked for, whatever else someone may have put into the shards."""
+    """The responses and verdicts that the run's settings ask for, whatever else is in the shards."""
     sample_order = {sample.id: place for place, sample in enumerate(samples)}
     measure_order = {
         (judge, measure): (place, part)
@@ -317,12 +320,12 @@ def _in_order(saved: Saved, samples: Sequence[SampleInfo], settings: Settings) -
 
 
 def _run_key(settings: Settings) -> str:
-    """A hash of everything that decides the answers: all settings but the judges."""
+    """A hash of everything that decides the answers: all settings except the judges."""
     return settings_hash({name: value for name, value in settings.items() if name != "judges"})
 
 
-def _check_writable(head: Mapping[str, Any]) -> None:
-    """Raises InputError for what could not be read again."""
+def _check_writable(head: JsonObject) -> None:
+    """Raise InputError for settings that could not be read back."""
     try:
         check_head(head)
     except UnreadableError as error:
@@ -334,5 +337,5 @@ def _keys(settings: Settings) -> dict[str, str]:
     return {judge["name"]: hashlib.sha256(canonical_json(judge).encode()).hexdigest() for judge in settings["judges"]}
 
 
-def _to_json(content: Mapping[str, Any]) -> bytes:
+def _to_json(content: Mapping[str, object]) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

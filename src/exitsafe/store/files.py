@@ -1,4 +1,4 @@
-"""Writing that survives a crash: whole files or nothing, and one clear line when the disk says no."""
+"""Crash-safe writing: complete files or none, and one clear line when writing fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from exitsafe.errors import RunError
 
@@ -18,25 +17,25 @@ PUBLIC = 0o644
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says of a full disk or a locked folder into a RunError."""
+    """Turn an operating-system error, such as a full disk or a read-only folder, into a RunError."""
     try:
         yield
     except OSError as error:
         raise RunError(
-            f"{path} cannot be written ({error.strerror or error}); make room or choose another folder, "
-            "then start again: what was saved is kept"
+            f"{path} cannot be written ({error.strerror or error}); make room or choose another folder, then rerun: "
+            "what was saved is kept"
         ) from error
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
-    """Write beside, flush to disk, rename: readers see the old file or the new one, never a part.
+    """Write a temporary file, flush it to disk, rename it: readers see the old file or the new one, never a part.
 
-    The file's folder is made if need be.
+    The file's folder is created if it does not exist.
     """
     beside = path.with_name(f".{path.name}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a leftover of a killed run may have another mode
+        # a leftover from a killed run may have another mode
         beside.unlink(missing_ok=True)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
@@ -47,20 +46,22 @@ def write_whole(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
         sync_folder(path.parent)
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON document, whole."""
+def write_json(path: Path, document: Mapping[str, object]) -> None:
+    """Write a JSON document as `write_whole` does."""
     write_whole(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
 def refuse_link(path: Path) -> None:
     """Raise RunError for a symbolic link, through which a run from elsewhere could make us write to any file."""
     if path.is_symlink():
-        raise RunError(f"{path} is a symbolic link, which is not written through: replace it with what it points to")
+        raise RunError(
+            f"{path} is a symbolic link, and exitsafe does not write through links: replace it by its target"
+        )
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; whoever else wants it meanwhile gets a RunError."""
+    """Hold a lock file; other processes that want it get a RunError."""
     refuse_link(path)
     with writing(path):
         file = path.open("ab")
@@ -70,7 +71,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def lock(descriptor: int, path: Path) -> None:
-    """Lock an open file until it is closed, or say that another process has it (not on Windows)."""
+    """Lock an open file until it is closed; RunError if another process has it (not on Windows)."""
     if sys.platform == "win32":
         return
     import fcntl
@@ -82,7 +83,7 @@ def lock(descriptor: int, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in a folder survive a power cut; systems that cannot open folders need none of it."""
+    """Make new names in a folder survive a power cut; not needed where folders cannot be opened."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

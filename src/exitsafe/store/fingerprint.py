@@ -1,4 +1,4 @@
-"""What makes two runs the same run: settings and samples in, canonical JSON, hashes and differences out."""
+"""What identifies a run: settings and samples in, canonical JSON, hashes and differences out."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from exitsafe.data.images import open_image
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
 from exitsafe.store.tables import SampleInfo
-from exitsafe.untrusted import read_json
+from exitsafe.untrusted import JsonObject, read_json
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from exitsafe.engine.vlm import VLM
+    from exitsafe.exits.huggingface import ImageTextProcessor
 
 Settings = Mapping[str, Any]
-"""A JSON object, nested as it likes."""
+"""A JSON object that is only read."""
 
 
 def canonical_json(value: object) -> str:
-    """The one spelling of a JSON value: sorted keys, no spaces, ASCII.
+    """The canonical form of a JSON value: sorted keys, no spaces, ASCII.
 
     >>> canonical_json({"b": 1, "a": [True, None]})
     '{"a":[true,null],"b":1}'
@@ -36,21 +39,21 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def data_fingerprint(samples: Sequence[SampleInfo]) -> dict[str, Any]:
-    """The samples' hash, in order, with readable counts beside it."""
-    whole = hashlib.sha256()
+def data_fingerprint(samples: Sequence[SampleInfo]) -> JsonObject:
+    """The hash of the samples, in order, with readable counts."""
+    digest = hashlib.sha256()
     for sample in samples:
-        whole.update(canonical_json(asdict(sample)).encode() + b"\n")
+        digest.update(canonical_json(asdict(sample)).encode() + b"\n")
     return {
         "samples": len(samples),
         "sources": dict(sorted(Counter(sample.source for sample in samples).items())),
-        "hash": whole.hexdigest(),
+        "hash": digest.hexdigest(),
     }
 
 
-def model_fingerprint(vlm: VLM) -> dict[str, Any]:
+def model_fingerprint(vlm: VLM) -> JsonObject:
     """The model as loaded: everything about it that may change an answer."""
-    # only where there are any: runs made before there were translators go on
+    # no entry without translators, so that runs made before translators existed can be resumed
     translators = {} if vlm.translators is None else {"translators": vlm.translators.hash}
     return translators | {
         "name": vlm.name,
@@ -71,22 +74,22 @@ def pin_today(vlm: VLM, folder: str | Path) -> None:
     """Give a resumed run's chat template the date on which the run began, so that its prompts stay the same.
 
     Args:
-        vlm: Whose date is set, if the folder holds a run that has one.
-        folder: Of an audit or a training.
+        vlm: The model whose `today` is set, if the folder contains a run with a date.
+        folder: The folder of an audit or a training run.
     """
-    # a folder that cannot be used is refused when it is opened
+    # an unusable folder is refused when it is opened
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         vlm.today = today_of(read_json(Path(folder) / "run.json")["settings"]) or vlm.today
 
 
 def today_of(settings: Settings) -> str | None:
-    """The date in a run's prompts; None where their chat template writes none."""
+    """The date in a run's prompts; None if the chat template writes none."""
     today = (settings.get("prompts") or {}).get("today")
     return None if today is None else date.fromisoformat(today).isoformat()
 
 
 def sample_info(sample: Sample) -> SampleInfo:
-    """What a run keeps of a sample; its digest covers prompt, images, kind and answers, but no names.
+    """What a run records of a sample; the digest covers prompt, images, kind and answers, but no names.
 
     Raises:
         InputError: If an image file cannot be read.
@@ -103,7 +106,7 @@ def sample_info(sample: Sample) -> SampleInfo:
 
 
 def request_digest(sample: Sample) -> str:
-    """Digest of what a model reads, prompt and pictures, whatever the sample is called and however it is scored.
+    """Digest of what a model reads, prompt and pictures, regardless of the sample's id and scoring.
 
     Raises:
         InputError: If an image file cannot be read.
@@ -121,7 +124,7 @@ def picture_digests(sample: Sample) -> list[str]:
 
 
 def trained_on_among(samples: Sequence[Sample], digests: Collection[str]) -> dict[str, int] | None:
-    """How many samples, or their pictures, a repair was trained on; None if its training data is unknown."""
+    """The number of samples on which, or on whose pictures, a repair was trained; None if that is unknown."""
     if not digests:
         return None
     found = 0
@@ -136,7 +139,7 @@ def _request_digest(prompt: str, pictures: list[str]) -> str:
 
 
 def differences(old: Settings, new: Settings) -> list[str]:
-    """What differs between two settings, one readable line per value.
+    """The differences between two settings, one readable line per value.
 
     >>> differences({"decoding": {"seed": 0, "n": 8}}, {"decoding": {"seed": 1, "n": 8}})
     ['decoding.seed was 0, is now 1']
@@ -157,24 +160,24 @@ def _leaves(settings: Settings, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield prefix + name, canonical_json(value)
 
 
-def _quantization(config: Any) -> dict[str, Any] | None:
-    """Only quantised models have the entry: a JSON object from a checkpoint, or transformers' own class."""
+def _quantization(config: PretrainedConfig) -> JsonObject | None:
+    """The quantization settings, if any: a JSON object from a checkpoint, or an instance of transformers' class."""
     found = getattr(config, "quantization_config", None)
     return found if found is None or isinstance(found, dict) else dict(found.to_dict())
 
 
-def _attention(config: Any) -> dict[str, str]:
-    """Which attention kernels the model and its parts run."""
+def _attention(config: PretrainedConfig) -> dict[str, str]:
+    """The attention implementations of the model and its parts."""
     parts = {name: getattr(config, name) for name in config.sub_configs}
     return {name: str(part._attn_implementation) for name, part in {"model": config, **parts}.items()}
 
 
-def _processor(processor: Any) -> dict[str, Any] | None:
-    """Classes, since backends resize differently; settings, vocabulary and chat template as hashes."""
+def _processor(processor: ImageTextProcessor | None) -> JsonObject | None:
+    """Classes, since backends resize differently, and hashes of settings, vocabulary and chat template."""
     if processor is None:
         return None
     content = {
-        "settings": processor.to_json_string(),
+        "settings": str(processor.to_json_string()),
         "vocabulary": canonical_json(processor.tokenizer.get_vocab()),
         "chat_template": canonical_json(processor.chat_template),
     }
@@ -186,12 +189,14 @@ def _processor(processor: Any) -> dict[str, Any] | None:
 
 
 def _image_digest(image: Image.Image | Path | bytes, sample_id: str) -> str:
-    """Digest of the encoded bytes if there are any, else of the pixels as a model sees them."""
+    """Digest of the encoded bytes if available, else of the pixels as a model sees them."""
     if isinstance(image, Image.Image):
         seen = open_image(image, sample_id)  # an opened file is decoded here
         return hashlib.sha256(f"{seen.mode} {seen.size}".encode() + seen.tobytes()).hexdigest()
     try:
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
     except OSError as error:
-        raise InputError(f"sample {sample_id}: image {image!s} cannot be read ({error.strerror or error})") from error
+        raise InputError(
+            f"sample {sample_id}: image {image!s} cannot be read ({error.strerror or error}); check the path"
+        ) from error
     return hashlib.sha256(content).hexdigest()

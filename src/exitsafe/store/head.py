@@ -1,18 +1,17 @@
-"""The shape of run.json: a JSON object in, the same object out, checked once so that readers may rely on it.
+"""The schema of run.json, checked once on reading so that readers may rely on it.
 
 Other fields are allowed and kept as they are, but no reader may rely on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from exitsafe.judges import MEASURES
-from exitsafe.untrusted import UnreadableError
+from exitsafe.untrusted import JsonObject, UnreadableError
 
 FORMAT = 3
 RESULTS = ("responses.parquet", "verdicts.parquet", "summary.json")
@@ -21,7 +20,7 @@ RESULTS = ("responses.parquet", "verdicts.parquet", "summary.json")
 
 def _check_text(text: str) -> str:
     if "\x00" in text:
-        raise ValueError("must not hold a null character")
+        raise ValueError("must not contain a null character")
     return text
 
 
@@ -99,7 +98,7 @@ class _StopWhen(_Closed):
 class _Judge(_Open):
     name: Annotated[_Text, Field(min_length=1)]
     measures: list[Annotated[str, AfterValidator(_check_measure)]]
-    settings: dict[str, Any]
+    settings: dict[str, object]
     proxy: dict[_Text, _Text] = {}
 
 
@@ -117,14 +116,14 @@ class _Settings(_Open):
     versions: dict[str, str]
 
     def check(self) -> None:
-        """Check what concerns several fields."""
+        """Check what involves several fields."""
         if max(self.exit_layers[-1], self.model.default_exit) > self.model.num_layers:
             raise UnreadableError(f"an exit is beyond the {self.model.num_layers} blocks of the encoder")
         names = [judge.name for judge in self.judges]
         if len(set(names)) < len(names):
-            raise UnreadableError("a judge is named twice")
+            raise UnreadableError("a judge is listed twice")
         if self.stop_when is not None and not any("asr" in judge.measures for judge in self.judges):
-            raise UnreadableError("it stopped early without a judge of attack success")
+            raise UnreadableError("it stopped early without a judge that measures attack success")
 
 
 class _Hub(_Closed):
@@ -184,11 +183,11 @@ class _Head(_State):
     next: _State | None = None
 
 
-def check_head(content: Mapping[str, Any]) -> None:
-    """Check that a JSON object of this format is a run's record.
+def check_head(content: JsonObject) -> None:
+    """Check that a JSON object is a valid run.json of this format.
 
     Raises:
-        UnreadableError: At the first fault.
+        UnreadableError: At the first error.
     """
     try:
         head = _Head.model_validate(content)
@@ -197,7 +196,7 @@ def check_head(content: Mapping[str, Any]) -> None:
         where = ".".join(map(str, fault["loc"]))
         raise UnreadableError(f"{where}: {fault['msg']}") from error
     if head.next is not None and (head.results is None or head.next.results is None):
-        raise UnreadableError("it names other results, without hashes")
+        raise UnreadableError("it refers to other results without hashes")
     for state in (head, head.next):
         if state is not None:
             state.settings.check()

@@ -1,15 +1,14 @@
 """Check that the results of a run are consistent: its two tables and its settings in, the scores on one grid out.
 
-The tables may hold nothing that the settings do not name, nothing may be missing, and nothing may be there twice.
-Hashes of the files find damage and careless edits; these checks find what was edited with more care. Neither stops a
-forger: that takes a repeat of the run.
+The tables may contain nothing that the settings do not name, nothing may be missing, and nothing may occur twice.
+Hashes of the files detect damage and careless edits; these checks detect more careful ones. Neither stops a forger:
+only repeating the run does.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from exitsafe.records import KINDS
 from exitsafe.store.fingerprint import Settings, canonical_json, data_fingerprint
 from exitsafe.store.scores import OWN, Scores, ScoreTable
 from exitsafe.store.tables import SampleInfo, samples_in
-from exitsafe.untrusted import UnreadableError
+from exitsafe.untrusted import JsonObject, UnreadableError
 
 _MOST_CELLS = 50_000_000  # samples x exits; each takes some bytes per judge and measure
 Codes = npt.NDArray[np.int64]
@@ -28,21 +27,21 @@ Cells = npt.NDArray[np.int64]
 
 
 def settings_hash(settings: Settings) -> str:
-    """What a finished run keeps to notice that its settings, or its origin, were edited."""
+    """The hash by which a finished run detects that its settings, or its origin, were edited."""
     return hashlib.sha256(canonical_json(settings).encode()).hexdigest()
 
 
 def checked_scores(responses: pa.Table, verdicts: pa.Table, settings: Settings) -> ScoreTable:
-    """The scores of a finished run, each asked and judged exactly once.
+    """The scores of a finished run, each answered and judged exactly once.
 
-    Whether exits may lack answers because they were stopped early is for `stopping.stopping_of` to say.
+    `stopping.stopping_of` checks whether exits that stopped early may lack answers.
 
     Args:
         responses, verdicts: As `response_table` and `verdict_table` read them.
-        settings: Of the run, with the shape that `head.py` checks.
+        settings: The run's settings, already checked by `head.py`.
 
     Raises:
-        UnreadableError: At the first fault; the message begins with the name of the file.
+        UnreadableError: At the first error; the message begins with the name of the file.
     """
     samples, layers = samples_in(responses), tuple(settings["exit_layers"])
     _check_samples(samples, responses, settings)
@@ -78,7 +77,7 @@ class _Grid:
         """The cell of each row of a table.
 
         Raises:
-            UnreadableError: If a sample has no answer at all, or an exit was not asked.
+            UnreadableError: If a sample has no answer at all, or an exit is not in the settings.
         """
         codes, ids = _texts(table, "sample_id")
         rows = np.array([self._row_of.get(each, -1) for each in ids], dtype=np.int64)
@@ -112,7 +111,7 @@ class _Grid:
         return table
 
     def first(self, where: npt.NDArray[np.bool_]) -> str:
-        """The first cell that is marked, in words; nothing if none is."""
+        """The first marked cell in words; empty if none is marked."""
         place = np.flatnonzero(where)[:1]
         if not place.size:
             return ""
@@ -121,7 +120,7 @@ class _Grid:
 
 
 def _check_samples(samples: Sequence[SampleInfo], responses: pa.Table, settings: Settings) -> None:
-    """Check that all rows of a sample describe it alike, and that the samples match the hash in run.json."""
+    """Check that all rows of a sample have the same labels, and that the samples match the hash in run.json."""
     codes = np.stack([_texts(responses, name)[0] for name in ("sample_id", "kind", "category", "source", "digest")])
     if np.unique(codes, axis=1).shape[1] != len(samples):
         raise UnreadableError("responses.parquet: the rows of one sample differ in kind, category, source or digest")
@@ -129,17 +128,17 @@ def _check_samples(samples: Sequence[SampleInfo], responses: pa.Table, settings:
         raise UnreadableError(f"responses.parquet: kind {min(unknown)[:20]!r} is unknown")
     data = settings["data"]
     if not samples or len(samples) > data["samples"]:
-        raise UnreadableError(f"responses.parquet: it has {len(samples)} samples, and run.json {data['samples']}")
+        raise UnreadableError(f"responses.parquet: it has {len(samples)} samples, but run.json {data['samples']}")
     if len(samples) < data["samples"] and settings["stop_when"] is not None:
-        return  # where every exit was stopped, the last samples were asked nowhere
+        return  # if every exit stopped early, the last samples were never used
     if data_fingerprint(samples)["hash"] != data["hash"]:
-        raise UnreadableError("responses.parquet: its samples are not those of run.json (their hash differs)")
+        raise UnreadableError("responses.parquet: its samples are not those in run.json (their hash differs)")
 
 
 def _judged(
-    verdicts: pa.Table, grid: _Grid, is_answered: npt.NDArray[np.bool_], judges: Sequence[Mapping[str, Any]]
+    verdicts: pa.Table, grid: _Grid, is_answered: npt.NDArray[np.bool_], judges: Sequence[JsonObject]
 ) -> dict[tuple[str, str], Scores]:
-    """The scores of each judge and measure; none that is expected may be missing."""
+    """The scores of each judge and measure, checked for completeness."""
     cells = grid.cells(verdicts, "verdicts.parquet")
     judge_codes, judge_names = _texts(verdicts, "judge")
     measure_codes, measure_names = _texts(verdicts, "measure")
@@ -171,12 +170,12 @@ def _judged(
     if not is_known.all():
         place = int(np.flatnonzero(~is_known)[0])
         names = judge_names[judge_codes[place]][:60], measure_names[measure_codes[place]][:40]
-        raise UnreadableError("verdicts.parquet: run.json names no judge {!r} that measures {!r}".format(*names))
+        raise UnreadableError("verdicts.parquet: run.json has no judge {!r} that measures {!r}".format(*names))
     return found
 
 
 def _texts(table: pa.Table, name: str) -> tuple[Codes, list[str]]:
-    """A column of texts as codes (N,) and what they stand for."""
+    """A column of texts as codes (N,) and the texts they index."""
     column = table.column(name)
     chunks = [chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode() for chunk in column.chunks]
     if not chunks:
@@ -195,7 +194,7 @@ def _is_there(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
 
 
 def _numbers(table: pa.Table, name: str, file: str) -> npt.NDArray[np.float64]:
-    """A column of finite numbers; NaN only where there is no value."""
+    """A column of finite numbers; NaN where there is no value."""
     is_there = _is_there(table.column(name))
     values = _column(table.column(name).cast(pa.float64()).fill_null(np.nan)).astype(np.float64)
     if not np.isfinite(values[is_there]).all() or (name != "score" and (values < 0).any()):

@@ -1,4 +1,4 @@
-"""Verdicts as tables: (samples, layers) arrays of scores per judge and measure. Computes no statistic."""
+"""Verdicts as tables: (samples, layers) arrays of scores per judge and measure."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Scores:
 
     @property
     def is_asked(self) -> npt.NDArray[np.bool_]:
-        """(S, L); False where an exit stopped before the sample, or the sample is not the judge's to judge."""
+        """(S, L); False where an exit stopped before the sample, or the judge does not judge such samples."""
         return ~np.isnan(self.values) | self.unscored
 
     def filled(self, score: float | None) -> Scores:
-        """With this score wherever one is missing that should be there; None leaves them out."""
+        """With this score in place of unscored ones; None leaves them out."""
         if score is None:
             return self
         return Scores(values=np.where(self.unscored, score, self.values), unscored=np.zeros_like(self.unscored))
@@ -54,7 +54,7 @@ class ScoreTable:
         return np.array([i for i, sample in enumerate(self.samples) if sample.kind in kinds], dtype=np.intp)
 
     def scores_of(self, judge: str, measure: str) -> Scores:
-        """A judge's scores; all missing where it had nothing to judge, e.g. no picture questions."""
+        """A judge's scores; all missing if it had nothing to judge, e.g. no picture questions."""
         return self.scores.get((judge, measure)) or _no_scores(len(self.samples), len(self.exit_layers))
 
     def cut(self, rows: Sequence[int], exit_layers: Sequence[int]) -> ScoreTable:
@@ -76,7 +76,7 @@ def _no_scores(num_samples: int, num_layers: int) -> Scores:
 
 
 OWN = ""
-"""In place of a judge's name: what the audit measures by itself."""
+"""In place of a judge's name: what the audit itself measures."""
 
 
 def score_table(
@@ -85,7 +85,7 @@ def score_table(
     responses: Sequence[Response],
     verdicts: Sequence[Verdict],
 ) -> ScoreTable:
-    """Lay verdicts, tokens and seconds out on the grid."""
+    """Arrange verdicts, tokens and seconds on the grid."""
     row_of = {sample.id: row for row, sample in enumerate(samples)}
     column_of = {layer: column for column, layer in enumerate(exit_layers)}
     scores: dict[tuple[str, str], Scores] = {}

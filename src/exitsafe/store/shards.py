@@ -1,9 +1,9 @@
 """Append-only shards: records in, lines on disk that survive `kill -9`. One file per process.
 
-A line is either one response or one judge's word on a batch of responses, so that neither is ever half
-there. Each begins with a checksum over itself and a key of the run's settings: a line that was damaged, edited, or
-written by another run is ignored, and its work is redone. A line of verdicts is also signed with a key of the judge's
-settings: it counts for that judge only.
+A line is either one response or one judge's verdicts on a batch of responses, so that neither is ever saved in part.
+Each begins with a checksum over itself and a key of the run's settings: a line that was damaged, edited, or written by
+another run is ignored, and its work is redone. A line of verdicts also carries a key of the judge's settings: it counts
+for that judge only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,6 +24,7 @@ from exitsafe.errors import RunError
 from exitsafe.judges import MEASURES
 from exitsafe.records import Response, Verdict
 from exitsafe.store.files import PRIVATE, lock, refuse_link, sync_folder, writing
+from exitsafe.untrusted import JsonObject
 
 Row = tuple[str, int]
 """A response's key: sample id and exit layer."""
@@ -32,7 +32,7 @@ Row = tuple[str, int]
 
 @dataclass(kw_only=True)
 class Saved:
-    """What the shards hold: responses by row, rows done by judge, verdicts; `others` are judges nobody asked for."""
+    """The contents of the shards: responses by row, rows judged by judge, verdicts; `others` are unrequested judges."""
 
     responses: dict[Row, Response] = field(default_factory=dict)
     judged: dict[str, set[Row]] = field(default_factory=dict)
@@ -43,13 +43,13 @@ class Saved:
         self.responses.setdefault((response.sample_id, response.exit_layer), response)
 
     def add_judgement(self, judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
-        """Rows that this judge has judged already keep their first verdicts."""
+        """Add verdicts; rows that this judge has already judged keep their first verdicts."""
         done = self.judged.setdefault(judge, set())
         self.verdicts.extend(v for v in verdicts if (v.sample_id, v.exit_layer) not in done)
         done.update(rows)
 
     def drop_unanswered(self) -> None:
-        """Drop verdicts on missing responses, which may turn out differently when they are generated again."""
+        """Drop verdicts on missing responses, which may differ when they are generated again."""
         if any(not rows <= self.responses.keys() for rows in self.judged.values()):
             self.judged = {judge: rows & self.responses.keys() for judge, rows in self.judged.items()}
             self.verdicts = [v for v in self.verdicts if (v.sample_id, v.exit_layer) in self.responses]
@@ -59,14 +59,14 @@ class ShardWriter:
     """Appends to one shard, under a lock that dies with the process.
 
     Args:
-        folder: Where the shards lie; made if missing.
-        process: The number of this process; it alone writes that shard.
+        folder: The folder of the shards; created if missing.
+        process: The number of this process, the only one that writes this shard.
 
     Attributes:
         run_key: A key of the run's settings, part of every line's checksum.
 
     Raises:
-        RunError: If another process writes this shard, something else has its name, or writing fails.
+        RunError: If another process is writing this shard, its name is taken by something else, or writing fails.
     """
 
     def __init__(self, folder: Path, *, process: int = 0, run_key: str = "") -> None:
@@ -80,12 +80,12 @@ class ShardWriter:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, PRIVATE)
             sync_folder(folder)
-        # unbuffered: nothing half-written is left to be written again on closing
+        # unbuffered: closing must not flush a half-written line again
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         try:
             lock(self._file.fileno(), self.path)
             with writing(self.path):
-                self._file.truncate(_length_of_lines(self.path))  # what is appended next starts on a line of its own
+                self._file.truncate(_length_of_lines(self.path))  # whatever is appended next starts on its own line
                 self._file.seek(0, os.SEEK_END)
         except BaseException:
             self._file.close()
@@ -100,7 +100,7 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the lock; everything appended is on disk already."""
+        """Release the lock; everything appended is already on disk."""
         self._file.close()
 
     def append_responses(self, responses: Sequence[Response]) -> None:
@@ -110,7 +110,7 @@ class ShardWriter:
         said = [vars(verdict) for verdict in verdicts]
         self._append([{"judge": judge, "key": key, "rows": rows, "verdicts": said}])
 
-    def _append(self, records: list[dict[str, Any]]) -> None:
+    def _append(self, records: list[JsonObject]) -> None:
         lines = b"".join(_line_of(record, self.run_key) for record in records)
         start = self._file.tell()
         with writing(self.path):
@@ -119,7 +119,7 @@ class ShardWriter:
                 while left:
                     left = left[self._file.write(left) :]
                 os.fsync(self._file.fileno())
-            except BaseException:  # an interrupt too: what is appended next must start on a line of its own
+            except BaseException:  # an interrupt too: whatever is appended next must start on its own line
                 self._file.seek(start)
                 self._file.truncate()
                 raise
@@ -128,14 +128,14 @@ class ShardWriter:
 def read_shards(
     folder: Path, *, run_key: str = "", onto: Saved | None = None, judges: Mapping[str, str] | None = None
 ) -> Saved:
-    """Every intact record that any process saved, added to what is known already. Warns about ignored lines.
+    """Every intact record that any process saved, added to `onto`. Warns about ignored lines.
 
     Args:
-        folder: Where the shards lie.
-        run_key: The key that the lines were written with.
-        onto: What is known already.
-        judges: Keys by name of the judges that count; None takes all. What a judge of the same name and another key
-            said is done again.
+        folder: The folder of the shards.
+        run_key: The key with which the lines were written.
+        onto: What is already known.
+        judges: Keys of the requested judges, by name; None takes all. Verdicts under the same name with another key
+            are ignored.
     """
     saved, num_bad = onto or Saved(), 0
     for path in sorted(folder.glob("*.jsonl")):
@@ -152,8 +152,8 @@ def read_shards(
     saved.drop_unanswered()
     if num_bad:
         warnings.warn(
-            f"{folder}: {num_bad} {'line is' if num_bad == 1 else 'lines are'} damaged or from another run; the "
-            "work saved there will be redone",
+            f"{folder}: {num_bad} {'line is' if num_bad == 1 else 'lines are'} damaged or from another run; that work "
+            "will be redone",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -173,7 +173,7 @@ class _Record(BaseModel):
 
     @property
     def is_sound(self) -> bool:
-        """Whether numbers are finite and in range, and the verdicts are on these rows, once each."""
+        """Whether numbers are finite and in range, and there is one verdict per row and measure."""
         if self.response is not None:
             return math.isfinite(self.response.seconds)
         places = [(verdict.sample_id, verdict.exit_layer, verdict.measure) for verdict in self.verdicts]
@@ -189,7 +189,7 @@ _OPENING = b'{"check": "%s", '
 _DIGITS = 16
 
 
-def _line_of(record: Mapping[str, Any], run_key: str) -> bytes:
+def _line_of(record: JsonObject, run_key: str) -> bytes:
     body = json.dumps(record, allow_nan=False).encode()[1:]
     return _OPENING % _checksum(body, run_key) + body + b"\n"
 
@@ -199,14 +199,14 @@ def _checksum(body: bytes, run_key: str) -> bytes:
 
 
 def _record_in(line: bytes, run_key: str) -> _Record | None:
-    """None if the line has been altered."""
+    """The record in a line; None if the line was altered."""
     start = len(_OPENING % bytes(_DIGITS))
     body = line[start:].rstrip(b"\n")
     if line[:start] != _OPENING % _checksum(body, run_key):
         return None
     try:
         record = _Record.model_validate_json(line)
-    except ValidationError:  # written by someone who knows how to make a checksum
+    except ValidationError:  # forged, with a valid checksum
         return None
     return record if record.is_sound else None
 
@@ -219,7 +219,7 @@ def _is_on_scale(verdict: Verdict) -> bool:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The complete lines; a process that is killed while it writes leaves an unterminated one."""
+    """The complete lines; a process killed while writing leaves an unterminated one."""
     try:
         if not path.is_file() or path.is_symlink():
             raise RunError(f"{path} was not written by an audit; remove it and rerun the same command")

@@ -1,7 +1,4 @@
-"""CSV that any spreadsheet opens and none calculates: rows of text in, bytes out, and what was saved back in.
-
-Knows nothing about labels or runs.
-"""
+"""CSV that any spreadsheet opens without evaluating anything: rows of text in, bytes out, and saved files back in."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from pathlib import Path
 
 from exitsafe.errors import InputError
 
-# What makes a spreadsheet calculate, full-width forms included (OWASP, "CSV injection"); the apostrophe is among them
-# so that taking one away at each place gives the text back.
+# What a spreadsheet evaluates, full-width forms included (OWASP, "CSV injection"); the apostrophe is among them so that
+# removing one at each place restores the text.
 _FORMULA = re.compile("(\\A|[\r\n\t;])( *)(?=[=+\\-@\uff1d\uff0b\uff0d\uff20'])")
 _NUMBER = re.compile(r"\d[\d\s.,:/eE%+-]*")
 
 
 def to_csv(header: Sequence[str], rows: Sequence[Sequence[str | int]]) -> bytes:
-    """Every cell quoted and texts `neutral`, as UTF-8 with the mark that spreadsheets know it by."""
+    """Every cell quoted and texts made `neutral`, as UTF-8 with the byte-order mark that spreadsheets expect."""
     lines = io.StringIO(newline="")
     writer = csv.writer(lines, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
     writer.writerow(header)
@@ -29,12 +26,12 @@ def to_csv(header: Sequence[str], rows: Sequence[Sequence[str | int]]) -> bytes:
 
 
 def read_csv(path: Path, *, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows under their column names, numbered as a spreadsheet does (the header is row 1); empty ones are skipped.
+    """Rows by column name, numbered as in a spreadsheet (the header is row 1); empty rows are skipped.
 
-    Cells come as they are, with the apostrophes of `neutral`. Other columns are left aside.
+    Cells are returned as they are, with the apostrophes of `neutral`. Other columns are ignored.
 
     Raises:
-        InputError: If the file is missing, no UTF-8, no CSV, or lacks a column.
+        InputError: If the file is missing, not UTF-8 or not CSV, or lacks a column.
     """
     try:
         content = path.read_bytes().decode("utf-8-sig")
@@ -43,8 +40,8 @@ def read_csv(path: Path, *, columns: Sequence[str]) -> Iterator[tuple[int, dict[
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from error
     header = content.split("\n", 1)[0]
-    csv.field_size_limit(2**31 - 1)  # the default is less than a long answer may take
-    # spreadsheets of some countries save semicolons
+    csv.field_size_limit(2**31 - 1)  # the default is too small for a long answer
+    # in some locales, spreadsheets save semicolons
     rows = csv.DictReader(io.StringIO(content, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
     try:
         missing = [name for name in columns if name not in (rows.fieldnames or ())]
@@ -58,9 +55,9 @@ def read_csv(path: Path, *, columns: Sequence[str]) -> Iterator[tuple[int, dict[
 
 
 def neutral(text: str) -> str:
-    """A cell with an apostrophe before what a spreadsheet would take for a formula, number or date.
+    """A cell with an apostrophe before anything that a spreadsheet would take for a formula, number or date.
 
-    Also inside the cell, after line breaks, tabs and semicolons, which some spreadsheets take for cells' ends.
+    Also inside the cell, after line breaks, tabs and semicolons, at which some spreadsheets split cells.
 
     >>> neutral("=1+1"), neutral("fine;-2"), neutral("3/4"), neutral("a - b")
     ("'=1+1", "fine;'-2", "'3/4", 'a - b')
@@ -70,8 +67,8 @@ def neutral(text: str) -> str:
 
 
 def is_same_text(cell: str, text: str) -> bool:
-    """Whether a cell still holds a text, apart from what spreadsheets change on saving: apostrophes, spaces, line ends
-    and characters that show nothing."""
+    """Whether a cell still contains a text, ignoring what spreadsheets change on saving: apostrophes, whitespace and
+    invisible characters."""
     return _shown(cell) == _shown(text)
 
 

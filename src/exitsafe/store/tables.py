@@ -1,6 +1,6 @@
 """Responses and verdicts as Parquet: records in, bytes out, and back. The same records give the same bytes.
 
-Reading checks columns, types and sizes; whether the rows make sense together is checked in `integrity.py`.
+Reading checks columns, types and sizes; `integrity.py` checks that the rows are consistent.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from exitsafe.untrusted import UnreadableError, parquet_batches, to_python
 
 @dataclass(frozen=True, kw_only=True)
 class SampleInfo:
-    """What a run keeps of a sample: enough to group, pair and compare, but neither prompt nor images.
+    """What a run records of a sample: enough to group, pair and compare, but neither prompt nor images.
 
-    `digest` is a hash of prompt, images, kind and answers: two runs asked the same when it is the same.
+    `digest` is a hash of prompt, images, kind and answers: samples with the same digest ask the same.
     """
 
     id: str
@@ -33,7 +33,7 @@ class SampleInfo:
 
 
 _ROWS_AT_ONCE = 65536
-WAY_OUT = "restore the run from its source, or audit again into a new folder"
+REMEDY = "restore the run from its source, or audit again into a new folder"
 _RESPONSES = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
@@ -102,7 +102,7 @@ def read_responses(path: Path) -> list[Response]:
 
 
 def read_samples(path: Path) -> list[SampleInfo]:
-    """The samples behind the responses, in the run's order."""
+    """The samples of the responses, in the run's order."""
     return samples_in(response_table(path))
 
 
@@ -141,7 +141,7 @@ def response_table(path: Path) -> pa.Table:
 
 
 def verdict_table(path: Path) -> pa.Table:
-    """`verdicts.parquet`, as `response_table`."""
+    """`verdicts.parquet`, like `response_table`."""
     return _read(path, _VERDICTS)
 
 
@@ -157,13 +157,13 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
             column = table.column(field.name)
             is_text = pa.types.is_dictionary(column.type) and column.type.value_type == pa.string()
             if not (is_text and field.type == pa.string()) and column.type != field.type:
-                raise UnreadableError(f"its column {field.name!r} holds {column.type} instead of {field.type}")
+                raise UnreadableError(f"its column {field.name!r} has type {column.type} instead of {field.type}")
             if column.null_count and not field.nullable:
                 raise UnreadableError(f"its column {field.name!r} has rows without a value")
         return table.select(schema.names).unify_dictionaries().combine_chunks()
     except (UnreadableError, UnicodeDecodeError, pa.ArrowException) as error:
         reason = "a text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
-        raise RunError(f"{path} cannot be read ({reason}); {WAY_OUT}") from error
+        raise RunError(f"{path} cannot be read ({reason}); {REMEDY}") from error
 
 
 def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
