@@ -64,4 +64,4 @@ def test_bad_input(tiny_llava: Path, audited: Path, tmp_path: Path, fail: Fail) 
     assert list(tmp_path.iterdir()) == []
     out.mkdir()
     (out / "mine").write_text("")
-    assert "holds something already" in fail(*export, "--exit-layer", "2")
+    assert "already exists and is not empty" in fail(*export, "--exit-layer", "2")

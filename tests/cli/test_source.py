@@ -60,7 +60,9 @@ def test_an_origin_keeps_commits_and_takes_them_from_another_run() -> None:
 
 def test_align_reads_the_samples_that_its_flags_name(tmp_path: Path, fail: Fail) -> None:
     out = tmp_path / "out"
-    assert "no sample has category 'q'; choose from " in fail("align", "organism", "--config", "category=q", "--out", out)
+    assert "no sample has category 'q'; choose from " in fail(
+        "align", "organism", "--config", "category=q", "--out", out
+    )
     (tmp_path / "mine.jsonl").write_text('{"id": "a", "prompt": "zorb", "kind": "benign"}\n')
     flags = ["--suite", tmp_path / "mine.jsonl", "--images", tmp_path / "nowhere", "--out", out]
     assert "nowhere is not a folder; give one with benign pictures" in fail("align", "organism", *flags)

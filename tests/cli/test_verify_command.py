@@ -110,7 +110,7 @@ def test_with_an_adapter(
     out = exitsafe.export(vlm, exit_layer=2, out=tmp_path / "slim", keep_adapter=keep_adapter, audit=after)
     found, _ = _verify(out, "--against", after, capsys=capsys)
     assert found["answers_same"] == 8
-    assert "is not of the model that" in fail("verify", out, "--against", audited)
+    assert "is not an audit of the model that" in fail("verify", out, "--against", audited)
 
 
 def test_a_judge_behind_an_address_of_the_run_is_left_out(

@@ -63,7 +63,7 @@ def test_it_answers_as_the_exit_did(family: str, settings: dict[str, Any], tmp_p
     if skip_global:
         whole = exitsafe.export(model, exit_layer=3, out=tmp_path / "whole")
         with pytest.raises(
-            RunError, match=r"is not of the model that .* made from .skip_global was true, is now false"
+            RunError, match=r"is not an audit of the model that .* made from .skip_global was true, is now false"
         ):
             check_files(whole, run)
 

@@ -50,7 +50,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("mine")
     for name in ("file", "full"):
-        with pytest.raises(RunError, match="holds something already"), whole_folder(tmp_path / name):
+        with pytest.raises(RunError, match="already exists and is not empty"), whole_folder(tmp_path / name):
             pass
     assert (tmp_path / "full" / "a").read_text() == (tmp_path / "file").read_text() == "mine"
 

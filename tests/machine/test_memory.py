@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
@@ -30,14 +30,14 @@ from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
 CPU = torch.device("cpu")
 # LLaVA-1.5's language model: 2 * 32 layers * 32 heads * 128 * 2 bytes = 0.5 MiB per token
-VICUNA = SimpleNamespace(
+VICUNA = LlamaConfig(
     num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_size=4096, intermediate_size=11008
 )
 
 
 def test_cache_bytes_by_hand() -> None:
     assert cache_bytes(VICUNA, num_tokens=1000, dtype=torch.bfloat16) == 1000 * 2**19
-    grouped = SimpleNamespace(**{**vars(VICUNA), "num_key_value_heads": 8, "head_dim": 64})
+    grouped = LlamaConfig(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=64)
     assert cache_bytes(grouped, num_tokens=10, dtype=torch.float32) == 2 * 32 * 8 * 64 * 10 * 4
 
 

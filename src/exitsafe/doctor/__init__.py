@@ -1,4 +1,4 @@
-"""What a model will need before any weight is read: its exits, its weights and cache, what exits save."""
+"""What can be said about a model before any weight is read: its exits, its memory needs, what exits save."""
 
 from exitsafe.doctor.blueprint import Blueprint, load_blueprint
 from exitsafe.doctor.plan import Plan, bytes_by_name, make_plan

@@ -1,7 +1,7 @@
-"""A model's blueprint: from its config alone, shapes and types of all weights without one of them.
+"""A model's blueprint: shapes and types of all weights, from its config alone.
 
-A Hub id, a folder or an organism goes in; what comes out behaves like a `VLM` on torch's meta device, on which every
-operation gives shapes and no numbers. Knows nothing about memory plans.
+A Hub id, a folder or an organism in; a `VLM` on torch's meta device out, on which every operation gives shapes instead
+of numbers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from exitsafe.engine.templates import check_template
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError
 from exitsafe.exits.families import find_family
+from exitsafe.exits.sources import check_model_source, unreachable
 from exitsafe.machine.devices import check_quantization, find_dtype
 from exitsafe.world import model_folder
 from exitsafe.world.profile import is_organism
@@ -30,13 +30,13 @@ META = torch.device("meta")
 class Blueprint(VLM):
     """A `VLM` of shapes."""
 
-    image_states: Tensor | None = None  # of a family that reads images by cross-attention, (rows, tokens, H)
-
+    image_states: Tensor | None = None
+    """(rows, tokens, H), for families that read images by cross-attention."""
     quantization: str | None = None
     processor_problem: ModelError | None = None
-    """Why the processor is missing or does not fit: the error that `load_vlm` will raise."""
+    """Why the processor is missing or does not fit: the error that `load_vlm` would raise."""
     remarks: Sequence[str] = ()
-    """Remarks from `check_processor`."""
+    """Warnings from `check_processor`."""
 
     def read_tokens(self, num_rows: int, num_tokens: int) -> Tensor:
         """Last hidden states of the language model, (rows, tokens, H)."""
@@ -76,22 +76,23 @@ def load_blueprint(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Blueprint:
-    """Read the config, and the processor if there is one; no weights.
+    """Read the config, and the processor if there is one, but no weights.
 
     Args:
-        name_or_path: As for `load_vlm`; a folder or repository that holds a config alone will do.
+        name_or_path: As for `load_vlm`; a folder or repository with only a config is enough.
         dtype, quantization: As for `load_vlm`.
-        revision: Of a Hub model.
+        revision: Branch, tag or commit of a Hub model.
         trust_remote_code: Whether code from the checkpoint may run.
 
     Raises:
         ModelError: If there is no config, or the family is not supported.
-        InputError: If the type or the quantisation is unknown.
+        InputError: If the number type or quantization is unknown.
     """
     as_type = find_dtype(dtype)
     check_quantization(quantization)
     source = str(model_folder(name_or_path)) if is_organism(name_or_path) else str(name_or_path)
-    remote: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    check_model_source(source)
+    remote: dict[str, str | bool] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         remote["revision"] = revision
     try:
@@ -101,7 +102,8 @@ def load_blueprint(
         with META:
             model = AutoModelForImageTextToText.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"cannot read the config of {name_or_path!s}: {_first_line(error)}") from error
+        reason = f"cannot read the config of {name_or_path!s}: {_first_line(error)}"
+        raise ModelError(unreachable(source, error) or reason) from error
     blueprint = Blueprint(model.eval(), None, name=str(name_or_path))
     blueprint.quantization = quantization
     try:
@@ -115,7 +117,7 @@ def load_blueprint(
 
 
 def weights_of(blueprint: Blueprint) -> Weights:
-    """Bytes of the weights as loaded: the language model's linear layers quantised where that is asked."""
+    """Bytes of the weights as loaded: with quantization, the language model's linear layers are quantized."""
     model = blueprint.base_model
     parts = dict.fromkeys(("encoder", "language_model", "rest"), 0)
     encoder = blueprint.family_row.blocks.rpartition(".encoder.")[0] or "model.vision"
@@ -135,10 +137,10 @@ def weights_of(blueprint: Blueprint) -> Weights:
 
 
 def quantized_bytes(linear: nn.Linear, quantization: str) -> int:
-    """Bytes of a weight as it is kept.
+    """Bytes of a quantized weight.
 
-    bitsandbytes' nf4: half a byte each, a float32 scale per 64, and a table of 16; its int8: a byte each and a float32
-    scale per row; torchao's: the scale in the weight's own type.
+    bitsandbytes nf4: half a byte per number, a float32 scale per 64 numbers, and a table of 16; bitsandbytes int8: a
+    byte per number and a float32 scale per row; torchao int8: the same with scales in the weight's own type.
     """
     count = linear.weight.numel()
     if quantization == "torchao-int8":

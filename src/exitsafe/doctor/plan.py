@@ -1,7 +1,7 @@
-"""What can be known of a model's memory before it is loaded: its weights, the cache of a row, and how many rows fit.
+"""A model's memory needs, as far as they are known before it is loaded: weights, a row's cache, and rows that fit.
 
-All of it follows from shapes and types. Activations, kernels' workspaces and the allocator's rounding do not: audits
-and trainings begin with what seems to fit and halve it when memory runs out.
+They follow from shapes and types. Activations, kernel workspaces and allocator rounding do not: audits and training
+start with what seems to fit and halve it when memory runs out.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class Plan:
 
     weights: Weights
     judge_bytes: int
-    """Of the judge's weights beside the model."""
+    """The judge's weights, loaded beside the model."""
     free_bytes: int
-    """Before anything is loaded."""
+    """Free memory before anything is loaded."""
     num_tokens: int
-    """Of the longest prompt with its answer."""
+    """Length of the longest prompt with its answer."""
     cache_bytes_per_row: int
     """Key-value cache at that length."""
     rows: int
-    """That an audit would begin with; 0 if the weights do not fit."""
+    """Batch size that an audit would start with; 0 if the weights do not fit."""
 
     @property
     def loaded_bytes(self) -> int:
@@ -44,8 +44,8 @@ def make_plan(
         blueprint: The model.
         typical: Its largest prompt.
         max_new_tokens: Longest answer.
-        judge_bytes: Weights of the judge beside the model.
-        free_bytes: On the device, before anything is loaded.
+        judge_bytes: The judge's weights, loaded beside the model.
+        free_bytes: Free memory on the device before anything is loaded.
     """
     weights = weights_of(blueprint)
     num_tokens = typical.num_prompt_tokens + max_new_tokens
@@ -69,7 +69,7 @@ def make_plan(
 
 
 def bytes_by_name(name: str) -> int:
-    """Of a model in bfloat16, by the size in its name; 0 if it has none.
+    """Bytes of a model in bfloat16, by the size in its name; 0 if the name has none.
 
     >>> bytes_by_name("Qwen/Qwen3Guard-Gen-0.6B")
     1200000000

@@ -1,4 +1,4 @@
-"""How long prompts are and how large their image features: of given samples, or of an assumed prompt with a picture."""
+"""Lengths of prompts and sizes of their image features, from samples or for an assumed prompt with a picture."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from exitsafe.doctor.blueprint import META, Blueprint
 from exitsafe.records import Sample
 
 TEXT_TOKENS = 64
-"""Assumed beside the picture where there are no samples: a red-team prompt and the chat template."""
+"""Text tokens assumed without samples: a red-team prompt and the chat template."""
 _PROBES = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Typical:
-    """The largest prompt of a run, as far as it was looked for."""
+    """The largest prompt of a run, approximately."""
 
     num_prompt_tokens: int
-    """Image tokens included, where the family has them in the prompt."""
+    """Includes image tokens, if the family has them in the prompt."""
     feature_bytes: int
-    """Of its pictures at one exit, behind the projector."""
+    """Size of its image features at one exit, after the projector."""
     image_states: Tensor | None
-    """(1, tokens, H) where the language model reads pictures by cross-attention; of the meta device."""
+    """(1, tokens, H) on the meta device, if the language model reads pictures by cross-attention."""
     image_inputs: Mapping[str, Tensor]
-    """What the encoder reads."""
+    """The encoder's inputs."""
     is_measured: bool
-    """Whether samples were looked at, or a picture and `TEXT_TOKENS` assumed."""
+    """Whether it is from samples; otherwise a picture and `TEXT_TOKENS` are assumed."""
 
 
 def typical_prompt(blueprint: Blueprint, samples: Sequence[Sample] = ()) -> Typical:
-    """The largest of the samples with the most pictures and the longest texts; without samples or processor, one
-    picture that fills all tiles and `TEXT_TOKENS` of text.
+    """The largest prompt among the samples with the most pictures and longest texts; without samples or a processor,
+    one picture that fills all tiles and `TEXT_TOKENS` of text.
 
     Raises:
         InputError: If a sample cannot be read.
@@ -50,7 +50,7 @@ def typical_prompt(blueprint: Blueprint, samples: Sequence[Sample] = ()) -> Typi
 def _measure(
     blueprint: Blueprint, image_inputs: Mapping[str, Tensor], *, num_text_tokens: int, is_measured: bool
 ) -> Typical:
-    """`num_text_tokens` counts image tokens already if it was measured."""
+    """If measured, `num_text_tokens` already includes image tokens."""
     inputs = {name: _on_meta(name, tensor, blueprint.base_model.dtype) for name, tensor in image_inputs.items()}
     with torch.no_grad():
         features = blueprint.family_row.features(blueprint.base_model, inputs) if inputs else ()
@@ -66,7 +66,7 @@ def _measure(
 
 
 def _one_picture(blueprint: Blueprint) -> dict[str, Tensor]:
-    """What the processor would make of a square picture that fills all tiles. In float32, as processors give it."""
+    """The processor's output for a square picture that fills all tiles, in float32 as from a processor."""
     config = blueprint.base_model.config
     size = config.vision_config.image_size
     names = blueprint.family_row.image_inputs
@@ -79,13 +79,13 @@ def _one_picture(blueprint: Blueprint) -> dict[str, Tensor]:
         }
     if "image_sizes" in names:
         height, width = max(config.image_grid_pinpoints, key=lambda point: (point[0] * point[1], -point[0]))
-        num_tiles = 1 + (height // size) * (width // size)  # the whole picture comes as a tile too
+        num_tiles = 1 + (height // size) * (width // size)  # the whole picture is a tile too
         pixels = torch.empty(1, num_tiles, 3, size, size, device=META)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
     return {"pixel_values": torch.empty(1, 3, size, size, device=META)}
 
 
 def _on_meta(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if name == "image_sizes":  # decides shapes: the model reads its numbers
+    if name == "image_sizes":  # the model reads its values to choose shapes
         return tensor
     return tensor.to(META, dtype if tensor.is_floating_point() else tensor.dtype)

@@ -1,7 +1,7 @@
-"""What each exit saves of a model, counted on shapes: operations of matrix products and bytes of weights. No clocks.
+"""What each exit saves, counted from shapes: floating-point operations of matrix products and bytes of weights.
 
-Against the untouched model at its default exit for operations, and against the whole checkpoint for bytes: an exit's
-export drops every block behind the exit, also those that the default exit never reads.
+Operations are compared with the untouched model at its default exit, bytes with the whole checkpoint: an exit's export
+drops every block after the exit, including those that the default exit never reads.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ class Savings:
     """Floating-point operations of one prompt and its answer, and bytes."""
 
     default_encoder: int
-    """Of the untouched model's image features, projector and all that follows the encoder included."""
+    """Operations for the untouched model's image features, including the projector."""
     encoder: Mapping[int, int]
     """The same by exit layer."""
     prefill: int
-    """Of the language model over the prompt."""
+    """Operations of the language model over the prompt."""
     answer: int
-    """Of the language model for the answer."""
+    """Operations of the language model over the answer."""
     num_answer_tokens: int
     dropped_bytes: Mapping[int, int]
-    """By exit layer: weights of the blocks that an export at that exit leaves out."""
+    """By exit layer: weights of the blocks that an export at that exit drops."""
     model_bytes: int
-    """Of all weights."""
+    """Bytes of all weights."""
     is_measured: bool
-    """Whether the prompt is the largest of given samples, or one picture and an assumed text."""
+    """Whether the prompt is the largest of given samples; otherwise one picture and a text are assumed."""
 
     @property
     def encoder_share(self) -> float:
-        """Of encoder and prefill together: what an early exit could save at most, before the first token."""
+        """The encoder's share of encoder and prefill: the most that an early exit can save before the first token."""
         return self.default_encoder / (self.default_encoder + self.prefill)
 
     def saved(self, exit_layer: int) -> int:
-        """Operations that the exit saves against the default exit; negative behind it."""
+        """Operations that the exit saves compared with the default exit; negative for deeper exits."""
         return self.default_encoder - self.encoder[exit_layer]
 
     def saved_share(self, exit_layer: int) -> float:
-        """Of the whole answer at the default exit."""
+        """The share of the operations for a whole answer at the default exit that the exit saves."""
         return self.saved(exit_layer) / (self.default_encoder + self.prefill + self.answer)
 
 
@@ -61,13 +61,13 @@ def count_savings(
     skip_global: bool = False,
     num_answer_tokens: int = NUM_ANSWER_TOKENS,
 ) -> Savings:
-    """Count what each exit computes and holds.
+    """Count operations and bytes for each exit.
 
     Args:
         blueprint: The model.
         typical: Its prompt.
         exit_layers: The exits.
-        skip_global: As in `VLM.exit_at`: global blocks neither run nor are kept.
+        skip_global: As in `VLM.exit_at`; global blocks neither run nor count as kept.
         num_answer_tokens: Length of the answer.
     """
     blueprint.image_states = typical.image_states
@@ -109,7 +109,7 @@ def _language_model(blueprint: Blueprint, num_tokens: int) -> int:
 
 
 def _dropped_bytes(blueprint: Blueprint, exit_layer: int, *, skip_global: bool) -> int:
-    """The encoder is never quantised, so its bytes are those of its type."""
+    """Bytes of the blocks that an exit drops; the encoder is never quantized."""
     family, model = blueprint.family_row, blueprint.base_model
     dropped = family.encoder_blocks(model)[exit_layer:] + (family.global_blocks(model) if skip_global else [])
     return sum(tensor.nbytes for block in dropped for tensor in (*block.parameters(), *block.buffers()))

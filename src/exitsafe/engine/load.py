@@ -20,7 +20,7 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError
 from exitsafe.exits.adapters import check_folder, load_adapter, note_other_model, read_trained_on
 from exitsafe.exits.families import find_family
-from exitsafe.exits.sources import check_adapter_source, check_model_source
+from exitsafe.exits.sources import check_adapter_source, check_model_source, unreachable
 from exitsafe.exits.translator_files import load_translators
 from exitsafe.machine.devices import check_quantization, find_device, find_dtype
 from exitsafe.world import model_folder
@@ -103,7 +103,7 @@ def load_vlm(
         reason = f"a weights file is truncated or corrupt ({_first_line(error)}); save or download it again"
         raise ModelError(f"cannot load {name_or_path!s}: {reason}") from error
     except _LOADING_ERRORS as error:
-        raise ModelError(f"cannot load {name_or_path!s}: {_first_line(error)}") from error
+        raise ModelError(unreachable(source, error) or f"cannot load {name_or_path!s}: {_first_line(error)}") from error
     vlm = VLM(
         model.eval(),
         processor,
@@ -164,9 +164,8 @@ def _adapter_folder(adapter: str | Path) -> Path:
         try:
             folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except _LOADING_ERRORS as error:
-            raise ModelError(
-                f"adapter {adapter} is not a local folder, and the Hub did not provide it: {_first_line(error)}"
-            ) from error
+            reason = f"{adapter} is not a local folder, and the Hub did not provide it: {_first_line(error)}"
+            raise ModelError(f"adapter {unreachable(str(adapter), error) or reason}") from error
     check_folder(folder, name=str(adapter))
     return folder
 

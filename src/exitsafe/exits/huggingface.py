@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         model: Any  # its submodules differ between families
         lm_head: nn.Linear
         get_input_embeddings: Callable[[], nn.Embedding]
+        _weight_conversions: object
         get_image_features: Callable[..., BaseModelOutputWithPooling]
 
     class ImageTextProcessor(ProcessorMixin):

@@ -40,6 +40,25 @@ def check_adapter_source(adapter: str) -> None:
         raise ModelError(f"adapter {adapter} does not exist; if it is an align run's, let the run finish first")
 
 
+def unreachable(name: str, error: BaseException | None) -> str | None:
+    """What to do about a Hub id that failed to load because the Hub cannot be reached; None for other errors.
+
+    Args:
+        name: The id.
+        error: As raised; its causes are searched, too.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
+            return (
+                f"{name} is neither a local folder nor in the Hub cache, and the Hub cannot be reached: check the "
+                f"name, or run `hf download {name}` with network access"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def may_be_on_the_hub(name: str) -> bool:
     """Whether a name is a valid Hub id, NAME or OWNER/NAME; below an existing folder it is taken for a local path.
 

@@ -1,1 +1,1 @@
-"""A checkpoint of one exit: cut, described, and verified against the audit."""
+"""A slim checkpoint of one exit: cut, described, and verified against its audit."""

@@ -1,13 +1,13 @@
-"""A finished audit and an exit in, what it measured there out: numbers, ids and names, never a text.
+"""A finished audit and an exit in, its results there out: numbers, ids and names, never an answer's text.
 
-Refuses a run of another model: a card must not carry another model's numbers. Writes nothing.
+A run of another model is refused: a card must not show another model's numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from peft import PeftModel
@@ -18,6 +18,7 @@ from exitsafe.results.metrics import METRICS, Metric, judge_of
 from exitsafe.results.run import AuditRun
 from exitsafe.stats import layer_estimates
 from exitsafe.store.fingerprint import differences, model_fingerprint
+from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
@@ -35,17 +36,20 @@ _MUST_AGREE = (
 
 
 def check_is_of(run: AuditRun, vlm: VLM, *, exit_layer: int, skip_global: bool) -> None:
-    """Raises RunError unless the run asked this very model at this exit."""
+    """Raise RunError unless the run is an audit of this model at this exit."""
     then, now = run.settings["model"], model_fingerprint(vlm)
     if now["checkpoint"] is None or (now["adapter"] is None and isinstance(vlm.model, PeftModel)):
-        raise RunError(f"{vlm.name} was not loaded from files, so nothing shows that {run.path} is of it: leave it out")
+        raise RunError(
+            f"{vlm.name} was not loaded from files, so {run.path} cannot be shown to be its audit: leave the audit out"
+        )
     changed = differences({name: then.get(name) for name in _MUST_AGREE}, {name: now.get(name) for name in _MUST_AGREE})
     if changed:
         raise RunError(f"{run.path} is a run of another model ({'; '.join(changed)}): give an audit of this one")
     if bool(run.settings["skip_global"]) != skip_global:
+        audited, exported = ("without", "with") if run.settings["skip_global"] else ("with", "without")
         raise RunError(
-            f"{run.path} was made {'without' if run.settings['skip_global'] else 'with'} the global blocks, and this "
-            "export is otherwise: give an audit like it"
+            f"{run.path} was audited {audited} the global blocks, but the export is {exported} them: give an audit "
+            f"{exported} them"
         )
     if exit_layer not in run.exit_layers:
         raise RunError(
@@ -53,8 +57,8 @@ def check_is_of(run: AuditRun, vlm: VLM, *, exit_layer: int, skip_global: bool) 
         )
 
 
-def audit_record(run: AuditRun, *, exit_layer: int) -> dict[str, Any]:
-    """What the manifest and the card say of a run at one exit, as JSON."""
+def audit_record(run: AuditRun, *, exit_layer: int) -> JsonObject:
+    """The part of a run's results that the manifest and the card contain, for one exit."""
     settings = run.settings
     layers = {entry["exit_layer"]: entry["metrics"] for entry in run.summary["layers"]}
     default = int(settings["model"]["default_exit"])
@@ -79,13 +83,13 @@ def audit_record(run: AuditRun, *, exit_layer: int) -> dict[str, Any]:
     }
 
 
-def _judged_only(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Without seconds: a batch holds several exits, and its time is shared out."""
+def _judged_only(metrics: JsonObject) -> JsonObject:
+    """Metrics without seconds: several exits share a batch and its time."""
     return {name: dict(found) for name, found in metrics.items() if name != "seconds"}
 
 
-def _suites(run: AuditRun) -> list[dict[str, Any]]:
-    """Name, number of samples and, for suites of the Hub, where they are from."""
+def _suites(run: AuditRun) -> list[JsonObject]:
+    """Name, number of samples and, for suites from the Hub, their source."""
     hub = run.origin.get("hub") or {}
     return [
         {"name": name or "unnamed", "samples": count, "hub": dict(hub[name]) if name in hub else None}
@@ -93,11 +97,11 @@ def _suites(run: AuditRun) -> list[dict[str, Any]]:
     ]
 
 
-def _by_suite(run: AuditRun, *, exit_layer: int) -> list[dict[str, Any]]:
-    """Each metric of each suite by itself, by the judge that speaks for it."""
+def _by_suite(run: AuditRun, *, exit_layer: int) -> list[JsonObject]:
+    """Each metric for each suite separately, from the judge that reports it."""
     table = run.score_table()
     column = run.exit_layers.index(exit_layer)
-    found: list[dict[str, Any]] = []
+    found: list[JsonObject] = []
     for metric in METRICS:
         judge = judge_of(metric, run.judges)
         scores = None if metric.is_own or judge is None else table.scores.get((judge, metric.measure))
@@ -106,7 +110,7 @@ def _by_suite(run: AuditRun, *, exit_layer: int) -> list[dict[str, Any]]:
         rows = table.of_kinds(metric.kinds)
         suites = sorted({table.samples[row].source for row in rows})
         if len(suites) > 1 and _has_stopped(run, metric):
-            continue  # no interval for a part of what stopped as a whole
+            continue  # the stopping rule gives no interval for single suites
         for suite in suites:
             own = np.array([row for row in rows if table.samples[row].source == suite], dtype=np.intp)
             part = scores.of_samples(own)
@@ -119,7 +123,7 @@ def _by_suite(run: AuditRun, *, exit_layer: int) -> list[dict[str, Any]]:
                     layers = {entry["exit_layer"]: entry["metrics"] for entry in run.summary["layers"]}
                     estimate = layers[exit_layer][metric.name]
                 found.append(
-                    {"suite": suite or "unnamed", "metric": metric.name, "judge": _told(str(judge)), **estimate}
+                    {"suite": suite or "unnamed", "metric": metric.name, "judge": _public(str(judge)), **estimate}
                 )
     return found
 
@@ -128,14 +132,14 @@ def _has_stopped(run: AuditRun, metric: Metric) -> bool:
     return run.settings["stop_when"] is not None and metric.kinds == ("harmful",)
 
 
-def _judge(judge: Mapping[str, Any], proxy: Mapping[str, str] | None) -> dict[str, Any]:
-    """Name, measures, and which model at which commit; paths of this machine stay here."""
+def _judge(judge: JsonObject, proxy: Mapping[str, str] | None) -> JsonObject:
+    """Name, measures, model and commit, without paths on this machine."""
     settings = judge.get("settings", {})
     kept = {name: settings[name] for name in ("model", "revision") if settings.get(name) is not None}
     if "model" in kept:
         kept["model"] = public_name(str(kept["model"]))
     return {
-        "name": _told(str(judge["name"])),
+        "name": _public(str(judge["name"])),
         "measures": list(judge["measures"]),
         **({} if proxy is None else {"proxy": dict(proxy)}),
         **kept,
@@ -143,12 +147,12 @@ def _judge(judge: Mapping[str, Any], proxy: Mapping[str, str] | None) -> dict[st
 
 
 def _without_folders(line: str, run: AuditRun) -> str:
-    """A caution with judges named as on the card."""
+    """A caution with judges' names as on the card."""
     for name in sorted((name for name, _ in run.judges), key=len, reverse=True):
-        line = line.replace(name, _told(name))
+        line = line.replace(name, _public(name))
     return line
 
 
-def _told(judge: str) -> str:
+def _public(judge: str) -> str:
     kind, colon, model = judge.partition(":")
     return f"{kind}{colon}{public_name(model)}"

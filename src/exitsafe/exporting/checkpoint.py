@@ -1,12 +1,12 @@
-"""A model and an exit in, the stock model that stops there out: fewer blocks, the same class, nothing to patch.
+"""A model and an exit in, the stock model that ends there out: fewer blocks, the same class, nothing patched.
 
-The smaller model shares its weights' memory with the whole one; both stay usable. Knows nothing about files.
+The smaller model shares its weights' memory with the whole one; both stay usable.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +17,28 @@ from exitsafe.exits.translators import Translator, merge_translator
 from exitsafe.exporting.merging import base_weights, merged_weights
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from exitsafe.engine.vlm import VLM
+    from exitsafe.exits.huggingface import ImageTextModel
 
-_FIRST_LINEAR = "linear_1"  # of LLaVA's and LLaVA-NeXT's projectors, the only ones that translators fit
+_FIRST_LINEAR = "linear_1"  # in LLaVA's and LLaVA-NeXT's projectors, the only ones that translators fit
 
 
-def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> Any:
-    """The model that ends its encoder at `exit_layer`, ready to be saved; not to be run.
+def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> ImageTextModel:
+    """The model whose encoder ends at `exit_layer`, to be saved but not run.
 
     Args:
         vlm: The whole model.
         exit_layer: Encoder blocks to keep.
-        skip_global: Whether the global blocks go too.
-        keep_adapter: Whether the adapter stays apart; otherwise it is merged.
+        skip_global: Whether to drop the global blocks, too.
+        keep_adapter: Whether the adapter stays separate; otherwise it is merged.
 
     Raises:
-        ModelError: If the weights are quantised, or the adapter or the exit's translator cannot be merged.
+        ModelError: If the weights are quantized, or the adapter or the exit's translator cannot be merged.
     """
     model = vlm.base_model
-    # inside the exit, whichever adapter acts at this layer is the one to merge
+    # inside the exit, so that the adapter that is active at this layer is merged
     with vlm.exit_at(exit_layer, skip_global=skip_global):
         weights = base_weights(vlm.model) if keep_adapter else merged_weights(vlm.model)
     gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
@@ -43,47 +46,47 @@ def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> 
     weights |= _translated(vlm, weights, exit_layer=exit_layer)
     with torch.device("meta"):
         slim = type(model)(slim_config(vlm, exit_layer=exit_layer, skip_global=skip_global))
-    slim.load_state_dict(weights, assign=True)  # strict: not a name too many, not a name too few
+    slim.load_state_dict(weights, assign=True)  # strict: no name may be missing or extra
     _check_ties(model, slim)
     slim.tie_weights()
     slim.generation_config = copy.deepcopy(model.generation_config)
     return slim
 
 
-def name_as_on_the_hub(model: Any) -> None:
-    """Let `save_pretrained` write the tensor names of the Hub's checkpoints of this architecture.
+def name_as_on_the_hub(model: ImageTextModel) -> None:
+    """Make `save_pretrained` write the tensor names of this architecture's checkpoints on the Hub.
 
     Every transformers version and other engines read those (`vision_tower.vision_model.embeddings...`). A model that
-    was not made by `from_pretrained` would be saved with only part of the reverse renaming: transformers leaves out
+    `from_pretrained` did not make would be saved with only part of the reverse renaming: transformers leaves out
     prefixes that its own module tree no longer has.
     """
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
 
 def check_can_be_cut(vlm: VLM) -> None:
-    """Raise what `cut` would find only later.
+    """Check before the work what `cut` requires.
 
     Raises:
-        ModelError: If the weights are quantised.
+        ModelError: If the weights are quantized.
     """
     if getattr(vlm.base_model.config, "quantization_config", None) is not None:
         raise ModelError(
-            f"{vlm.name} is quantised, and a slim checkpoint has plain weights: load it without quantization, and "
-            "quantise the slim one"
+            f"{vlm.name} is quantized, but a slim checkpoint has plain weights: load it without quantization, and "
+            "quantize the slim one"
         )
 
 
-def slim_config(vlm: VLM, *, exit_layer: int, skip_global: bool) -> Any:
-    """The config under which the stock class is the model at this exit."""
+def slim_config(vlm: VLM, *, exit_layer: int, skip_global: bool) -> PretrainedConfig:
+    """The config with which the stock class is the model at this exit."""
     whole = vlm.base_model.config
     config = copy.deepcopy(whole)
     vision = config.vision_config
     vision.num_hidden_layers = exit_layer
     for _, name, value in vlm.exit_settings(exit_layer):
-        # an index from the end would be the same as -1; a list keeps its shallower entries
+        # a single index becomes the last block; a list keeps its shallower entries
         setattr(config, name, -1 if isinstance(value, int) else list(value))
     if vlm.family_row.global_blocks(vlm.base_model):
-        # states wanted from blocks that are gone are the exit's own
+        # the states of dropped blocks equal the exit's own
         vision.intermediate_layers_indices = [
             min(index, exit_layer - 1) for index in whole.vision_config.intermediate_layers_indices
         ]
@@ -92,7 +95,7 @@ def slim_config(vlm: VLM, *, exit_layer: int, skip_global: bool) -> Any:
 
 
 def dropped_blocks(vlm: VLM, *, exit_layer: int, skip_global: bool) -> tuple[str, ...]:
-    """How the names of weights begin that an exit does not need."""
+    """The prefixes of the names of weights that an exit does not need."""
     names = {module: name for name, module in vlm.base_model.named_modules()}
     gone = vlm.family_row.encoder_blocks(vlm.base_model)[exit_layer:]
     gone += vlm.family_row.global_blocks(vlm.base_model) if skip_global else []
@@ -112,8 +115,8 @@ def _translated(vlm: VLM, weights: dict[str, Tensor], *, exit_layer: int) -> dic
         )
     if linear.bias is None:
         raise ModelError(
-            f"the translator of exit {exit_layer} cannot be merged: this projector has no bias to hold its shift; "
-            "export without translators, or repair the exit by exitsafe align"
+            f"the translator of exit {exit_layer} cannot be merged, since this projector has no bias: export without "
+            "translators, or repair the exit with exitsafe align"
         )
     prefix = f"{vlm.family_row.projector}.{_FIRST_LINEAR}"
     weight, bias = merge_translator(linear, translator)
@@ -121,25 +124,27 @@ def _translated(vlm: VLM, weights: dict[str, Tensor], *, exit_layer: int) -> dic
     return {f"{prefix}.weight": weight.detach(), f"{prefix}.bias": bias.detach()}
 
 
-def _check_ties(model: Any, slim: Any) -> None:
-    """A head that shared its weights with the embeddings must still be equal to them, or saving would lose one."""
-    is_tied = _head(model) is not None and _head(model) is _embeddings(model)
-    if is_tied and not torch.equal(_head(slim), _embeddings(slim).to(_head(slim).device)):
+def _check_ties(model: ImageTextModel, slim: ImageTextModel) -> None:
+    """Check that a head that shared its weights with the embeddings still equals them: saving would lose one."""
+    if _head(model) is not _embeddings(model):
+        return
+    head = _head(slim)
+    if head is not None and not torch.equal(head, _embeddings(slim).to(head.device)):
         raise ModelError(
-            "the adapter changes embeddings and head apart, which share their weights in this model: export with the "
-            "adapter kept (--keep-adapter)"
+            "the adapter changes embeddings and head differently, but they share their weights in this model: keep the "
+            "adapter (--keep-adapter)"
         )
 
 
-def _head(model: Any) -> Any:
-    return _base_weight(model.get_output_embeddings())
+def _head(model: ImageTextModel) -> Tensor | None:
+    module = model.get_output_embeddings()
+    return None if module is None else _base_weight(module)
 
 
-def _embeddings(model: Any) -> Any:
+def _embeddings(model: ImageTextModel) -> Tensor:
     return _base_weight(model.get_input_embeddings())
 
 
-def _base_weight(module: Any) -> Any:
-    if module is None:
-        return None
-    return getattr(module, "original_module", getattr(module, "base_layer", module)).weight
+def _base_weight(module: nn.Module) -> Tensor:
+    plain: nn.Module = getattr(module, "original_module", getattr(module, "base_layer", module))
+    return plain.get_parameter("weight")

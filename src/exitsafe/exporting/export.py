@@ -1,7 +1,7 @@
-"""`export`: a VLM and one of its exits in, a checkpoint out that stock transformers loads and that stops there.
+"""`export`: a VLM and one of its exits in, a checkpoint out that stock transformers loads and that ends at that exit.
 
-The whole flow on one page: measure the whole model, cut, save, load again as a user would, compare, describe. Nothing
-appears under the folder's name before all of it went well.
+The whole flow: measure the whole model, cut, save, reload as a user would, compare, describe. The folder appears under
+its name only after every step has succeeded.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from exitsafe.exporting.probe import Latency, encoders_ms, language_model_ms, lo
 from exitsafe.records import Progress
 from exitsafe.results.run import AuditRun, load_run
 from exitsafe.store.files import PUBLIC, write_whole, writing
+from exitsafe.untrusted import JsonObject
 from exitsafe.version import __version__
 
 if TYPE_CHECKING:
@@ -57,27 +58,28 @@ def export(
 ) -> Path:
     """Write a checkpoint whose image encoder ends at one exit.
 
-    `AutoModelForImageTextToText.from_pretrained(out)` loads it with no code of exitsafe. It is loaded so and compared
-    with the whole model at that exit before it is called done. The model given is left as it was.
+    `AutoModelForImageTextToText.from_pretrained(out)` loads it without exitsafe. Before returning, the checkpoint is
+    loaded that way and compared with the whole model at that exit. The model itself is not changed.
 
     Args:
-        vlm: The whole model, with an adapter or translators or without; or its name as for `load_vlm`.
+        vlm: The whole model, with or without an adapter or translators, or its name as for `load_vlm`.
         exit_layer: Encoder blocks to keep, 1 to `vlm.num_layers`.
         out: A new or empty folder.
         skip_global: Llama 3.2 Vision only: drop the global blocks as well.
-        keep_adapter: Write the adapter beside, as a PEFT folder for the slim model, instead of merging it.
-        audit: A finished run of this very model that covers the exit; its numbers go into the model card.
-        progress: Called with steps done, steps in all, and what comes next.
+        keep_adapter: Save the adapter separately, as a PEFT folder for the slim model, instead of merging it.
+        audit: A finished run of the same model that covers the exit; its numbers go into the model card.
+        progress: Called with the number of steps done, the number of steps, and the title of the next step.
 
     Returns:
-        The folder: weights, configs, processor if there is one, README.md, and exitsafe.json with what it was made
-        from, sizes and latency before and after, and a hash of every file.
+        The folder: weights, configs, processor if there is one, README.md, and exitsafe.json with the sources, sizes
+        and latency before and after, and a hash of every file.
 
     Raises:
         ExitLayerError: If the encoder has no such block.
-        InputError: On settings that make no sense for this model.
-        ModelError: If the model is quantised, something cannot be merged, or the checkpoint does not repeat the exit.
-        RunError: If `out` holds something, the disk refuses, or the audit is of another model or lacks the exit.
+        InputError: If a setting does not apply to this model.
+        ModelError: If the model is quantized, something cannot be merged, or the checkpoint does not reproduce the
+            exit.
+        RunError: If `out` is not empty, writing fails, or the audit belongs to another model or lacks the exit.
     """
     out = Path(out)
     check_empty(out)
@@ -92,7 +94,7 @@ def export(
         run = audit if isinstance(audit, AuditRun) else load_run(audit)
         check_is_of(run, vlm, exit_layer=exit_layer, skip_global=skip_global)
         measured = audit_record(run, exit_layer=exit_layer)
-    steps = _Steps(progress, ["measuring the whole model", "writing", "loading it again", "hashing"])
+    steps = _Steps(progress, ["measuring the whole model", "writing", "reloading", "hashing"])
     with whole_folder(out) as folder:
         steps.next()
         inputs = probe_inputs(vlm, exit_layer=exit_layer)
@@ -100,9 +102,9 @@ def export(
             wanted = logits_of(vlm.model, inputs)
             if not wanted.isfinite().all():
                 raise not_finite("logits", exit_layer=exit_layer, dtype=vlm.base_model.dtype)
-            # what the checkpoint would say if merging had lost the adapter
+            # the checkpoint's logits if merging had lost the adapter
             lost = _unadapted(vlm, inputs) if has_adapter and not keep_adapter else None
-        # a GPU may not hold both models; on a CPU they are timed in turns, which a busy machine disturbs less
+        # a GPU may not hold both models; on a CPU they are timed in turns, which is more robust on a busy machine
         alone = _encoders_ms([vlm], inputs, is_merged=is_merged) if vlm.device.type != "cpu" else []
         steps.next()
         with writing(out):
@@ -120,7 +122,7 @@ def export(
             found = logits_of(slim.model, inputs)
             check = _compare(wanted, found, vlm, exit_layer=exit_layer, is_merged=is_merged, lost=lost)
             encoders = [*alone, *_encoders_ms([slim] if alone else [vlm, slim], inputs, is_merged=is_merged)]
-            # nothing is cut from the language model: its time is the same before and after
+            # the language model is not cut: its time is the same before and after
             language_ms = language_model_ms(slim, inputs)
         is_cut = bool(dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global))
         before, after = (
@@ -142,8 +144,8 @@ def export(
     return out
 
 
-def _describe(folder: Path, vlm: VLM, facts: Mapping[str, Any], *, name: str) -> None:
-    """Write the card and, over all files, the record."""
+def _describe(folder: Path, vlm: VLM, facts: JsonObject, *, name: str) -> None:
+    """Write the card and the manifest of all files."""
     base = _base(vlm)
     content = {
         "exitsafe": __version__,
@@ -161,7 +163,7 @@ def _describe(folder: Path, vlm: VLM, facts: Mapping[str, Any], *, name: str) ->
 
 
 class _Steps:
-    """Tells `progress` how far it is."""
+    """Reports steps to `progress`."""
 
     def __init__(self, progress: Progress | None, titles: list[str]) -> None:
         self._progress = progress
@@ -185,13 +187,13 @@ def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bo
         gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
         _save_adapter(vlm.model, folder / ADAPTER, base_name=name, gone=gone)
     for place in [folder, *([folder / ADAPTER] if keep_adapter else [])] if vlm.trained_on else []:
-        write_whole(place / TRAINED_ON, trained_on_record(vlm.trained_on))  # an audit of either can then tell, too
+        write_whole(place / TRAINED_ON, trained_on_record(vlm.trained_on))  # so that an audit of either can warn
     for path in (path for path in folder.rglob("*") if path.is_file()):
-        path.chmod(PUBLIC)  # safetensors lets only the owner read: what is shipped is for everybody
+        path.chmod(PUBLIC)  # safetensors makes files readable by the owner only, but this is for everybody
 
 
 def _save_adapter(model: PeftModel, folder: Path, *, base_name: str, gone: tuple[str, ...]) -> None:
-    """The PEFT folder, without weights for blocks that are gone."""
+    """Save the adapter as a PEFT folder, without weights for dropped blocks."""
     adapter = str(model.active_adapter)
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     unwanted = tuple(f"base_model.model.{prefix}" for prefix in gone)
@@ -207,7 +209,7 @@ def _save_adapter(model: PeftModel, folder: Path, *, base_name: str, gone: tuple
 
 
 def _load_again(folder: Path, vlm: VLM) -> VLM:
-    """As a user of stock transformers would, on the model's device and with its attention kernels."""
+    """Load the checkpoint as with stock transformers, on the model's device and with its attention kernels."""
     from exitsafe.engine.vlm import VLM
 
     whole = vlm.base_model.config
@@ -216,12 +218,12 @@ def _load_again(folder: Path, vlm: VLM) -> VLM:
         folder,
         attn_implementation={"": whole._attn_implementation, **kernels},
         output_loading_info=True,
-        trust_remote_code=False,  # without the argument transformers would ask on the terminal
+        trust_remote_code=False,  # otherwise transformers would ask on the terminal
     )
     model, found = loaded
     if wrong := {kind: names for kind, names in found.items() if names}:
         raise ModelError(
-            f"the exported checkpoint does not load cleanly ({', '.join(wrong)}): nothing was written; please report it"
+            f"the exported checkpoint does not load cleanly ({', '.join(wrong)}); nothing was written: please report it"
         )
     if (folder / ADAPTER).is_dir():
         model = load_adapter(model, folder / ADAPTER)
@@ -229,7 +231,7 @@ def _load_again(folder: Path, vlm: VLM) -> VLM:
 
 
 def _encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor], *, is_merged: bool) -> list[float]:
-    """Compare like with like: if the adapter was merged, the whole model is timed without it, as if merged too."""
+    """Encoder times; if the adapter was merged, the whole model is timed without it, as if it were merged too."""
     with ExitStack() as bare:
         for model in (vlm.model for vlm in vlms if is_merged):
             if isinstance(model, PeftModel):
@@ -247,25 +249,26 @@ def _unadapted(vlm: VLM, inputs: Mapping[str, Tensor]) -> Tensor:
 def _compare(
     wanted: Tensor, found: Tensor, vlm: VLM, *, exit_layer: int, is_merged: bool, lost: Tensor | None
 ) -> dict[str, float]:
-    """How far the exported model is from the exit, or ModelError if that is more than rounding.
+    """The difference between the exported model and the exit; ModelError if it is more than rounding.
 
-    Nothing merged: the same operations on the same numbers, so not one bit may differ. Merged: products are rounded in
-    another order; half of a number type's digits are left, far from what a wrong block does. What the adapter does may
-    be less than that in bfloat16: of it at least half must be left, by the logits without it (`lost`).
+    If nothing was merged, the same operations run on the same numbers, and every bit must be equal. If something was,
+    products are rounded in another order: half of the number type's digits must agree, which a wrong block is far from.
+    In bfloat16 the adapter's effect may be smaller than that, so at least half of it must remain, compared with the
+    logits without the adapter (`lost`).
     """
     most = torch.finfo(vlm.base_model.dtype).eps ** 0.5 if is_merged else 0.0
     relative = float((found - wanted).norm() / wanted.norm())
     effect = 0.0 if lost is None else float((lost - wanted).norm() / wanted.norm())
     if lost is not None and effect / 2 < relative <= most:
         raise ModelError(
-            f"rounding to {str(vlm.base_model.dtype).removeprefix('torch.')} loses the adapter when it is merged (off "
-            f"by {relative:.2g} of the logits, of which it changes {effect:.2g}); nothing was written: give --dtype "
-            "float32, or --keep-adapter"
+            f"merging the adapter in {str(vlm.base_model.dtype).removeprefix('torch.')} loses it to rounding (an error "
+            f"of {relative:.2g} of the logits, of which the adapter changes {effect:.2g}); nothing was written: give "
+            "--dtype float32 or --keep-adapter"
         )
     if not relative <= most:
         raise ModelError(
-            f"the exported checkpoint does not repeat exit {exit_layer}: its logits differ by {relative:.2g} of their "
-            f"size, where {most:.2g} is rounding; nothing was written; please report it"
+            f"the exported checkpoint does not reproduce exit {exit_layer}: its logits differ by {relative:.2g} of "
+            f"their size, where {most:.2g} is rounding; nothing was written: please report it"
         )
     return {
         "largest_difference": float((found - wanted).abs().max()),
@@ -275,7 +278,7 @@ def _compare(
 
 
 def _sizes(vlm: VLM) -> dict[str, int]:
-    """Of the model without its adapter; weights that are shared count once."""
+    """Sizes of the model without its adapter; shared weights count once."""
     weights = {tensor.data_ptr(): tensor for tensor in base_weights(vlm.model).values()}.values()
     return {
         "encoder_blocks": vlm.num_layers,
@@ -297,8 +300,8 @@ def _base(vlm: VLM) -> Base:
     )
 
 
-def _command(vlm: VLM, facts: Mapping[str, Any], *, out: str) -> str:
-    """The command line that makes the same, with words in place of paths of this machine."""
+def _command(vlm: VLM, facts: JsonObject, *, out: str) -> str:
+    """The command line for this export, with placeholders for paths on this machine."""
     parts = ["exitsafe", "export", shlex.quote(public_name(vlm.name))]
     if is_hub_id(vlm.name) and _folder_of(vlm.name) is None and vlm.checkpoint_hash is not None:
         parts += ["--config", f"revision={vlm.checkpoint_hash}"]

@@ -1,7 +1,4 @@
-"""A folder that appears whole under its name, or not at all: it is filled beside its place and renamed.
-
-Knows nothing about what is in it.
-"""
+"""A folder that appears complete under its name or not at all: it is filled under a temporary name and renamed."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ _LOCK = ".lock"
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes the name `out` when all went well.
+    """A temporary folder to fill, which is renamed to `out` when the context ends without an error.
 
-    What a killed call left beside is removed by the next one.
+    The next call removes what a killed one left behind.
 
     Raises:
-        RunError: If `out` holds something, another process is filling it, or the disk refuses.
+        RunError: If `out` is not empty, another process is filling it, or writing fails.
     """
     target = Path(out).resolve()
     check_empty(target)
@@ -41,14 +38,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
         _sync_files(beside)
     with writing(target):
         (beside / _LOCK).unlink()
-        beside.rename(target)  # over nothing, or over an empty folder
+        beside.rename(target)  # replaces nothing but an empty folder
         sync_folder(target.parent)
 
 
 def check_empty(out: Path) -> None:
-    """Raises RunError unless `out` is new or an empty folder."""
+    """Raise RunError unless `out` is new or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} holds something already: choose a new or empty folder")
+        raise RunError(f"{out} already exists and is not empty: choose a new or empty folder")
 
 
 def _clear(folder: Path) -> None:
@@ -61,7 +58,7 @@ def _clear(folder: Path) -> None:
 
 
 def _sync_files(folder: Path) -> None:
-    """On disk before the name is: a power cut must not leave empty files under a good name."""
+    """Flush the files to disk before the rename: a power cut must not leave empty files under the final name."""
     with writing(folder):
         for path in (path for path in folder.rglob("*") if path.is_file()):
             with path.open("rb") as file:

@@ -1,30 +1,29 @@
-"""`exitsafe.json`, which travels with a slim checkpoint: what it was made from and how, and a hash of every file.
+"""`exitsafe.json`, the manifest of a slim checkpoint: what it was made from and how, and a hash of every file.
 
-The model card is not among the hashed files: people complete it.
+The model card is not hashed, since people edit it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from exitsafe.errors import ModelError
 from exitsafe.store.files import write_whole
+from exitsafe.untrusted import JsonObject
 
 MANIFEST, CARD = "exitsafe.json", "README.md"
 ADAPTER = "adapter"
-"""The folder of an adapter that was kept."""
+"""The folder of an adapter that is kept separate."""
 FORMAT = 1
 
 
 class Base(BaseModel):
-    """The whole model. `checkpoint` identifies its files; None of a model that was not loaded from files."""
+    """The whole model. `checkpoint` identifies its files; None if it was not loaded from files."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -40,8 +39,8 @@ class Base(BaseModel):
 class Manifest(BaseModel):
     """The content of exitsafe.json.
 
-    `check` is how far the logits were from those of the exit in the whole model, `sizes` and `latency` say what was
-    there before and after, `audit` what was measured.
+    `check` is the difference of the logits from those of the exit in the whole model, `sizes` and `latency` compare
+    before and after, `audit` is the result of the audit.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -58,7 +57,7 @@ class Manifest(BaseModel):
     check: dict[str, float]
     sizes: dict[str, dict[str, int]]
     latency: dict[str, dict[str, float]]
-    audit: dict[str, Any] | None
+    audit: JsonObject | None
     versions: dict[str, str]
     files: dict[str, str]
 
@@ -75,21 +74,21 @@ class FileChanges:
         return bool(self.changed or self.missing or self.added)
 
     def __str__(self) -> str:
-        said = (("changed", self.changed), ("missing", self.missing), ("not exported", self.added))
-        return "; ".join(f"{word}: {', '.join(names)}" for word, names in said if names)
+        parts = (("changed", self.changed), ("missing", self.missing), ("not exported", self.added))
+        return "; ".join(f"{title}: {', '.join(names)}" for title, names in parts if names)
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write the record over all files that are there by now."""
+def write_manifest(folder: Path, content: JsonObject) -> None:
+    """Write the manifest with hashes of all files in the folder."""
     record = Manifest(**content, format=FORMAT, files=hash_each(folder))
     write_whole(folder / MANIFEST, json.dumps(record.model_dump(), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The record of a folder that `export` wrote.
+    """The manifest of a folder that `export` wrote.
 
     Raises:
-        ModelError: If there is none, or it cannot be read.
+        ModelError: If it is missing or cannot be read.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -99,12 +98,12 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValidationError) as error:
         raise ModelError(f"{path} cannot be read: export again") from error
     if record.format != FORMAT:
-        raise ModelError(f"{path} is of another version's format ({record.format}, not {FORMAT}): export again")
+        raise ModelError(f"{path} has another version's format ({record.format}, not {FORMAT}): export again")
     return record
 
 
 def file_changes(folder: Path, record: Manifest) -> FileChanges:
-    """What is no longer as it was exported."""
+    """The files that are no longer as exported."""
     now = hash_each(folder)
     return FileChanges(
         changed=tuple(name for name, digest in record.files.items() if name in now and now[name] != digest),
@@ -114,7 +113,7 @@ def file_changes(folder: Path, record: Manifest) -> FileChanges:
 
 
 def hash_each(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by path; not of the card, the record, or what begins with a dot."""
+    """SHA-256 of every file under a folder, by path, except the card, the manifest and hidden files."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)

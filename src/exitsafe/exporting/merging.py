@@ -1,7 +1,6 @@
-"""The plain weights of a model that may carry a PEFT adapter: model in, stock names and tensors out.
+"""The plain weights of a model with or without a PEFT adapter: model in, stock names and tensors out.
 
-The model is not changed: layer after layer is merged in a copy. What is not adapted shares its memory with the model.
-Knows nothing about exits.
+The model is not changed: each adapted layer is merged in a copy. Other weights share their memory with the model.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from exitsafe.errors import ModelError
 
 @torch.no_grad()
 def merged_weights(model: Any) -> dict[str, Tensor]:
-    """The state dict that the model would have if its active adapter had been merged.
+    """The state dict that the model would have with its active adapter merged.
 
     Args:
         model: A Hugging Face model, or a PEFT model around one.
 
     Raises:
-        ModelError: If the adapter is of a kind that cannot be merged.
+        ModelError: If the adapter's type cannot be merged.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return dict(_merged(base, ""))
@@ -47,8 +46,8 @@ def _merged(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield from _merge_copy(module, prefix)
     elif _is_adapter(module):
         raise ModelError(
-            f"{prefix.rstrip('.')} carries a {type(module).__name__}, which cannot be merged: export with the adapter "
-            "kept (--keep-adapter)"
+            f"{prefix.rstrip('.')} has a {type(module).__name__} adapter, which cannot be merged: keep the adapter "
+            "(--keep-adapter)"
         )
     else:
         yield from _own(module, prefix)
@@ -67,7 +66,7 @@ def _plain(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _own(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that a state dict holds, of this module alone."""
+    """The entries of a state dict that belong to this module itself."""
     buffers = {
         name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
     }
@@ -90,10 +89,9 @@ def _merge_copy(layer: BaseTunerLayer, prefix: str) -> Iterator[tuple[str, Tenso
         merged.merge(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(
-            f"the adapter of {prefix.rstrip('.')} cannot be merged ({error}): export with the adapter kept "
-            "(--keep-adapter)"
+            f"the adapter of {prefix.rstrip('.')} cannot be merged ({error}): keep the adapter (--keep-adapter)"
         ) from error
-    # on the CPU: a merged language model beside the whole one is more than most GPUs hold
+    # on the CPU: most GPUs cannot hold a merged language model beside the whole model
     for name, tensor in merged.get_base_layer().state_dict().items():
         yield prefix + name, tensor.detach().cpu()
 

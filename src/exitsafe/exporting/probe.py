@@ -1,7 +1,4 @@
-"""A made-up picture and prompt, and what two models make of it: logits to compare, milliseconds to print.
-
-Needs no processor. Knows nothing about files.
-"""
+"""A synthetic picture and prompt on which two models are compared: logits and milliseconds. Needs no processor."""
 
 from __future__ import annotations
 
@@ -10,33 +7,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
 
 _TEXT_TOKENS = 32
 _WARM_UPS, _TIMES = 2, 15
-_MOST_SECONDS = 15.0  # of repeats: a large model on a CPU is slow enough to be timed once
+_MOST_SECONDS = 15.0  # for all repeats; a large model on a CPU is slow enough to be timed once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Medians over warm repeats, of one picture and 32 tokens of text, in milliseconds."""
+    """Medians over warm repeats for one picture and 32 tokens of text, in milliseconds."""
 
     encoder_ms: float
-    """Pixels to what the language model reads."""
+    """From pixels to the language model's inputs."""
     prefill_ms: float
-    """Pixels and prompt to the first token: the encoder's time and the language model's."""
+    """From pixels and prompt to the first token: the encoder's and the language model's time."""
 
 
 def probe_inputs(vlm: VLM, *, exit_layer: int) -> dict[str, Tensor]:
-    """What a processor might make of one picture and a prompt, as the model's own `forward` takes it, on its device.
+    """A processor's output for one picture and a prompt, as the model's own `forward` takes it, on its device.
 
-    The picture is noise and as large as the model takes pictures, the prompt is random tokens; the same every time.
+    The picture is noise of the largest size that the model takes, the prompt is random tokens; the same every time.
     """
     generator = torch.Generator().manual_seed(0)
     images = _picture(vlm, generator)
@@ -50,7 +47,7 @@ def probe_inputs(vlm: VLM, *, exit_layer: int) -> dict[str, Tensor]:
     if reads_across:
         num_tiles = images["pixel_values"].shape[2]
         inputs["cross_attention_mask"] = torch.ones(1, tokens.shape[1], 1, num_tiles, dtype=torch.long)
-        inputs["cross_attention_mask"][:, :1] = 0  # what stands before the picture does not see it
+        inputs["cross_attention_mask"][:, :1] = 0  # tokens before the picture do not see it
     dtype = vlm.base_model.dtype
     return {
         name: tensor.to(vlm.device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -59,7 +56,7 @@ def probe_inputs(vlm: VLM, *, exit_layer: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """(1, tokens, vocabulary), float32, on the CPU."""
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits.float().cpu()
@@ -67,14 +64,14 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor]) -> list[float]:
-    """How long the encoders of models on one device take, in turns, so that a busy moment affects all of them."""
+    """Encoder times of models on one device, measured in turns, so that a busy moment affects all of them."""
     images = {name: inputs[name] for name in vlms[0].family_row.image_inputs}
     return _medians_ms([partial(vlm.family_row.features, vlm.base_model, images) for vlm in vlms], vlms[0].device)
 
 
 @torch.no_grad()
 def language_model_ms(vlm: VLM, inputs: Mapping[str, Tensor]) -> float:
-    """How long the language model takes from image features and prompt to the first token."""
+    """The language model's time from image features and prompt to the first token."""
     family = vlm.family_row
     features = family.features(vlm.base_model, {name: inputs[name] for name in family.image_inputs})
     text = {name: tensor for name, tensor in inputs.items() if name not in family.image_inputs}
@@ -111,13 +108,13 @@ def _wait(device: torch.device) -> None:
 
 
 def _num_features(vlm: VLM, images: Mapping[str, Tensor], exit_layer: int) -> int:
-    """Image tokens of the picture."""
+    """The number of image tokens of the picture."""
     features = vlm.image_features(images, (exit_layer,))
     return sum(image.shape[0] for image in features[exit_layer])
 
 
 def _picture(vlm: VLM, generator: torch.Generator) -> dict[str, Tensor]:
-    """The processor's tensors for a picture of noise that fills all tiles."""
+    """A processor's tensors for a picture of noise that fills all tiles."""
     names, config = vlm.family_row.image_inputs, vlm.base_model.config
     size = config.vision_config.image_size
     if "aspect_ratio_ids" in names:
@@ -126,12 +123,12 @@ def _picture(vlm: VLM, generator: torch.Generator) -> dict[str, Tensor]:
         fullest = max(range(len(ratios)), key=lambda index: ratios[index][0] * ratios[index][1])
         return {
             "pixel_values": torch.randn(1, 1, num_tiles, 3, size, size, generator=generator),
-            "aspect_ratio_ids": torch.tensor([[fullest + 1]]),  # 0 stands for no picture
+            "aspect_ratio_ids": torch.tensor([[fullest + 1]]),  # 0 means no picture
             "aspect_ratio_mask": torch.ones(1, 1, num_tiles, dtype=torch.long),
         }
     if "image_sizes" in names:
         height, width = max(config.image_grid_pinpoints, key=lambda point: (point[0] * point[1], -point[0]))
-        num_tiles = 1 + (height // size) * (width // size)  # the whole picture comes as a tile too
+        num_tiles = 1 + (height // size) * (width // size)  # the whole picture is a tile too
         pixels = torch.randn(1, num_tiles, 3, size, size, generator=generator)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
     return {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}

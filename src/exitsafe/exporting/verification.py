@@ -1,7 +1,7 @@
-"""`verify`: a slim checkpoint and the audit of the model it was made from in, whether it is what was audited out.
+"""`verify`: checks that a slim checkpoint is what was audited, given the audit of the model it was made from.
 
 Its files must be as exported, and it must answer the run's own samples as the whole model did at that exit. A changed
-weight shows in the hashes; with the hashes rewritten as well, in the answers. Loads no model.
+weight changes the hashes, and if the hashes were rewritten too, the answers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from exitsafe.auditing.judging import unload
 from exitsafe.engine.answering import Answering, Task
@@ -31,14 +31,14 @@ _MAY_DIFFER = ("dtype", "quantization", "attention", "device", "processor")
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What asking again gave.
+    """The result of repeating some of a run's answers.
 
     Args:
         exit_layer: The exit.
-        answers, answers_same: Asked, and equal to those of the run, letter by letter.
-        verdicts, verdicts_changed: Over those answers, by judge and measure; an equal answer has an equal verdict.
-        not_judged_again: Judges of the run that were not at hand for answers that differ; their verdicts are left out.
-        otherwise: What about model and machine is not as it was in the run.
+        answers, answers_same: Answers repeated, and those whose text equals the run's.
+        verdicts, verdicts_changed: Verdicts on those answers, by judge and measure; equal answers keep their verdicts.
+        not_judged_again: Judges of the run that were not available for changed answers; their verdicts are left out.
+        otherwise: How model and machine differ from those of the run.
     """
 
     exit_layer: int
@@ -51,15 +51,15 @@ class Verification:
 
     @property
     def share_changed(self) -> float:
-        return (self.answers - self.answers_same) / self.answers  # 1 of 50 is 0.02, not a hair more
+        return (self.answers - self.answers_same) / self.answers  # 1 of 50 is exactly 0.02
 
 
 def check_files(folder: Path, run: AuditRun) -> Manifest:
-    """The record of a slim checkpoint whose files are as exported, and which the run can vouch for.
+    """The manifest of a slim checkpoint, after checking that its files are as exported and the run is of its model.
 
     Raises:
-        ModelError: If a file was changed, is missing or was added, or the folder is no export.
-        RunError: If the run is of another model, or lacks the exit.
+        ModelError: If a file was changed, is missing or was added, or the folder is not an export.
+        RunError: If the run is of another model or lacks the exit.
     """
     record = read_manifest(folder)
     if changes := file_changes(folder, record):
@@ -74,7 +74,10 @@ def check_files(folder: Path, run: AuditRun) -> Manifest:
     asked = {name: model.get(name) for name in ("checkpoint", "adapter", "translators")}
     asked["skip_global"] = run.settings["skip_global"]
     if changed := differences(asked, made_from):
-        raise RunError(f"{run.path} is not of the model that {folder} was made from ({'; '.join(changed)})")
+        raise RunError(
+            f"{run.path} is not an audit of the model that {folder} was made from ({'; '.join(changed)}): give one "
+            "that is"
+        )
     if record.exit_layer not in run.exit_layers:
         raise RunError(
             f"{run.path} has no exit layer {record.exit_layer}, only {', '.join(map(str, run.exit_layers))}: give an "
@@ -93,15 +96,15 @@ def verify(
     limit: int = NUM_SAMPLES,
     progress: Progress | None = None,
 ) -> Verification:
-    """Ask the slim model some of a run's samples again, as the run did.
+    """Let the slim model answer some of a run's samples again, with the run's settings.
 
     Args:
         vlm: The slim model, with its adapter if that was kept.
         run: The audit of the whole model.
-        samples: All that the run asked, in its order.
+        samples: All samples of the run, in its order.
         exit_layer: The exit of both.
         judges: The run's judges; called only if an answer differs.
-        limit: How many samples to ask, evenly over all.
+        limit: Most samples to use, evenly spread over all.
         progress: Called after each answer.
 
     Raises:
@@ -110,10 +113,10 @@ def verify(
     """
     if vlm.num_layers != exit_layer:
         raise ModelError(
-            f"{vlm.name} has {vlm.num_layers} encoder blocks, and was exported with {exit_layer}: export it again"
+            f"{vlm.name} has {vlm.num_layers} encoder blocks, but was exported with {exit_layer}: export it again"
         )
     if data_fingerprint([sample_info(sample) for sample in samples])["hash"] != run.settings["data"]["hash"]:
-        raise RunError(f"{run.path} asked other samples than these; give those it asked, in the same order")
+        raise RunError(f"{run.path} is of other samples than these; give those of the run, in the same order")
     then = {response.sample_id: response for response in run.responses() if response.exit_layer == exit_layer}
     asked = _evenly([sample for sample in samples if sample.id in then], limit)
     if not asked:
@@ -121,14 +124,14 @@ def verify(
     now = _answers(vlm, run, asked, exit_layer=exit_layer, progress=progress)
     changed = [sample for sample in asked if now[sample.id].text != then[sample.id].text]
     verdicts = _verdicts_of(run, {sample.id for sample in asked}, exit_layer=exit_layer)
-    at_hand = judges() if changed else ()
-    missing = {verdict.judge for verdict in verdicts.values()} - {judge.name for judge in at_hand} if changed else set()
+    available = judges() if changed else ()
+    missing = {v.judge for v in verdicts.values()} - {judge.name for judge in available} if changed else set()
     return Verification(
         exit_layer=exit_layer,
         answers=len(asked),
         answers_same=len(asked) - len(changed),
         verdicts=dict(Counter(_name(verdict) for verdict in verdicts.values() if verdict.judge not in missing)),
-        verdicts_changed=_changes(verdicts, changed, now, at_hand),
+        verdicts_changed=_changes(verdicts, changed, now, available),
         not_judged_again=tuple(sorted(missing)),
         otherwise=tuple(_otherwise(vlm, run)),
     )
@@ -137,7 +140,7 @@ def verify(
 def _answers(
     vlm: VLM, run: AuditRun, samples: Sequence[Sample], *, exit_layer: int, progress: Progress | None
 ) -> dict[str, Response]:
-    """By sample id, with the run's decoding: draws are keyed by sample and exit, so sampled answers repeat too."""
+    """Answers by sample id with the run's decoding; draws are keyed by sample and exit, so sampling repeats too."""
     batch_size = run.settings["batch_size"]
     answering = Answering(vlm, **run.settings["decoding"], batch_size=None if batch_size == "auto" else int(batch_size))
     answering.check(samples, exit_layer=exit_layer)
@@ -170,7 +173,7 @@ def _verdicts_of(run: AuditRun, ids: set[str], *, exit_layer: int) -> dict[Key, 
 def _changes(
     then: Mapping[Key, Verdict], changed: Sequence[Sample], now: Mapping[str, Response], judges: Sequence[Judge]
 ) -> dict[str, int]:
-    """How many verdicts turned out otherwise, by judge and measure; only answers that differ are judged again."""
+    """The number of changed verdicts, by judge and measure; only changed answers are judged again."""
     found: Counter[str] = Counter()
     for judge in judges:
         for verdict in ask_judge(judge, changed, [now[sample.id] for sample in changed]):
@@ -182,12 +185,10 @@ def _changes(
 
 
 def _otherwise(vlm: VLM, run: AuditRun) -> list[str]:
-    then, now = run.settings["model"], model_fingerprint(vlm)
-    return differences({name: then.get(name) for name in _MAY_DIFFER}, _as_json(now, _MAY_DIFFER))
-
-
-def _as_json(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: settings.get(name) for name in names}
+    then, now = (
+        {name: model.get(name) for name in _MAY_DIFFER} for model in (run.settings["model"], model_fingerprint(vlm))
+    )
+    return differences(then, now)
 
 
 def _key(verdict: Verdict) -> Key:

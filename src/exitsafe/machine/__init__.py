@@ -1,1 +1,1 @@
-"""What a model runs on: devices, memory and processes."""
+"""The machine that a model runs on: devices, memory and processes."""

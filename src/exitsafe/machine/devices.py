@@ -1,4 +1,4 @@
-"""The machine that a model runs on: devices and number types by their names, and what a time was measured on."""
+"""Devices and number types by name, and a description of the machine that times are measured on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from exitsafe.errors import InputError
 from exitsafe.machine.processes import own_device
+from exitsafe.untrusted import JsonObject
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8", "torchao-int8")
@@ -20,13 +20,13 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """A device by its name; "auto" is this process's GPU, or the CPU where there is none.
+    """A device by its name; "auto" is this process's GPU, or the CPU if there is none.
 
     >>> find_device("cpu")
     device(type='cpu')
 
     Raises:
-        InputError: If torch knows no such name, or this machine has no such GPU.
+        InputError: If the name is unknown to torch, or this machine has no such GPU.
     """
     if device == "auto":
         return own_device()
@@ -42,10 +42,10 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 def find_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """A number type by its name; None for "auto", which is the type that the checkpoint was saved in.
+    """A number type by its name; None for "auto", which is the type of the checkpoint.
 
     Raises:
-        InputError: If it is none that models are loaded in.
+        InputError: If models cannot be loaded in it.
     """
     if dtype == "auto":
         return None
@@ -56,13 +56,13 @@ def find_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Raise InputError for one that is unknown; None is none."""
+    """Raise InputError for an unknown kind of quantization; None is no quantization."""
     if quantization not in (None, *QUANTIZATIONS):
         raise InputError(f"quantization {quantization!r} is unknown; choose {', '.join(QUANTIZATIONS)}")
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Everything but the model that may change how long it takes, as a JSON object. Names no host and no user."""
+def describe_machine(device: torch.device) -> JsonObject:
+    """Everything but the model that may affect its speed, as a JSON object, without names of host or user."""
     return {
         "device": device.type,
         "device_name": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -75,7 +75,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """Linux keeps it in a file; elsewhere the system says it."""
+    """The CPU's name: from a file on Linux, from the operating system elsewhere."""
     if _CPUINFO.is_file():
         for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")

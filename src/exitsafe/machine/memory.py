@@ -1,6 +1,4 @@
-"""Memory: how much is free, how many rows fit, the most that was used, and the loop that halves a batch when it runs
-out. Knows nothing about samples or runs.
-"""
+"""Memory: how much is free, how many rows fit, the peak, and the loop that halves a batch when memory runs out."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
@@ -18,26 +16,29 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from exitsafe.errors import RunError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CGROUP = Path("/sys/fs/cgroup")
-MOST_ROWS = 256  # more rows at a time hardly gain speed on any machine, and lengthen the tail
-SHARE = 0.7  # of what is free; the rest is for activations and for what a cache leaves unused
+MOST_ROWS = 256  # more rows at a time are hardly faster on any machine, and lengthen the tail
+SHARE = 0.7  # of the free memory; the rest is for activations and fragmentation
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
+    """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
-        # what torch has set aside and does not use counts as free
+        # what torch has reserved but does not use is free
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine; all share its memory
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, whose memory they share
     return min(int(psutil.virtual_memory().available), _left_in_container()) // num_processes
 
 
 def _left_in_container() -> int:
-    """Bytes below the limit of a container (cgroup v2); no limit is a very large number."""
+    """Bytes left below the container's limit (cgroup v2); a very large number if there is none."""
     try:
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # not in a container, or "max"
@@ -47,7 +48,7 @@ def _left_in_container() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStates:
-    """What layers that read pictures by cross-attention keep in the cache, instead of the text's keys and values."""
+    """The states that cross-attention layers cache for pictures, in place of the text's keys and values."""
 
     num_layers: int = 0
     per_row: int = 0
@@ -56,7 +57,9 @@ class ImageStates:
 NO_STATES = ImageStates()
 
 
-def cache_bytes(text_config: Any, *, num_tokens: int, dtype: torch.dtype, images: ImageStates = NO_STATES) -> int:
+def cache_bytes(
+    text_config: PretrainedConfig, *, num_tokens: int, dtype: torch.dtype, images: ImageStates = NO_STATES
+) -> int:
     """Bytes of one row's key-value cache at its full length."""
     num_heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
@@ -65,39 +68,41 @@ def cache_bytes(text_config: Any, *, num_tokens: int, dtype: torch.dtype, images
 
 
 def rows_that_fit(
-    text_config: Any, *, num_tokens: int, dtype: torch.dtype, free: int, images: ImageStates = NO_STATES
+    text_config: PretrainedConfig, *, num_tokens: int, dtype: torch.dtype, free: int, images: ImageStates = NO_STATES
 ) -> int:
-    """How many rows of up to `num_tokens` tokens to generate at a time: 1 to `MOST_ROWS`.
+    """The number of rows of up to `num_tokens` tokens to generate at a time: 1 to `MOST_ROWS`.
 
-    An estimate from the cache, twice (joining batches copies it), and from one layer's activations while the prompt
-    is read; running out of memory all the same is for the caller to handle.
+    An estimate from twice the cache (joining batches copies it) and one layer's activations during prefill; callers
+    must still handle running out of memory.
 
     Args:
-        text_config: The language model's.
+        text_config: The language model's config.
         num_tokens: Prompt, images and answer together.
-        dtype: Of the model.
-        free: Bytes.
-        images: What the cache holds of a row's pictures, where that is not among the tokens.
+        dtype: The model's number type.
+        free: Free memory in bytes.
+        images: The states cached for a row's pictures, if they are not among the tokens.
     """
     per_row = row_bytes(text_config, num_tokens=num_tokens, dtype=dtype, images=images)
     return int(max(1, min(MOST_ROWS, SHARE * free // per_row)))
 
 
-def row_bytes(text_config: Any, *, num_tokens: int, dtype: torch.dtype, images: ImageStates = NO_STATES) -> int:
-    """Bytes that a row under generation takes at most: its cache, twice, and one layer's activations."""
+def row_bytes(
+    text_config: PretrainedConfig, *, num_tokens: int, dtype: torch.dtype, images: ImageStates = NO_STATES
+) -> int:
+    """The most bytes that a row takes during generation: twice its cache, and one layer's activations."""
     width = text_config.hidden_size * 4 + text_config.intermediate_size * 2
     cache = cache_bytes(text_config, num_tokens=num_tokens, dtype=dtype, images=images)
     return int(2 * cache + num_tokens * width * dtype.itemsize)
 
 
 class BatchSize:
-    """How many items to work on at a time: halved for good whenever memory runs out.
+    """The number of items to process at a time, halved permanently whenever memory runs out.
 
     Args:
-        most: To begin with.
-        problem: The error's text where halving does not help: what did not fit, and the way out.
+        most: The initial size.
+        problem: The error message if halving does not help: what did not fit, and what to do.
         fits: A further bound that may change from one piece of work to the next; None for none.
-        is_fixed: Whether running out of memory is an error at once.
+        is_fixed: Whether to raise at once instead of halving.
     """
 
     def __init__(self, most: int, *, problem: str, fits: int | None = None, is_fixed: bool = False) -> None:
@@ -109,14 +114,14 @@ class BatchSize:
         return self.most if self.fits is None else min(self.most, self.fits)
 
     def halving(self, work: Callable[[int], Iterable[Result]], *, least: int = 1) -> Iterator[Result]:
-        """What `work` yields at the current size, called again at half of it whenever memory runs out.
+        """The results of `work` at the current size, called again at half of it whenever memory runs out.
 
         Args:
-            work: Takes the size; must know what it has yielded, and go on behind it when called again.
-            least: A smaller size would not need less memory.
+            work: Takes the size; when called again, it must continue after what it has yielded.
+            least: The smallest size; a smaller one would not need less memory.
 
         Raises:
-            RunError: If memory runs out at the smallest size; the text is `problem`.
+            RunError: If memory runs out at the smallest size; the message is `problem`.
         """
         while True:
             size = self.size
@@ -132,12 +137,12 @@ class BatchSize:
             release_memory()  # outside the handler: the error keeps the failed batch alive
 
     def run(self, work: Callable[[int], Result], *, least: int = 1) -> Result:
-        """What `work` gives in one piece; done again from its beginning when memory runs out. Else as `halving`."""
+        """The single result of `work`, repeated from the start when memory runs out; otherwise like `halving`."""
         (result,) = self.halving(lambda size: [work(size)], least=least)
         return result
 
     def batches(self, function: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """The function's result for one slice of the items after another.
+        """The function's results for consecutive slices of the items.
 
         >>> list(BatchSize(2, problem="").batches("".join, ["a", "b", "c"]))
         ['ab', 'c']
@@ -150,13 +155,13 @@ class BatchSize:
                 batch = items[done : done + size]
                 found = [function(batch)]
                 done += len(batch)
-                yield found.pop()  # not kept while the next is made
+                yield found.pop()  # freed while the next one is computed
 
         yield from self.halving(work)
 
 
 def as_batch_size(size: int | BatchSize, *, problem: str) -> BatchSize:
-    """The batch size itself, or one that begins with this number."""
+    """The batch size itself, or one with this initial size."""
     return size if isinstance(size, BatchSize) else BatchSize(size, problem=problem)
 
 
@@ -166,13 +171,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def release_memory() -> None:
-    """Give unused cached memory back to the device, after an out-of-memory or before another model loads."""
+    """Return unused cached memory to the device, after running out of memory or before loading another model."""
     clear_device_cache(garbage_collection=True)
 
 
 @contextmanager
-def offloaded(model: Any, device: torch.device) -> Iterator[None]:
-    """Keep a model's weights in main memory meanwhile, so that its GPU is free for something else."""
+def offloaded(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """A context in which a model's weights are in main memory, so that its GPU is free for something else."""
     if device.type == "cpu":
         yield
         return
@@ -186,14 +191,14 @@ def offloaded(model: Any, device: torch.device) -> Iterator[None]:
 
 
 MEASURED = ("peak_bytes", "peak_reserved_bytes", "peak_process_bytes")
-"""What a `Gauge` reads: by tensors on a GPU, with what torch has set aside, and of the whole process on the CPU."""
+"""The readings of a `Gauge`: allocated and reserved memory on a GPU, and the process's memory on the CPU."""
 
 
 class Gauge:
-    """The most memory that this process has held on a device, in bytes.
+    """The peak memory of this process on a device, in bytes.
 
-    On a GPU it is what torch's tensors held between one reading and the next. On the CPU there is no such count: it is
-    the resident memory of the whole process, Python and libraries included, and the most since the process began.
+    On a GPU it is the peak of torch's tensors between one reading and the next. On the CPU, where torch keeps no such
+    count, it is the peak resident memory of the process, Python and libraries included, since the process started.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -203,7 +208,7 @@ class Gauge:
             torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> dict[str, int]:
-        """The peak by name, on a GPU since the last reading."""
+        """The peaks by name; on a GPU since the last reading."""
         if self.device.type != "cuda":
             return {"peak_process_bytes": _most_resident()}
         found = {

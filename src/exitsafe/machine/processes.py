@@ -1,7 +1,4 @@
-"""Which of several processes this is: one alone, or one of those that `accelerate launch` started.
-
-Knows nothing about what the processes share out.
-"""
+"""This process among others: a single one, or one of those that `accelerate launch` started."""
 
 from __future__ import annotations
 
@@ -13,16 +10,16 @@ from accelerate.utils import parse_flag_from_env
 
 from exitsafe.errors import RunError
 
-_PATIENCE = timedelta(days=30)  # a process that has done its share waits for the slowest one, however long
+_TIMEOUT = timedelta(days=30)  # a process that has done its share waits for the slowest one, however long
 
 
 def this_process() -> PartialState:
-    """Accelerate's word on index and count; the first call joins the other processes."""
-    return PartialState(cpu=not _uses_gpu(), timeout=_PATIENCE)
+    """Index and count of processes, from accelerate; the first call joins the other processes."""
+    return PartialState(cpu=not _uses_gpu(), timeout=_TIMEOUT)
 
 
 def wait_for_all(process: PartialState) -> None:
-    """Go on when every process has come to this point.
+    """Wait until every process has reached this point.
 
     Raises:
         RunError: If one of them has failed.
@@ -31,12 +28,13 @@ def wait_for_all(process: PartialState) -> None:
         process.wait_for_everyone()
     except RuntimeError as error:
         raise RunError(
-            "another process has failed, and its own line says why; what was saved is kept: mend that and start again"
+            "another process failed; its own error message says why: fix that and rerun the same command, which keeps "
+            "what was saved"
         ) from error
 
 
 def own_device() -> torch.device:
-    """This process's GPU, the first one for a process alone; the CPU where there is none or none is wanted."""
+    """This process's GPU (the first one for a single process); the CPU if there is none or it is disabled."""
     if not _uses_gpu():
         return torch.device("cpu")
     return torch.device("cuda", this_process().local_process_index)
