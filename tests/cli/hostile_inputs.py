@@ -275,7 +275,7 @@ def _address_for_an_image(place: Place) -> Sequence[str | Path]:
 # Models
 
 
-@_case("this model folder has no processor: save the processor beside the model")
+@_case("this model folder has no processor: save the processor in the same folder")
 def _model_without_processor(place: Place) -> Sequence[str | Path]:
     for path in place.model.iterdir():
         if path.name not in ("config.json", "generation_config.json", "model.safetensors"):

@@ -136,8 +136,12 @@ def _larger_tokenizer(folder: Path) -> None:
         ("llava", lambda f: image_processor(f, do_center_crop=False), r"pictures of 42x28 pixels, .* reads 28x28: set"),
         ("llava-siglip", lambda f: image_processor(f, size={"height": 14, "width": 14}), "pictures of 14x14 pixels"),
         ("mllama", lambda f: image_processor(f, size={"height": 14, "width": 14}), "pictures of 14x14 pixels"),
-        ("llava", lambda f: edit(f / "config.json", image_token_index=9), r"'<image>' with id 4, the model's has id 9"),
-        ("llava", _no_image_token, r"its image token is '<image>' with id \d, the model's has id 4"),
+        (
+            "llava",
+            lambda f: edit(f / "config.json", image_token_index=9),
+            r"'<image>' with id 4, but the model's has id 9",
+        ),
+        ("llava", _no_image_token, r"its image token is '<image>' with id \d, but the model's has id 4"),
         (
             "llava",
             _template("{{ messages[0]['content'][1]['text'] }}"),

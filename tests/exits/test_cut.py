@@ -230,5 +230,5 @@ def test_unknown_family_names_the_supported_ones() -> None:
     class Model:
         config = Config()
 
-    with pytest.raises(ModelError, match=r"'nosuch'.*supported: llava .*mllama"):
+    with pytest.raises(ModelError, match=r"'nosuch'.*these types: llava .*mllama"):
         VLM(Model(), None, name="tiny")

@@ -85,7 +85,7 @@ def test_a_template_that_takes_strings_gets_strings() -> None:
         (ONLY_USERS, [Turn(role="system", parts=("be brief",)), user("what")], "system, user (it leaves out a turn"),
         (STRICT, [Turn(role="system", parts=("be brief",)), user("what")], "no system turn"),
         (ONLY_STRINGS, [user(noise_image(1), "what")], "user with an image (it leaves out"),
-        (None, [user("what"), Turn(role="assistant", parts=("now",)), user("how")], "takes one user turn only"),
+        (None, [user("what"), Turn(role="assistant", parts=("now",)), user("how")], "give a single user turn"),
         (ONLY_STRINGS, [user("what"), Turn(role="assistant", parts=("now",))], "the last turn must be the user's"),
         (ONLY_STRINGS, [], "the last turn must be the user's"),
         (ONLY_STRINGS, [user("what <image>")], "image placeholder '<image>'"),

@@ -197,9 +197,9 @@ def test_draws_repeat_with_a_seed_and_differ_without() -> None:
     [
         ("organism@L9", {}, "exit_layer=9, but this encoder has 8 blocks: choose 1 to 8"),
         ("organism@L0", {}, "exit_layer=0"),
-        ("organism@3", {}, "write exitsafe/MODEL@L18"),
+        ("organism@3", {}, "write e.g. exitsafe/MODEL@L18"),
         ("nowhere/at/all@L3", {}, "nowhere/at/all does not exist"),
-        ("organism@L3", {"adaptor": "x"}, "takes no argument 'adaptor'"),
+        ("organism@L3", {"adaptor": "x"}, "has no argument 'adaptor'"),
         ("organism@L3", {"batch_size": 0}, "batch_size=0"),
         ("organism@L3", {"skip_global": True}, "has no global blocks"),
         ("organism@L3#0123456789ab", {}, "leave #0123456789ab out"),
@@ -220,10 +220,10 @@ def test_a_base_url_is_refused() -> None:
 @pytest.mark.parametrize(
     ("messages", "config", "complaint"),
     [
-        ([ask()], {"top_p": 0.5}, "know no top_p"),
-        ([ask()], {"num_choices": 2}, "know no num_choices"),
-        ([ask()], {"logprobs": True}, "know no logprobs"),
-        ([ask(), ChatMessageTool(content="x", tool_call_id="1")], {}, "call no tools"),
+        ([ask()], {"top_p": 0.5}, "do not support top_p"),
+        ([ask()], {"num_choices": 2}, "do not support num_choices"),
+        ([ask()], {"logprobs": True}, "do not support logprobs"),
+        ([ask(), ChatMessageTool(content="x", tool_call_id="1")], {}, "do not call tools"),
         ([ask(), ChatMessageAssistant(content="mix")], {}, "last turn must be the user's"),
         (
             [ChatMessageUser(content=[ContentAudio(audio="data:audio/wav;base64,AAAA", format="wav")])],
@@ -246,9 +246,9 @@ def test_what_cannot_be_met_is_refused(messages: list[ChatMessage], config: dict
 @pytest.mark.parametrize(
     ("reference", "complaint"),
     [
-        ("http://localhost/a.png", "nothing is fetched"),
+        ("http://localhost/a.png", "nothing is downloaded"),
         ("nowhere.png", "cannot be read"),
-        ("data:image/png;base64,A", "no base64"),
+        ("data:image/png;base64,A", "not valid base64"),
     ],
 )
 def test_images_that_are_not_there(reference: str, complaint: str) -> None:
@@ -264,12 +264,12 @@ def test_neutral_settings_are_no_reason_to_refuse() -> None:
 def test_tools_are_refused() -> None:
     api = get_model("exitsafe/organism@L1").api
     tool = ToolInfo(name="search", description="finds")
-    with pytest.raises(InputError, match="call no tools"):
+    with pytest.raises(InputError, match="do not call tools"):
         anyio.run(lambda: api.generate([ask()], [tool], "auto", GenerateConfig()))
 
 
 def test_settings_of_the_whole_evaluation_are_checked_before_a_model_is_loaded() -> None:
-    with pytest.raises(PrerequisiteError, match="know no top_k"):
+    with pytest.raises(PrerequisiteError, match="do not support top_k"):
         get_model("exitsafe/nowhere@L1", config=GenerateConfig(top_k=5))
 
 

@@ -186,10 +186,10 @@ def test_temperatures(model: ExitsafeLMM, options: dict[str, Any], temperature: 
 @pytest.mark.parametrize(
     ("content", "options", "complaint"),
     [
-        (question(), {"num_beams": 4}, "knows no generation option num_beams=4"),
-        (question(), {"temperature": 1.0, "top_p": 0.5}, "knows no generation option top_p=0.5"),
-        ([{"type": "video", "url": "a.mp4"}], {}, "holds video"),
-        ([{"type": "image", "url": "http://localhost/a.png"}], {}, "holds a picture as str"),
+        (question(), {"num_beams": 4}, "does not support the generation option num_beams=4"),
+        (question(), {"temperature": 1.0, "top_p": 0.5}, "does not support the generation option top_p=0.5"),
+        ([{"type": "video", "url": "a.mp4"}], {}, "contains video"),
+        ([{"type": "image", "url": "http://localhost/a.png"}], {}, "has a picture of type str"),
         ("mix " * 200, {}, "leaves no room"),
     ],
 )

@@ -157,12 +157,12 @@ def test_a_folder_with_later_audits_is_refused_before_training_and_a_resumed_one
     start(exitsafe.load_vlm("organism"), out, max_steps=2).train()
     vlm = exitsafe.load_vlm("organism")
     before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
-    with pytest.raises(InputError, match=r"holds step-000001, and training begins at step 0; move it away"):
+    with pytest.raises(InputError, match=r"contains step-000001, but training starts at step 0; move it away"):
         start(vlm, out).train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in vlm.model.state_dict().items())
     start(vlm, out, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "train" / "checkpoint-2"))
     assert sorted(path.name for path in out.iterdir()) == ["step-000001", "step-000002", "step-000003"]
-    with pytest.raises(InputError, match="holds step-000002, and training begins at step 1"):
+    with pytest.raises(InputError, match="contains step-000002, but training starts at step 1"):
         start(exitsafe.load_vlm("organism"), out, max_steps=3).train(
             resume_from_checkpoint=str(tmp_path / "train" / "checkpoint-1")
         )

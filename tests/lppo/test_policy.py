@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def test_only_the_language_model_is_trained(family: str, train: str) -> None:
             assert len(names) == 2 * decoder_linears
         else:
             trained = sum(weight.numel() for weight in policy.weights().values())
-            language_model, head = vlm.model.model.language_model, vlm.model.lm_head
+            base: Any = vlm.base_model
+            language_model, head = base.model.language_model, base.lm_head
             whole = (*language_model.original_module.parameters(), *head.original_module.parameters())
             assert trained == sum(parameter.numel() for parameter in whole)
             assert all("language_model" in name or "lm_head" in name for name in names)

@@ -129,7 +129,7 @@ FORGED_VERDICTS: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]]
     "no score, no reason": (lambda rows: rows[0].update(score=None), "both a score and an unscored reason, or neither"),
     "score and reason": (lambda rows: rows[0].update(unscored="x"), "both a score and an unscored reason, or neither"),
     "another judge": (lambda rows: rows[0].update(judge="me"), "no verdicts of 'rule' on asr"),
-    "one more judge": (lambda rows: rows.append({**rows[0], "judge": "me"}), "names no judge 'me' that measures 'asr'"),
+    "one more judge": (lambda rows: rows.append({**rows[0], "judge": "me"}), "has no judge 'me' that measures 'asr'"),
     "another measure": (lambda rows: rows.append({**rows[0], "measure": "wit"}), "'rule' that measures 'wit'"),
     "another sample": (lambda rows: rows.append({**rows[0], "sample_id": "z"}), "sample 'z' is not among the answers"),
     "another exit": (lambda rows: rows.append({**rows[0], "exit_layer": 3}), "exit 3 is not among the exits"),
@@ -169,7 +169,7 @@ def test_forged_rows(run: Path, file: str, name: str) -> None:
         (
             "verdicts.parquet",
             lambda table: table.set_column(5, "score", pa.array(["1"] * len(table))),
-            "column 'score' holds dictionary",
+            "column 'score' has type dictionary",
         ),
         (
             "responses.parquet",
@@ -179,7 +179,7 @@ def test_forged_rows(run: Path, file: str, name: str) -> None:
         (
             "responses.parquet",
             lambda table: table.set_column(6, "text", pa.array([b"\xff"] * len(table)).cast(pa.binary())),
-            "column 'text' holds",
+            "column 'text' has type",
         ),
     ],
 )

@@ -1,12 +1,12 @@
-"""Doors into other tools: any exit of a model inside inspect_ai, lmms-eval, lm-eval and the transformers Trainer.
+"""Integrations with other tools: any exit of a model in inspect_ai, lmms-eval, lm-eval and the transformers Trainer.
 
-The tools are imported when a door is used, never by `import exitsafe`.
+A tool is imported when its integration is used, never by `import exitsafe`.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from exitsafe.integrations.harness import lm_eval_model
@@ -20,7 +20,8 @@ _HOME = {
 __all__ = ["AuditCallback", "lm_eval_model"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    found: object = getattr(import_module(_HOME[name]), name)
+    return found

@@ -1,7 +1,7 @@
 """Chat turns -> a prompt, through the model's own chat template.
 
-Other tools bring system and assistant turns and pictures between words, where a `Sample` is one user turn; for such a
-turn the prompt is the one that `VLM.generate` makes. Knows nothing about exit layers or the tools.
+Other tools have system and assistant turns and pictures between words, whereas a `Sample` is one user turn; for such a
+turn the prompt is the one that `VLM.generate` makes.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from PIL.Image import Image
 
 from exitsafe.data.images import open_image
-from exitsafe.engine.prompts import Prompt, tokenise
+from exitsafe.engine.prompts import Prompt, given_processor, tokenise
 from exitsafe.engine.templates import TemplateRefusedError, render
 from exitsafe.engine.vlm import VLM
-from exitsafe.errors import InputError, ModelError
+from exitsafe.errors import InputError
 
 Picture: TypeAlias = Image | Path | bytes
 Part: TypeAlias = str | Picture
-"""Words or a picture."""
-_AS_CODE = "{'type': '"  # what a template that expects a string writes of a list of parts
+"""Text or a picture."""
+_AS_CODE = "{'type': '"  # how a template that expects a string writes a list of parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """Who speaks, and words and pictures in the order in which they are said."""
+    """A role and its text and pictures, in order."""
 
     role: Literal["system", "user", "assistant"]
     parts: tuple[Part, ...]
@@ -43,15 +43,15 @@ class Turn:
 
 
 def encode_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> Prompt:
-    """Tokenise a conversation that the model is to go on with.
+    """Tokenise a conversation for the model to continue.
 
     Args:
         vlm: The model.
         turns: The conversation; the last turn is the user's.
-        prompt_id: Names the prompt in errors, and is part of the key of its draws.
+        prompt_id: Identifies the prompt in errors and in the key of its draws.
 
     Raises:
-        InputError: If the chat template has no place for a turn, a picture cannot be read or a text holds the model's
+        InputError: If the chat template cannot take a turn, a picture cannot be read or a text contains the model's
             image placeholder.
         ModelError: If there is no processor.
     """
@@ -61,12 +61,12 @@ def encode_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> Prompt:
 
 
 def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
-    """The conversation as the chat template writes it, open for the model's answer.
+    """The conversation as rendered by the chat template, up to the start of the model's answer.
 
     Raises:
         InputError: If the template leaves out or refuses a turn.
     """
-    processor = _processor(vlm)
+    processor = given_processor(vlm.processor)
     if not turns or turns[-1].role != "user":
         raise InputError(f"{prompt_id}: the last turn must be the user's, for the model to answer")
     if any(processor.image_token in text for turn in turns for text in turn.texts):
@@ -74,14 +74,14 @@ def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
     if processor.chat_template is None:
         return _render_plainly(vlm, turns, prompt_id)
     complaint = "it leaves out a turn, or a part of one"
-    for has_plain_texts in (False, True):  # some templates take words as a list of parts, some as a string
+    for has_plain_texts in (False, True):  # some templates take text as a list of parts, some as a string
         messages = [_message(turn, has_plain_texts=has_plain_texts) for turn in turns]
         try:
             text = render(processor, messages, today=vlm.today)
         except TemplateRefusedError as refusal:
             complaint = str(refusal)
             continue
-        if _is_whole(text, turns, processor.image_token):
+        if _is_complete(text, turns, processor.image_token):
             return text
     roles = ", ".join(turn.role + " with an image" * bool(turn.pictures) for turn in turns)
     raise InputError(
@@ -90,8 +90,8 @@ def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
 
 
 def digest_of(turns: Sequence[Turn]) -> str:
-    """What tells conversations apart, hashed; pictures by their bytes."""
-    whole = hashlib.sha256()
+    """A hash of a conversation, including the bytes of its pictures."""
+    digest = hashlib.sha256()
     for number, turn in enumerate(turns):
         for part in turn.parts:
             if isinstance(part, Image):
@@ -101,11 +101,11 @@ def digest_of(turns: Sequence[Turn]) -> str:
                 content = part.read_bytes()
             else:
                 content = part.encode() if isinstance(part, str) else part
-            whole.update(f"{number} {turn.role} {type(part) is str} {len(content)} ".encode() + content)
-    return whole.hexdigest()
+            digest.update(f"{number} {turn.role} {type(part) is str} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
-def _message(turn: Turn, *, has_plain_texts: bool) -> dict[str, Any]:
+def _message(turn: Turn, *, has_plain_texts: bool) -> dict[str, object]:
     if has_plain_texts and not turn.pictures:
         return {"role": turn.role, "content": "".join(turn.texts)}
     content = [
@@ -116,14 +116,14 @@ def _message(turn: Turn, *, has_plain_texts: bool) -> dict[str, Any]:
     return {"role": turn.role, "content": content}
 
 
-def _is_whole(text: str, turns: Sequence[Turn], image_token: str) -> bool:
-    """Every word and picture is in the text, in order of the turns, and no list of parts was written out as code."""
-    as_code = sum(said.count(_AS_CODE) for turn in turns for said in turn.texts)
+def _is_complete(text: str, turns: Sequence[Turn], image_token: str) -> bool:
+    """Whether the text has every part of the turns, in order, and no list of parts was written out as code."""
+    as_code = sum(part.count(_AS_CODE) for turn in turns for part in turn.texts)
     if text.count(_AS_CODE) > as_code or text.count(image_token) != sum(len(turn.pictures) for turn in turns):
         return False
     place = 0
     for turn in turns:
-        found = [text.find(said.strip(), place) for said in turn.texts]
+        found = [text.find(part.strip(), place) for part in turn.texts]
         if -1 in found:
             return False
         place = max([place, *found])
@@ -132,12 +132,6 @@ def _is_whole(text: str, turns: Sequence[Turn], image_token: str) -> bool:
 
 def _render_plainly(vlm: VLM, turns: Sequence[Turn], prompt_id: str) -> str:
     if len(turns) > 1:
-        raise InputError(f"{prompt_id}: this model has no chat template and takes one user turn only")
+        raise InputError(f"{prompt_id}: this model has no chat template; give a single user turn")
     images = (vlm.processor.image_token + "\n") * len(turns[0].pictures)
     return vlm.family_row.plain_prompt.format(images=images, prompt="".join(turns[0].texts))
-
-
-def _processor(vlm: VLM) -> Any:
-    if vlm.processor is None:
-        raise ModelError("this model folder has no processor: save the processor beside the model")
-    return vlm.processor

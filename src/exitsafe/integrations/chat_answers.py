@@ -1,7 +1,4 @@
-"""Prompts with an exit layer each -> answers, mixed in one batch: what the doors share.
-
-Knows nothing about the tools behind the doors, judges or runs.
-"""
+"""Prompts with an exit layer each -> answers, mixed in one batch; used by all integrations."""
 
 from __future__ import annotations
 
@@ -29,10 +26,10 @@ ENCODED_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChatRequest:
-    """A prompt, the exit to read its pictures at, and how to answer it.
+    """A prompt, the exit for its pictures, and decoding settings.
 
-    `temperature` 0 is greedy; with `seed`, the prompt's id and the exit layer are the key of every draw. The answer
-    ends before the first of the `stop` texts.
+    `temperature` 0 is greedy; `seed`, the prompt's id and the exit layer are the key of every draw. The answer ends
+    before the first of the `stop` texts.
     """
 
     prompt: Prompt
@@ -45,7 +42,7 @@ class ChatRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatAnswer:
-    """`num_tokens` were generated for the text; `finish_reason` is "length" where `max_new_tokens` cut it off."""
+    """An answer of `num_tokens` generated tokens; `finish_reason` is "length" if `max_new_tokens` cut it off."""
 
     text: str
     num_tokens: int
@@ -55,12 +52,12 @@ class ChatAnswer:
 def answer_chats(
     vlm: VLM, requests: Sequence[ChatRequest], *, batch_size: int | None = None, skip_global: bool = False
 ) -> list[ChatAnswer]:
-    """Answer every request; those with the same decoding share batches, whatever their exits.
+    """Answer every request; those with the same decoding settings share batches, whatever their exits.
 
     Args:
         vlm: The model.
-        requests: What to answer.
-        batch_size: Rows under generation at a time; None takes what fits in memory. Halved when memory runs out.
+        requests: The requests to answer.
+        batch_size: Rows generated at a time; None uses as many as fit in memory. Halved when memory runs out.
         skip_global: As in `VLM.exit_at`.
 
     Raises:
@@ -89,8 +86,8 @@ def answer_chats(
 def log_likelihoods(
     vlm: VLM, pairs: Sequence[tuple[Prompt, str]], exit_layer: int, *, batch_size: int, skip_global: bool = False
 ) -> list[tuple[float, bool]]:
-    """By pair of a prompt and what the model might say: the sum of its tokens' log-probabilities at an exit layer, and
-    whether the greedy answer begins so."""
+    """For each pair of a prompt and a continuation: the sum of the continuation's log-probabilities at an exit layer,
+    and whether the greedy answer begins with it."""
     by_key: dict[object, list[int]] = {}
     for index, (prompt, _) in enumerate(pairs):
         by_key.setdefault(vlm.batch_key(prompt), []).append(index)
@@ -119,7 +116,7 @@ def log_likelihoods(
 
 
 def model_digest(vlm: VLM, *, batch_size: int | None, skip_global: bool) -> str:
-    """Twelve characters that change with anything that may change an answer, the exit layer apart."""
+    """Twelve characters that change with everything that may change an answer, except the exit layer."""
     model = {name: value for name, value in model_fingerprint(vlm).items() if name != "name"}
     deciding = {
         "model": model,
@@ -151,7 +148,7 @@ def _rows(vlm: VLM, requests: Sequence[ChatRequest], *, skip_global: bool) -> li
 def _continuation(vlm: VLM, text: str) -> torch.Tensor:
     token_ids = vlm.tokenizer(text, add_special_tokens=False).input_ids
     if not token_ids:
-        raise InputError("a continuation has no token; leave it out")
+        raise InputError("a continuation has no tokens; leave it out")
     return torch.tensor(token_ids)
 
 

@@ -1,4 +1,4 @@
-"""What inspect_ai finds by its entry point: the provider's name. The model itself is loaded when one is asked for."""
+"""The entry point for inspect_ai: registers the provider's name; a model is loaded when it is first used."""
 
 from __future__ import annotations
 

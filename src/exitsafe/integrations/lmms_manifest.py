@@ -1,4 +1,4 @@
-"""What lmms-eval finds by its entry point: the model's name and where its class is, imported when it is asked for."""
+"""The entry point for lmms-eval: the model's name and its class, which is imported when it is first used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""One loaded model, one thread: conversations from many callers, gathered into batches.
+"""One loaded model in one thread, which answers conversations from many callers in batches.
 
-Whoever asks while a batch runs is in the next one; exits and decodings may differ. Knows nothing about event loops or
-the tools that ask.
+A question asked while a batch runs goes into the next one; exits and decoding settings may differ.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.integrations.chat import Turn, encode_chat
 from exitsafe.integrations.chat_answers import ChatAnswer, ChatRequest, answer_chats
 
-GATHERING_SECONDS = 0.05  # callers that start together arrive one after the other
+GATHERING_SECONDS = 0.05  # questions asked at the same time arrive one after the other
 MOST_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A conversation to go on with, at an exit layer; the rest is as in `ChatRequest`."""
+    """A conversation to continue at an exit layer; the other fields are as in `ChatRequest`."""
 
     prompt_id: str
     turns: tuple[Turn, ...]
@@ -36,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What the model said. `is_full`: the model had no room left for the whole of `max_new_tokens`, or for any."""
+    """The model's answer; `is_full` if its context had no room for `max_new_tokens` more tokens."""
 
     answer: ChatAnswer | None
     num_prompt_tokens: int
@@ -50,10 +49,10 @@ class _Job:
 
 
 class SharedWorker:
-    """Answers questions with one model in a thread of its own; the thread ends with the last reference to this.
+    """Answers questions with one model in its own thread, which ends with the last reference to this object.
 
     Args:
-        vlm: The model; nobody else may run it meanwhile.
+        vlm: The model; it must not be used otherwise.
         batch_size, skip_global: As in `answer_chats`.
     """
 
@@ -63,22 +62,22 @@ class SharedWorker:
         self.skip_global = skip_global
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._running = Lock()
-        # the thread must not hold this object, or the model would stay for good
+        # the thread must not reference this object, or the model would never be freed
         arguments = (self._jobs, vlm, batch_size, skip_global, self._running)
         Thread(target=_work, args=arguments, name="exitsafe-worker", daemon=True).start()
         weakref.finalize(self, self._jobs.put, None)
 
     def check(self, exit_layer: int) -> None:
-        """Raise what every answer at this exit would; waits for the batch that runs.
+        """Raise the error that every answer at this exit would raise; waits for the running batch.
 
         Raises:
             ExitLayerError, InputError: As `VLM.exit_at`.
         """
-        with self._running, self.vlm.exit_at(exit_layer, skip_global=self.skip_global):  # not for two threads at once
+        with self._running, self.vlm.exit_at(exit_layer, skip_global=self.skip_global):  # exit_at is not thread-safe
             pass
 
     def ask(self, question: Question) -> Future[Reply]:
-        """Put a question in the queue; cancelling the future takes it out, unless its batch runs already."""
+        """Queue a question; cancelling the future removes it, unless its batch is already running."""
         future: Future[Reply] = Future()
         self._jobs.put(_Job(question=question, future=future))
         return future
@@ -98,11 +97,11 @@ def _work(
             for job in wanted:
                 if not job.future.done():
                     job.future.set_exception(error)
-        del batch, wanted  # finished work must not wait for the next question to be freed
+        del batch, wanted  # free finished work now, not at the next question
 
 
 def _gather(jobs: queue.SimpleQueue[_Job | None]) -> tuple[list[_Job], bool]:
-    """The jobs of the next batch, and whether more may come."""
+    """The jobs of the next batch, and whether more may follow."""
     batch: list[_Job] = []
     job = jobs.get()
     while job is not None:
@@ -117,7 +116,7 @@ def _gather(jobs: queue.SimpleQueue[_Job | None]) -> tuple[list[_Job], bool]:
 
 
 def _answer(vlm: VLM, jobs: Sequence[_Job], *, batch_size: int | None, skip_global: bool) -> None:
-    """Answer what can be read; what cannot fails alone."""
+    """Answer the jobs; one that cannot be read fails without affecting the others."""
     asked: list[tuple[_Job, ChatRequest]] = []
     for job in jobs:
         try:

@@ -1,7 +1,6 @@
-"""Audits while the transformers `Trainer` trains: held-out samples at chosen exits, with the model as it is.
+"""Audits during training with the transformers `Trainer`: held-out samples at chosen exits, with the current model.
 
-Training goes on as if nobody had looked: modes and random states are put back, bit for bit. Knows nothing about losses
-or optimisers.
+Audits do not affect training: modes and random states are restored exactly.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,27 +23,27 @@ from exitsafe.judges import Judge
 from exitsafe.records import Sample
 from exitsafe.results.run import AuditRun
 
-_NOT_LOGGED = {"seconds"}  # of the machine, not of the model
+_NOT_LOGGED = {"seconds"}  # depends on the machine, not on the model
 
 
 class AuditCallback(TrainerCallback):
-    """Audits the model under training and logs e.g. `exitsafe/asr_L3`, attack success at exit layer 3.
+    """Audits the model during training and logs e.g. `exitsafe/asr_L3`, attack success at exit layer 3.
 
-    Several processes share each audit (DDP); models in shards (FSDP, DeepSpeed) are refused. Each audit is a run of
-    its own, OUT/step-000100, which `exitsafe compare` and `report` take.
+    Several processes share each audit (DDP); sharded models (FSDP, DeepSpeed) are refused. Each audit is a separate
+    run, OUT/step-000100, for `exitsafe compare` and `report`.
 
     Args:
-        vlm: Around the model that the Trainer has: `Trainer(model=vlm.model, ...)`.
-        samples: What to ask; none that the training sees.
-        out: The folder for the runs, without audits of steps that are still to come.
+        vlm: The `VLM` around the Trainer's model: `Trainer(model=vlm.model, ...)`.
+        samples: Held-out samples, which must not be in the training data.
+        out: The folder for the runs; it must not contain audits of later steps.
         judges, exit_layers, max_new_tokens, batch_size, skip_global: As for `exitsafe.audit`.
-        every: Audit after every so many optimiser steps; None is after each evaluation of the Trainer.
-        log: Where the metrics go, e.g. `trainer.log`, which also tells trackers such as TensorBoard. None adds them to
-            the Trainer's log history only.
+        every: Audit every this many optimiser steps; None audits after each evaluation of the Trainer.
+        log: Receives the metrics, e.g. `trainer.log`, which also passes them to trackers such as TensorBoard. None only
+            adds them to the Trainer's log history.
 
     Raises:
-        InputError: When training begins, if the Trainer has another model, the model is in shards, or `out` holds
-            audits of later steps; and on settings that make no sense.
+        InputError: If a setting is invalid or, when training starts, the Trainer has another model, the model is
+            sharded, or `out` contains audits of later steps.
         ExitLayerError: If the encoder has no such block.
     """
 
@@ -78,44 +76,50 @@ class AuditCallback(TrainerCallback):
         self._is_training = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if kwargs["model"] is not self.vlm.model:
             raise InputError("the Trainer has another model than the audit; write Trainer(model=vlm.model, ...)")
         if args.fsdp or args.deepspeed:
-            raise InputError("audits during training need the whole model in each process; leave FSDP or DeepSpeed out")
+            raise InputError(
+                "audits during training need the whole model in each process; do not use FSDP or DeepSpeed"
+            )
         ahead = sorted(path.name for path in self.out.glob("step-*") if path.name > _folder(state.global_step))
         if ahead:
             raise InputError(
-                f"{self.out} holds {ahead[0]}, and training begins at step {state.global_step}; move it away or choose "
-                "another out"
+                f"{self.out} contains {ahead[0]}, but training starts at step {state.global_step}; move it away or "
+                "choose another out"
             )
         self._is_training = True
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._is_training = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.every is not None and state.global_step % self.every == 0:
             self._audit(state)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # an evaluation outside training may be of any model at this step
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # an evaluation outside training may be of any model
         if self.every is None and self._is_training:
             self._audit(state)
 
     def _audit(self, state: TrainerState) -> None:
         step = state.global_step
-        # what was loaded has been trained since: its hashes say nothing about the model as it is
+        # without hashes: the loaded weights have been trained since
         now = VLM(
             self.vlm.model,
             self.vlm.processor,
             name=f"{self.vlm.name} at training step {step}",
             translators=self.vlm.translators,
         )
-        now.today = self.vlm.today  # all audits of a training run read the same prompts
+        now.today = self.vlm.today  # all audits of a training run use the same prompts
         with undisturbed(self.vlm.model):
             run = audit(
                 now,
@@ -135,8 +139,8 @@ class AuditCallback(TrainerCallback):
 
 
 def metrics_of(run: AuditRun) -> dict[str, float]:
-    """A run's metrics by layer, named as in the Trainer's logs: `exitsafe/asr_L3`, or
-    `exitsafe/asr_proxy_L3` from a proxy judge."""
+    """A run's metrics by layer, named as in the Trainer's logs: `exitsafe/asr_L3`, or `exitsafe/asr_proxy_L3` for a
+    proxy judge."""
     return {
         f"exitsafe/{name}{'_proxy' if run.title(name).endswith('(proxy)') else ''}_L{layer['exit_layer']}": float(
             found["value"]
@@ -149,7 +153,7 @@ def metrics_of(run: AuditRun) -> dict[str, float]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate a model under training: afterwards its modes and all random states are what they were."""
+    """A context to evaluate a model during training; afterwards its modes and all random states are restored."""
     was_training = [(module, module.training) for module in model.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
