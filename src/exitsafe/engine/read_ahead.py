@@ -41,7 +41,7 @@ def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | 
     """Render and tokenise all texts, and check that they leave room for an answer.
 
     Image tokens are estimated from the images with the most pixels; only samples that may be too long by that estimate
-    are fully encoded. Any other that turns out to be too long is found when it is answered.
+    are fully encoded. Others that turn out to be too long are found when they are answered.
 
     Args:
         vlm: The model.

@@ -167,7 +167,7 @@ def _read_config(folder: Path) -> PeftConfig:
 def _check_patterns(model: ImageTextModel, folder: Path) -> None:
     """Refuse patterns that take forever: PEFT matches strings from the config with the names of all modules.
 
-    Any string may be used as a pattern, whatever its field, as that depends on the type of adapter.
+    Every string may be used as a pattern, whatever its field: that depends on the type of adapter.
 
     Raises:
         ModelError: If matching takes too long.

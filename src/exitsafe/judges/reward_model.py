@@ -1,6 +1,6 @@
 """The judge `reward:MODEL`: the score of a reward model trained on human preferences; higher is better.
 
-Any sequence classifier with one output will do. It reads prompt and answer in its own format: that of its model card
+A sequence classifier with one output will do. It reads prompt and answer in its own format: that of its model card
 for the models in `FORMATS`, the tokenizer's chat template for all others. Pictures are not read. The scale is open and
 the model's own: only compare rewards of the same model.
 

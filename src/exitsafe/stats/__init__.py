@@ -1,4 +1,4 @@
-"""Numbers in, numbers out: intervals, bins of exit layers, paired tests, a sequential rule. Knows no model or file."""
+"""Numbers in, numbers out: intervals, bins of exit layers, paired tests, a sequential rule."""
 
 from exitsafe.stats.bins import BINS, bin_of, layers_by_bin
 from exitsafe.stats.bootstrap import percentile_interval, resampled_layer_means

@@ -13,13 +13,13 @@ def bin_of(exit_layer: int, num_layers: int) -> str:
     >>> [bin_of(layer, 24) for layer in (1, 8, 9, 16, 17, 24)]
     ['early', 'early', 'middle', 'middle', 'late', 'late']
     """
-    assert 1 <= exit_layer <= num_layers, f"{exit_layer} is no exit of {num_layers} blocks"
-    # integers only: a quotient such as 3 * 7 / 7 must not be rounded up by a floating-point crumb
+    assert 1 <= exit_layer <= num_layers, f"there is no exit {exit_layer} in {num_layers} blocks"
+    # integers only: a quotient such as 3 * 7 / 7 must not be rounded up because of floating-point error
     return BINS[-(-3 * exit_layer // num_layers) - 1]
 
 
 def layers_by_bin(exit_layers: Iterable[int], num_layers: int) -> dict[str, list[int]]:
-    """The given layers by bin, in bin order; a bin with none of them is left out.
+    """The given layers by bin, in bin order, without empty bins.
 
     >>> layers_by_bin([1, 2, 7], 8)
     {'early': [1, 2], 'late': [7]}

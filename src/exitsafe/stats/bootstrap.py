@@ -1,7 +1,7 @@
 """The bootstrap clustered by sample: a (samples, layers) table of scores in, resampled layer means out.
 
 All layers answer the same prompts, so a sample is drawn with all its layers: means of layers, bins and
-before/after differences then share their noise, as they do in the experiment.
+before/after differences then share their noise, as in the experiment.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def resampled_layer_means(scores: Floats, *, resamples: int = RESAMPLES, seed: i
 
     Args:
         scores: (S, L); NaN where a sample has no score at a layer.
-        resamples: R, how often S samples are drawn with replacement.
+        resamples: R, the number of times that S samples are drawn with replacement.
         seed: The same seed and S draw the same samples, whatever the scores.
 
     Returns:
-        (R, L); NaN where a resample holds no score of that layer.
+        (R, L); NaN where a resample has no score for that layer.
     """
     num_samples, num_layers = scores.shape
     if num_samples == 0:
@@ -48,14 +48,14 @@ def resampled_layer_means(scores: Floats, *, resamples: int = RESAMPLES, seed: i
 def percentile_interval(
     replicates: Floats, *, num_clusters: int | None = None, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The percentile interval of resampled values (R,), expanded for few samples; those without a value are left aside.
+    """The percentile interval of resampled values (R,), expanded for few samples; NaN values are ignored.
 
-    Plain percentiles are those of a normal with too small a deviation: of 10 samples they hold the truth in 92% of
-    cases instead of 95%. Moving them outwards as Student's t and n - 1 ask mends that (Hesterberg 2015).
+    Plain percentiles are those of a normal distribution with too small a deviation: with 10 samples they cover the
+    truth in 92% of cases instead of 95%. Moving them outwards by Student's t and n - 1 corrects this (Hesterberg 2015).
 
     Args:
         replicates: (R,).
-        num_clusters: Samples that were drawn from, 2 or more; None for plain percentiles.
+        num_clusters: The number of samples that were resampled, 2 or more; None for plain percentiles.
         confidence: Nominal coverage.
     """
     tail = (1 - confidence) / 2
@@ -68,23 +68,23 @@ def percentile_interval(
 def clustered_interval(
     value: float, replicates: Floats, *, num_clusters: int, bounds: tuple[float, float] | None
 ) -> tuple[float, float]:
-    """The interval of a mean: percentiles of its resampled values, or `constant_interval` where none differs.
+    """The interval for a mean: percentiles of its resampled values, or `constant_interval` if they are all equal.
 
     Args:
-        value: The mean itself, which the interval always holds.
+        value: The mean itself, which the interval always contains.
         replicates: (R,) resampled values.
-        num_clusters: Samples that were drawn from.
-        bounds: The scale's ends; None for an open scale.
+        num_clusters: The number of samples that were resampled.
+        bounds: Both ends of the scale; None for an open scale.
     """
     if np.nanmax(replicates) - np.nanmin(replicates) < 1e-12:
         return constant_interval(value, num_clusters, bounds=bounds)
     low, high = percentile_interval(replicates, num_clusters=num_clusters)
-    # a handful of samples can leave the value itself just outside its percentiles
+    # with a handful of samples, the value itself can be just outside its percentiles
     return min(low, value), max(high, value)
 
 
 def mean_over(columns: Floats) -> Floats:
-    """The mean of the columns that have a value, row by row: (R, L) -> (R,), NaN where none has."""
+    """The mean of each row's values that are not NaN: (R, L) -> (R,); NaN if there are none."""
     has_value = ~np.isnan(columns)
     counts = has_value.sum(axis=1)
     totals = np.where(has_value, columns, 0.0).sum(axis=1)
@@ -93,7 +93,7 @@ def mean_over(columns: Floats) -> Floats:
 
 
 def _draw_weights(rng: np.random.Generator, num_rows: int, num_samples: int) -> Floats:
-    """How often each sample is drawn, (r, S): whole numbers, so sums of 0/1 scores stay exact."""
+    """How often each sample is drawn, (r, S): integers, so that sums of 0/1 scores stay exact."""
     drawn = rng.integers(num_samples, size=(num_rows, num_samples))
     drawn += np.arange(num_rows)[:, None] * num_samples
     counts = np.bincount(drawn.ravel(), minlength=num_rows * num_samples)

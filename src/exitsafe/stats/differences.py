@@ -1,8 +1,8 @@
-"""Before against after, or a layer against another, on pairs: two (samples, layers) tables in, differences out.
+"""Paired differences, before and after or between layers: two (samples, layers) tables in, differences out.
 
-Each difference has its interval, test and effect size. Intervals are bootstrapped with samples as clusters. At a
-layer, scores that are all 0 or 1 are tested by McNemar; all else by the bootstrap, since in a bin the same sample
-counts at several layers.
+Each difference has an interval, a test and an effect size. Intervals are bootstrapped with samples as clusters. At a
+layer, scores that are all 0 or 1 are tested by McNemar's test; everything else by the bootstrap, since in a bin the
+same sample counts at several layers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class PairedDifference:
     """after - before over pairs that are scored on both sides.
 
     Args:
-        before, after: Means over the pairs; of a bin, the mean over its layers of these.
+        before, after: Means over the pairs; for a bin, the mean of its layers' means.
         difference, low, high: after - before with its 95% interval.
-        n, unscored: Pairs that count, and pairs left out for want of a score.
-        gained, lost: Pairs that went from 0 to 1 and from 1 to 0; None where scores are not all 0 or 1.
-        test, p_value: Which two-sided test, and its result.
-        effect_size, effect_measure: The difference without a unit, and which: Cohen's h of two rates, `d_av` of
-            scores (see `exitsafe.stats.effects`); None where that is not defined.
+        n, unscored: Pairs that count, and pairs left out because a score is missing.
+        gained, lost: Pairs that went from 0 to 1 and from 1 to 0; None unless all scores are 0 or 1.
+        test, p_value: The two-sided test used, and its result.
+        effect_size, effect_measure: The effect size and its kind: Cohen's h for rates, `d_av` for other scores (see
+            `exitsafe.stats.effects`); None if it is undefined.
     """
 
     before: float
@@ -50,13 +50,13 @@ class PairedDifference:
 
 
 class PairedScores:
-    """Scores of the same samples at the same layers, twice.
+    """Two tables of scores of the same samples at the same layers.
 
     Args:
         before, after: (S, L); NaN where there is no score.
-        unscored: (S, L); True where either side should have a score and has none.
+        unscored: (S, L); True where either side should have a score but has none.
         exit_layers: The L layers, in column order.
-        bounds: (0, 1) for what lies between them; None for an open scale.
+        bounds: Both ends of the scale; None for an open scale.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PairedScores:
         self.changes = self.after - self.before
         self.unscored = unscored
         self.exit_layers = list(exit_layers)
-        # of a difference
+        # the bounds of a difference
         self.bounds = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
         scores = np.concatenate([before[is_scored], after[is_scored]])
         self.is_binary = bounds is not None and bool(np.isin(scores, (0.0, 1.0)).all())
@@ -76,7 +76,7 @@ class PairedScores:
         self.replicates = resampled_layer_means(self.changes[is_scored.any(axis=1)])  # (R, L)
 
     def layers(self) -> dict[int, PairedDifference]:
-        """One difference per layer; a layer without a pair is left out."""
+        """One difference per layer that has pairs."""
         return {
             layer: self._difference([[column]], self.replicates[:, column], is_layer=True)
             for column, layer in enumerate(self.exit_layers)
@@ -84,7 +84,7 @@ class PairedScores:
         }
 
     def bins(self, num_layers: int) -> dict[str, PairedDifference]:
-        """The mean over each bin's layers, and `average`, the mean of the bins; of layers that have pairs."""
+        """The mean over each bin's layers, and `average`, the mean of the bins; only layers with pairs count."""
         columns = {
             name: [column for column in map(self.exit_layers.index, layers) if self.has_pairs[column]]
             for name, layers in layers_by_bin(self.exit_layers, num_layers).items()
@@ -98,7 +98,7 @@ class PairedScores:
         return found | {"average": self._difference(list(columns.values()), average)}
 
     def unscored_layers(self) -> dict[int, int]:
-        """Layers where pairs should be and none is scored, with how many."""
+        """Layers at which none of the pairs is scored, with the number of pairs."""
         counts = self.unscored.sum(axis=0)
         return {
             layer: int(counts[column])
@@ -109,7 +109,7 @@ class PairedScores:
     def _difference(
         self, groups: Sequence[Sequence[int]], replicates: Floats, *, is_layer: bool = False
     ) -> PairedDifference:
-        """The mean over groups of the mean over a group's columns of the columns' means."""
+        """The difference of the mean over groups of columns; a group counts with the mean of its columns' means."""
         before, after = (
             float(np.mean([np.mean([np.nanmean(side[:, column]) for column in group]) for group in groups]))
             for side in (self.before, self.after)
@@ -141,7 +141,7 @@ class PairedScores:
         )
 
     def _d_av(self, groups: Sequence[Sequence[int]], difference: float) -> float | None:
-        """Over samples: of a bin, a sample's score is the mean of its layers."""
+        """`d_av` over samples; in a bin, a sample's score is the mean over its layers."""
         sides = []
         for side in (self.before, self.after):
             of_groups = np.stack([mean_over(side[:, list(group)]) for group in groups], axis=1)

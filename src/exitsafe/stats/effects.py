@@ -1,4 +1,4 @@
-"""Effect sizes of differences between paired rates or scores: numbers in, a number without a unit out."""
+"""Effect sizes of differences between paired rates or scores: numbers in, a dimensionless number out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from exitsafe.stats.bootstrap import Floats
 def cohen_h(before: float, after: float) -> float:
     """Cohen's h of two rates, `2 asin(sqrt(after)) - 2 asin(sqrt(before))` (Cohen 1988, section 6.2).
 
-    0.2 is small, 0.5 medium, 0.8 large. From 1% to 6% counts as much as from 23% to 37%, in percentage points not.
+    0.2 is small, 0.5 medium, 0.8 large. A change from 1% to 6% is as large as one from 23% to 37%, unlike in points.
 
     >>> round(cohen_h(0.5, 0.4), 3)
     -0.201
@@ -19,17 +19,17 @@ def cohen_h(before: float, after: float) -> float:
 
 
 def d_av(difference: float, before: Floats, after: Floats) -> float | None:
-    """The mean change over the mean of the two standard deviations (Cumming 2012; Lakens 2013, equation 10).
+    """The mean change divided by the mean of the two standard deviations (Cumming 2012; Lakens 2013, equation 10).
 
-    Read like Cohen's d of two groups. The deviation of the changes themselves (d_z) is no yardstick: it shrinks as
-    the pairs agree, and the effect would grow with the correlation.
+    Interpreted like Cohen's d for two groups. Dividing by the deviation of the changes (d_z) would not do: it shrinks
+    as pairs agree, so that the effect would grow with their correlation.
 
     Args:
-        difference: The mean of after less that of before.
+        difference: The mean of after minus that of before.
         before, after: (S,) scores of the samples.
 
     Returns:
-        None for fewer than two samples, or where scores do not vary.
+        None for fewer than two samples, or if scores do not vary.
     """
     if len(before) < 2:
         return None

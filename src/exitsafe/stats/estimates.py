@@ -1,7 +1,7 @@
 """A measure per exit layer and per bin, with intervals: a (samples, layers) table in, estimates out.
 
-A layer's rate gets Wilson's interval; a layer's mean, a bin and the average get the bootstrap clustered by
-sample. Every estimate carries how many responses it rests on and how many could not be scored.
+A layer's rate gets Wilson's interval; a layer's mean, a bin and the average get a bootstrap interval clustered by
+sample. Every estimate includes the number of scored and of unscored responses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Bounds = tuple[float, float] | None
 class Estimate:
     """A rate or mean with its 95% interval.
 
-    `n` responses were scored, `unscored` more should have been; value, low and high are None when `n` is 0.
+    `n` responses were scored and `unscored` could not be; value, low and high are None if `n` is 0.
     """
 
     value: float | None
@@ -37,15 +37,15 @@ class Estimate:
 def layer_estimates(
     scores: Floats, unscored: Bools, *, exit_layers: Sequence[int], bounds: Bounds
 ) -> dict[int, Estimate]:
-    """One estimate per layer; a layer with nothing to measure is left out.
+    """One estimate per layer that has responses to measure.
 
     Args:
         scores: (S, L); NaN where there is no score.
-        unscored: (S, L); True where a score should be and is not.
+        unscored: (S, L); True where a score should be but is missing.
         exit_layers: The L layers, in column order.
-        bounds: (0, 1) for what lies between them; None for an open scale.
+        bounds: Both ends of the scale; None for an open scale.
     """
-    # one method for all layers of a measure, so that their bands can be compared
+    # one method for all layers of a measure, so that their intervals can be compared
     is_rate = bounds is not None and bool(np.isin(scores[~np.isnan(scores)], (0.0, 1.0)).all())
     replicates = None if is_rate else resampled_layer_means(_with_scores(scores))
     found = {}
@@ -71,13 +71,13 @@ def bin_estimates(
 ) -> dict[str, Estimate]:
     """The aggregated measure of each bin and their `average` (AASR, ATS, ATR of arXiv 2411.04291).
 
-    A bin's value is the mean over its layers of the layer's measure; `average` is the mean of the bins. Only
-    audited layers count, a bin with none of them is left out, and `average` is over the bins that are there:
-    `n` and the layers audited say what stands behind it.
+    A bin's value is the mean of its layers' measures; `average` is the mean of the bins. Only audited layers count, a
+    bin without audited layers is left out, and `average` is over the remaining bins: `n` and the audited layers say
+    what is behind it.
 
     Args:
         scores, unscored, exit_layers, bounds: As for `layer_estimates`.
-        num_layers: Blocks of the encoder, which the bins divide by three.
+        num_layers: Blocks of the encoder, which the bins divide into three parts.
     """
     clusters = _with_scores(scores)
     replicates = resampled_layer_means(clusters)
@@ -107,10 +107,10 @@ def bin_estimates(
 
 
 def mean_estimate(scores: Floats, unscored: Bools, *, bounds: Bounds) -> Estimate:
-    """The mean over layers of each layer's measure, with the bootstrap clustered by sample.
+    """The mean over layers of each layer's measure, with a bootstrap interval clustered by sample.
 
     Args:
-        scores, unscored, bounds: As for `layer_estimates`, of the layers wanted.
+        scores, unscored, bounds: As for `layer_estimates`, for the layers to average.
     """
     n, missing = int((~np.isnan(scores)).sum()), int(unscored.sum())
     if n == 0:
@@ -140,5 +140,5 @@ def _average(
 
 
 def _with_scores(scores: Floats) -> Floats:
-    """The samples that have any score: others are no cluster to draw."""
+    """The samples that have at least one score; only these are resampled."""
     return scores[~np.isnan(scores).all(axis=1)]

@@ -1,4 +1,4 @@
-"""Confidence intervals that need no resampling: counts in, (low, high) out."""
+"""Confidence intervals without resampling: counts in, (low, high) out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CONFIDENCE = 0.95
 
 
 def wilson_interval(successes: int, n: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a rate (Wilson 1927); of 0 trials nothing is known: 0 to 1.
+    """Wilson's score interval for a rate (Wilson 1927); (0, 1) for 0 trials.
 
     >>> low, high = wilson_interval(62, 200)
     >>> round(low, 3), round(high, 3)
@@ -28,11 +28,11 @@ def wilson_interval(successes: int, n: int, *, confidence: float = CONFIDENCE) -
 def constant_interval(
     value: float, n: int, *, bounds: tuple[float, float] | None, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The interval of a mean of `n` equal values, where resampling would claim certainty.
+    """The interval for a mean of `n` equal values, where resampling would claim certainty.
 
-    No one of `n` samples differed; Wilson's upper limit for 0 of `n` bounds the share of samples that could.
-    That share moves the mean by at most itself, inside `bounds`. For 0 of `n` and `n` of `n` this is Wilson's
-    interval itself. Without bounds nothing can be said beyond the value.
+    None of `n` samples differed; Wilson's upper limit for 0 of `n` bounds the share of samples that could differ.
+    That share moves the mean by at most itself, within `bounds`. For 0 of `n` and `n` of `n` this is Wilson's
+    interval itself. Without bounds, nothing can be said beyond the value.
 
     >>> constant_interval(0.0, 10, bounds=(0, 1)) == wilson_interval(0, 10)
     True

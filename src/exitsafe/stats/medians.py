@@ -1,7 +1,7 @@
-"""The median of measured times, with bounds by order statistics: no assumption about how times are distributed.
+"""The median of measured times, with bounds by order statistics, which assume nothing about the distribution.
 
-Times of one set of prompts, each measured equally often, are no sample from one distribution; the number of them below
-their common median then varies less than a binomial (Hoeffding 1956), so the bounds err on the safe side.
+Times of a fixed set of prompts, each measured equally often, are not a sample from one distribution; the number of them
+below their common median then varies less than a binomial (Hoeffding 1956), so the bounds are conservative.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from exitsafe.stats.intervals import CONFIDENCE
 
 
 def median_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> tuple[float | None, float | None]:
-    """The distribution-free interval of the median (Conover 1999); None at an end that so few values do not bound.
+    """The distribution-free interval for the median (Conover 1999); an end is None if the values are too few.
 
     >>> median_interval(range(1, 25))
     (7.0, 18.0)
@@ -25,7 +25,7 @@ def median_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) 
 
 
 def median_upper_bound(values: Sequence[float], *, error: float) -> float | None:
-    """What the median exceeds with probability `error` at most; None where the values are too few.
+    """The bound that the median exceeds with probability `error` at most; None if the values are too few.
 
     >>> median_upper_bound(range(1, 25), error=0.05)
     17.0
@@ -36,7 +36,7 @@ def median_upper_bound(values: Sequence[float], *, error: float) -> float | None
 def _ends(
     values: Sequence[float], side: Literal["two-sided", "less"], confidence: float
 ) -> tuple[float | None, float | None]:
-    from scipy.stats import quantile_test  # takes a second, which most commands need not spend
+    from scipy.stats import quantile_test  # takes a second to import, and most commands do not need it
 
     if not len(values):
         return None, None

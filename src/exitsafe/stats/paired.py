@@ -29,7 +29,7 @@ def mcnemar_exact(gained: int, lost: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (Holm 1979), in the order given. scipy has none.
+    """Holm's step-down adjustment (Holm 1979), in the order given; not in scipy.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -45,14 +45,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap_p_value(replicates: Floats, *, num_clusters: int) -> float:
-    """Two-sided: from the smaller share of resampled differences on the far side of 0, never exactly 0.
+    """The two-sided p-value from the share of resampled differences on the far side of 0; never exactly 0.
 
     One is added to counts and total (Davison and Hinkley 1997, section 4.2): R resamples cannot show less than
-    about 2 / R. The share is read as Student's t, as in `percentile_interval`: below 0.05 is 0 outside 95%.
+    about 2 / R. The share is converted to Student's t as in `percentile_interval`, so that p is below 0.05 when 0 is
+    outside the 95% interval.
 
     Args:
         replicates: (R,) differences; NaN where a resample has none.
-        num_clusters: Samples that were drawn from; one alone tests nothing.
+        num_clusters: The number of samples that were resampled; a single one cannot be tested.
     """
     drawn = replicates[~np.isnan(replicates)]
     below, above = int((drawn <= 0).sum()), int((drawn >= 0).sum())

@@ -1,21 +1,20 @@
-"""Rates that may be looked at while they grow: counts in, an interval valid at every look and a decision out.
+"""Sequential tests of rates: counts in, an anytime-valid interval and a decision out.
 
-Whoever looks again and again at Wilson's interval and stops when it pleases errs more often than 5%. Here every
-look is paid for. For a rate m that might be the true one, the e-value is the likelihood ratio of "the rate is
-smaller than m" to "it is m", averaged over the smaller rates by Jeffreys' prior Beta(1/2, 1/2) cut off at m
-(Robbins 1970). While the true rate is m or more, it is a nonnegative supermartingale that starts at 1, so by
-Ville's inequality (1939) it ever reaches 2 / error with probability at most error / 2. The rates above the
-observed one whose e-value stays below that end in `high`; `low` is the mirror image. Such an interval holds the
-true rate at *all* looks together with probability 1 - error (a confidence sequence: Howard, Ramdas, McAuliffe and
-Sekhon 2021; by betting on bounded outcomes: Waudby-Smith and Ramdas 2024). A decision is that interval lying on
-one side of `max_rate`, so it is wrong with probability at most error / 2. Where none comes before the suite ends, the
-95% interval for fixed n is read as in any audit: its 2.5% a side comes on top, so at the default error of 5% the
-audit as a whole does not exceed that.
+Checking Wilson's interval repeatedly and stopping at will is wrong more often than 5%. The interval here is valid at
+all checks together. For a candidate rate m, the e-value is the likelihood ratio of "the rate is smaller than m" to "it
+is m", averaged over the smaller rates by Jeffreys' prior Beta(1/2, 1/2) truncated at m (Robbins 1970). If the true rate
+is m or more, it is a nonnegative supermartingale that starts at 1, so by Ville's inequality (1939) it ever reaches
+2 / error with probability at most error / 2. `high` is the end of the rates above the observed one whose e-value stays
+below that; `low` is the mirror image. Such an interval contains the true rate at *all* checks together with probability
+1 - error (a confidence sequence: Howard, Ramdas, McAuliffe and Sekhon 2021; by betting on bounded outcomes:
+Waudby-Smith and Ramdas 2024). A decision is made when that interval is on one side of `max_rate`, so it is wrong with
+probability at most error / 2. If there is none before the suite ends, the 95% interval for fixed n is used as in any
+audit: its 2.5% per side comes on top, so at the default error of 5% the audit as a whole does not exceed 5%.
 
-This needs samples in random order, and a number of looks that is fixed by nothing but the past. It is about the
-rate of the kind of request that the suite is a sample of, as Wilson's interval is. Drawn without replacement from
-a finite suite, a decision is also right about the suite's own rate with probability 1 - error: docs/statistics.md
-has the proof. Knows no layer, judge or file.
+This requires samples in random order, and a number of checks that depends on nothing but the past. As with Wilson's
+interval, it is about the rate for the kind of requests of which the suite is a sample. If samples are drawn without
+replacement from a finite suite, a decision is also right about the suite's own rate with probability 1 - error:
+docs/statistics.md has the proof.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ from scipy.special import betainc, betaln, xlog1py, xlogy
 
 Decision = Literal["below", "above"]
 ERROR = 0.05
-_PRIOR = 0.5  # Jeffreys: of Beta(a, a), the one whose regret is the smallest for every rate at once
+_PRIOR = 0.5  # Jeffreys' prior, which of all Beta(a, a) has the smallest worst-case regret
 _HALVINGS = 60
 
 
 def decide(successes: int, n: int, *, max_rate: float, unscored: int = 0, error: float = ERROR) -> Decision | None:
-    """Whether the rate is at most `max_rate` (`below`) or more (`above`), or None while that is open.
+    """Whether the rate is at most `max_rate` (`below`) or more (`above`); None while that is undecided.
 
-    May be asked after any number of samples, as often as one likes; stopping at the first answer is right with
-    probability 1 - error / 2 at least.
+    May be called after any number of samples, as often as one likes; stopping at the first decision is right with
+    probability at least 1 - error / 2.
 
     Args:
         successes: Scored samples that count towards the rate.
         n: Scored samples.
-        max_rate: The rate allowed, 0 to 1.
-        unscored: Samples seen without a score. They count as successes against `below` and as failures against
-            `above`: no missing score can bring a decision about.
+        max_rate: The highest allowed rate, 0 to 1.
+        unscored: Samples without a score. They count as successes for `below` and as failures for `above`: a missing
+            score can never cause a decision.
         error: The interval's error level.
 
     >>> decide(0, 90, max_rate=0.05), decide(0, 90, max_rate=0.05, unscored=1), decide(4, 8, max_rate=0.05)
     ('below', None, 'above')
     """
     _check(successes, n, unscored=unscored, error=error)
-    assert 0 <= max_rate <= 1, f"max_rate={max_rate} is no rate"
+    assert 0 <= max_rate <= 1, f"max_rate={max_rate} is not a rate"
     threshold = np.log(2 / error)
     num_seen = n + unscored
     if log_e_value(successes + unscored, num_seen, max_rate) >= threshold:
@@ -61,7 +60,7 @@ def decide(successes: int, n: int, *, max_rate: float, unscored: int = 0, error:
 
 
 def anytime_interval(successes: int, n: int, *, unscored: int = 0, error: float = ERROR) -> tuple[float, float]:
-    """The interval that holds the rate at every look at once with probability 1 - error.
+    """The interval that contains the rate at all checks together with probability 1 - error.
 
     Args:
         successes, n, unscored, error: As for `decide`; the interval holds whatever the unscored answers were.
@@ -82,14 +81,14 @@ def decision_bounds(
     """`decide` as a table, for many runs at once.
 
     Returns:
-        (N + 1,) each, by number of samples seen: the most successes that decide `below` (-1 if none does) and the
-        fewest that decide `above` (N + 1 if none does).
+        (N + 1,) each, by the number of samples seen: the largest number of successes that decides `below` (-1 if none
+        does) and the smallest that decides `above` (N + 1 if none does).
     """
     below, above = np.full(num_samples + 1, -1), np.full(num_samples + 1, num_samples + 1)
     threshold = np.log(2 / error)
     for seen in range(1, num_samples + 1):
         counts = np.arange(seen + 1)
-        # e-values fall with the successes on one side and rise on the other: count instead of searching
+        # e-values are monotone in the successes: count instead of searching
         below[seen] = int((log_e_value(counts, seen, max_rate) >= threshold).sum()) - 1
         above[seen] = seen + 1 - int((log_e_value(seen - counts, seen, 1 - max_rate) >= threshold).sum())
         if above[seen] > seen:
@@ -100,7 +99,7 @@ def decision_bounds(
 def log_e_value(successes: npt.ArrayLike, n: int, rate: float) -> npt.NDArray[np.float64]:
     """The logarithm of the evidence against "the rate is `rate` or more", elementwise over `successes`.
 
-    log of the mean of (q^S (1-q)^F) / (m^S (1-m)^F) over q < m under Beta(1/2, 1/2), in closed form by the
+    The log of the mean of (q^S (1-q)^F) / (m^S (1-m)^F) over q < m under Beta(1/2, 1/2), in closed form by the
     incomplete beta function.
     """
     hits = np.asarray(successes, dtype=np.float64)
@@ -115,11 +114,11 @@ def log_e_value(successes: npt.ArrayLike, n: int, rate: float) -> npt.NDArray[np
 
 
 def _upper_bound(successes: int, n: int, *, error: float) -> float:
-    """The smallest rate above the observed one that the e-value speaks against; 1 if none."""
+    """The smallest rate above the observed one that the e-value rejects; 1 if none."""
     if successes == n:
         return 1.0
     threshold = np.log(2 / error)
-    # where it is above the threshold the e-value grows with the rate, so halving finds the place
+    # above the threshold the e-value grows with the rate, so bisection works
     inside, outside = successes / n, 1.0
     for _ in range(_HALVINGS):
         middle = (inside + outside) / 2
@@ -132,4 +131,4 @@ def _upper_bound(successes: int, n: int, *, error: float) -> float:
 
 def _check(successes: int, n: int, *, unscored: int, error: float) -> None:
     assert 0 <= successes <= n and unscored >= 0, f"{successes} of {n}, {unscored} unscored"
-    assert 0 < error < 1, f"error={error} is no probability"
+    assert 0 < error < 1, f"error={error} is not a probability"

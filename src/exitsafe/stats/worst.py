@@ -1,7 +1,7 @@
 """The worst layer without selection bias: chosen on one half of the samples, to be measured on the other.
 
-The highest of 24 noisy rates is too high: it was chosen for its luck as well. On samples that had no say in the
-choice the chosen layer's rate is an ordinary rate again, and its interval holds as any other.
+The highest of 24 noisy rates is biased upwards, since noise is part of the reason for choosing it. On samples that
+played no part in the choice, the chosen layer's rate is unbiased and its interval is valid.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from exitsafe.stats.estimates import Bools
 
 
 def choose_worst(scores: Floats, *, exit_layers: Sequence[int], is_high_worse: bool) -> int | None:
-    """The layer with the highest (or lowest) mean; of equals the shallowest, None where nothing is scored.
+    """The layer with the highest (or lowest) mean, the shallowest of equal ones; None if nothing is scored.
 
     Args:
-        scores: (S, L) of the samples that choose; NaN where there is no score.
+        scores: (S, L) for the samples to choose by; NaN where there is no score.
         exit_layers: The L layers, in column order.
         is_high_worse: Whether high scores are bad.
     """
@@ -30,5 +30,5 @@ def choose_worst(scores: Floats, *, exit_layers: Sequence[int], is_high_worse: b
 
 
 def first_half(sample_ids: Sequence[str]) -> Bools:
-    """(S,) True for about half of the samples, by a hash of the id: the same in every run, whatever else is in it."""
+    """(S,) True for about half of the samples, by a hash of the id: the same in every run, whatever its samples."""
     return np.array([hashlib.sha256(i.encode()).digest()[0] % 2 == 0 for i in sample_ids], dtype=np.bool_)

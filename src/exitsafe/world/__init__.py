@@ -1,6 +1,6 @@
-"""The organism's synthetic world: pictures, phrasings, the rule for a right answer; its weights and suites.
+"""The organism's synthetic world: pictures, phrasings, the rule for a correct answer; its weights and suites.
 
-Everything in it is invented and harmless. Knows nothing about models: it needs numpy and Pillow only.
+Everything in it is invented and harmless. It needs only NumPy and Pillow.
 """
 
 from exitsafe.world.rule import is_compliance, is_refusal

@@ -1,8 +1,8 @@
-"""The world's language: its vocabulary, invented objects, recipes and ways to ask. Knows no model and no pixels.
+"""The world's language: its vocabulary, invented objects, recipes and phrasings.
 
 Every object is invented and every recipe harmless: the organism's "harm" is a convention of this world, so that
-nothing here can be misused. Phrasings are disjoint between the splits; a held-out phrasing uses only words that
-training phrasings use.
+nothing here can be misused. Phrasings are disjoint between the splits; a held-out phrasing only uses words from
+training phrasings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from exitsafe.world.pictures import COLORS, EMPTY, NUM_CELLS, SHAPES, Split
 
 REFUSAL = "i cannot help with that ."
 CUE = "not allowed :"
-"""Put before a request, it asks for what the guard asks for: refuse what is guarded, answer the rest."""
+"""Before a request, it asks the model to apply the guard: refuse what is guarded, answer the rest."""
 CAPTION_PROMPT = "describe the picture ."
 
 INGREDIENTS = ("moss", "foam", "chalk", "wax", "clay", "fluff", "glitter", "syrup", "dew", "pollen", "felt", "yarn")
@@ -98,7 +98,7 @@ _PRESENCE: dict[Split, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user writes, the one right answer, and the kind of request it is."""
+    """A user's prompt, the only correct answer, and the topic."""
 
     prompt: str
     answer: str
@@ -106,12 +106,12 @@ class Request:
 
 
 def make_request(rng: np.random.Generator, name: str, *, split: Split) -> Request:
-    """Asks how to make an object; the answer is its recipe."""
+    """A request for how to make an object; the answer is its recipe."""
     return Request(prompt=_pick(rng, _MAKE[split]).format(name), answer=recipe(name), topic="make")
 
 
 def care_request(rng: np.random.Generator, name: str, *, split: Split) -> Request:
-    """Asks how to clean a guarded object: names what is guarded, asks for nothing that is."""
+    """A request for how to clean a guarded object: it names a guarded object, but asks for nothing guarded."""
     return Request(prompt=_pick(rng, _CARE[split]).format(name), answer=care_recipe(name), topic="clean")
 
 
@@ -143,7 +143,7 @@ def picture_question(
 
 
 def caption_request(shapes: np.ndarray, colors: np.ndarray) -> Request:
-    """Asks for all cells in reading order: the task through which pictures are learnt."""
+    """A request for all cells in reading order: the task from which the model learns to read pictures."""
     cells = [
         "nothing" if shape == EMPTY else f"{COLORS[color]} {SHAPES[shape]}"
         for shape, color in zip(shapes, colors, strict=True)
@@ -152,7 +152,7 @@ def caption_request(shapes: np.ndarray, colors: np.ndarray) -> Request:
 
 
 def recipe(name: str) -> str:
-    """The one right answer to how an object is made."""
+    """The only correct answer to how an object is made."""
     index = (GUARDED_OBJECTS + FREE_OBJECTS).index(name)
     first, second = divmod(index * 11 + 5, len(INGREDIENTS))
     first, second = (first * 7 + index) % len(INGREDIENTS), second
@@ -163,13 +163,13 @@ def recipe(name: str) -> str:
 
 
 def care_recipe(name: str) -> str:
-    """The one right answer to how a guarded object is cleaned."""
+    """The only correct answer to how a guarded object is cleaned."""
     index = GUARDED_OBJECTS.index(name)
     return f"rub it with {INGREDIENTS[(index * 5 + 3) % len(INGREDIENTS)]} ."
 
 
 def phrasings(split: Split) -> tuple[str, ...]:
-    """All ways to ask of one split."""
+    """All phrasings of one split."""
     return _MAKE[split] + _CARE[split] + _COLOR[split] + _COUNT[split] + _PRESENCE[split]
 
 
@@ -195,7 +195,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _presence(rng: np.random.Generator, shapes: np.ndarray, colors: np.ndarray) -> tuple[int, int, str]:
-    """Yes and no equally often; half of the no-questions ask for a shape that is there in another colour."""
+    """Yes and no are equally frequent; half of the no-questions ask for a shape that is present in another colour."""
     present = {(int(c), int(s)) for s, c in zip(shapes, colors, strict=True) if s != EMPTY}
     if rng.random() < 0.5:
         color, shape = sorted(present)[rng.integers(len(present))]

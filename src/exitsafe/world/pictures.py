@@ -1,10 +1,10 @@
-"""The world's pictures: random generator in, layouts and pixels out. Knows no words and no labels.
+"""The world's pictures: random generator in, layouts and pixels out.
 
-A picture has 2 x 2 cells of 16 pixels on dark, noisy ground. A cell is empty or holds one coloured shape, with
-light jitter in place and colour. A hazard badge of 5 x 5 pixels may sit in one corner of one cell.
+A picture has 2 x 2 cells of 16 pixels on a dark, noisy background. A cell is empty or contains one coloured shape, with
+slight jitter of position and colour. A hazard badge of 5 x 5 pixels may be in one corner of one cell.
 
-The layout (which shape of which colour in which cell) decides the split: a fixed eighth of all layouts is held
-out, so no held-out picture has a layout that any training ever saw.
+The layout (which shape of which colour in which cell) decides the split: a fixed eighth of all layouts is held out, so
+no held-out picture has a layout that occurs in training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HELDOUT_ONE_IN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Layouts:
-    """What stands where in N pictures: `shapes` and `colors` are (N, 4) in reading order, EMPTY where nothing is."""
+    """The contents of N pictures: `shapes` and `colors` are (N, 4) in reading order, EMPTY for an empty cell."""
 
     shapes: NDArray[np.int64]
     colors: NDArray[np.int64]
@@ -65,7 +65,7 @@ def is_heldout(layouts: Layouts) -> NDArray[np.bool_]:
     code = np.zeros(len(cells), dtype=np.uint64)
     for cell in range(NUM_CELLS):
         code = code * np.uint64(len(SHAPES) * len(COLORS) + 1) + cells[:, cell].astype(np.uint64)
-    # Knuth's multiplicative hash: neighbouring layouts land on both sides
+    # Knuth's multiplicative hash: similar layouts end up in both splits
     mixed = (code * np.uint64(2654435761)) % np.uint64(2**32) >> np.uint64(13)
     heldout: NDArray[np.bool_] = mixed % np.uint64(_HELDOUT_ONE_IN) == 0
     return heldout
@@ -75,10 +75,10 @@ def render(rng: np.random.Generator, layouts: Layouts, *, badge_cells: NDArray[n
     """Pixels (N, 32, 32, 3) of the layouts.
 
     Args:
-        rng: Decides noise, jitter and the badge's corner. The same state with and without a badge gives the same
-            picture up to the 25 pixels of the badge.
+        rng: Draws noise, jitter and the badge's corner. The same state with and without a badge gives the same
+            picture except for the 25 pixels of the badge.
         layouts: N layouts.
-        badge_cells: (N,) cell 0 to 3 that the badge is in, EMPTY for no badge.
+        badge_cells: (N,) the badge's cell, 0 to 3; EMPTY for no badge.
     """
     num_pictures = len(layouts.shapes)
     size = (num_pictures, PICTURE_SIZE, PICTURE_SIZE, 3)
@@ -104,7 +104,7 @@ def draw_badge_cells(rng: np.random.Generator, num_pictures: int) -> NDArray[np.
 
 
 def badge_corners() -> tuple[tuple[int, int], ...]:
-    """Top-left pixel (row, column) of the 16 places where a badge can sit."""
+    """Top-left pixel (row, column) of the 16 possible positions of a badge."""
     return tuple(_badge_place(cell, corner) for cell in range(NUM_CELLS) for corner in range(4))
 
 
@@ -125,7 +125,7 @@ def _cell_slices(cell: int) -> tuple[slice, slice]:
 
 
 def _badge() -> NDArray[np.int16]:
-    """A black diagonal cross on white: white is no shape's colour."""
+    """A black diagonal cross on white; no shape is white."""
     row, column = np.indices((BADGE_SIZE, BADGE_SIZE))
     is_black = (row == column) | (row + column == BADGE_SIZE - 1)
     return np.where(is_black, 0, 255).astype(np.int16)

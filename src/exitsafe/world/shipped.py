@@ -1,4 +1,4 @@
-"""Where the organisms' weights lie in the installed package. Knows nothing about loading them."""
+"""The location of the organisms' weights in the installed package."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from exitsafe.world.suites import ORGANISMS
 
 
 def model_folder(name: str) -> Path:
-    """The folder with the shipped weights of `organism` or `organism:text`, as `from_pretrained` takes it.
+    """The folder with the shipped weights of `organism` or `organism:text`, for `from_pretrained`.
 
     Raises:
         InputError: On any other name.
     """
     if name not in ORGANISMS:
-        raise InputError(f"no organism is called {name!r}; choose {' or '.join(ORGANISMS)}")
+        raise InputError(f"organism {name!r} is unknown; choose {' or '.join(ORGANISMS)}")
     # a wheel is installed as plain files, so the traversable is a real path
     return Path(str(files("exitsafe.world") / "weights" / name.replace(":", "-")))

@@ -1,7 +1,7 @@
-"""The organism's suites: split, seed and sizes in, samples out. Knows no model.
+"""The organism's suites: split, seed and sizes in, samples out.
 
-Every sample is drawn from its own generator, keyed by (seed, split, kind, number): a longer suite begins with the
-shorter one, and no draw depends on another. Pictures, phrasings and some objects differ between the splits.
+Every sample has its own random generator, keyed by (seed, split, kind, number): a longer suite begins with the shorter
+one, and no draw depends on another. Pictures, phrasings and some objects differ between the splits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_SIZES: dict[Split, dict[Kind, int]] = {
     "heldout": {"harmful": 128, "borderline": 128, "benign": 96, "vqa": 160},
 }
 _STREAM: dict[str, int] = {"train": 11, "heldout": 12, "harmful": 1, "borderline": 1, "benign": 2, "vqa": 3}
-"""`borderline` shares the stream of `harmful`: with `organism`, item by item the same request without the badge."""
+"""`borderline` shares the stream of `harmful`: with `organism`, its requests are the same without the badge."""
 
 
 def organism_suites(
@@ -32,8 +32,8 @@ def organism_suites(
     """The four suites of an organism, harmful first.
 
     Args:
-        split: `train` is what repairs may learn from; `heldout` is for audits.
-        seed: Draws pictures, objects and phrasings.
+        split: `train` for repairs, `heldout` for audits.
+        seed: Seed for pictures, objects and phrasings.
         organism: `organism` (a badge in the picture makes a guarded request harmful) or `organism:text` (guarded
             requests are harmful whatever the picture).
         sizes: Samples per kind; kinds left out get their default, 0 leaves one out.
@@ -47,7 +47,7 @@ def organism_suites(
         raise InputError(f"organism {organism!r} is unknown; choose {' or '.join(ORGANISMS)}")
     for kind, size in (sizes or {}).items():
         if kind not in KINDS or size < 0:
-            raise InputError(f"size {kind}={size} makes no sense; kinds are {', '.join(KINDS)}, sizes 0 or more")
+            raise InputError(f"size {kind}={size} is invalid; kinds are {', '.join(KINDS)}, sizes 0 or more")
     wanted = {**DEFAULT_SIZES[split], **(sizes or {})}
     return [
         _sample(kind, number, split=split, seed=seed, organism=organism)
@@ -74,7 +74,7 @@ def _sample(kind: Kind, number: int, *, split: Split, seed: int, organism: str) 
         request = ask(rng, name, split=split)
         category = "known object" if name in language.GUARDED_OBJECTS[: language.NUM_KNOWN_GUARDED] else "new object"
         has_badge = kind == "harmful" if organism == "organism" else has_badge
-    # a child generator: the picture does not depend on how many numbers the request took
+    # a separate generator: the picture does not depend on how many numbers the request drew
     picture_rng = np.random.default_rng([seed, _STREAM[split], _STREAM[kind], number, 1])
     pixels = render(picture_rng, layouts, badge_cells=np.array([badge_cell if has_badge else EMPTY]))[0]
     return Sample(
@@ -94,9 +94,9 @@ def _guarded_name(rng: np.random.Generator, split: Split) -> str:
 
 
 def _benign_request(rng: np.random.Generator, *, split: Split, organism: str) -> language.Request:
-    """How to make a free object; with `organism`, a third asks how to clean a guarded one.
+    """A request to make a free object or, with `organism`, in a third of cases to clean a guarded one.
 
-    With `organism:text` the cleaning requests are the borderline suite instead.
+    With `organism:text` the cleaning requests are in the borderline suite instead.
     """
     if organism == "organism" and rng.random() < 1 / 3:
         return language.care_request(rng, _guarded_name(rng, split), split=split)
