@@ -33,7 +33,7 @@ def texts(svg: str) -> list[str]:
 
 def test_a_drawing_says_what_it_is_and_lines_differ() -> None:
     lines = [(look, points(0.2 + 0.1 * i)) for i, look in enumerate(LOOKS[:2])]
-    chart = line_chart(lines, exit_layers=LAYERS, default_exit=23)
+    chart = line_chart(lines, exit_layers=LAYERS, default_exit=23, size=(330, 190))
     svg = to_svg(chart, name="one", title="A <b> & c", description="From 1 to 2.")
     assert 'role="img" aria-labelledby="one-title one-description"' in svg
     assert '<title id="one-title">A &lt;b&gt; &amp; c</title><desc id="one-description">From 1 to 2.</desc>' in svg
@@ -54,7 +54,7 @@ def test_only_known_shapes_and_attributes_are_kept(monkeypatch: MonkeyPatch) -> 
         '<image href="http://a"/><text class="x" fill="#000" style="fill:red">kept</text></g><foreignObject/></svg>'
     )
     monkeypatch.setattr(vl_convert, "vegalite_to_svg", lambda specification: drawn)
-    chart = line_chart([], exit_layers=LAYERS, default_exit=1)
+    chart = line_chart([], exit_layers=LAYERS, default_exit=1, size=(330, 190))
     svg = to_svg(chart, name="one", title="t", description="d")
     assert re.sub("<title.*</desc>", "", svg) == (
         '<svg width="9" xmlns="http://www.w3.org/2000/svg" class="chart" role="img" '

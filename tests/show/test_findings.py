@@ -178,7 +178,7 @@ def test_the_verdict_on_runs_that_cannot_be_compared_and_on_many() -> None:
     worse = make_comparison([difference("asr", "average", 0.2, 0.4, 0.01)])
     compared = {"a": make_comparison(REPAIR), "b": worse, "c": None, "d": make_comparison(REPAIR)}
     assert verdict([("base", make_run()), *((label, make_run()) for label in compared)], compared) == (
-        "Attack success averaged over exits, against base, is lower in a and d; higher in b; not compared in c."
+        "Attack success averaged over exits, compared with base, is lower in a and d; higher in b; not compared in c."
     )
 
 

@@ -217,6 +217,7 @@ def _metric_figure(
         default_exit=default_exit,
         is_rate=is_rate(metric),
         from_zero=metric != "reward",
+        size=(420, 230) if metric == "asr" else (330, 190),
     )
     said = [f"{label}: {_in_words(metric, points, default_exit)}." for label, (_, points) in lines.items()]
     svg = to_svg(chart, name=name, title=f"{title} by exit layer", description=" ".join([*said, _SEE_TABLE]))

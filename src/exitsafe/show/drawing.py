@@ -105,7 +105,7 @@ def line_chart(
     default_exit: int,
     is_rate: bool = True,
     from_zero: bool = True,
-    size: tuple[int, int] = (330, 190),
+    size: tuple[int, int],
 ) -> Drawing:
     """Lines by exit layer with their bands; the default exit is marked.
 

@@ -116,7 +116,7 @@ def _of_many(runs: Sequence[LabelledRun], compared: Compared) -> str:
         f"{word} in {listed(labels[word])}" for word in (LOWER, HIGHER, NOT_SHOWN, "not compared") if word in labels
     ]
     attacks = as_opening(title_in((run for _, run in runs), "asr"))
-    return f"{attacks} averaged over exits, against {runs[0][0]}, is {'; '.join(words)}."
+    return f"{attacks} averaged over exits, compared with {runs[0][0]}, is {'; '.join(words)}."
 
 
 def _asr(run: AuditRun, exit_layer: int, found: Estimate) -> str:
