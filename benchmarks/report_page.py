@@ -15,7 +15,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks.timing import best_seconds
-from exitsafe.show.page import render_report
+from exitsafe.show.report import render_report
 from tests.show.chromium import CHROMIUM, FLAGS
 from tests.show.transcript_runs import write_run
 

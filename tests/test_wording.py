@@ -19,7 +19,7 @@ from exitsafe.exporting.model_card import _eval_results, _what_was_measured
 from exitsafe.judges.refusal_prefix import RefusalPrefix
 from exitsafe.recommend import recommend
 from exitsafe.results.run import AuditRun
-from exitsafe.show.page import render_report
+from exitsafe.show.report import render_report
 from exitsafe.show.tables import audit_tables
 from tests.fake_vlm import SAMPLES, FakeVLM, audit_fake
 from tests.show.page_runs import write_run

@@ -89,7 +89,7 @@ def test_baselines_are_trained_audited_and_drawn(tmp_path: Path, capsys: pytest.
 def test_without_the_report_extra_there_is_no_chart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("exitsafe.show.document.find_spec", lambda name: None)
+    monkeypatch.setattr("exitsafe.show.html_page.find_spec", lambda name: None)
     assert run(["demo", "--out", str(tmp_path / "demo")]) == 0
     output = capsys.readouterr()
     assert "exitsafe[report]" in output.out

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exitsafe.show import transcripts
-from exitsafe.show.document import security_policy
+from exitsafe.show.html_page import security_policy
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make install")
 expect = playwright_api.expect

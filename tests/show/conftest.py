@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from exitsafe.show.page import render_report
+from exitsafe.show.report import render_report
 from tests.show.transcript_runs import always_refuses, hostile, write_run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from exitsafe.show.page import render_report
+from exitsafe.show.report import render_report
 from tests.show.chromium import expect, needs_chromium, open_first, opened
 from tests.show.page_runs import write_run
 

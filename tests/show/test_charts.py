@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from exitsafe.errors import ExitsafeError, InputError, RunError
-from exitsafe.show import document
+from exitsafe.show import html_page
 from exitsafe.show.charts import MAX_CATEGORIES, category_figures, category_rates, draw_chart
 from exitsafe.show.tables import LabelledRun
 from tests.show.page_runs import write_run
@@ -66,7 +66,7 @@ def test_what_cannot_be_drawn(two: list[LabelledRun], tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         draw_chart(two, tmp_path / "file" / "chart.svg")
-    monkeypatch.setattr(document, "find_spec", lambda name: None)
+    monkeypatch.setattr(html_page, "find_spec", lambda name: None)
     with pytest.raises(ExitsafeError, match=r"pip install \"exitsafe\[report\]\""):
         draw_chart(two, tmp_path / "chart.svg")
     assert not (tmp_path / "chart.svg").exists()

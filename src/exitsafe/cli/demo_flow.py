@@ -19,7 +19,7 @@ from exitsafe.lppo.config import AlignSpec, LPPOConfig
 from exitsafe.results.comparison import Comparison, compare
 from exitsafe.results.run import AuditRun
 from exitsafe.show.charts import draw_chart
-from exitsafe.show.document import check_can_render
+from exitsafe.show.html_page import check_can_render
 from exitsafe.specs.verbs import AuditSpec
 
 

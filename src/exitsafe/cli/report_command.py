@@ -14,8 +14,8 @@ def report_command(spec: ReportSpec, show: console.Show) -> None:
     first. The page of a training run shows its metrics by step and the answers that save_completions kept.
     """
     from exitsafe.results.run import label_runs, load_run
-    from exitsafe.show.page import render_report
-    from exitsafe.show.training import is_training_run, render_training
+    from exitsafe.show.report import render_report
+    from exitsafe.show.training_report import is_training_run, render_training
 
     texts = spec.include_unsafe_text
     trainings = [run for run in spec.runs if is_training_run(run)]

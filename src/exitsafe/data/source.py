@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -11,6 +11,7 @@ from exitsafe.data.registry import absolute_names, load_suites, resolve_suites
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
 from exitsafe.specs.inputs import Samples
+from exitsafe.untrusted import JsonObject
 from exitsafe.world.profile import profile_of
 
 
@@ -27,7 +28,7 @@ class SampleSource(Samples):
     split: Literal["train", "heldout"] = "heldout"
     seed: int = 0
     organism: Literal["organism", "organism:text"] = "organism"
-    hub: Mapping[str, Mapping[str, Any]] | None = None
+    hub: Mapping[str, JsonObject] | None = None
 
     def read(self) -> list[Sample]:
         """The samples, the same ones every time."""
@@ -50,7 +51,7 @@ def find_samples(
     split: Literal["train", "heldout"],
     seed: int,
     otherwise: str = "--suite NAME_OR_FILE",
-    hub: Mapping[str, Any] | None = None,
+    hub: Mapping[str, JsonObject] | None = None,
 ) -> SampleSource:
     """What is wanted, valid in every folder and at fixed commits; an organism brings its own suites.
 

@@ -14,8 +14,8 @@ from exitsafe.results.comparison import check_comparable
 from exitsafe.results.metrics import BY_NAME, METRICS, Metric, as_noun, judge_of, meaning_of
 from exitsafe.results.numbers import amount, is_rate, listed, percent
 from exitsafe.results.run import AuditRun, title_in
-from exitsafe.show.document import check_can_render
 from exitsafe.show.drawing import LOOKS, Cell, Line, Point, figure_of, heat_chart, line_chart, to_png, to_svg
+from exitsafe.show.html_page import check_can_render
 from exitsafe.show.names import judge_names, numbered, shown
 from exitsafe.show.table import Table
 from exitsafe.show.tables import LabelledRun, Series, exit_table, series_of

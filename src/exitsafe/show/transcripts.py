@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from exitsafe.errors import RunError
 from exitsafe.judges.qwen3guard import CATEGORIES
 from exitsafe.results.run import AuditRun
-from exitsafe.show.document import asset, page_environment
+from exitsafe.show.html_page import asset, page_environment
 from exitsafe.show.names import judge_names
 from exitsafe.show.tables import LabelledRun
 from exitsafe.store.files import PRIVATE, PUBLIC, write_whole

@@ -10,7 +10,7 @@ import pytest
 
 from exitsafe.errors import InputError, RunError
 from exitsafe.lppo.folder import COMPLETIONS
-from exitsafe.show.training import MAX_ROWS, render_training
+from exitsafe.show.training_report import MAX_ROWS, render_training
 
 HOSTILE = "first <script>window.hacked=1</script>\nsecond \u202e line"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exitsafe.errors import RunError
 from exitsafe.lppo.folder import COMPLETIONS
-from exitsafe.show.document import check_can_write, write_page
+from exitsafe.show.html_page import check_can_write, write_page
 from exitsafe.show.names import shown, without_folder
 from exitsafe.show.table import Column, Row, Table
 from exitsafe.untrusted import UnreadableError, parse_json, read_json

@@ -11,9 +11,9 @@ from exitsafe.results.comparison import compare
 from exitsafe.results.metrics import AGGREGATES
 from exitsafe.results.run import AuditRun
 from exitsafe.show.charts import category_figures, check_runs, metric_figures
-from exitsafe.show.document import check_can_render, check_can_write, write_page
 from exitsafe.show.drawing import LOOKS, STEP_COLORS, STEPS
 from exitsafe.show.findings import findings, limits, model_name, settings_changed
+from exitsafe.show.html_page import check_can_render, check_can_write, write_page
 from exitsafe.show.names import shown
 from exitsafe.show.tables import LabelledRun, comparison_tables, default_tables, judges_tables, method_table
 from exitsafe.show.transcripts import build_transcripts
@@ -62,7 +62,7 @@ def render_report(
     content = _content(runs, compared)
     return write_page(
         out,
-        "page.html.j2",
+        "report.html.j2",
         title=title or f"{model_name(runs[0][1])}: safety by exit layer",
         include_unsafe_text=include_unsafe_text,
         styles=[transcripts.style],

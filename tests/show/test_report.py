@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from exitsafe.errors import ExitsafeError, InputError, RunError
-from exitsafe.show import document
-from exitsafe.show.page import render_report
+from exitsafe.show import html_page
+from exitsafe.show.report import render_report
 from tests.show.page_runs import ANSWER, write_run
 
 HOSTILE = (
@@ -264,7 +264,7 @@ def test_what_makes_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (deep.path / "verdicts.parquet").write_bytes(b"")
     with pytest.raises(RunError, match=r"verdicts\.parquet cannot be read"):
         render_report([("a", deep)], out=out)
-    monkeypatch.setattr(document, "find_spec", lambda name: None if name == "altair" else find_spec(name))
+    monkeypatch.setattr(html_page, "find_spec", lambda name: None if name == "altair" else find_spec(name))
     with pytest.raises(ExitsafeError, match=r'reports and charts need altair.*pip install "exitsafe\[report\]"'):
         render_report([("a", run)], out=out)
     assert not out.exists()
