@@ -82,7 +82,7 @@ def find_samples(
     )
 
 
-def source_of(origin: Mapping[str, Any]) -> SampleSource:
+def source_of(origin: JsonObject) -> SampleSource:
     """The samples of a run, from its record.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from exitsafe.exits.layers import resolve_layers
 from exitsafe.gate.evidence import (
@@ -116,7 +116,7 @@ class Gate:
         """How many findings."""
         return sum(finding.outcome == outcome for finding in self.findings)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """A JSON object."""
         return {"outcome": self.outcome, **asdict(self)}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -98,7 +97,7 @@ class Rule(BaseModel):
 class _RuleFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    rules: list[Any] = []
+    rules: list[object] = []
     max_unscored: float | None = Field(default=None, ge=0.0, lt=1.0, allow_inf_nan=False)
 
 
@@ -120,7 +119,7 @@ def read_rules(path: str | Path) -> tuple[list[Rule], float | None]:
     )
 
 
-def make_rule(content: Any, *, where: str = "") -> Rule:
+def make_rule(content: object, *, where: str = "") -> Rule:
     """A rule from outside.
 
     Raises:
@@ -137,7 +136,7 @@ def make_rule(content: Any, *, where: str = "") -> Rule:
 def _first_of(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault in a word of ours."""
     fault = error.errors(include_url=False, include_input=False)[0]
-    place: Sequence[Any] = fault["loc"]
+    place = fault["loc"]
     if fault["type"] == "extra_forbidden":
         return f"key {place[0]!r} is unknown; choose {', '.join(model.model_fields)}"
     message = fault["msg"].removeprefix("Value error, ")

@@ -13,12 +13,15 @@ from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from exitsafe.errors import ExitsafeError, InputError
 from exitsafe.show.names import shown
 from exitsafe.store.files import PRIVATE, PUBLIC, write_whole, writing
 from exitsafe.version import __version__
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _NEEDED = ("altair", "jinja2", "vl_convert")
 
@@ -58,7 +61,7 @@ def write_page(
     include_unsafe_text: bool,
     styles: Sequence[str] = (),
     scripts: Sequence[str] = (),
-    **content: Any,
+    **content: object,
 ) -> Path:
     """Render a template and write it whole.
 
@@ -106,7 +109,7 @@ def asset(name: str) -> str:
 
 
 @cache
-def page_environment() -> Any:
+def page_environment() -> Environment:
     """Jinja with everything escaped and nothing undefined."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

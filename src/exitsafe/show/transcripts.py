@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ PAGE_LIMIT = 16 * 2**20
 """Bytes of data that the page carries; a mail still takes it. What is beyond goes to the sidecar, texts first."""
 HASH_BYTES = 6
 """Half a million different answers collide once in 2,000 reports."""
+D = TypeVar("D", bound=np.generic)
 _MARK = "exitsafe transcripts"
 _LEVEL = 6
 
@@ -81,7 +82,7 @@ def build_transcripts(runs: Sequence[LabelledRun], *, out: Path, include_unsafe_
     texts = [_packed(rows) for rows in _texts(grid)] if include_unsafe_text else []
     beside = out.with_name(f"{out.stem}.transcripts.jsonl")
     sidecar = _Sidecar(secrets.token_hex(16))
-    parts: dict[str, Any] = {"columns": columns, "texts": texts}
+    parts: dict[str, object] = {"columns": columns, "texts": texts}
     if sum(map(len, columns.values())) + sum(map(len, texts)) > PAGE_LIMIT:
         parts["texts"] = [sidecar.add(text) for text in texts]
         if sum(map(len, columns.values())) > PAGE_LIMIT:
@@ -105,7 +106,7 @@ def build_transcripts(runs: Sequence[LabelledRun], *, out: Path, include_unsafe_
     )
 
 
-def _index(grid: AnswerGrid, runs: Sequence[LabelledRun]) -> dict[str, Any]:
+def _index(grid: AnswerGrid, runs: Sequence[LabelledRun]) -> dict[str, object]:
     """What the filters and the table's edges show; small."""
     called = judge_names(found.judge for run in grid.runs for found in run.verdicts)
     defaults = {run.summary.get("default_exit") for _, run in runs}
@@ -194,7 +195,7 @@ class _Sidecar:
         self.num_bytes += len(line)
         return [start, len(part)]
 
-    def described(self, name: str) -> dict[str, Any]:
+    def described(self, name: str) -> dict[str, object]:
         """What the page knows of the file: enough to tell it from another report's."""
         return {"name": name, "bytes": self.num_bytes, "heading": self.head.decode().rstrip()}
 
@@ -213,13 +214,13 @@ def _write_or_remove(path: Path, content: bytes | None, *, is_private: bool) -> 
             path.unlink()
 
 
-def _packed(content: Any) -> str:
+def _packed(content: object) -> str:
     """zlib and base64 of an array's bytes, or of JSON."""
     raw = content.tobytes() if isinstance(content, np.ndarray) else json.dumps(content).encode()
     return base64.b64encode(zlib.compress(raw, _LEVEL)).decode()
 
 
-def _embeddable(data: dict[str, Any]) -> str:
+def _embeddable(data: dict[str, object]) -> str:
     """JSON in ASCII without a character that means something to HTML."""
     text = json.dumps(data, separators=(",", ":"))
     for character in "<>&":
@@ -271,7 +272,7 @@ class Answers:
     tokens: npt.NDArray[np.uint32]
     chars: npt.NDArray[np.uint32]
     rows: npt.NDArray[np.int64]
-    texts: Any
+    texts: pa.StringArray
     verdicts: tuple[Verdicts, ...]
 
 
@@ -313,7 +314,7 @@ def _answers(run: AuditRun, rows: Mapping[str, int], exit_layers: tuple[int, ...
     """A run's answers; `rows` has the grid's row of each of its samples, by id."""
     shape = num_samples, len(exit_layers)
 
-    def place(table: Any) -> npt.NDArray[np.int64]:
+    def place(table: pa.Table) -> npt.NDArray[np.int64]:
         """Flat places in the grid of a table's rows."""
         ids = pc.index_in(table["sample_id"], value_set=pa.array(rows, type=pa.string()))
         layers = pc.index_in(table["exit_layer"], value_set=pa.array(exit_layers, type=pa.int32()))
@@ -322,7 +323,9 @@ def _answers(run: AuditRun, rows: Mapping[str, int], exit_layers: tuple[int, ...
         found: npt.NDArray[np.int64] = np.array(list(rows.values()))[ids.to_numpy()] * shape[1] + layers.to_numpy()
         return found
 
-    def lay(places: npt.NDArray[np.int64], values: Any, dtype: Any, *, empty: Any = 0) -> npt.NDArray[Any]:
+    def lay(
+        places: npt.NDArray[np.int64], values: npt.ArrayLike, dtype: type[D], *, empty: float = 0
+    ) -> npt.NDArray[D]:
         grid = np.full(shape, empty, dtype=dtype)
         grid.reshape(-1)[places] = values
         return grid
@@ -360,7 +363,7 @@ _OF_RESPONSE = ("sample_id", "exit_layer", "text", "num_tokens", "finish_reason"
 _OF_VERDICT = ("sample_id", "exit_layer", "judge", "measure", "label", "score", "unscored")
 
 
-def _read(run: AuditRun, name: str, columns: Sequence[str]) -> Any:
+def _read(run: AuditRun, name: str, columns: Sequence[str]) -> pa.Table:
     try:
         return pq.read_table(run.path / name, columns=list(columns))
     except (OSError, pa.ArrowException) as error:
