@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.long_prompt import long_prompt_vlm, picture_questions
 from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig
-from exitsafe.lppo.experience import deal, estimate_advantages, measure, token_rewards
 from exitsafe.lppo.features import FeatureStore
+from exitsafe.lppo.logprobs import measure
+from exitsafe.lppo.minibatches import deal
 from exitsafe.lppo.policy import attached_policy
-from exitsafe.lppo.update import Learner
+from exitsafe.lppo.update import Experience, Learner
 
 NUM_PROMPTS, GROUP_SIZE, RESPONSE_TOKENS = 2, 4, 100
 
@@ -54,11 +55,11 @@ def update_flops(vlm: VLM, *, pack: bool) -> int:
             policy.pack_size = 1
         batch = deal(vlm, rows, responses, config=config, rng=np.random.default_rng(0))
         measured = measure(policy, batch)
-        rewards = token_rewards(measured, torch.arange(len(rows)).float(), kl_coef=0.05)
-        advantages, returns = estimate_advantages(measured, rewards, config=config)
         learner = Learner(policy, config)
+        # what the tokens are worth costs no pass
+        experience = Experience(batch=batch, measured=measured, advantages=measured.logprobs, returns=measured.values)
         with FlopCounterMode(display=False) as counter:
-            learner.update(batch, measured, advantages, returns, train_policy=True, rng=np.random.default_rng(0))
+            learner.update(experience, train_policy=True, rng=np.random.default_rng(0))
     return int(counter.get_total_flops())
 
 

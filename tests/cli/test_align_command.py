@@ -202,7 +202,7 @@ def test_a_proxy_is_warned_of_before_it_is_optimised(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("exitsafe.lppo.trainer.rollout", stop)
+    monkeypatch.setattr("exitsafe.lppo.state.rollout", stop)
     flags = ["--suite", str(suite), "--reward", "refusal-prefix", "--steps", "2", "--out", str(tmp_path / "run")]
     run(["align", str(tiny_llava), *flags])
     words = " ".join(capsys.readouterr().err.split())

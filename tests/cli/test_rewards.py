@@ -197,7 +197,7 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
         return rollout(*args, draw=draw, **settings)
 
     with monkeypatch.context() as patched:
-        patched.setattr("exitsafe.lppo.trainer.rollout", stopped)
+        patched.setattr("exitsafe.lppo.state.rollout", stopped)
         assert run([*align, *watch]) == INTERRUPTED
     output = capsys.readouterr()
     assert output.out == ""

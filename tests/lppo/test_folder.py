@@ -29,22 +29,22 @@ def test_the_same_settings_go_on_and_changed_ones_are_refused_with_the_differenc
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="something else than a training run"):
+    with pytest.raises(RunError, match="is not a training run: choose a new or empty folder"):
         TrainingFolder.open(tmp_path, SETTINGS, SIZES)
-    with pytest.raises(RunError, match="something else than a training run"):
+    with pytest.raises(RunError, match="is not a training run: choose a new or empty folder"):
         TrainingFolder.open(tmp_path / "notes.txt", SETTINGS, SIZES)
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(RunError, match="not a training run's record"):
         TrainingFolder.open(tmp_path, SETTINGS, SIZES)
 
 
-def test_metrics_of_steps_to_be_redone_are_dropped_also_a_torn_line(tmp_path: Path) -> None:
+def test_metrics_of_steps_to_be_redone_are_dropped_and_a_truncated_line(tmp_path: Path) -> None:
     folder = TrainingFolder.open(tmp_path / "run", SETTINGS, SIZES)
     for step in range(3):
         folder.add_metrics({"step": step})
     with (folder.path / "metrics.jsonl").open("a") as lines:
         lines.write('{"st')
-    folder.keep_metrics(2)
+    folder.drop_lines_from(2)
     folder.add_metrics({"step": 2})
     lines_now = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines_now] == [0, 1, 2]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from exitsafe.lppo.advantage import group_advantages
-from exitsafe.lppo.metrics import num_equal_groups
+from exitsafe.lppo.metrics import group_metrics
 
 
 def plain(scores: list[float], groups: list[int]) -> list[float]:
@@ -48,4 +48,4 @@ def test_a_group_of_equal_scores_is_exactly_zero_and_counted() -> None:
     mask = torch.ones(8, 1, dtype=torch.bool)
     advantages = group_advantages(scores, groups, mask)[:, 0]
     assert (advantages == 0).tolist() == [True, True, True, False, False, True, False, True]
-    assert num_equal_groups(scores, groups) == 3
+    assert group_metrics(scores, groups) == {"num_equal_groups": 3}

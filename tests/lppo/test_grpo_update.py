@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import align
-from exitsafe.lppo.experience import compare_groups
+from exitsafe.lppo.advantage import group_advantages
 from exitsafe.records import Response, Sample
 from tests.lppo.conftest import tiny_config
 from tests.lppo.test_update import SCORES, prepared, rng
@@ -26,8 +27,9 @@ def test_the_gradient_is_that_of_the_plain_loss(
     config = tiny_config(
         algorithm="grpo", group_size=4, minibatch_size=8, microbatch_tokens=30, num_epochs=1, max_grad_norm=1e9
     )
-    with prepared(vlm, samples, config) as (policy, learner, batch, measured, _, _):
-        advantages, returns = compare_groups(measured, SCORES, GROUPS)
+    with prepared(vlm, samples, config) as (policy, learner, experience):
+        batch, measured = experience.batch, experience.measured
+        experience = replace(experience, advantages=group_advantages(SCORES, GROUPS, measured.mask))
         rows = list(range(8))
         total, num_tokens = torch.zeros(()), 0
         for row in rows:
@@ -47,7 +49,7 @@ def test_the_gradient_is_that_of_the_plain_loss(
 
         monkeypatch.setattr(learner.optimizer, "step", keep)
         head = policy.value_head.weight.detach().clone()
-        stats = learner.update(batch, measured, advantages, returns, train_policy=True, rng=rng(), kl_coef=0.3)
+        stats = learner.update(experience, train_policy=True, rng=rng(), kl_coef=0.3)
         assert torch.equal(policy.value_head.weight, head)
     assert len(applied) == 1
     assert len(applied[0]) == len(expected)
@@ -62,14 +64,14 @@ def test_answers_stay_with_their_group_when_others_are_unscored(
 ) -> None:
     seen: list[list[int]] = []
 
-    def spy(measured: object, scores: torch.Tensor, groups: torch.Tensor, **settings: object) -> object:
+    def spy(scores: torch.Tensor, groups: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         seen.append(groups.tolist())
-        return compare_groups(measured, scores, groups, **settings)  # type: ignore[arg-type]
+        return group_advantages(scores, groups, mask)
 
     def second_and_last_unscored(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
         return [math.nan if place in (1, 7) else float(place) for place in range(len(responses))]
 
-    monkeypatch.setattr("exitsafe.lppo.trainer.compare_groups", spy)
+    monkeypatch.setattr("exitsafe.lppo.step.group_advantages", spy)
     config = tiny_config(algorithm="grpo", group_size=4, num_steps=2)
     align(vlm, samples, reward=second_and_last_unscored, config=config, out=tmp_path / "run")
     assert seen == [[0, 0, 0, 1, 1, 1]] * 2

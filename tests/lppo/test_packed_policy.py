@@ -13,7 +13,8 @@ from exitsafe.engine.packing import sibling_groups
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig, align
-from exitsafe.lppo.experience import Batch, deal, measure
+from exitsafe.lppo.logprobs import measure
+from exitsafe.lppo.minibatches import Batch, deal
 from exitsafe.lppo.policy import Policy, attached_policy, pack_size
 from exitsafe.records import Sample
 from tests.lppo.conftest import count_red, make_vlm, tiny_config

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
-from exitsafe.lppo import Evaluation, align, keep_apart
-from exitsafe.lppo.experience import Batch, Measured, estimate_advantages, measure, token_rewards
+from exitsafe.lppo import Evaluation, align, gae, keep_apart, masked_whiten, shaped_rewards
+from exitsafe.lppo.logprobs import Measured, measure
 from exitsafe.lppo.metrics import NEVER_TWICE
-from exitsafe.lppo.minibatches import share_out, split
+from exitsafe.lppo.minibatches import Batch, share_out, split
 from exitsafe.lppo.parallel import Team, this_team
 from exitsafe.lppo.policy import PolicyOutput
 from exitsafe.lppo.reward import Reward
@@ -176,8 +176,10 @@ def test_whitening_is_over_all_processes(tmp_path: Path) -> None:
         policy: Any = StubPolicy()
         measured: Measured = measure(policy, batch, this_team())
         assert measured.logprobs.tolist() == [[0.0], [-1.0], [-2.0], [-3.0]]
-        rewards = token_rewards(measured, scores, kl_coef=0.0)
-        advantages, returns = estimate_advantages(measured, rewards, config=tiny_config())
+        mask = measured.mask
+        rewards = shaped_rewards(scores, measured.logprobs, measured.ref_logprobs, mask, kl_coef=0.0)
+        advantages, returns = gae(rewards, measured.values, mask, gamma=1.0, lam=0.95)
+        advantages = masked_whiten(advantages, mask)
         assert advantages[:, 0].tolist() == pytest.approx([2**0.5, 0.0, 0.0, -(2**0.5)], abs=1e-6)
         assert returns[:, 0].tolist() == scores.tolist()
 

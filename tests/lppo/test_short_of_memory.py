@@ -11,17 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from exitsafe.baselines import sft
 from exitsafe.engine import generation
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
 from exitsafe.lppo import align
+from exitsafe.lppo.batch_sizes import BatchSizes
 from exitsafe.lppo.parallel import this_team
 from exitsafe.lppo.policy import Policy, PolicyOutput
-from exitsafe.lppo.trainer import _batch_size
 from exitsafe.lppo.update import Learner
 from tests.forks import together
 from tests.lppo.conftest import count_red, make_samples, tiny_config
+from tests.lppo.test_trainer import CountRed, assert_same_run, interrupt
 
 WHOLE = 10_000
 
@@ -107,6 +109,62 @@ def test_rollouts_take_fewer_rows(vlm: VLM, tmp_path: Path, monkeypatch: pytest.
     assert [size for size in sizes if size > 3] == sizes[:2]  # later steps begin with the smaller size
 
 
+def test_a_resumed_run_starts_with_the_halved_sizes_and_ends_the_same(
+    vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the first step alone, and the second part of the run has plenty."""
+    config = tiny_config(num_steps=4, microbatch_tokens=WHOLE, minibatch_size=8, checkpoint_every=2)
+
+    def run(out: Path, interrupt_at: int, most: int) -> list[int]:
+        with monkeypatch.context() as patch:
+            sizes = fail_over(patch, most)
+            align(vlm, make_samples(), reward=CountRed(interrupt_at, interrupt), config=config, out=out)
+        return sizes
+
+    with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"):
+        whole = run(tmp_path / "whole", -1, 4)
+    with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"), pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", 3, 4)
+    resumed = run(tmp_path / "broken", -1, 100)
+    assert max(resumed) <= 4
+    assert resumed == whole[-len(resumed) :]
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_size_that_the_settings_change_is_taken_from_them() -> None:
+    before = BatchSizes(tiny_config(microbatch_tokens=64, rollout_batch_size=8))
+    for size in (before.microbatch, before.rollout, before.encoder):
+        size.most //= 2
+    with pytest.warns(RuntimeWarning, match="rollout_batch_size is now 4 and microbatch_tokens is now 32 and the enc"):
+        before.agree(3)
+    after = BatchSizes(tiny_config(microbatch_tokens=48, rollout_batch_size=8))
+    after.load_state(before.state())
+    assert (after.microbatch.most, after.rollout.most, after.encoder.most) == (48, 4, 8)
+
+
+def test_fine_tuning_halves_warns_and_resumes_alike(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(num_steps=4, microbatch_tokens=WHOLE, minibatch_size=8, checkpoint_every=2)
+
+    def fine_tune(out: Path, most: int, stop_at: int = -1) -> list[int]:
+        def stop(done: int, total: int, note: str) -> None:
+            if done == stop_at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            sizes = fail_over(patch, most)
+            sft(vlm, make_samples(), with_benign=True, config=config, out=out, progress=stop)
+        return sizes
+
+    with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"):
+        whole = fine_tune(tmp_path / "whole", 4)
+    with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"), pytest.raises(KeyboardInterrupt):
+        fine_tune(tmp_path / "broken", 4, stop_at=3)
+    resumed = fine_tune(tmp_path / "broken", 100)
+    assert max(resumed) <= 4
+    assert resumed == whole[-len(resumed) :]
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_what_does_not_fit_alone_is_one_line(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_over(monkeypatch, 0)
     with pytest.raises(RunError, match="out of memory in a training pass over a single answer: set gradient_check"):
@@ -135,7 +193,7 @@ def test_one_process_of_two_runs_out(vlm: VLM, tmp_path: Path, monkeypatch: pyte
 def test_sharded_processes_stop_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     team = this_team()
     team.is_sharded = True
-    size = _batch_size("microbatch_tokens", 64, "too little", team)
+    size = BatchSizes(tiny_config(microbatch_tokens=64), team).microbatch
     with pytest.raises(
         RunError, match=r"microbatch_tokens=64, and processes .* cannot halve it .* microbatch_tokens: 32"
     ):

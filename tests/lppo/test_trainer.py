@@ -83,7 +83,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert result_of(tmp_path / "whole") == result_of(tmp_path / "broken")
 
 
-def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_the_same(
+def test_a_truncated_checkpoint_is_passed_over_and_the_run_ends_the_same(
     vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
 ) -> None:
     align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
@@ -91,7 +91,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_the_same(
         align(vlm, samples, reward=CountRed(5, interrupt), config=config, out=tmp_path / "broken")
     newest = tmp_path / "broken" / "checkpoints" / "step-000004.ckpt"
     newest.write_bytes(newest.read_bytes()[:-100])
-    with pytest.warns(RuntimeWarning, match="torn"):
+    with pytest.warns(RuntimeWarning, match="step-000004.ckpt is truncated or corrupt"):
         align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "broken")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 

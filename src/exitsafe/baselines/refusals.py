@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -23,17 +23,17 @@ from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
 from exitsafe.exits.finite import check_finite
+from exitsafe.lppo.batch_sizes import BatchSizes
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.experience import NO_MEMORY, Batch, Passes, deal
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import TrainingFolder, run_settings, warn_of_audited
 from exitsafe.lppo.metrics import PATIENCE_STEPS
+from exitsafe.lppo.minibatches import Batch, Passes, deal
 from exitsafe.lppo.parallel import ALONE
-from exitsafe.lppo.policy import attached_policy, check_end_token, check_precision, check_trainable
-from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
+from exitsafe.lppo.policy import attached_policy, check_trainable
+from exitsafe.lppo.sampler import Schedule, draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.update import Learner
-from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Progress, Sample
 from exitsafe.store.fingerprint import pin_today
 from exitsafe.world.profile import WORLD, is_world
@@ -87,51 +87,71 @@ def sft(
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     schedule = draw_schedule(kept, exit_layers, config)
     check_trainable(vlm, config)
-    check_end_token(vlm)
-    check_precision(vlm)
     pin_today(vlm, out)
-    settings, sizes = run_settings("sft", vlm, kept, exit_layers, config)
-    folder = TrainingFolder.open(Path(out), settings | {"refusal": refusal}, sizes)
+    settings, recorded = run_settings("sft", vlm, kept, exit_layers, config)
+    folder = TrainingFolder.open(Path(out), settings | {"refusal": refusal}, recorded)
     if folder.is_finished:
         return folder.adapter
     if with_benign:
         warn_of_harmful_only(kept, config)
     warn_of_audited(kept, Path(out))
-    targets = _targets(vlm, kept, refusal, config)
-    features = FeatureStore(vlm, kept, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
+    sizes = BatchSizes(config)
+    targets = _targets(vlm, kept, refusal, config, sizes)
+    features = FeatureStore(vlm, kept, exit_layers, max_bytes=config.feature_cache_gb * 1e9, batch_size=sizes.encoder)
     with folder.locked(), attached_policy(vlm, config) as policy:
-        learner = Learner(policy, config)
-        first_step = _resume(folder, learner)
-        folder.keep_metrics(first_step)
-        skipped_in_a_row = 0
-        size = BatchSize(config.microbatch_tokens, problem=NO_MEMORY)
-        for step in range(first_step, config.num_steps):
-            started = time.perf_counter()
-            indices = schedule.sample_indices[step].tolist()
-            rows = features.rows(indices, schedule.exit_layers[step].tolist())
-            rng = np.random.default_rng((config.seed, 4, step))
-            batch = deal(vlm, rows, [targets[i] for i in indices], config=config, rng=rng, microbatch=size)
-            learning_rate, _ = learner.set_learning_rates(step)
-            metrics = {"step": step} | _fit(learner, batch) | {"learning_rate": learning_rate}
-            folder.add_metrics(metrics | {"seconds": time.perf_counter() - started})
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
-                state = {"weights": policy.weights(), "optimizer": learner.optimizer.state_dict()}
-                save_checkpoint(folder.checkpoints, step + 1, state)
-            if progress is not None:
-                remark = "every minibatch skipped" if metrics["loss"] is None else f"loss {metrics['loss']:.3f}"
-                progress(step + 1, config.num_steps, remark)
-            skipped_in_a_row = skipped_in_a_row + 1 if metrics["loss"] is None else 0
-            if skipped_in_a_row == min(PATIENCE_STEPS, config.num_steps):
-                raise RunError(
-                    f"stopped after step {step + 1} of {config.num_steps}: no gradient of the last {skipped_in_a_row} "
-                    "steps was finite; lower learning_rate, or load the model in bfloat16 or float32. Metrics and "
-                    f"checkpoints are kept in {folder.path}"
-                )
+        _train(Learner(policy, config), schedule, features, targets, sizes, folder, progress)
         folder.save_adapter(policy.save, trained_on=kept)
     return folder.adapter
 
 
-def _fit(learner: Learner, batch: Batch) -> dict[str, float | None]:
+def _train(
+    learner: Learner,
+    schedule: Schedule,
+    features: FeatureStore,
+    targets: Sequence[Tensor],
+    sizes: BatchSizes,
+    folder: TrainingFolder,
+    progress: Progress | None,
+) -> None:
+    """All steps that are not done yet."""
+    config, vlm = learner.config, learner.policy.vlm
+    skipped_in_a_row = 0
+    for step in range(_resume(folder, learner, sizes), config.num_steps):
+        started = time.perf_counter()
+        indices = schedule.sample_indices[step].tolist()
+        rows = features.rows(indices, schedule.exit_layers[step].tolist())
+        rng = np.random.default_rng((config.seed, 4, step))
+        answers = [targets[i] for i in indices]
+        batch = deal(vlm, rows, answers, config=config, rng=rng, microbatch=sizes.microbatch)
+        learning_rate, _ = learner.set_learning_rates(step)
+        fitted = _fit(learner, batch)
+        sizes.agree(step)
+        seconds = time.perf_counter() - started
+        folder.add_metrics({"step": step, **asdict(fitted), "learning_rate": learning_rate, "seconds": seconds})
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
+            save_checkpoint(folder.checkpoints, step + 1, _checkpoint(learner, sizes))
+        if progress is not None:
+            note = "every minibatch skipped" if fitted.loss is None else f"loss {fitted.loss:.3f}"
+            progress(step + 1, config.num_steps, note)
+        skipped_in_a_row = skipped_in_a_row + 1 if fitted.loss is None else 0
+        if skipped_in_a_row == min(PATIENCE_STEPS, config.num_steps):
+            raise RunError(
+                f"stopped after step {step + 1} of {config.num_steps}: no gradient of the last {skipped_in_a_row} "
+                "steps was finite; lower learning_rate, or load the model in bfloat16 or float32. Metrics and "
+                f"checkpoints are kept in {folder.path}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fitted:
+    """Means over the optimiser steps of one step that were not skipped; None if all were."""
+
+    loss: float | None
+    grad_norm: float | None
+    skipped_minibatches: int
+
+
+def _fit(learner: Learner, batch: Batch) -> _Fitted:
     """One optimiser step per minibatch on the mean cross-entropy of its target tokens, where the gradient is finite."""
     losses, norms = [], []
     for index in range(len(batch.minibatches)):
@@ -141,12 +161,12 @@ def _fit(learner: Learner, batch: Batch) -> dict[str, float | None]:
             learner.optimizer.step()
             losses.append(total)
             norms.append(norm)
-        learner.optimizer.zero_grad(set_to_none=True)
-    return {
-        "loss": fmean(losses) if losses else None,
-        "grad_norm": fmean(norms) if norms else None,
-        "skipped_minibatches": len(batch.minibatches) - len(losses),
-    }
+        learner.drop_gradients()
+    return _Fitted(
+        loss=fmean(losses) if losses else None,
+        grad_norm=fmean(norms) if norms else None,
+        skipped_minibatches=len(batch.minibatches) - len(losses),
+    )
 
 
 def _add_up(learner: Learner, batch: Batch, index: int, passes: Passes) -> float:
@@ -164,20 +184,27 @@ def _add_up(learner: Learner, batch: Batch, index: int, passes: Passes) -> float
     return total
 
 
-def _resume(folder: TrainingFolder, learner: Learner) -> int:
-    found = load_checkpoint(folder.checkpoints, learner.policy.vlm.device)
-    if found is None:
-        return 0
-    next_step, state = found
-    learner.policy.load_weights(state["weights"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    return next_step
+def _checkpoint(learner: Learner, sizes: BatchSizes) -> dict[str, object]:
+    weights, optimizer = learner.policy.weights(), learner.optimizer.state_dict()
+    return {"weights": weights, "optimizer": optimizer, "batch_sizes": sizes.state()}
 
 
-def _targets(vlm: VLM, samples: Sequence[Sample], refusal: str, config: LPPOConfig) -> list[Tensor]:
+def _resume(folder: TrainingFolder, learner: Learner, sizes: BatchSizes) -> int:
+    """Restore the newest whole checkpoint, if there is one. Returns the number of steps done."""
+    step, found = 0, load_checkpoint(folder.checkpoints, learner.policy.vlm.device)
+    if found is not None:
+        step, saved = found
+        learner.policy.load_weights(saved["weights"])
+        learner.optimizer.load_state_dict(saved["optimizer"])
+        sizes.load_state(saved["batch_sizes"])
+    folder.drop_lines_from(step)
+    return step
+
+
+def _targets(vlm: VLM, samples: Sequence[Sample], refusal: str, config: LPPOConfig, sizes: BatchSizes) -> list[Tensor]:
     """Token ids to learn for each sample."""
     texts = [refusal if sample.kind == "harmful" else next(iter(sample.answers), None) for sample in samples]
-    own = _own_answers(vlm, [s for s, text in zip(samples, texts, strict=True) if text is None], config)
+    own = _own_answers(vlm, [s for s, text in zip(samples, texts, strict=True) if text is None], config, sizes)
     return [
         own[sample.id] if text is None else _encode(vlm, sample, text, config)
         for sample, text in zip(samples, texts, strict=True)
@@ -194,12 +221,12 @@ def _encode(vlm: VLM, sample: Sample, text: str, config: LPPOConfig) -> Tensor:
     return target
 
 
-def _own_answers(vlm: VLM, samples: Sequence[Sample], config: LPPOConfig) -> dict[str, Tensor]:
+def _own_answers(vlm: VLM, samples: Sequence[Sample], config: LPPOConfig, sizes: BatchSizes) -> dict[str, Tensor]:
     """Greedy answers at the default exit, before any training, by sample id."""
     answers: dict[str, Tensor] = {}
     for start in range(0, len(samples), config.rollout_batch_size):
         prompts = [vlm.encode_prompt(sample) for sample in samples[start : start + config.rollout_batch_size]]
-        features = vlm.prompt_features(prompts, (vlm.default_exit,))
+        features = vlm.prompt_features(prompts, (vlm.default_exit,), batch_size=sizes.encoder)
         rows = [
             Row(prompt=prompt, exit_layer=vlm.default_exit, features=found[vlm.default_exit])
             for prompt, found in zip(prompts, features, strict=True)
@@ -209,7 +236,7 @@ def _own_answers(vlm: VLM, samples: Sequence[Sample], config: LPPOConfig) -> dic
             max_new_tokens=config.max_new_tokens,
             temperature=0.0,
             seed=config.seed,
-            batch_size=config.rollout_batch_size,
+            batch_size=sizes.rollout,
             suppress=vlm.special_token_ids,
         )
         for index, completion in completions:

@@ -1,4 +1,4 @@
-"""Layer-wise PPO: align a model at many exit layers of its image encoder. `trainer.py` is the place to start.
+"""Layer-wise PPO: align a model at many exit layers of its image encoder. Read `step.py` first.
 
 Its names are loaded on first use: what reads finished runs imports parts of this package and must not load torch.
 """

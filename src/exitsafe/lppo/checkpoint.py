@@ -10,6 +10,7 @@ import hashlib
 import io
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from exitsafe.store.files import write_whole, writing
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> None:
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, object], *, keep: int = 2) -> None:
     """Write the state as it is after `step` steps, then drop all but the newest `keep`: one may be truncated."""
     buffer = io.BytesIO()
     torch.save(state, buffer)

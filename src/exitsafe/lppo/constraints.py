@@ -9,7 +9,7 @@ normalisation that Safe RLHF uses too (Dai et al. 2023, arXiv 2310.12773), so th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ MAX_MULTIPLIER = 10.0
 
 Costs = dict[str, list[float | None]]
 """By constraint, a cost of each answer; None where it has none."""
+
+
+class ConstraintState(TypedDict):
+    """What a checkpoint keeps."""
+
+    multipliers: dict[str, float]
+    reference_errors: dict[int, float]
 
 
 class Constraints:
@@ -80,7 +87,7 @@ class Constraints:
                 moved = self.multipliers[name] + self.rate * (cost - self.limits[name])
                 self.multipliers[name] = min(max(moved, 0.0), MAX_MULTIPLIER)
 
-    def metrics(self, measured: Mapping[str, float | None]) -> dict[str, Any]:
+    def metrics(self, measured: Mapping[str, float | None]) -> dict[str, dict[str, float | None]]:
         """For the step's line: what was measured, and the multipliers that were in force."""
         return {"costs": dict(measured), "multipliers": dict(self.multipliers)} if self.limits else {}
 
@@ -107,11 +114,11 @@ class Constraints:
             for layer in sorted(set(exit_layers))
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ConstraintState:
         """For the checkpoint."""
         return {"multipliers": dict(self.multipliers), "reference_errors": dict(self.reference_errors)}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: ConstraintState) -> None:
         """Take over what `state` gave."""
         self.multipliers, self.reference_errors = dict(state["multipliers"]), dict(state["reference_errors"])
 
@@ -119,7 +126,7 @@ class Constraints:
 def check_constraints(
     config: LPPOConfig, samples: Sequence[Sample], exit_layers: Sequence[int], *, reward: str, gives_costs: bool
 ) -> None:
-    """Raise InputError if a cost cannot be had: from this reward, with these samples, in so few answers."""
+    """Raise InputError if a cost cannot be measured with this reward, these samples or so few answers."""
     if not config.constraints:
         return
     if config.constraint_samples < len(exit_layers):

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from exitsafe.judges import Judge, ModelJudge, load_judges
 from exitsafe.judges.asking import ask_judge
 from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
 from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.folder import Choice
 from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.scorer import Scorer
 from exitsafe.lppo.sharding import in_step
+from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Response, Sample
 from exitsafe.results.metrics import METRICS
 from exitsafe.store.fingerprint import data_fingerprint, request_digest, sample_info
@@ -87,6 +89,14 @@ class EvaluationResult:
     num_unscored: int
 
 
+class EvaluatorState(TypedDict):
+    """What a checkpoint keeps."""
+
+    results: list[dict[str, Any]]  # as of asdict
+    best_weights: dict[str, Tensor]
+    kl: float
+
+
 def keep_apart(samples: Sequence[Sample], *, per_kind: int) -> tuple[list[Sample], list[Sample]]:
     """Split samples into those to train on and those to evaluate on, none in both.
 
@@ -126,6 +136,7 @@ class Evaluator:
         scorer: Scorer,
         exit_layers: Sequence[int],
         config: LPPOConfig,
+        rollout_size: BatchSize,
         team: Team = ALONE,
     ) -> None:
         self.evaluation = evaluation
@@ -143,14 +154,14 @@ class Evaluator:
             max_new_tokens=config.max_new_tokens,
             temperature=0.0,
             seed=config.seed,
-            batch_size=config.rollout_batch_size,  # what runs side by side must not depend on free memory
+            batch_size=config.rollout_batch_size,
         )
-        self._answering.rows.is_fixed = team.is_sharded
+        self._answering.rows = rollout_size  # not what is free now: a resumed run must form the same batches
         self._prompts = self._answering.check(evaluation.samples, exit_layer=self.exit_layers[0])
         _check_apart(evaluation.samples, trained_on)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What decides the curve and what is made of it, as JSON."""
         return {
             "judge": judge_settings(self._judges[0]),
@@ -178,7 +189,7 @@ class Evaluator:
         is_regular = step % self.evaluation.every == 0 and step >= self._first_trained
         return step == 0 or is_regular or step == self._num_steps
 
-    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> dict[str, object]:
         """Evaluate after this many steps; keep the weights if they are best. Returns a line of evaluations.jsonl."""
         started = time.perf_counter()
         with torch.random.fork_rng():  # a judge that draws does not move the training
@@ -198,7 +209,7 @@ class Evaluator:
             "seconds": time.perf_counter() - started,
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> EvaluatorState:
         """For a checkpoint."""
         return {
             "results": [asdict(result) for result in self.results],
@@ -206,29 +217,31 @@ class Evaluator:
             "kl": self.kl,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: EvaluatorState) -> None:
         """Take up what `state` gave."""
         self.results = [EvaluationResult(**result) for result in state["results"]]
         self.best_weights = {name: weight.cpu() for name, weight in state["best_weights"].items()}
         self.kl = state["kl"]
 
-    def outcome(self, step: int) -> dict[str, Any]:
-        """What became the adapter of a training that ended after so many steps, and why; warns of a bad end."""
+    def choose(self, step: int) -> Choice:
+        """Which evaluation's weights become the adapter of a training that ended after `step` steps, and why.
+
+        Warns if there is none, or if it is the untrained model.
+        """
         best = self.best
         budget = "" if self.evaluation.max_kl is None else f" with a KL of at most {self.evaluation.max_kl:g}"
         if best is None:
             why = f"the last step: none of {len(self.results)} evaluations{budget} could be scored"
-            warnings.warn(f"held-out evaluation chose nothing, the adapter is from {why}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"held-out evaluation chose nothing, the adapter is from {why}", RuntimeWarning, stacklevel=4)
         else:
             why = f"the lowest objective, {best.objective:g}, of {len(self.results)} evaluations{budget}"
         if best is not None and best.step == 0:
             warnings.warn(
                 f"no evaluation{budget} beat the untrained model: the adapter is from step 0 and changes nothing",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return {
-            "steps": step,
             "adapter_step": step if best is None else best.step,
             "why": why,
             "stopped_early": step < self._num_steps,

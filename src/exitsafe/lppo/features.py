@@ -16,14 +16,11 @@ import torch
 from exitsafe.engine.prompts import Prompt, Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.exits.features import Features
+from exitsafe.lppo.batch_sizes import ENCODER_BATCH, NO_PICTURE
 from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Sample
 
-ENCODER_BATCH = 16  # halved only when memory runs out: rounding may depend on what runs side by side
 HOST = torch.device("cpu")
-_NO_MEMORY = (
-    "out of memory while encoding the images of a single sample: train fewer exit layers, or use a smaller dtype"
-)
 
 
 class FeatureStore:
@@ -34,6 +31,7 @@ class FeatureStore:
         samples: All samples of the run.
         exit_layers: All exits that may be asked for.
         max_bytes: Host memory for keeping the features of everything.
+        batch_size: Samples in an encoder pass; halved when memory runs out.
     """
 
     def __init__(
@@ -43,11 +41,12 @@ class FeatureStore:
         exit_layers: Sequence[int],
         *,
         max_bytes: float,
+        batch_size: BatchSize | None = None,
     ) -> None:
         self._vlm = vlm
         self._samples = samples
         self._index_of = {sample.id: index for index, sample in enumerate(samples)}
-        self._batch_size = BatchSize(ENCODER_BATCH, problem=_NO_MEMORY)
+        self._batch_size = batch_size or BatchSize(ENCODER_BATCH, problem=NO_PICTURE)
         self._kept: list[dict[int, Row]] | None = None
         if max_bytes > 0:  # else no picture is encoded at all exits for nothing
             self._kept = self._all_rows(exit_layers, max_bytes)

@@ -1,15 +1,13 @@
 """The folder of a training run: settings, metrics, checkpoints and, at the end, the adapter.
 
-    run.json         settings that make it this run; sizes and versions it began with
-    metrics.jsonl    one line per step; no response text
-    completions.jsonl    some answers of some steps, if asked for; readable by the owner only
-    evaluations.jsonl    one line per held-out evaluation, if there are any; numbers only
-    checkpoints/     to resume from after an interrupt
-    result.json      which step the adapter is of, why, and whether anything was learnt
-    adapter/         the PEFT folder, with trained_on.json, the digests of its samples; there only when the run is
-                     finished
-
-Knows nothing about how the adapter is trained.
+run.json         settings that make it this run; sizes and versions it began with
+metrics.jsonl    one line per step; no response text
+completions.jsonl    some answers of some steps, if asked for; readable by the owner only
+evaluations.jsonl    one line per held-out evaluation, if there are any; numbers only
+checkpoints/     to resume from after an interrupt
+result.json      which step the adapter is from, why, and whether anything was learnt
+adapter/         the PEFT folder, with trained_on.json, the digests of its samples; exists only when the run is
+                 finished
 """
 
 from __future__ import annotations
@@ -24,26 +22,59 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from exitsafe.errors import ExitsafeError, RunError
 from exitsafe.lppo.config import SIZES, LPPOConfig
 from exitsafe.records import Sample
 from exitsafe.results.run import load_run
 from exitsafe.store.files import PRIVATE, PUBLIC, locked, refuse_link, write_whole, writing
-from exitsafe.store.fingerprint import data_fingerprint, differences, model_fingerprint, request_digest, sample_info
+from exitsafe.store.fingerprint import (
+    Settings,
+    data_fingerprint,
+    differences,
+    model_fingerprint,
+    request_digest,
+    sample_info,
+)
 from exitsafe.untrusted import UnreadableError, parse_json, read_json
 
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
 
 _PACKAGES = ("exitsafe", "torch", "transformers", "peft")
-COMPLETIONS = "completions.jsonl"
+METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "evaluations.jsonl"
+_MODES = {METRICS: PUBLIC, COMPLETIONS: PRIVATE, EVALUATIONS: PUBLIC}
 _LEFT_BY_A_KILL = {".run.json.part", ".lock"}
 
 
+class Choice(TypedDict):
+    """Which step the adapter is from, and why; the rest with held-out evaluation only."""
+
+    adapter_step: int
+    why: str
+    stopped_early: NotRequired[bool]
+    objective: NotRequired[float | None]
+    objective_untrained: NotRequired[float | None]
+    kl: NotRequired[float]
+
+
+class Result(Choice):
+    """What result.json says of a finished training."""
+
+    steps: int
+    learnt: bool
+    why_not: str | None
+    answers: int
+    unscored_answers: int
+    minibatches: int
+    skipped_minibatches: int
+    constant_steps: int
+
+
 class TrainingFolder:
-    """One run's folder, made or found again by `open`. Of several processes one writes; to the others it is shown."""
+    """One run's folder, created or reopened by `open`. Of several processes one writes; for the others, methods that
+    write do nothing."""
 
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path = path
@@ -52,15 +83,13 @@ class TrainingFolder:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def open(
-        cls, path: Path, settings: Mapping[str, Any], sizes: Mapping[str, Any], *, is_writer: bool = True
-    ) -> TrainingFolder:
-        """Begin a run, or go on with the one that is there.
+    def open(cls, path: Path, settings: Settings, sizes: Settings, *, is_writer: bool = True) -> TrainingFolder:
+        """Start a run, or resume the one in the folder.
 
         Args:
             path: The folder.
             settings: What makes it this run.
-            sizes: What may differ when it goes on; kept for the record.
+            sizes: What may differ on resume; recorded only.
             is_writer: False where another process writes, which has opened the folder already.
 
         Raises:
@@ -70,15 +99,14 @@ class TrainingFolder:
         if record.is_file():
             _check_same(record, settings)
         elif path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - _LEFT_BY_A_KILL):
-            raise RunError(f"{path} holds something else than a training run: choose a new or empty folder")
+            raise RunError(f"{path} is not a training run: choose a new or empty folder")
         elif not is_writer:
-            raise RunError(f"{path} is not there for all processes: give a folder that all of them see")
+            raise RunError(f"{path} is not visible to all processes: give a folder on a shared disk")
         else:
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
             versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-            content = {"settings": settings, "sizes": sizes, "versions": versions}
-            write_whole(record, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+            _write_json(record, {"settings": settings, "sizes": sizes, "versions": versions})
         return cls(path, is_writer=is_writer)
 
     def locked(self) -> AbstractContextManager[None]:
@@ -90,69 +118,52 @@ class TrainingFolder:
         return self.adapter.is_dir()
 
     @property
-    def result(self) -> dict[str, Any] | None:
-        """What was said of the finished run; None of one that is not, or whose method says nothing."""
+    def result(self) -> Result | None:
+        """The result of a finished run; None of one that is not finished, or whose method writes none."""
         file = self.path / "result.json"
         if not self.is_finished or not file.is_file():
             return None
-        return read_record(file)
+        return cast(Result, read_record(file))
 
-    def keep_metrics(self, num_steps: int) -> None:
-        """Drop the lines of steps that will be done again."""
-        self._keep("metrics.jsonl", num_steps)
+    def add_metrics(self, line: Mapping[str, object]) -> None:
+        """Append a step's line."""
+        self._append(METRICS, line)
 
-    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append one step's line."""
-        self._add("metrics.jsonl", metrics)
+    def add_completions(self, lines: Sequence[Mapping[str, object]]) -> None:
+        """Append answers of a step."""
+        for line in lines:
+            self._append(COMPLETIONS, line)
 
-    def keep_completions(self, num_steps: int) -> None:
-        """Drop the answers of steps that will be done again, and a line that a kill cut short."""
-        file = self.path / COMPLETIONS
-        if self.is_writer and file.is_file():
-            kept = [line for line in file.read_bytes().splitlines(keepends=True) if _is_before(line, num_steps)]
-            write_whole(file, b"".join(kept), mode=PRIVATE)
+    def add_evaluation(self, line: Mapping[str, object]) -> None:
+        """Append an evaluation's line."""
+        self._append(EVALUATIONS, line)
 
-    def add_completions(self, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Append answers of one step."""
-        for answer in answers:
-            self._add(COMPLETIONS, answer, mode=PRIVATE)
+    def drop_lines_from(self, step: int) -> None:
+        """Drop the lines of this step and later ones, which will be done again, and a line that a kill cut short.
 
-    def keep_evaluations(self, num_evaluations: int) -> None:
-        """Drop the lines of evaluations that will be repeated."""
-        self._keep("evaluations.jsonl", num_evaluations)
+        Raises:
+            RunError: If a file is damaged.
+        """
+        if not self.is_writer:
+            return
+        for name, mode in _MODES.items():
+            file = self.path / name
+            if file.exists():
+                kept = [line for line in read_lines(file) if line["step"] < step]
+                content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+                write_whole(file, content.encode(), mode=mode)
 
-    def add_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Append one evaluation's line."""
-        self._add("evaluations.jsonl", line)
-
-    def save_result(self, result: Mapping[str, Any]) -> None:
-        """Say what the adapter is, before it is there."""
+    def save_result(self, result: Result) -> None:
+        """Record what the adapter is, before the adapter is written."""
         if self.is_writer:
-            write_whole(self.path / "result.json", json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
-
-    def _keep(self, name: str, num_lines: int) -> None:
-        if not self.is_writer:
-            return
-        file = self.path / name
-        kept = read_lines(file)[:num_lines]
-        write_whole(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept).encode())
-
-    def _add(self, name: str, line: Mapping[str, Any], *, mode: int = PUBLIC) -> None:
-        if not self.is_writer:
-            return
-        file = self.path / name
-        refuse_link(file)
-        with writing(file):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
-            with os.fdopen(descriptor, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line, allow_nan=False) + "\n")
+            _write_json(self.path / "result.json", result)
 
     def save_adapter(self, save: Callable[[Path], None], *, trained_on: Sequence[Sample] = ()) -> None:
         """Let `save` write the adapter under a temporary name, then rename it, so that it is never there in part.
 
         Args:
             save: Writes the PEFT folder, or folders.
-            trained_on: Samples whose digests are kept with it, so that an audit can tell which it was trained on.
+            trained_on: Samples whose digests are stored with it, so that an audit can tell which it was trained on.
         """
         if not self.is_writer:
             return
@@ -165,6 +176,16 @@ class TrainingFolder:
             if trained_on:
                 write_whole(beside / TRAINED_ON, trained_on_record(map(request_digest, trained_on)))
             beside.rename(self.adapter)
+
+    def _append(self, name: str, line: Mapping[str, object]) -> None:
+        if not self.is_writer:
+            return
+        file = self.path / name
+        refuse_link(file)
+        with writing(file):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _MODES[name])
+            with os.fdopen(descriptor, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def warn_of_audited(samples: Sequence[Sample], out: Path) -> None:
@@ -205,7 +226,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of metrics.jsonl or evaluations.jsonl; none if there is no such file.
+    """The complete lines of metrics.jsonl, completions.jsonl or evaluations.jsonl; none if there is no such file.
 
     Raises:
         RunError: If one is not what a training writes.
@@ -216,7 +237,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         if not file.is_file():
             raise UnreadableError("it is not a regular file")
         lines = file.read_bytes().splitlines(keepends=True)
-        return [parse_json(line) for line in lines if line.endswith(b"\n")]
+        read = [parse_json(line) for line in lines if line.endswith(b"\n")]
+        if not all(isinstance(line.get("step"), int) for line in read):
+            raise UnreadableError("a line has no step")
+        return read
     except (OSError, UnreadableError) as error:
         raise RunError(
             f"{file} is damaged ({error}); remove it and rerun the same command: the training itself does not need it"
@@ -225,11 +249,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def run_settings(
     method: str, vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int], config: LPPOConfig
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, object], dict[str, object]]:
     """What makes two runs the same run, whatever the method; and the sizes that may differ between restarts."""
     constants = asdict(config)
     sizes = {name: constants.pop(name) for name in SIZES}
-    settings = {
+    settings: dict[str, object] = {
         "method": method,
         "model": model_fingerprint(vlm),
         "data": data_fingerprint([sample_info(sample) for sample in samples]),
@@ -240,14 +264,7 @@ def run_settings(
     return settings, sizes
 
 
-def _is_before(line: bytes, num_steps: int) -> bool:
-    try:
-        return bool(parse_json(line)["step"] < num_steps)
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
+def _check_same(record: Path, settings: Settings) -> None:
     try:
         old = read_json(record)["settings"]
         if not isinstance(old, dict):
@@ -260,3 +277,7 @@ def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
             f"{record.parent} holds a run with other settings ({'; '.join(changed)}): "
             "choose another folder, or the same settings to go on"
         )
+
+
+def _write_json(file: Path, content: Mapping[str, object]) -> None:
+    write_whole(file, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")

@@ -1,26 +1,27 @@
-"""The line that a training step leaves in metrics.jsonl, and the totals of a run. Tensors and records in, numbers out.
+"""What a training step leaves in metrics.jsonl and completions.jsonl, and the totals of a run.
 
 docs/lppo.md explains each name. Rates and means are over the answers that were scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import pstdev
-from typing import Any
 
 from torch import Tensor
 
 from exitsafe.lppo.advantage import has_equal_scores
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.experience import Measured
-from exitsafe.lppo.kl import k1, k3
+from exitsafe.lppo.kl import k3
+from exitsafe.lppo.logprobs import Measured
 from exitsafe.lppo.loss import masked_mean
-from exitsafe.lppo.reward import Faults, Score
+from exitsafe.lppo.reward import Score, ScoredAnswers
 from exitsafe.lppo.rollout import Trajectory
 from exitsafe.lppo.update import MAX_RATIO, UpdateStats
 from exitsafe.machine.memory import MEASURED
+from exitsafe.records import Kind
 
 NEVER_TWICE = ("seconds", *MEASURED)
 """What a run repeated bit for bit does not repeat; these names end a line."""
@@ -31,6 +32,11 @@ chance."""
 PATIENCE_ANSWERS = 500
 """Scores that never vary stop a run only after this many answers, as small batches need time to meet a rare success: by
 the rule of three, fewer than 0.6% of the answers can then score differently (95%)."""
+
+
+Metric = float | None | Mapping[str, float | None]
+Metrics = dict[str, Metric]
+"""A step's line of metrics.jsonl: numbers, or numbers by kind, exit, part or constraint. None: not known."""
 
 
 @dataclass(kw_only=True)
@@ -47,15 +53,15 @@ class Totals:
     skipped_in_a_row: int = 0
     """How many of the latest steps in a row had all minibatches skipped."""
 
-    def add(self, metrics: dict[str, Any], *, num_answers: int, is_constant: bool) -> None:
-        """Count one step, from the line of its metrics."""
+    def add(self, stats: UpdateStats, *, num_answers: int, num_unscored: int, is_constant: bool) -> None:
+        """Count one step."""
         self.steps += 1
         self.answers += num_answers
-        self.unscored_answers += metrics["num_unscored"]
-        self.minibatches += metrics["num_minibatches"]
-        self.skipped_minibatches += metrics["skipped_minibatches"]
+        self.unscored_answers += num_unscored
+        self.minibatches += stats.num_minibatches
+        self.skipped_minibatches += stats.skipped_minibatches
         self.constant_steps += is_constant
-        is_skipped = metrics["skipped_minibatches"] == metrics["num_minibatches"]
+        is_skipped = stats.skipped_minibatches == stats.num_minibatches
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
 
     @property
@@ -84,49 +90,97 @@ CONSTANT = (
 
 
 def step_metrics(
-    trajectories: Sequence[Trajectory],
-    scores: Sequence[Score],
+    scored: ScoredAnswers,
     final: Tensor,
-    faults: Sequence[Faults],
     measured: Measured,
     returns: Tensor,
     stats: UpdateStats,
+    *,
     config: LPPOConfig,
-) -> dict[str, Any]:
+) -> Metrics:
     """What happened in one step, over the whole batch, by kind of sample, by exit layer, and by both."""
-    kinds = [trajectory.sample.kind for trajectory in trajectories]
-    exits = [trajectory.row.exit_layer for trajectory in trajectories]
-    values = [score.value for score in scores]
-    attacks = [score.attack_success for score in scores]
-    kl: list[float] = k1(measured.logprobs, measured.ref_logprobs, measured.mask).sum(dim=1).tolist()
-    finals: list[float] = final.tolist()
-    clip = config.score_clip
+    kinds = [answer.sample.kind for answer in scored.answers]
+    exits = [answer.row.exit_layer for answer in scored.answers]
     both = [f"{kind}@{exit_layer}" for kind, exit_layer in zip(kinds, exits, strict=True)]
+    values, attacks = scored.values, [score.attack_success for score in scored.scores]
+    finals: list[float] = final.tolist()
+    nats = measured.nats_per_response()
     per_token_kl = masked_mean(k3(measured.logprobs, measured.ref_logprobs, measured.mask), measured.mask)
+    clip = math.inf if config.score_clip is None else config.score_clip
     return {
-        "reward": _mean(values),
+        "reward": mean(values),
         "reward_by_kind": _means(values, kinds),
         "reward_by_exit": _means(values, exits),
         "reward_by_kind_and_exit": _means(values, both),
-        "reward_std": _deviation(values),
-        "final_score": _mean(finals),
+        "reward_std": pstdev(values),
+        "final_score": mean(finals),
         "final_score_by_kind": _means(finals, kinds),
         "final_score_by_exit": _means(finals, exits),
         "final_score_by_kind_and_exit": _means(finals, both),
-        "final_score_std": _deviation(finals),
-        "share_clipped": _mean([float(clip is not None and abs(value or 0.0) > clip) for value in values]),
-        "share_penalised": _mean([float(found.penalty(config) > 0) for found in faults]),
-        "asr": _mean(attacks),
+        "final_score_std": pstdev(finals),
+        "share_clipped": mean([float(abs(value) > clip) for value in values]),
+        "share_penalised": mean([float(faults.penalty(config) > 0) for faults in scored.faults]),
+        "asr": _mean_of_known(attacks),
         "asr_by_exit": _means(attacks, exits),
-        "kl": _mean(kl),
-        "kl_by_exit": _means(kl, exits),
+        "kl": mean(nats),
+        "kl_by_exit": _means(nats, exits),
         "kl_per_token": per_token_kl.item(),
         "entropy": masked_mean(measured.entropy, measured.mask).item(),
         "explained_variance": explained_variance(measured.values, returns, measured.mask),
         **asdict(stats),
         "num_tokens": int(measured.mask.sum()),
-        "num_cut": sum(trajectory.response.finish_reason == "length" for trajectory in trajectories),
+        "num_cut": sum(faults.is_cut for faults in scored.faults),
     }
+
+
+def group_metrics(scores: Tensor, groups: Tensor) -> Metrics:
+    """Of answers that are compared in groups, `(B,)` each: the groups without a gradient, as all their scores are
+    equal."""
+    return {"num_equal_groups": len(groups[has_equal_scores(scores, groups)].unique())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A line of completions.jsonl."""
+
+    step: int
+    sample_id: str
+    kind: Kind
+    exit_layer: int
+    text: str
+    finish_reason: str
+    num_tokens: int
+    score: float | None
+    final_score: float | None
+
+
+def pick_completions(
+    answers: Sequence[Trajectory],
+    scores: Sequence[Score],
+    finals: Mapping[int, float],
+    *,
+    step: int,
+    config: LPPOConfig,
+) -> list[Completion]:
+    """Some answers of a step, evenly spaced over the batch, with their scores; `finals` by place. None at most steps,
+    see `LPPOConfig.save_completions`."""
+    if step % config.checkpoint_every and step + 1 < config.num_steps:
+        return []
+    num = min(config.save_completions, len(answers))
+    return [
+        Completion(
+            step=step,
+            sample_id=answers[place].sample.id,
+            kind=answers[place].sample.kind,
+            exit_layer=answers[place].row.exit_layer,
+            text=answers[place].response.text,
+            finish_reason=answers[place].response.finish_reason,
+            num_tokens=answers[place].response.num_tokens,
+            score=scores[place].value,
+            final_score=finals.get(place),
+        )
+        for place in (number * len(answers) // num for number in range(num))
+    ]
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float | None:
@@ -137,26 +191,20 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float |
     return 1.0 - (returns - values)[mask].var(correction=0).item() / variance
 
 
-def num_equal_groups(scores: Tensor, groups: Tensor) -> int:
-    """Groups without a gradient, because all their scores `(B,)` are equal."""
-    return len(groups[has_equal_scores(scores, groups)].unique())
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one number."""
+    return sum(values) / len(values)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _deviation(values: Sequence[float | None]) -> float | None:
-    """The population standard deviation, as in calibration."""
-    known = [value for value in values if value is not None]
-    return pstdev(known) if known else None
+    return mean(known) if known else None
 
 
 def _means(values: Sequence[float | None], groups: Sequence[str | int]) -> dict[str, float | None]:
     """Mean of each group that has a value, in the order of the groups' names or numbers."""
-    members: dict[str | int, list[float | None]] = {}
+    members: dict[str | int, list[float]] = {}
     for group, value in zip(groups, values, strict=True):
         if value is not None:
             members.setdefault(group, []).append(value)
-    return {str(group): _mean(members[group]) for group in sorted(members, key=lambda x: (str(type(x)), x))}
+    return {str(group): mean(members[group]) for group in sorted(members, key=lambda x: (str(type(x)), x))}

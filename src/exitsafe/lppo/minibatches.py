@@ -1,4 +1,4 @@
-"""Which responses share an optimiser step, and which of these a forward pass. Indices in, indices out.
+"""Which responses share an optimiser step, and which of these a forward pass.
 
 The split is made once per batch of rollouts: old and reference log-probabilities are computed in the very forward
 passes that the update repeats, so the ratio before the first update is exactly 1.
@@ -6,13 +6,121 @@ passes that the update repeats, so the ratio before the first update is exactly 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
 
+from exitsafe.engine.packing import sibling_groups
+from exitsafe.engine.prompts import Row
+from exitsafe.engine.vlm import VLM
+from exitsafe.lppo.batch_sizes import BatchSizes
+from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.parallel import ALONE, Team
+from exitsafe.lppo.policy import pack_size
+from exitsafe.machine.memory import BatchSize
+
+Result = TypeVar("Result")
 Minibatch = list[list[int]]
 """One optimiser step: microbatches of row indices, their gradients added up."""
+Passes = list[tuple[list[int], bool]]
+"""Forward passes: the rows of each, and whether it counts."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Responses to rows, dealt into minibatches and microbatches."""
+
+    rows: list[Row]
+    responses: list[Tensor]  # token ids, (length,) each
+    minibatches: list[Minibatch]
+    shares: list[list[Minibatch]]  # of each minibatch, what each process evaluates; [] for a pass that does not count
+    microbatch: BatchSize  # padded tokens per forward pass; halved when memory runs out
+    num_tokens: int  # of a microbatch, when these were dealt
+
+    def in_passes(self, index: int, team: Team, work: Callable[[Passes], Result]) -> Result:
+        """Call `work` with this process's forward passes for minibatch `index`, and again with all of them cut in two
+        when memory runs out. Returns its result.
+
+        A pass that does not count is of a row of the same minibatch: it reaches no weight that the others do not.
+
+        Raises:
+            RunError: If memory runs out with a single row.
+        """
+        some_row = self.minibatches[index][0][:1]
+        own = [(rows or some_row, bool(rows)) for rows in self.shares[index][team.number]]
+
+        def cut(size: int) -> Result:
+            passes: Passes = []
+            for rows, counts in own:
+                num_rows = max(1, len(rows) * size // self.num_tokens)
+                passes += [(rows[start : start + num_rows], counts) for start in range(0, len(rows), num_rows)]
+            return work(passes)
+
+        largest = max((len(rows) for rows, _ in own), default=1)
+        return self.microbatch.run(cut, least=self.num_tokens // largest)
+
+    def places(self, team: Team) -> list[int]:
+        """The rows that this process evaluates."""
+        return [
+            place
+            for minibatch, shares in zip(self.minibatches, self.shares, strict=True)
+            for rows in shares[team.number]
+            for place in rows or minibatch[0][:1]
+        ]
+
+
+def deal(
+    vlm: VLM,
+    rows: Sequence[Row],
+    responses: Sequence[Tensor],
+    *,
+    config: LPPOConfig,
+    rng: np.random.Generator,
+    team: Team = ALONE,
+    microbatch: BatchSize | None = None,
+) -> Batch:
+    """Split rows and their responses for the whole step; responses that are packed together stay together.
+
+    The minibatches do not depend on the number of processes; how they are cut does.
+
+    Args:
+        vlm: Says which rows may share a forward pass.
+        rows, responses: Prompts with exit layers, and token ids `(length,)` for each.
+        config: For the sizes of minibatches and groups.
+        rng: Deals the rows.
+        team: The processes.
+        microbatch: Padded tokens per forward pass, the same in every process; None takes the config's.
+    """
+    microbatch = microbatch or BatchSizes(config, team).microbatch
+    sizes = [(len(row.prompt.input_ids), len(response)) for row, response in zip(rows, responses, strict=True)]
+    groups = sibling_groups(rows, pack_size(vlm, config))
+    minibatches = split(
+        sizes,
+        [vlm.batch_key(row.prompt) for row in rows],
+        groups,
+        minibatch_size=config.minibatch_size,
+        microbatch_tokens=microbatch.most,
+        rng=rng,
+        num_shares=team.size,
+    )
+    shares = [share_out(minibatch, sizes, team.size) for minibatch in minibatches]
+    if team.is_sharded:  # every process must run as many passes
+        for among in shares:
+            most = max(len(share) for share in among)
+            among[:] = [share + [[]] * (most - len(share)) for share in among]
+    microbatch.fits = max(padded_tokens(minibatch, sizes, groups) for minibatch in minibatches)  # what to take half of
+    return Batch(
+        rows=list(rows),
+        responses=list(responses),
+        minibatches=minibatches,
+        shares=shares,
+        microbatch=microbatch,
+        num_tokens=microbatch.size,
+    )
 
 
 def split(
@@ -34,8 +142,8 @@ def split(
         minibatch_size: Rows per minibatch; the last may have fewer, and one that a group overfills a few more.
         microbatch_tokens: Padded tokens per microbatch; a longer group is cut, a longer row stands alone.
         rng: Deals the groups.
-        num_shares: So many processes share the microbatches of a minibatch: these are cut small enough for all of them.
-            What stands in a minibatch does not depend on it.
+        num_shares: Number of processes that share the microbatches of a minibatch, which are cut small enough to give
+            each of them some. Which rows are in a minibatch does not depend on it.
     """
     minibatches: list[list[Sequence[int]]] = []
     num_rows = minibatch_size
@@ -73,8 +181,7 @@ def padded_tokens(minibatch: Minibatch, sizes: Sequence[tuple[int, int]], groups
     largest = 0
     for microbatch in minibatch:
         sequences = [list(rows) for _, rows in groupby(microbatch, key=group_of.__getitem__)]
-        packed = [_packed_size(rows, sizes) for rows in sequences]
-        largest = max(largest, len(packed) * sum(max(size[part] for size in packed) for part in (0, 1)))
+        largest = max(largest, _padded_size(sequences, sizes))
     return largest
 
 
@@ -102,9 +209,7 @@ def _cut(
         microbatches.append([])
         for sequence in sorted(sequences, key=lambda sequence: sum(_packed_size(sequence, sizes))):
             candidate = [*microbatches[-1], sequence]
-            packed = [_packed_size(member, sizes) for member in candidate]
-            prompt, responses = (max(size[part] for size in packed) for part in (0, 1))
-            if len(candidate) > 1 and len(candidate) * (prompt + responses) > microbatch_tokens:
+            if len(candidate) > 1 and _padded_size(candidate, sizes) > microbatch_tokens:
                 microbatches.append([sequence])
             else:
                 microbatches[-1] = candidate
@@ -124,3 +229,9 @@ def _sequences(group: Sequence[int], sizes: Sequence[tuple[int, int]], microbatc
 def _packed_size(rows: Sequence[int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Prompt tokens, which the rows share, and response tokens."""
     return sizes[rows[0]][0], sum(sizes[row][1] for row in rows)
+
+
+def _padded_size(sequences: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]]) -> int:
+    """Tokens of a forward pass over packed sequences: prompts and responses are padded to the longest of each."""
+    packed = [_packed_size(rows, sizes) for rows in sequences]
+    return len(packed) * (max(prompt for prompt, _ in packed) + max(responses for _, responses in packed))

@@ -181,6 +181,16 @@ def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
     """Raise InputError if the model carries an adapter already, or cannot be trained in the way that is asked."""
     if isinstance(vlm.model, PeftModel):
         raise InputError(f"{vlm.name} carries an adapter: merge it, or load the model without, before training")
+    if not vlm.eos_token_ids:
+        raise InputError(
+            f"{vlm.name} has no end-of-sequence token, so it cannot learn to end: set eos_token_id in its "
+            "generation_config.json"
+        )
+    if vlm.base_model.dtype == torch.float16:  # gradients are not scaled here
+        raise InputError(
+            f"{vlm.name} has float16 weights, in which small gradients vanish: load with dtype='bfloat16' "
+            "(--dtype bfloat16)"
+        )
     check_quantized(vlm.model, name=vlm.name, train=config.train)
     if config.train == "lora":
         return
@@ -188,24 +198,6 @@ def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
         raise InputError(f"train='full' needs float32 weights, not {vlm.model.dtype}: load with dtype='float32'")
     if vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight:
         raise InputError("train='full' cannot train a head tied to the embeddings: use train='lora'")
-
-
-def check_end_token(vlm: VLM) -> None:
-    """Raise InputError if the model names no end-of-sequence token."""
-    if not vlm.eos_token_ids:
-        raise InputError(
-            f"{vlm.name} has no end-of-sequence token, so it cannot learn to end: set eos_token_id in its "
-            "generation_config.json"
-        )
-
-
-def check_precision(vlm: VLM) -> None:
-    """Raise InputError for float16 weights: gradients are not scaled here, and small ones vanish in float16."""
-    if vlm.base_model.dtype == torch.float16:
-        raise InputError(
-            f"{vlm.name} has float16 weights, in which small gradients vanish: load with dtype='bfloat16' "
-            "(--dtype bfloat16)"
-        )
 
 
 def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exitsafe.judges.coherence import incoherence
 from exitsafe.lppo.config import LPPOConfig
+from exitsafe.lppo.rollout import Trajectory
 from exitsafe.records import Response, Sample
 
 Reward = Callable[[Sequence[Sample], Sequence[Response]], list[float]]
@@ -49,6 +50,21 @@ def find_faults(responses: Sequence[Response]) -> list[Faults]:
         Faults(is_cut=response.finish_reason == "length", is_incoherent=incoherence(response.text) is not None)
         for response in responses
     ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredAnswers:
+    """The answers of a step that have a score, and in the same order all that step 4 says of them."""
+
+    answers: list[Trajectory]
+    scores: list[Score]
+    faults: list[Faults]
+    places: list[int]  # in the batch as it was drawn
+
+    @property
+    def values(self) -> list[float]:
+        """The scores as numbers."""
+        return [score.value for score in self.scores if score.value is not None]
 
 
 def shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:

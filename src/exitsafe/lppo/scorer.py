@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat, cast
+from typing import SupportsFloat, cast
 
 from exitsafe.errors import InputError
 from exitsafe.judges import Judge, ModelJudge
@@ -143,9 +143,9 @@ class Scorer:
         return sum((reward.unscored for reward in self._rewards), Counter())
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What decides the scores, as JSON: the name, a sum's weights, and what the judges' models are."""
-        found: dict[str, Any] = {"reward": self.name}
+        found: dict[str, object] = {"reward": self.name}
         if self._is_sum:
             found["reward_parts"] = {part.label: part.weight for part in self.parts}
         models = {judge.name: judge.settings for judge in self.judges if isinstance(judge, ModelJudge)}

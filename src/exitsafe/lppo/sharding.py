@@ -2,7 +2,7 @@
 
 What is trained stays whole in every process, so gradients, optimiser, checkpoints and adapter are those of plain
 processes. A block's weights are gathered by all processes at once: all must run as many forward and backward passes.
-Passes over known batches are counted beforehand (`experience.py`); generation, whose length nobody knows, is kept in
+Passes over known batches are counted beforehand (`minibatches.py`); generation, whose length nobody knows, is kept in
 step here. Knows nothing about losses.
 """
 

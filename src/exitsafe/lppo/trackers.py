@@ -22,7 +22,7 @@ from exitsafe.store.files import write_whole
 TRACKERS = ("tensorboard", "trackio", "wandb")
 PROJECT = "exitsafe"
 
-Track = Callable[[Mapping[str, Any], int], None]
+Track = Callable[[Mapping[str, object], int], None]
 """Takes a step's metrics and its number."""
 
 
@@ -49,7 +49,7 @@ def tracking(names: Sequence[str], folder: Path, *, first_step: int = 0) -> Iter
                 trackers.append(_start(name, folder, first_step))
                 started.callback(trackers[-1].finish)
 
-        def track(metrics: Mapping[str, Any], step: int) -> None:
+        def track(metrics: Mapping[str, object], step: int) -> None:
             if trackers:
                 numbers = as_numbers(metrics)
                 for tracker in trackers:
@@ -70,7 +70,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(f"tracker {name} needs its package: pip install {name}")
 
 
-def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def as_numbers(metrics: Mapping[str, object]) -> dict[str, float]:
     """The numbers among a step's metrics under flat names; what is no number or not known is left out.
 
     >>> as_numbers({"asr": 0.5, "asr_by_exit": {"3": 0.25}, "reward_by_kind_and_exit": {"vqa@3": 1.0}, "kl": None})
@@ -109,7 +109,7 @@ def _run_name(folder: Path) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _by_text(values: Mapping[Any, Any]) -> dict[str, Any]:
+def _by_text(values: Mapping[object, object]) -> dict[str, object]:
     return {str(key): value for key, value in values.items()}
 
 

@@ -1,7 +1,6 @@
 """The update of L-PPO: several epochs of the two clipped losses over one batch, shared by all processes.
 
-Tensors in, statistics out; the policy and its value head change in place. Knows nothing about samples, rewards,
-files or the schedule.
+Tensors in, statistics out; the policy and its value head change in place.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.experience import Batch, Measured, Passes
 from exitsafe.lppo.kl import k3
+from exitsafe.lppo.logprobs import Measured
 from exitsafe.lppo.loss import log_ratio, masked_mean, policy_loss, value_loss
+from exitsafe.lppo.minibatches import Batch, Passes
 from exitsafe.lppo.parallel import ALONE, Team
-from exitsafe.lppo.policy import Policy
+from exitsafe.lppo.policy import Policy, PolicyOutput
 
 VALUE_CLIP_RANGE = 0.2
 """As `clip_range` (TRL)."""
@@ -29,6 +29,16 @@ VALUE_COEF = 0.1
 MAX_RATIO = 10.0
 """A minibatch whose mean ratio exceeds this is skipped and counted (TRL's `ratio_threshold`)."""
 _TOTALS = ("policy_loss", "value_loss", "ratio", "approx_kl", "clipfrac", "vf_clipfrac")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experience:
+    """What an update learns from: answers, what policy and reference said of them, and how good each token was."""
+
+    batch: Batch
+    measured: Measured  # before any update
+    advantages: Tensor  # (B, T)
+    returns: Tensor  # (B, T), what the value head learns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +71,20 @@ class Learner:
         self.value_optimizer: Optimizer = AdamW(self.head_weights, eps=1e-5, weight_decay=0.0)
 
     def update(
-        self,
-        batch: Batch,
-        measured: Measured,
-        advantages: Tensor,
-        returns: Tensor,
-        *,
-        train_policy: bool,
-        rng: np.random.Generator,
-        kl_coef: float = 0.0,
+        self, experience: Experience, *, train_policy: bool, rng: np.random.Generator, kl_coef: float = 0.0
     ) -> UpdateStats:
-        """All epochs over one batch; old log-probabilities and values are `measured`'s throughout.
+        """All epochs over one batch; the old log-probabilities and values stay fixed throughout.
 
         Args:
-            batch, measured: The rollouts, and what the policy said of them before any update.
-            advantages, returns: `(B, T)`.
+            experience: What to learn from.
             train_policy: False trains the value head alone.
             rng: Orders the minibatches of each epoch.
             kl_coef: Weight of the divergence from the reference in the loss; PPO has it in the rewards instead.
         """
         done: list[dict[str, float]] = []
         for _ in range(self.config.num_epochs):
-            for index in rng.permutation(len(batch.minibatches)):
-                stats = self._accumulate(batch, int(index), measured, advantages, returns, train_policy, kl_coef)
+            for index in rng.permutation(len(experience.batch.minibatches)):
+                stats = self._accumulate(experience, int(index), train_policy, kl_coef)
                 done.append(stats | self._step(stats["ratio"], train_policy))
         return _summary(done, has_critic=self.has_critic)
 
@@ -97,16 +98,7 @@ class Learner:
                 group["lr"] = rate
         return rates
 
-    def _accumulate(
-        self,
-        batch: Batch,
-        index: int,
-        measured: Measured,
-        advantages: Tensor,
-        returns: Tensor,
-        train_policy: bool,
-        kl_coef: float,
-    ) -> dict[str, float]:
+    def _accumulate(self, experience: Experience, index: int, train_policy: bool, kl_coef: float) -> dict[str, float]:
         """Add up the gradients of a minibatch's parts, each weighted by its share of the tokens of all processes.
 
         When memory runs out, the gradients so far are dropped and smaller parts begin anew: the sum is the same.
@@ -114,56 +106,56 @@ class Learner:
 
         def add_up(passes: Passes) -> dict[str, float]:
             self.drop_gradients()
-            return self._add_up(passes, batch, index, measured, advantages, returns, train_policy, kl_coef)
+            return self._add_up(passes, experience, index, train_policy, kl_coef)
 
-        totals = batch.in_passes(index, self.team, add_up)
+        totals = experience.batch.in_passes(index, self.team, add_up)
         self.team.sum_gradients([*self.head_weights, *(self.weights if train_policy else ())])
         summed = self.team.sum(torch.tensor(list(totals.values()), dtype=torch.float64))
         return dict(zip(totals, summed.tolist(), strict=True))
 
     def _add_up(
-        self,
-        passes: Passes,
-        batch: Batch,
-        index: int,
-        measured: Measured,
-        advantages: Tensor,
-        returns: Tensor,
-        train_policy: bool,
-        kl_coef: float,
+        self, passes: Passes, experience: Experience, index: int, train_policy: bool, kl_coef: float
     ) -> dict[str, float]:
         """Forward and backward passes of this process; returns its share of the statistics."""
+        batch = experience.batch
         num_tokens = sum(len(batch.responses[i]) for part in batch.minibatches[index] for i in part)
         totals = dict.fromkeys(_TOTALS, 0.0)
         for part, counts in passes:
             now = self.policy.evaluate([batch.rows[i] for i in part], [batch.responses[i] for i in part])
-            mask, width = now.mask, now.mask.shape[1]
-            old_logprobs, old_values = measured.logprobs[part, :width], measured.values[part, :width]
-            pg_loss, clipfrac = policy_loss(
-                now.logprobs, old_logprobs, advantages[part, :width], mask, clip_range=self.config.clip_range
-            )
-            vf_loss, vf_clipfrac = value_loss(
-                now.values, old_values, returns[part, :width], mask, clip_range=VALUE_CLIP_RANGE
-            )
-            share = mask.sum() / num_tokens * counts
-            loss = pg_loss if train_policy else torch.zeros_like(pg_loss)
-            if self.has_critic:
-                loss = VALUE_COEF * vf_loss + loss
-            if kl_coef > 0:
-                per_token = k3(now.logprobs, measured.ref_logprobs[part, :width], mask)
-                loss = loss + kl_coef * masked_mean(per_token, mask)
+            loss, stats = self._loss(now, part, experience, train_policy, kl_coef)
+            share = now.mask.sum() / num_tokens * counts
             (share * loss).backward()
-            logprobs = now.logprobs.detach()
-            for name, value in (
-                ("policy_loss", pg_loss),
-                ("value_loss", vf_loss),
-                ("ratio", masked_mean(log_ratio(logprobs, old_logprobs, mask).exp(), mask)),
-                ("approx_kl", masked_mean(k3(old_logprobs, logprobs, mask), mask)),
-                ("clipfrac", clipfrac),
-                ("vf_clipfrac", vf_clipfrac),
-            ):
+            for name, value in stats.items():
                 totals[name] += (share * value.detach()).item()
         return totals
+
+    def _loss(
+        self, now: PolicyOutput, part: list[int], experience: Experience, train_policy: bool, kl_coef: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What one forward pass over the rows `part` minimises, and the statistics of `_TOTALS`."""
+        measured, mask = experience.measured, now.mask
+        here = part, slice(mask.shape[1])
+        old_logprobs = measured.logprobs[here]
+        pg_loss, clipfrac = policy_loss(
+            now.logprobs, old_logprobs, experience.advantages[here], mask, clip_range=self.config.clip_range
+        )
+        vf_loss, vf_clipfrac = value_loss(
+            now.values, measured.values[here], experience.returns[here], mask, clip_range=VALUE_CLIP_RANGE
+        )
+        loss = pg_loss if train_policy else torch.zeros_like(pg_loss)
+        if self.has_critic:
+            loss = VALUE_COEF * vf_loss + loss
+        if kl_coef > 0:
+            loss = loss + kl_coef * masked_mean(k3(now.logprobs, measured.ref_logprobs[here], mask), mask)
+        logprobs = now.logprobs.detach()
+        return loss, {
+            "policy_loss": pg_loss,
+            "value_loss": vf_loss,
+            "ratio": masked_mean(log_ratio(logprobs, old_logprobs, mask).exp(), mask),
+            "approx_kl": masked_mean(k3(old_logprobs, logprobs, mask), mask),
+            "clipfrac": clipfrac,
+            "vf_clipfrac": vf_clipfrac,
+        }
 
     def _step(self, ratio: float, train_policy: bool) -> dict[str, float]:
         """Clip and apply the gradients, unless the policy has run away from the one that sampled."""
