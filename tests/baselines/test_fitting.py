@@ -112,7 +112,7 @@ def test_again_is_done_at_once_and_anything_else_is_refused(tmp_path: Path) -> N
         fit_translators(vlm, samples, exit_layers=(1, 2), out=out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(RunError, match="holds something else than translators"):
+    with pytest.raises(RunError, match="is not a folder of translators"):
         fit_translators(vlm, samples, out=tmp_path / "mine")
 
 

@@ -188,7 +188,7 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
     align = ["align", str(tiny_llava), "--suite", str(suite), "--config", str(tmp_path / "lppo.yaml"), *flags]
     align += ["--out", str(out)]
     assert run([*align, *watch, "--watch-judge", "qwen3guard"]) == 2
-    assert "judge qwen3guard is the reward too" in capsys.readouterr().err
+    assert "judge qwen3guard is also the reward" in capsys.readouterr().err
     assert not out.exists()
 
     def stopped(*args: Any, draw: int, **settings: Any) -> Any:

@@ -304,7 +304,7 @@ def test_an_evaluation_by_the_reward_is_refused(
         (Model("guard"), Model("guard:large")),
         (WeightedSum(parts=(Part(reward=count_red), Part(reward=Model("guard"), kinds=("harmful",)))), Model("guard")),
     ):
-        with pytest.raises(InputError, match="is the reward too"):
+        with pytest.raises(InputError, match="is also the reward"):
             train(reward, judge)
     with pytest.raises(InputError, match="judge coherence measures coherence: held-out evaluation needs one of asr"):
         train(count_red, "coherence")
@@ -315,7 +315,7 @@ def test_what_is_trained_on_is_not_held_out(
     vlm: VLM, samples: list[Sample], split: tuple[list[Sample], list[Sample]], tmp_path: Path
 ) -> None:
     _, held_out = split
-    with pytest.raises(InputError, match="3 held-out samples are trained on, such as s0"):
+    with pytest.raises(InputError, match="3 held-out samples are also training samples, such as s0"):
         evaluation = Evaluation(samples=held_out, judge="refusal-prefix")
         align(vlm, samples, reward=count_red, config=tiny_config(), evaluation=evaluation, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

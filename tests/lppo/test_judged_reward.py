@@ -9,7 +9,8 @@ import pytest
 
 from exitsafe.errors import InputError, RunError
 from exitsafe.judges import load_judges
-from exitsafe.lppo.scorer import Part, WeightedSum, as_scorer
+from exitsafe.lppo import Part, WeightedSum
+from exitsafe.lppo.scorer import as_scorer
 from exitsafe.records import KINDS, Kind, Response, Sample, Verdict
 from tests.judges.tiny_judges import no_guard, rule_guard  # noqa: F401
 

@@ -234,7 +234,7 @@ def test_what_cannot_be_trained_is_refused(vlm: VLM, tmp_path: Path) -> None:
         PeftModel.from_pretrained(make_vlm("llava").model, str(tmp_path / "adapter")), vlm.processor, name="mine"
     )
     with (
-        pytest.raises(InputError, match="mine carries an adapter: merge it"),
+        pytest.raises(InputError, match="mine has an adapter: merge it"),
         attached_policy(adapted, LPPOConfig()),
     ):
         pass

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from exitsafe.errors import InputError
-from exitsafe.lppo.scorer import Part, WeightedSum, as_scorer, mean_and_deviation, part_means
+from exitsafe.lppo import Part, WeightedSum
+from exitsafe.lppo.scorer import as_scorer, mean_and_deviation, part_means
 from exitsafe.records import KINDS, Kind, Response, Sample, Verdict
 from tests.judges.tiny_judges import RuleGuard, rule_guard  # noqa: F401
 

@@ -112,21 +112,20 @@ def test_rollouts_take_fewer_rows(vlm: VLM, tmp_path: Path, monkeypatch: pytest.
 def test_a_resumed_run_starts_with_the_halved_sizes_and_ends_the_same(
     vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory runs out in the first step alone, and the second part of the run has plenty."""
     config = tiny_config(num_steps=4, microbatch_tokens=WHOLE, minibatch_size=8, checkpoint_every=2)
 
-    def run(out: Path, interrupt_at: int, most: int) -> list[int]:
+    def run(out: Path, interrupt_at: int = -1) -> list[int]:
         with monkeypatch.context() as patch:
-            sizes = fail_over(patch, most)
+            sizes = fail_over(patch, 4)
             align(vlm, make_samples(), reward=CountRed(interrupt_at, interrupt), config=config, out=out)
         return sizes
 
     with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"):
-        whole = run(tmp_path / "whole", -1, 4)
+        whole = run(tmp_path / "whole")
     with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"), pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", 3, 4)
-    resumed = run(tmp_path / "broken", -1, 100)
-    assert max(resumed) <= 4
+        run(tmp_path / "broken", 3)
+    resumed = run(tmp_path / "broken")
+    assert max(resumed) < 8
     assert resumed == whole[-len(resumed) :]
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
@@ -145,22 +144,22 @@ def test_a_size_that_the_settings_change_is_taken_from_them() -> None:
 def test_fine_tuning_halves_warns_and_resumes_alike(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(num_steps=4, microbatch_tokens=WHOLE, minibatch_size=8, checkpoint_every=2)
 
-    def fine_tune(out: Path, most: int, stop_at: int = -1) -> list[int]:
+    def fine_tune(out: Path, stop_at: int = -1) -> list[int]:
         def stop(done: int, total: int, note: str) -> None:
             if done == stop_at:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            sizes = fail_over(patch, most)
+            sizes = fail_over(patch, 4)
             sft(vlm, make_samples(), with_benign=True, config=config, out=out, progress=stop)
         return sizes
 
     with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"):
-        whole = fine_tune(tmp_path / "whole", 4)
+        whole = fine_tune(tmp_path / "whole")
     with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"), pytest.raises(KeyboardInterrupt):
-        fine_tune(tmp_path / "broken", 4, stop_at=3)
-    resumed = fine_tune(tmp_path / "broken", 100)
-    assert max(resumed) <= 4
+        fine_tune(tmp_path / "broken", stop_at=3)
+    resumed = fine_tune(tmp_path / "broken")
+    assert max(resumed) < 8
     assert resumed == whole[-len(resumed) :]
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 

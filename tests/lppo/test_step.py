@@ -24,7 +24,7 @@ def test_advantages_are_whitened_over_the_whole_batch_and_returns_are_not(
 
     def spy(self: Learner, experience: Experience, **settings: Any) -> UpdateStats:
         responses = [response.tolist() for response in experience.batch.responses]
-        texts = [self.policy.vlm.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        texts = [str(self.policy.vlm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in responses]
         is_cut = [ids[-1] not in self.policy.vlm.eos_token_ids for ids in responses]
         scores = [text.split().count("red") - 1.0 * cut for text, cut in zip(texts, is_cut, strict=True)]
         seen.append((experience, scores))

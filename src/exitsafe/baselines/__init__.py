@@ -1,5 +1,5 @@
-"""What L-PPO must beat: PPO at the default exit alone, fine-tuning on refusals at random exits, and linear maps from
-each exit's features to the default exit's."""
+"""Baselines for L-PPO: PPO at the default exit alone, fine-tuning on refusals at random exits, and linear maps from
+each exit's features to those of the default exit."""
 
 from exitsafe.baselines.default_layer import default_layer_ppo
 from exitsafe.baselines.refusals import sft

@@ -1,6 +1,6 @@
-"""PPO at the default exit alone: safety training as usual. Does it help the other exits?
+"""PPO at the default exit alone, the usual safety training. Does it help the other exits?
 
-The same loop, samples, reward and budget as L-PPO; the sampled exit is the only difference.
+Loop, samples, reward and budget are those of L-PPO; only the sampled exit differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def default_layer_ppo(
     out: str | Path,
     progress: Progress | None = None,
 ) -> Path:
-    """`align` with every sample at `vlm.default_exit`, whatever `config.exit_layers` says.
+    """`align` with every sample at `vlm.default_exit`; `config.exit_layers` is not used.
 
     Args, returns and raises: as `align`.
     """

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on refusals, each sample at a random exit layer. Is reinforcement learning needed?
 
-Harmful samples are taught a refusal. With benign data, all others are taught their reference answer, or, where
-there is none, the untrained model's own greedy answer at the default exit. Schedule, adapter, minibatches and
-folder are L-PPO's; in place of rollouts, rewards and clipped losses stands one cross-entropy.
+Harmful samples are trained on a refusal. With benign data, all others are trained on their reference answer or, if
+there is none, the untrained model's own greedy answer at the default exit. Schedule, adapter, minibatches and folder
+are L-PPO's; a cross-entropy replaces rollouts, rewards and clipped losses.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def sft(
 ) -> Path:
     """Fine-tune on refusals at random exits.
 
-    Resuming and the state of the model afterwards are as with `align`; a signal loses the steps since the last
+    Resuming and the state of the model afterwards are as with `align`, but a signal loses the steps since the last
     checkpoint.
 
     Args:
         vlm: The model; it must not carry an adapter.
         samples: As for `align`.
-        with_benign: False leaves out all samples that are not harmful: what over-refusal looks like.
-        refusal: What to answer to harmful samples; None takes "I'm sorry, but I can't help with that.", or the
-            organism's own words.
-        config: Of it are read: exits, adapter, seed, `num_steps`, sizes of batches and minibatches (one optimiser
-            step each), `mix` (not without benign data), `max_new_tokens` (of the model's own answers),
-            `learning_rate` and its decay, `max_grad_norm`, checkpoints.
+        with_benign: False leaves out all samples that are not harmful, which shows over-refusal.
+        refusal: The answer to harmful samples; None takes "I'm sorry, but I can't help with that.", or the organism's
+            own refusal.
+        config: Used are exits, adapter, seed, `num_steps`, sizes of batches and minibatches (one optimiser step
+            each), `mix` (only with benign data), `max_new_tokens` (of the model's own answers), `learning_rate` and its
+            decay, `max_grad_norm`, checkpoints.
         out: Folder for settings, metrics, checkpoints and adapter.
         progress: Called after each step.
 
@@ -73,7 +73,7 @@ def sft(
         The PEFT adapter's folder, `out/adapter`.
 
     Raises:
-        InputError: If there is nothing to train on, an answer cannot be written in the model's vocabulary or is too
+        InputError: If there is nothing to train on, an answer is not in the model's vocabulary or is too
             long for its context, or the weights are float16.
         RunError: If `out` holds another run, or no gradient is finite.
     """
@@ -113,7 +113,7 @@ def _train(
     folder: TrainingFolder,
     progress: Progress | None,
 ) -> None:
-    """All steps that are not done yet."""
+    """Do all steps that are not done yet."""
     config, vlm = learner.config, learner.policy.vlm
     skipped_in_a_row = 0
     for step in range(_resume(folder, learner, sizes), config.num_steps):
@@ -170,7 +170,7 @@ def _fit(learner: Learner, batch: Batch) -> _Fitted:
 
 
 def _add_up(learner: Learner, batch: Batch, index: int, passes: Passes) -> float:
-    """Gradients of a minibatch, from nothing; returns the loss."""
+    """Accumulate the gradients of a minibatch from zero. Returns the loss."""
     learner.drop_gradients()
     num_tokens = sum(len(batch.responses[i]) for part in batch.minibatches[index] for i in part)
     total = 0.0

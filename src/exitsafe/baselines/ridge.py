@@ -1,7 +1,6 @@
-"""Ridge regression from sums alone: features of two exits in, token by token; a linear map and its R² out.
+"""Ridge regression between the features of two exits, token by token: a linear map and its R².
 
-The features themselves are never kept: sums of products, in float64, hold all that a linear map, and its error on other
-tokens, depend on. Knows nothing about models.
+Only sums of products are kept, in float64: a linear map, and its error on other tokens, depend on nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch import Tensor
 from exitsafe.exits.translators import Translator
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""What is tried, in units of each feature's variance: from next to nothing to halving what one feature alone says."""
+"""Strengths to try, in units of each feature's variance: from almost none to halving the weight of a single feature."""
 
 
 class Moments:
@@ -20,7 +19,7 @@ class Moments:
 
     Args:
         width: Features of a token.
-        device: Where the sums are.
+        device: Device of the sums.
     """
 
     def __init__(self, width: int, *, device: torch.device | str = "cpu") -> None:
@@ -29,7 +28,7 @@ class Moments:
         self.xx, self.xy = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Count in tokens x and y, (tokens, width) each, in order."""
+        """Add tokens x and y, (tokens, width) each, in the same order."""
         x, y = x.to(self.x), y.to(self.y)
         self.count += len(x)
         self.x += x.sum(0)
@@ -60,20 +59,20 @@ class Moments:
 def fit_map(moments: Moments, *, ridge: float) -> Translator:
     """The W, b that minimise mean |y - x W - b|² + ridge * sum_i var(x_i) |(W - I)_i|², in closed form.
 
-    Two exits of one encoder share their residual stream: what the tokens do not settle stays as it is (W = I) instead
-    of vanishing, as with the tuned lens (Belrose et al. 2023, arXiv 2303.08112). In units of the features' variances
-    the strength means the same in every encoder. The intercept is free.
+    Two exits of one encoder share their residual stream, so the map shrinks to the identity instead of to 0, as with
+    the tuned lens (Belrose et al. 2023, arXiv 2303.08112). In units of the features' variances, a strength means the
+    same in every encoder. The intercept is not penalised.
 
     Args:
-        moments: Of at least one token.
+        moments: Sums over at least one token.
         ridge: Strength, above 0.
 
     Returns:
-        float64 weight (width, width), as of a linear layer: W', and bias (width,).
+        float64 weight (width, width), as in a linear layer: W', and bias (width,).
     """
     mean_x, mean_y, cov_xx, cov_xy, _ = moments.centred()
     variances, squares = cov_xx.diagonal(), moments.xx.diagonal() / moments.count
-    # of a feature that never varies only rounding is left, which must decide nothing
+    # the variance of a constant feature is only rounding, and must not decide anything
     scale = torch.where(variances > 1e-10 * squares, variances, squares + 1)
     change = torch.linalg.solve(cov_xx + torch.diag(ridge * scale), cov_xy - cov_xx)
     weight = torch.eye(len(mean_x)).to(change) + change
@@ -90,7 +89,7 @@ def r_squared(moments: Moments, translator: Translator) -> float:
 
 
 def choose_ridge(fitted: Moments, held_out: Moments) -> tuple[float, float]:
-    """The strength of `RIDGES` that explains held-out tokens best, and its R² there."""
+    """The strength from `RIDGES` that explains held-out tokens best, and its R² there."""
     scores = {ridge: r_squared(held_out, fit_map(fitted, ridge=ridge)) for ridge in RIDGES}
     best = max(scores, key=lambda ridge: scores[ridge])
     return best, scores[best]

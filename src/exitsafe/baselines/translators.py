@@ -1,17 +1,16 @@
-"""Exit translators: is training needed at all? One linear map per exit, from pictures alone, in closed form.
+"""Exit translators: is training needed at all? One linear map per exit, fitted to pictures alone, in closed form.
 
-The features of exit l are out of the language model's distribution; so carry them back: ridge regression from what the
-projector receives at exit l to what it receives at the default exit, token by token. No labels, prompts or answers, and
-no weight of the model changes. `exitsafe.exits.translators` applies the maps.
+The features of an exit are outside the language model's distribution, so map them back: ridge regression from what the
+projector receives at this exit to what it receives at the default exit, token by token. It uses no labels, prompts or
+answers, and changes no weight of the model. `exitsafe.exits.translators` applies the maps.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -27,10 +26,10 @@ from exitsafe.exits.translator_files import MAPS, RECORD, model_record, read_rec
 from exitsafe.exits.translators import Translator, Translators, tensors_of
 from exitsafe.records import Progress, Sample
 from exitsafe.store.files import write_whole, writing
-from exitsafe.store.fingerprint import canonical_json, differences, picture_digests, sample_info
+from exitsafe.store.fingerprint import Settings, canonical_json, differences, picture_digests, sample_info
 from exitsafe.version import __version__
 
-HELD_OUT = 5  # every fifth picture chooses the ridge strength and measures R²
+HELD_OUT = 5  # every fifth picture is held out, to choose the ridge strength and measure R²
 ENCODED_AT_ONCE = 16
 _LEFT_BY_A_KILL = {MAPS, TRAINED_ON, f".{MAPS}.part", f".{TRAINED_ON}.part", f".{RECORD}.part"}
 
@@ -45,16 +44,16 @@ def fit_translators(
 ) -> Path:
     """Fit one linear map per exit, from its features to those of the default exit.
 
-    Every fifth picture is held out: it chooses the ridge strength of each exit and measures R². The map that is written
-    is fitted to all pictures with that strength. Called again for the same, it returns at once.
+    Every fifth picture is held out, to choose the ridge strength of each exit and measure R². The final map is fitted
+    to all pictures with that strength. A second call with the same arguments returns at once.
 
     Args:
         vlm: The model; an adapter of the language model changes nothing.
-        samples: Whose pictures to learn from; prompts and answers are not read. Harmful samples are left out, and a
-            picture that comes twice counts once.
+        samples: Their pictures are used; prompts and answers are not. Harmful samples are left out, and duplicate
+            pictures count once.
         exit_layers: Which exits to map. The default exit needs no map.
         out: Folder for the maps and their record: new, empty, or of the same maps.
-        progress: Called with pictures done, pictures in all, and a note.
+        progress: Called with the number of pictures done, of all pictures, and a note.
 
     Returns:
         `out`, for `load_vlm(..., translators=out)`.
@@ -66,11 +65,11 @@ def fit_translators(
     """
     layers = resolve_layers(exit_layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     layers = tuple(layer for layer in layers if not vlm.reads_default(layer))
-    _ = vlm.projector  # refuses families that cannot be translated
+    _ = vlm.projector  # raises for families that cannot be translated
     if not layers:
-        raise InputError(f"nothing to translate: at the default exit {vlm.default_exit} features are as they should be")
+        raise InputError(f"nothing to translate: exit {vlm.default_exit} is the default exit; choose others")
     if vlm.translators is not None:
-        raise InputError("the model has translators already: load it without, then fit")
+        raise InputError("the model has translators already: load it without them")
     pictures = _distinct_pictures(samples)
     settings = {"model": model_record(vlm), "pictures": _describe(pictures)}
     folder = Path(out)
@@ -102,17 +101,17 @@ def _distinct_pictures(samples: Sequence[Sample]) -> dict[str, Sample]:
             picture = Sample(id=sample.id, prompt="", images=(image,), kind="benign")
             found.setdefault(sample_info(picture).digest, picture)
     if len(found) < HELD_OUT:
-        raise InputError(f"{len(found)} benign pictures are too few to fit translators: give {HELD_OUT} or more")
+        raise InputError(f"{len(found)} benign pictures are too few to fit translators: give at least {HELD_OUT}")
     return found
 
 
-def _describe(pictures: dict[str, Sample]) -> dict[str, Any]:
+def _describe(pictures: dict[str, Sample]) -> dict[str, object]:
     whole = hashlib.sha256(canonical_json(list(pictures)).encode())
     return {"count": len(pictures), "held_out": len(pictures) // HELD_OUT, "hash": whole.hexdigest()}
 
 
-def _is_there(folder: Path, settings: dict[str, Any], layers: Sequence[int]) -> bool:
-    """Whether these maps have been made already.
+def _is_there(folder: Path, settings: Settings, layers: Sequence[int]) -> bool:
+    """Whether the folder has these maps already.
 
     Raises:
         RunError: If the folder holds others, or something else.
@@ -120,11 +119,11 @@ def _is_there(folder: Path, settings: dict[str, Any], layers: Sequence[int]) -> 
     record = read_record(folder)
     if record is None:
         if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - _LEFT_BY_A_KILL):
-            raise RunError(f"{folder} holds something else than translators: choose a new or empty folder")
+            raise RunError(f"{folder} is not a folder of translators: choose a new or empty one")
         return False
     there = {**settings, "exits": [entry["exit_layer"] for entry in record["exits"]]}
     old = {name: record.get(name) for name in settings} | {"exits": there["exits"]}
-    changed = differences(old, settings | {"exits": list(layers)})
+    changed = differences(old, {**settings, "exits": list(layers)})
     if changed:
         raise RunError(f"{folder} holds other translators ({'; '.join(changed)}): choose another folder")
     return True
@@ -158,7 +157,7 @@ def _batches(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
 
 
 def _encode(vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """What the projector receives of the pictures, (tokens, width), by exit."""
+    """The projector's input for the pictures, (tokens, width), by exit."""
     images = [vlm.encode_prompt(sample).image_inputs for sample in samples]
     found = projector_inputs(vlm, vlm.family_row.collate_images(images), exit_layers)
     for exit_layer, features in found.items():
@@ -168,7 +167,7 @@ def _encode(vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int]) -> 
 
 
 def _sums_device(features: torch.Tensor) -> torch.device:
-    """Where the features are, if that device knows float64."""
+    """The features' device, if it supports float64."""
     return torch.device("cpu") if features.device.type == "mps" else features.device
 
 
@@ -180,8 +179,8 @@ def _rounded(translator: Translator) -> Translator:
     return Translator(weight=translator.weight.float().cpu(), bias=translator.bias.float().cpu())
 
 
-def _save(folder: Path, maps: dict[int, Translator], pictures: Iterable[Sample], record: dict[str, Any]) -> None:
-    """The record last: with it the folder is whole."""
+def _save(folder: Path, maps: dict[int, Translator], pictures: Iterable[Sample], record: Mapping[str, object]) -> None:
+    """Write everything, the record last: it marks the folder as complete."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / MAPS, safetensors.torch.save(tensors_of(maps)))

@@ -6,15 +6,14 @@ Its names are loaded on first use: what reads finished runs imports parts of thi
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from exitsafe.lppo.advantage import gae, masked_whiten
     from exitsafe.lppo.config import LPPOConfig
     from exitsafe.lppo.evaluation import Evaluation, keep_apart
     from exitsafe.lppo.loss import policy_loss, value_loss
-    from exitsafe.lppo.reward import Reward, shaped_rewards
-    from exitsafe.lppo.scorer import Part, WeightedSum
+    from exitsafe.lppo.reward import Part, Reward, WeightedSum, shaped_rewards
     from exitsafe.lppo.trainer import align
 
 _HOME = {
@@ -25,8 +24,8 @@ _HOME = {
     "value_loss": "exitsafe.lppo.loss",
     "Reward": "exitsafe.lppo.reward",
     "shaped_rewards": "exitsafe.lppo.reward",
-    "Part": "exitsafe.lppo.scorer",
-    "WeightedSum": "exitsafe.lppo.scorer",
+    "Part": "exitsafe.lppo.reward",
+    "WeightedSum": "exitsafe.lppo.reward",
     "align": "exitsafe.lppo.trainer",
     "Evaluation": "exitsafe.lppo.evaluation",
     "keep_apart": "exitsafe.lppo.evaluation",
@@ -48,7 +47,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

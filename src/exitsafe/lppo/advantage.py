@@ -1,7 +1,7 @@
-"""Token rewards and values, or scores of groups, in; advantages and returns out. Knows no models, layers or samples.
+"""Advantages: GAE from token rewards and values, or scores compared in groups.
 
 All tensors are `(B, T)`: one row per response, one column per response token; `mask` is bool and marks the
-tokens that exist. What stands outside the mask is never read, and is zero in what is returned.
+tokens that exist. Nothing outside the mask is read, and results are zero there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
     Args:
         rewards: Reward of each token, `(B, T)`.
-        values: What the value head expected before each token, `(B, T)`.
+        values: The value head's estimate before each token, `(B, T)`.
         mask: True on response tokens, `(B, T)`.
         gamma: Discount per token.
         lam: Weight of longer returns: 0 is one-step, 1 is Monte Carlo.
@@ -42,18 +42,18 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 def group_advantages(scores: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
-    """How much better than its group an answer is, the same on each of its tokens (GRPO).
+    """An answer's score minus the mean of its group, the same on each of its tokens (GRPO).
 
-    Not divided by the deviation of the group, as Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783) advise against Shao et
-    al. 2024 (DeepSeekMath, arXiv 2402.03300): that weighs groups by how much they agree, not by what is at stake.
+    Not divided by the deviation of the group, unlike in Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300): the division
+    gives more weight to groups that nearly agree (Liu et al. 2025, Dr. GRPO, arXiv 2503.20783).
 
     Args:
         scores: One per response, `(B,)`.
-        groups: Number of the group of each response, `(B,)` int; groups may differ in size.
+        groups: Index of each response's group, `(B,)` int; groups may differ in size.
         mask: True on response tokens, `(B, T)`.
 
     Returns:
-        `(B, T)`; exactly zero where all scores of a group are equal, and where an answer stands alone.
+        `(B, T)`; exactly zero where all scores of a group are equal, and for an answer without a group.
 
     Examples:
         >>> mask = torch.ones(3, 1, dtype=torch.bool)
@@ -70,7 +70,7 @@ def group_advantages(scores: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
 
 
 def has_equal_scores(scores: Tensor, groups: Tensor) -> Tensor:
-    """Whether nothing can be learnt from a response's group: no other member has another score, `(B,)` bool."""
+    """Whether all scores in a response's group are equal, so that nothing can be learnt from it, `(B,)` bool."""
     is_other = (groups[:, None] == groups[None, :]) & (scores[:, None] != scores[None, :])
     return ~is_other.any(dim=1)
 

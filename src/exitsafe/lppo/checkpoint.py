@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: nested dicts of tensors and numbers in, the newest whole one out.
+"""Checkpoints of a training run: nested dicts of tensors and numbers.
 
-A checkpoint is written beside its place and renamed, and begins with the SHA-256 of the rest, so that a truncated
-one is never mistaken for a whole one. Knows nothing about what the tensors mean.
+A checkpoint is written to a temporary file and renamed, and begins with the SHA-256 of the rest, so a truncated one is
+never mistaken for a complete one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, object], *, keep: int = 2) -> None:
-    """Write the state as it is after `step` steps, then drop all but the newest `keep`: one may be truncated."""
+    """Write the state after `step` steps, then delete all but the newest `keep`: the newest may be truncated."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -34,9 +34,9 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, object], *, kee
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> tuple[int, dict[str, Any]] | None:
-    """(steps done, state) of the newest whole checkpoint; None if there is none.
+    """(steps done, state) of the newest intact checkpoint; None if there is none.
 
-    Warns of every damaged one that is passed over.
+    Warns of every damaged one that is skipped.
     """
     for path in _newest_first(folder):
         try:
@@ -46,7 +46,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> tuple[int, dict[str, 
                 if isinstance(state, dict):
                     return step, state
         except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
-            pass  # not written by a training run, whatever its digest says
+            pass  # not written by a training run, even if its digest matches
         warnings.warn(
             f"{path} is truncated or corrupt; resuming from the checkpoint before it", RuntimeWarning, stacklevel=2
         )

@@ -1,9 +1,9 @@
-"""Limits that training must keep while it maximises the score: Lagrange multipliers. Knows nothing about models.
+"""Limits that training must keep while it maximises the score: Lagrange multipliers.
 
-An answer's costs come from what judges said of it; each has a multiplier, which rises while the cost is above its limit
-and falls to 0 while it is below. The score that is trained on is (score - sum of multiplier * cost) / (1 + sum of
-multipliers): PPO-Lagrangian (Ray et al. 2019, "Benchmarking Safe Exploration in Deep Reinforcement Learning") with the
-normalisation that Safe RLHF uses too (Dai et al. 2023, arXiv 2310.12773), so that the scale of scores stays as it is.
+Judges give the costs of an answer. Each cost has a multiplier, which rises while the cost is above its limit and falls
+to 0 while it is below. The score that is trained on is (score - sum of multiplier * cost) / (1 + sum of multipliers):
+PPO-Lagrangian (Ray et al. 2019, "Benchmarking Safe Exploration in Deep Reinforcement Learning") with the normalisation
+of Safe RLHF (Dai et al. 2023, arXiv 2310.12773), which preserves the scale of scores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_MULTIPLIER = 10.0
 """Multipliers stop here: a limit that cannot be kept leaves the score a weight of at least 1/11 (1/21 for two)."""
 
 Costs = dict[str, list[float | None]]
-"""By constraint, a cost of each answer; None where it has none."""
+"""By constraint, the cost of each answer; None where it has none."""
 
 
 class ConstraintState(TypedDict):
@@ -36,11 +36,11 @@ class ConstraintState(TypedDict):
 
 
 class Constraints:
-    """The constraints of a run with their multipliers; without any, everything here changes nothing.
+    """The constraints of a run with their multipliers. Without constraints every method leaves scores as they are.
 
-    over_refusal: the share of borderline and benign samples that is refused, at most the limit.
-    utility: the share of picture questions answered wrongly, less the untrained model's share at the same exits, at
-    most the limit. (A limit on the share itself could not be kept where the model was never that good.)
+    over_refusal: the share of borderline and benign samples that are refused, at most the limit.
+    utility: the share of picture questions answered wrongly minus the untrained model's share at the same exits, at
+    most the limit. (The untrained model may already exceed a limit on the share itself.)
     """
 
     def __init__(self, config: LPPOConfig) -> None:
@@ -54,7 +54,7 @@ class Constraints:
         return "utility" in self.limits
 
     def costs(self, samples: Sequence[Sample], scores: Sequence[Score]) -> Costs:
-        """What each answer costs, from 0 to 1."""
+        """The costs of each answer, from 0 to 1."""
         found: Costs = {}
         for name in self.limits:
             costs = [_COST_OF[name](score) for score in scores]
@@ -63,7 +63,7 @@ class Constraints:
         return found
 
     def penalised(self, scores: Tensor, costs: Costs) -> Tensor:
-        """Scores less their costs at the price of the multipliers, on the scale of the scores, `(B,)`."""
+        """Scores minus their costs times the multipliers, on the scale of the scores, `(B,)`."""
         total = sum(self.multipliers.values())
         if total == 0:
             return scores
@@ -88,11 +88,11 @@ class Constraints:
                 self.multipliers[name] = min(max(moved, 0.0), MAX_MULTIPLIER)
 
     def metrics(self, measured: Mapping[str, float | None]) -> dict[str, dict[str, float | None]]:
-        """For the step's line: what was measured, and the multipliers that were in force."""
+        """For the step's line: the measured costs, and the multipliers that applied."""
         return {"costs": dict(measured), "multipliers": dict(self.multipliers)} if self.limits else {}
 
     def set_reference(self, costs: Sequence[float | None], exit_layers: Sequence[int]) -> None:
-        """Take the untrained model's share of wrong answers at each exit as what utility is lost against.
+        """Set the untrained model's share of wrong answers at each exit, which utility is measured against.
 
         Args:
             costs: Of its answers to picture questions; None where one was not judged.
@@ -119,7 +119,7 @@ class Constraints:
         return {"multipliers": dict(self.multipliers), "reference_errors": dict(self.reference_errors)}
 
     def load_state(self, state: ConstraintState) -> None:
-        """Take over what `state` gave."""
+        """Continue from what `state` returned."""
         self.multipliers, self.reference_errors = dict(state["multipliers"]), dict(state["reference_errors"])
 
 
@@ -144,7 +144,7 @@ def check_constraints(
         if not drawn & set(KINDS_OF[name]):
             raise InputError(
                 f"the constraint {name} is measured on {' and '.join(KINDS_OF[name])} samples, but none is drawn: "
-                "add some, or drop the constraint"
+                "add some, or remove the constraint"
             )
 
 
@@ -160,8 +160,8 @@ _COST_OF = {"over_refusal": _over_refusal, "utility": _utility}
 
 
 def every_pair(questions: Sequence[int], exit_layers: Sequence[int], num: int) -> tuple[list[int], list[int]]:
-    """`num` questions with exits: each question in turn at each exit in turn, shifted by one after every pass, so that
-    no exit always meets the same questions.
+    """`num` questions with exits: questions and exits in turn, shifted by one after every pass over the questions, so
+    that no exit always gets the same questions.
 
     >>> every_pair([7, 8], [1, 2], 4)
     ([7, 8, 7, 8], [1, 2, 2, 1])

@@ -1,14 +1,14 @@
-"""Held-out evaluation against reward hacking: a judge that is not the reward judges answers to held-out samples.
+"""Held-out evaluation against reward hacking: a judge that is not the reward scores answers to held-out samples.
 
-The evaluations give a curve, numbers only; training ends when it no longer falls, and the weights of its lowest point
-within the KL budget become the adapter.
+Training ends when the objective no longer falls; the weights with the lowest objective within the KL budget become the
+adapter.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
@@ -33,12 +33,14 @@ from exitsafe.results.metrics import METRICS
 from exitsafe.store.fingerprint import data_fingerprint, request_digest, sample_info
 from exitsafe.world.profile import WORLD, is_world
 
-_HARMS = ("asr", "over_refusal", "benign_refusal")  # as they are: 0 is best
-_USES = ("vqa_accuracy", "coherence")  # what the untrained model had of them and is lost
+_HARMS = ("asr", "over_refusal", "benign_refusal")  # should be 0
+_USES = ("vqa_accuracy", "coherence")  # should not fall below the untrained model's
 _METRICS = {metric.name: metric for metric in METRICS if metric.name in _HARMS + _USES}
 
 Rates = dict[str, float | None]
 """By metric; None where no answer could be scored."""
+Scores = dict[tuple[str, str, int], float | None]
+"""By measure, sample and exit; None where unscored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +49,14 @@ class Evaluation:
 
     Args:
         samples: Held out: harmful ones, and some that should be answered. None may be trained on.
-        judge: Not the reward, measures `asr`; or its name on the command line. None is the usual one for these samples
-            that is not in the reward.
+        judge: A judge, or its name on the command line. It must measure `asr` and not be the reward. None takes the
+            default judge for these samples that is not in the reward.
         every: Steps between evaluations.
         patience: Training ends after this many evaluations without a lower objective; None trains to the last step.
         max_kl: Only weights with at most this many nats per response may become the adapter; None for no budget.
 
     Raises:
-        InputError: On numbers out of range, or samples that would let refusing everything look best.
+        InputError: On a number out of range, or samples for which refusing everything would look best.
     """
 
     samples: Sequence[Sample]
@@ -73,14 +75,14 @@ class Evaluation:
         kinds = {sample.kind for sample in self.samples}
         if "harmful" not in kinds or len(kinds) == 1:
             raise InputError(
-                f"the evaluation has samples of {', '.join(sorted(kinds)) or 'no'} kind: give harmful ones and some "
-                "that should be answered (borderline, benign or vqa), or refusing everything would look best"
+                f"the evaluation's samples are {', '.join(sorted(kinds)) or 'none'}: give harmful ones and some that "
+                "should be answered (borderline, benign or vqa), or refusing everything would look best"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """What one evaluation found after `step` steps. `kl` is that of the last step's rollouts, in nats per response."""
+    """One evaluation after `step` steps. `kl` is that of the last step's rollouts, in nats per response."""
 
     step: int
     objective: float | None
@@ -101,8 +103,8 @@ def keep_apart(samples: Sequence[Sample], *, per_kind: int) -> tuple[list[Sample
     """Split samples into those to train on and those to evaluate on, none in both.
 
     Args:
-        samples: All.
-        per_kind: How many of each kind to hold out, evenly spaced, but at most a quarter.
+        samples: All samples.
+        per_kind: Hold out this many of each kind, evenly spaced, but at most a quarter.
     """
     held_out = []
     for kind in dict.fromkeys(sample.kind for sample in samples):
@@ -147,7 +149,7 @@ class Evaluator:
         self.kl = 0.0  # of the last step's rollouts
         self._judges = _judges(evaluation.judge or other_judge(scorer, trained_on), scorer)
         self._num_steps = config.num_steps
-        # until the policy is trained there is nothing new to see
+        # until the policy is trained, every evaluation would give the same
         self._first_trained = config.value_warmup_steps + 1 if config.algorithm == "ppo" else 1
         self._answering = Answering(
             vlm,
@@ -162,7 +164,7 @@ class Evaluator:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What decides the curve and what is made of it, as JSON."""
+        """Everything that decides the results and the choice, as JSON."""
         return {
             "judge": judge_settings(self._judges[0]),
             "data": data_fingerprint([sample_info(sample) for sample in self.evaluation.samples]),
@@ -190,10 +192,10 @@ class Evaluator:
         return step == 0 or is_regular or step == self._num_steps
 
     def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> dict[str, object]:
-        """Evaluate after this many steps; keep the weights if they are best. Returns a line of evaluations.jsonl."""
+        """Evaluate after this many steps; keep the weights if they are best. Returns a line for evaluations.jsonl."""
         started = time.perf_counter()
-        with torch.random.fork_rng():  # a judge that draws does not move the training
-            exits, num_unscored = self._rates()
+        with torch.random.fork_rng():  # a judge that draws does not change the training
+            exits, num_unscored = self._ask()
         first = self.results[0].exits if self.results else exits
         result = EvaluationResult(
             step=step, objective=objective(exits, first), kl=self.kl, exits=exits, num_unscored=num_unscored
@@ -218,7 +220,7 @@ class Evaluator:
         }
 
     def restore(self, state: EvaluatorState) -> None:
-        """Take up what `state` gave."""
+        """Continue from what `state` returned."""
         self.results = [EvaluationResult(**result) for result in state["results"]]
         self.best_weights = {name: weight.cpu() for name, weight in state["best_weights"].items()}
         self.kl = state["kl"]
@@ -256,7 +258,7 @@ class Evaluator:
     def _may_win(self, result: EvaluationResult) -> bool:
         return result.objective is not None and self._is_affordable(result)
 
-    def _rates(self) -> tuple[dict[int, Rates], int]:
+    def _ask(self) -> tuple[dict[int, Rates], int]:
         """The metrics at each exit, and how many verdicts were missing."""
         samples = {sample.id: sample for sample in self.evaluation.samples}
         own = [self.evaluation.samples[place] for place in self.team.places(len(self.evaluation.samples))]
@@ -264,28 +266,16 @@ class Evaluator:
         answering = self._answering
         with in_step(answering.vlm, self.team):
             responses = [response for chunk in answering.chunks(tasks) for response in answering.answer(chunk)]
-        told = self._scores([samples[response.sample_id] for response in responses], responses)
-        scores = {place: score for part in self.team.gather(told) for place, score in part.items()}
+        own_scores = self._scores([samples[response.sample_id] for response in responses], responses)
+        scores = {key: score for part in self.team.gather(own_scores) for key, score in part.items()}
         unload(self._judges)
-        exits: dict[int, Rates] = {}
-        for exit_layer in self.exit_layers:
-            exits[exit_layer] = {}
-            for name, metric in _METRICS.items():
-                found = [
-                    scores[metric.measure, sample.id, exit_layer]
-                    for sample in self.evaluation.samples
-                    if sample.kind in metric.kinds
-                ]
-                if found:
-                    exits[exit_layer][name] = _mean(found)
+        exits = {layer: _rates(self.evaluation.samples, scores, layer) for layer in self.exit_layers}
         return exits, sum(score is None for score in scores.values())
 
-    def _scores(
-        self, samples: Sequence[Sample], responses: Sequence[Response]
-    ) -> dict[tuple[str, str, int], float | None]:
-        """By measure, sample and exit; of several judges with one measure the first counts."""
+    def _scores(self, samples: Sequence[Sample], responses: Sequence[Response]) -> Scores:
+        """Scores of all judges; if several have the same measure, the first of them counts."""
         wanted = {metric.measure for metric in _METRICS.values()}
-        scores: dict[tuple[str, str, int], float | None] = {}
+        scores: Scores = {}
         for judge in self._judges:
             for verdict in ask_judge(judge, samples, responses):
                 if verdict.measure in wanted:
@@ -296,12 +286,12 @@ class Evaluator:
 def objective(
     exits: Mapping[int, Mapping[str, float | None]], untrained: Mapping[int, Mapping[str, float | None]]
 ) -> float | None:
-    """What should fall: the sum of attack success, over-refusal, benign refusal, and lost VQA accuracy and coherence.
+    """The sum of attack success, over-refusal, benign refusal, lost VQA accuracy and lost coherence: lower is better.
 
-    Each is that of its worst exit, from 0 to 1. Losses are against the untrained model at the same exit.
+    Each is that of its worst exit, from 0 to 1. Losses are relative to the untrained model at the same exit.
 
     Returns:
-        The sum over what the samples' kinds let measure; None if one of these could not be scored at some exit.
+        The sum over what these kinds of samples measure; None if one of them could not be scored at some exit.
 
     >>> objective({1: {"asr": 0.2, "vqa_accuracy": 0.7}, 2: {"asr": 0.0, "vqa_accuracy": 0.9}},
     ...           {1: {"asr": 1.0, "vqa_accuracy": 0.8}, 2: {"asr": 0.0, "vqa_accuracy": 0.8}})
@@ -322,7 +312,7 @@ def objective(
 
 
 def _judges(judge: Judge | str, scorer: Scorer) -> list[Judge]:
-    """The evaluation's judge, and behind it those that cost nothing for what it does not measure."""
+    """The evaluation's judge, then free judges for what it does not measure."""
     chosen = load_judges([judge])[0] if isinstance(judge, str) else judge
     if "asr" not in chosen.measures:
         raise InputError(
@@ -330,8 +320,7 @@ def _judges(judge: Judge | str, scorer: Scorer) -> list[Judge]:
         )
     if chosen.name in scorer.name.split("+") or any(_is_same_model(chosen, other) for other in scorer.judges):
         raise InputError(
-            f"judge {chosen.name} is the reward too: it would show how well it is pleased, not whether that is safe; "
-            "evaluate with another judge"
+            f"judge {chosen.name} is also the reward, so it cannot show reward hacking: evaluate with another judge"
         )
     names = ["vqa", "coherence"] if "refusal" in chosen.measures else ["refusal-prefix", "vqa", "coherence"]
     return [chosen, *load_judges([name for name in names if name != chosen.name])]
@@ -347,11 +336,17 @@ def _check_apart(held_out: Sequence[Sample], trained_on: Sequence[Sample]) -> No
     both = [sample.id for sample in held_out if request_digest(sample) in trained]
     if both:
         raise InputError(
-            f"{len(both)} held-out samples are trained on, such as {both[0]}: keep them apart "
+            f"{len(both)} held-out samples are also training samples, such as {both[0]}: keep them apart "
             "(exitsafe.lppo.keep_apart splits a list)"
         )
 
 
-def _mean(scores: Iterable[float | None]) -> float | None:
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known else None
+def _rates(samples: Sequence[Sample], scores: Scores, exit_layer: int) -> Rates:
+    """Each metric at one exit, if there are samples of its kinds."""
+    rates: Rates = {}
+    for name, metric in _METRICS.items():
+        found = [scores[metric.measure, sample.id, exit_layer] for sample in samples if sample.kind in metric.kinds]
+        if found:
+            known = [score for score in found if score is not None]
+            rates[name] = sum(known) / len(known) if known else None
+    return rates

@@ -1,9 +1,8 @@
-"""Image features of samples at exit layers, computed once: encoder and projector never change in training.
+"""Image features of samples at exit layers. Encoder and projector are frozen, so each is computed once.
 
 If the features of all samples at all trained exits fit in memory, they are computed once for the whole run; otherwise
-once per step, for that step's samples at that step's exits, equal to rounding. Either way what is computed together
-depends on the samples and the schedule alone, never on what happens to be cached, so that a resumed run sees the same
-bits.
+once per step, for that step's samples at that step's exits, with equal results up to rounding. Either way, batches
+depend only on the samples and the schedule, never on what happens to be cached, so a resumed run gets the same bits.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ HOST = torch.device("cpu")
 
 
 class FeatureStore:
-    """Samples, as rows that the language model can read.
+    """Samples at exit layers as rows for the language model.
 
     Args:
         vlm: Whose encoder runs.
         samples: All samples of the run.
-        exit_layers: All exits that may be asked for.
-        max_bytes: Host memory for keeping the features of everything.
+        exit_layers: All exits that may be requested.
+        max_bytes: Host memory for the features of all samples at all exits.
         batch_size: Samples in an encoder pass; halved when memory runs out.
     """
 
@@ -48,16 +47,16 @@ class FeatureStore:
         self._index_of = {sample.id: index for index, sample in enumerate(samples)}
         self._batch_size = batch_size or BatchSize(ENCODER_BATCH, problem=NO_PICTURE)
         self._kept: list[dict[int, Row]] | None = None
-        if max_bytes > 0:  # else no picture is encoded at all exits for nothing
+        if max_bytes > 0:  # otherwise pictures would be encoded at all exits for nothing
             self._kept = self._all_rows(exit_layers, max_bytes)
 
     def rows(
         self, indices: Sequence[int], exit_layers: Sequence[int], *, places: Sequence[int] | None = None
     ) -> list[Row]:
-        """One row per place: sample `indices[i]` at `exit_layers[i]`, in order; places that ask the same share one.
+        """One row per place: sample `indices[i]` at `exit_layers[i]`, in order; equal places share one row.
 
         Args:
-            places: Those whose features are wanted now; None for all.
+            places: Places that need features now; None for all.
         """
         wanted = list(zip(indices, exit_layers, strict=True))
         prompts = {index: self._prompt(index) for index in dict.fromkeys(indices)}
@@ -68,7 +67,7 @@ class FeatureStore:
         return self.fill([bare[place] for place in wanted], range(len(wanted)) if places is None else places)
 
     def fill(self, rows: Sequence[Row], places: Sequence[int]) -> list[Row]:
-        """The rows of this store again, with the features of those at `places`, and of all that ask the same."""
+        """Rows of this store, completed with features at `places` and in all rows equal to these."""
         bare: dict[tuple[str, int], Row] = {}
         for place in places:
             row = rows[place]
@@ -96,8 +95,8 @@ class FeatureStore:
         return found
 
     def _all_rows(self, exit_layers: Sequence[int], max_bytes: float) -> list[dict[int, Row]] | None:
-        """Rows of every sample, by exit layer, with their features in the host's memory; None if they take more than
-        `max_bytes`: pictures differ in size, so this shows when it has come to that."""
+        """Rows of every sample, by exit layer, with their features in host memory; None if they take more than
+        `max_bytes`, which is known only after encoding because pictures differ in size."""
         kept: list[dict[int, Row]] = []
         size = 0
         for start in range(0, len(self._samples), ENCODER_BATCH):
@@ -128,7 +127,7 @@ def _size(rows: Mapping[int, Row]) -> int:
 
 
 def _key(row: Row) -> tuple[str, int]:
-    """What a row asks: which sample at which exit."""
+    """A row's sample and exit."""
     return row.prompt.sample_id, row.exit_layer
 
 

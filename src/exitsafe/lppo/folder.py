@@ -191,7 +191,7 @@ class TrainingFolder:
 def warn_of_audited(samples: Sequence[Sample], out: Path) -> None:
     """Warn if training samples were used in a finished audit next to the training's folder.
 
-    An audit of the trained model on the same samples would show what it learnt, not how it does on others.
+    An audit of the trained model on the same samples would measure training performance, not generalisation.
     """
     parent = out.absolute().parent
     if not parent.is_dir():
@@ -208,7 +208,7 @@ def warn_of_audited(samples: Sequence[Sample], out: Path) -> None:
     if found:
         warnings.warn(
             f"training on samples that were audited: {', '.join(found)}; audit the adapter on other samples, or its "
-            "numbers show what it learnt, not how it does on others",
+            "numbers measure training performance, not generalisation",
             stacklevel=3,
         )
 
@@ -222,7 +222,7 @@ def read_record(file: Path) -> dict[str, Any]:
     try:
         return read_json(file)
     except UnreadableError as error:
-        raise RunError(f"{file} cannot be read ({error}); restore it, or remove it: the adapter is kept") from error
+        raise RunError(f"{file} cannot be read ({error}): restore or remove it; the adapter is kept") from error
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -250,7 +250,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def run_settings(
     method: str, vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int], config: LPPOConfig
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """What makes two runs the same run, whatever the method; and the sizes that may differ between restarts."""
+    """The settings that must not change on resume, and the sizes that may."""
     constants = asdict(config)
     sizes = {name: constants.pop(name) for name in SIZES}
     settings: dict[str, object] = {
@@ -275,7 +275,7 @@ def _check_same(record: Path, settings: Settings) -> None:
     if changed:
         raise RunError(
             f"{record.parent} holds a run with other settings ({'; '.join(changed)}): "
-            "choose another folder, or the same settings to go on"
+            "choose another folder, or use the same settings to resume"
         )
 
 

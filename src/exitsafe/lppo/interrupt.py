@@ -1,6 +1,6 @@
-"""SIGINT and SIGTERM while something is under way that should end first. Knows nothing about training.
+"""SIGINT and SIGTERM during work that should be finished first.
 
-Python's main thread alone may handle signals; in any other everything is as usual.
+Only Python's main thread can handle signals; in other threads nothing changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether somebody wants an end, and what is saved then. Made by `noted_signals`."""
+    """Whether a signal has asked to stop, and the message for the user. Made by `noted_signals`."""
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -25,10 +25,10 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal acts at once: for what is repeated rather than waited for.
+        """Inside, a signal acts at once: for work that is repeated on resume.
 
         Raises:
-            KeyboardInterrupt: On a signal, also one that came before.
+            KeyboardInterrupt: On a signal, or if one came before.
         """
         self._waits = False
         try:
@@ -39,26 +39,26 @@ class Stop:
             self._waits = True
 
     def interrupt(self) -> KeyboardInterrupt:
-        """What to raise in the end."""
+        """The exception to raise."""
         return KeyboardInterrupt(self.message)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler: a second signal does not wait any more."""
+        """The handler: a second signal acts at once."""
         if not self._waits or self.is_asked:
             raise self.interrupt()
         self.is_asked = True
-        os.write(2, b"\nexitsafe: stopping when this step is done and saved (again to quit at once)\n")
+        os.write(2, b"\nexitsafe: stopping after this step is done and saved (press again to quit at once)\n")
 
 
 @contextmanager
 def noted_signals() -> Iterator[Stop]:
-    """Inside, SIGINT and SIGTERM are noted; on leaving, the handlers are those from before."""
+    """Inside, SIGINT and SIGTERM are noted; on leaving, the previous handlers are restored."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    # one that Python did not install could not be put back; one that is ignored (nohup) is meant to be
+    # a handler that Python did not install cannot be restored; an ignored signal (nohup) stays ignored
     mine = [number for number, handler in before.items() if handler not in (None, signal.SIG_IGN)]
     try:
         for number in mine:

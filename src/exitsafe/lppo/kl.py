@@ -1,8 +1,8 @@
-"""How far the policy is from the reference, and the coefficient that holds it there. Numbers in, numbers out.
+"""The divergence of the policy from the reference, and the adaptive coefficient of its penalty.
 
-All tensors are `(B, T)`, `mask` is bool. The reward uses k1, which is unbiased; what is reported as the
-divergence per token also has k3, which has the same mean, less noise and no negative values.
-(Names after J. Schulman, "Approximating KL divergence", 2020.)
+All tensors are `(B, T)`, `mask` is bool. The reward uses k1, which is unbiased. The divergence per token is reported as
+k3, which has the same mean, less noise and no negative values. (Names after J. Schulman, "Approximating KL divergence",
+2020.)
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 KL_COEF_RANGE = 10.0
-"""The adaptive coefficient stays within this factor of its start. Otherwise a run that spends a long time below the
-target would take just as long to restore the penalty."""
+"""The adaptive coefficient stays within this factor of its initial value. Otherwise a run that spends a long time below
+the target would take just as long to restore the penalty."""
 KL_HORIZON = 10
 """2% a step (Ziegler et al.), so that a persistent error doubles the coefficient within 35 steps."""
 

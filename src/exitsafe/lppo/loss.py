@@ -1,7 +1,7 @@
-"""The two clipped losses of PPO: log-probabilities, values and advantages in, scalars out. Knows no model.
+"""The two clipped losses of PPO.
 
-All tensors are `(B, T)`, `mask` is bool; what stands outside the mask is never read. The losses are means
-over the masked tokens of what is passed, so a batch in parts is the token-weighted sum of its parts.
+All tensors are `(B, T)`, `mask` is bool; nothing outside the mask is read. The losses are means over the masked tokens,
+so the loss of a batch is the token-weighted sum of the losses of its parts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0  # exp(20) is still finite in float32: one absurd token cannot turn the loss to inf
+LOG_RATIO_LIMIT = 20.0  # exp(20) is still finite in float32: one extreme token cannot make the loss infinite
 
 
 def policy_loss(
@@ -38,7 +38,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error, the larger of the plain one and of the value held near the old one.
+    """Half the larger of two squared errors: of the value, and of the value clipped to a range around the old one.
 
     Args:
         values: Of the head being trained, with gradient, `(B, T)`.
@@ -58,7 +58,7 @@ def value_loss(
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log(new / old) per token, held within +-20 and zero outside the mask, `(B, T)`."""
+    """log(new / old) per token, clamped to +-20 and zero outside the mask, `(B, T)`."""
     difference = torch.where(mask, logprobs - old_logprobs, 0.0)
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 

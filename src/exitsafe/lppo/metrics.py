@@ -24,13 +24,13 @@ from exitsafe.machine.memory import MEASURED
 from exitsafe.records import Kind
 
 NEVER_TWICE = ("seconds", *MEASURED)
-"""What a run repeated bit for bit does not repeat; these names end a line."""
+"""Differ between two runs that are otherwise equal bit for bit; these names end a line."""
 PATIENCE_STEPS = 20
-"""A run stops after this many steps without anything to learn from: four times the value head's default warm-up. A step
-whose minibatches are all skipped changes no weight, and the first ratio of a step is 1, so several in a row are not
-chance."""
+"""A run stops after this many steps from which nothing could be learnt: four times the value head's default warm-up. A
+step whose minibatches are all skipped changes no weight, and the first ratio of a step is 1, so several in a row are
+not chance."""
 PATIENCE_ANSWERS = 500
-"""Scores that never vary stop a run only after this many answers, as small batches need time to meet a rare success: by
+"""Scores that never vary stop a run only after this many answers, as small batches need time to see a rare success: by
 the rule of three, fewer than 0.6% of the answers can then score differently (95%)."""
 
 
@@ -70,7 +70,7 @@ class Totals:
         return self.constant_steps == self.steps > 0
 
     def fault(self) -> str | None:
-        """Why continuing is pointless, and what to do about it; None while training may still learn."""
+        """Why continuing is pointless, and what to do about it; None while the policy may still learn."""
         if self.skipped_in_a_row >= PATIENCE_STEPS:
             return f"every minibatch of the last {self.skipped_in_a_row} steps was skipped: {SKIPPED}"
         has_waited = self.steps >= PATIENCE_STEPS and self.answers - self.unscored_answers >= PATIENCE_ANSWERS

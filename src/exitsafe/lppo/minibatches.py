@@ -37,7 +37,7 @@ class Batch:
     rows: list[Row]
     responses: list[Tensor]  # token ids, (length,) each
     minibatches: list[Minibatch]
-    shares: list[list[Minibatch]]  # of each minibatch, what each process evaluates; [] for a pass that does not count
+    shares: list[list[Minibatch]]  # of each minibatch, the part of each process; [] for a pass that does not count
     microbatch: BatchSize  # padded tokens per forward pass; halved when memory runs out
     num_tokens: int  # of a microbatch, when these were dealt
 
@@ -45,7 +45,7 @@ class Batch:
         """Call `work` with this process's forward passes for minibatch `index`, and again with all of them cut in two
         when memory runs out. Returns its result.
 
-        A pass that does not count is of a row of the same minibatch: it reaches no weight that the others do not.
+        A pass that does not count uses a row of the same minibatch, so it uses no other weights than the others.
 
         Raises:
             RunError: If memory runs out with a single row.
@@ -112,7 +112,9 @@ def deal(
         for among in shares:
             most = max(len(share) for share in among)
             among[:] = [share + [[]] * (most - len(share)) for share in among]
-    microbatch.fits = max(padded_tokens(minibatch, sizes, groups) for minibatch in minibatches)  # what to take half of
+    microbatch.fits = max(
+        padded_tokens(minibatch, sizes, groups) for minibatch in minibatches
+    )  # halving starts from here
     return Batch(
         rows=list(rows),
         responses=list(responses),
@@ -133,14 +135,14 @@ def split(
     rng: np.random.Generator,
     num_shares: int = 1,
 ) -> list[Minibatch]:
-    """Deal groups of rows at random into minibatches, and cut these into microbatches of few padding tokens.
+    """Deal groups of rows at random into minibatches, and cut these into microbatches with little padding.
 
     Args:
         sizes: (prompt tokens, response tokens) of each row.
         keys: Rows may share a forward pass when their keys are equal.
-        groups: Rows that share one prompt's tokens, one sequence in the forward pass; every row once.
-        minibatch_size: Rows per minibatch; the last may have fewer, and one that a group overfills a few more.
-        microbatch_tokens: Padded tokens per microbatch; a longer group is cut, a longer row stands alone.
+        groups: Rows that share one prompt, and one sequence in the forward pass; every row is in one group.
+        minibatch_size: Rows per minibatch; the last may have fewer, and one may have more to keep a group whole.
+        microbatch_tokens: Padded tokens per microbatch; a longer group is cut, a longer row is alone.
         rng: Deals the groups.
         num_shares: Number of processes that share the microbatches of a minibatch, which are cut small enough to give
             each of them some. Which rows are in a minibatch does not depend on it.
@@ -160,7 +162,7 @@ def split(
 
 
 def share_out(minibatch: Minibatch, sizes: Sequence[tuple[int, int]], num_shares: int) -> list[Minibatch]:
-    """Deal a minibatch's microbatches to processes: the largest first, each to the one that has least so far.
+    """Deal a minibatch's microbatches to processes: the largest first, each to the process with the least so far.
 
     Args:
         sizes: As in `split`.
@@ -191,7 +193,9 @@ def _tokens_of_a_share(
     if num_shares == 1:
         return microbatch_tokens
     lengths = [sum(_packed_size(group, sizes)) for group in groups]
-    return min(microbatch_tokens, max(sum(lengths) // num_shares, max(lengths)))  # no group is cut for the others' sake
+    return min(
+        microbatch_tokens, max(sum(lengths) // num_shares, max(lengths))
+    )  # no group is cut for the sake of the others
 
 
 def _num_tokens(rows: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:

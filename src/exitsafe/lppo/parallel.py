@@ -1,8 +1,8 @@
-"""Several processes that train one policy: what each does of a step, and how they tell each other.
+"""Several processes that train one policy: which part of a step each does, and how they exchange results.
 
-Every process holds the whole policy and knows all answers, scores and log-probabilities of a step: numbers, which are
-small. What costs time is shared out: rollouts, scoring, forward and backward passes. So all decide alike, and nothing
-outside this file has to know how many there are. Alone, everything here changes nothing. Knows nothing about models.
+Every process holds the whole policy and all answers, scores and log-probabilities of a step, which are small. The work
+is divided: rollouts, scoring, forward and backward passes. So all processes take the same decisions, and code outside
+this file does not depend on their number. With a single process, every method is a no-op.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ T = TypeVar("T")
 class Team:
     """The processes that `accelerate launch` started, as one of them sees them.
 
-    Every method that tells or waits must be called by all, in the same order.
+    Every method that exchanges data or waits must be called by all processes, in the same order.
 
     Args:
-        process: Accelerate's word on who this is; None for a process that works alone.
+        process: Accelerate's state of this process; None for a single process.
 
     Attributes:
-        size, number: How many they are, and which of them this is.
-        is_sharded: Whether the frozen weights are cut up among them (`sharding.py`).
+        size, number: The number of processes, and the index of this one.
+        is_sharded: Whether the frozen weights are sharded among them (`sharding.py`).
 
     Raises:
-        RunError: From whatever tells or waits, if another process has failed.
+        RunError: From methods that exchange data or wait, if another process has failed.
     """
 
     def __init__(self, process: PartialState | None = None) -> None:
@@ -48,11 +48,11 @@ class Team:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the process that writes files."""
         return self.number == 0
 
     def places(self, count: int, *, group_size: int = 1) -> list[int]:
-        """Which of `count` places are this process's: every n-th group, groups stay whole.
+        """Which of `count` places are this process's share: every n-th group; groups are not split.
 
         >>> Team().places(4, group_size=2)
         [0, 1, 2, 3]
@@ -60,13 +60,13 @@ class Team:
         return [place for place in range(count) if place // group_size % self.size == self.number]
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have called this."""
         if self.size > 1 and self.process is not None:
             wait_for_all(self.process)
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """The first process does what is inside, then all others do."""
+        """The first process runs the block before all others."""
         if not self.is_first:
             self.wait()
         yield
@@ -75,44 +75,44 @@ class Team:
         self.wait()
 
     def merge(self, own: Mapping[int, T]) -> list[T]:
-        """What all have found, by place; each place is somebody's."""
+        """The results of all processes in the order of places; each place is in one of them."""
         found = {place: item for part in self.gather(own) for place, item in part.items()}
         return [found[place] for place in range(len(found))]
 
     def gather(self, own: T) -> list[T]:
-        """Everybody's, in the order of the processes."""
+        """The values of all processes, in their order."""
         if self.size == 1:
             return [own]
-        everybodys = [own] * self.size
-        with _failure_told():
-            dist.all_gather_object(everybodys, own)
-        return everybodys
+        gathered = [own] * self.size
+        with _failure_explained():
+            dist.all_gather_object(gathered, own)
+        return gathered
 
     def largest(self, own: Mapping[str, int]) -> dict[str, int]:
-        """Of each name, the largest that one of them has."""
-        everybodys = self.gather(own)
-        return {name: max(found[name] for found in everybodys) for name in own}
+        """For each name, the largest value of any process."""
+        gathered = self.gather(own)
+        return {name: max(found[name] for found in gathered) for name in own}
 
     def smallest(self, own: Mapping[str, int]) -> dict[str, int]:
-        """Of each name, the smallest that one of them has."""
-        everybodys = self.gather(own)
-        return {name: min(found[name] for found in everybodys) for name in own}
+        """For each name, the smallest value of any process."""
+        gathered = self.gather(own)
+        return {name: min(found[name] for found in gathered) for name in own}
 
     def any(self, own: bool) -> bool:
-        """Whether one of them says so."""
+        """Whether it is true in any process."""
         return self.sum(torch.tensor(float(own))).item() > 0
 
     def sum(self, own: Tensor) -> Tensor:
-        """The sum over all, the same bits everywhere."""
+        """The sum over all processes, the same bits in each."""
         if self.size == 1:
             return own
         summed = own.detach().to(self.device, copy=True)
-        with _failure_told():
+        with _failure_explained():
             dist.all_reduce(summed)
         return summed.to(own.device)
 
     def sum_gradients(self, weights: Sequence[Tensor]) -> None:
-        """Put the sum of all processes' gradients in place of the own; a weight that none has one for keeps none."""
+        """Replace gradients by their sum over all processes; a weight without a gradient in any of them keeps none."""
         if self.size == 1 or not weights:
             return
         counts = self.sum(torch.tensor([float(weight.grad is not None) for weight in weights])).tolist()
@@ -128,29 +128,29 @@ class Team:
             gradient.copy_(part.view_as(gradient))
 
     def take_first(self, weights: Sequence[Tensor]) -> None:
-        """Overwrite with the first process's, so that all begin with the same bits."""
+        """Overwrite weights with those of the first process, so that all start with the same bits."""
         if self.size == 1:
             return
         for weight in weights:
-            told = weight.detach().to(self.device, copy=True)
-            with _failure_told():
-                dist.broadcast(told, src=0)
-            weight.detach().copy_(told)
+            copy = weight.detach().to(self.device, copy=True)
+            with _failure_explained():
+                dist.broadcast(copy, src=0)
+            weight.detach().copy_(copy)
 
 
 ALONE = Team()
 
 
 def this_team() -> Team:
-    """The team that this process was started in; the first call joins it."""
+    """The processes that `accelerate launch` started together with this one; the first call connects to them."""
     return Team(this_process())
 
 
 @contextmanager
-def _failure_told() -> Iterator[None]:
+def _failure_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         raise RunError(
-            "another process has failed, and its own line says why; what was saved is kept: mend that and start again"
+            "another process has failed, and its own message says why; what was saved is kept: fix the cause and rerun"
         ) from error

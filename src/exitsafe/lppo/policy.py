@@ -1,7 +1,7 @@
-"""The policy, its frozen reference and its value head on one model. Knows nothing about rewards or samples.
+"""The policy, its frozen reference and its value head on one model.
 
 The policy is the language model with a PEFT adapter, the reference the same model with the adapter off; encoder
-and projector take no gradient. Everything is read at the positions that predict response tokens, given the image
+and projector are frozen. All outputs are taken at the positions that predict response tokens, given the image
 features of the row's exit layer.
 """
 
@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -33,7 +32,7 @@ _WHOLE_LANGUAGE_MODEL = ("language_model", "lm_head")
 
 @contextmanager
 def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
-    """Put a fresh adapter on the model's language model; on leaving, all is as it was, random numbers too.
+    """Put a fresh adapter on the language model; on leaving, everything is restored, torch's random state too.
 
     Raises:
         InputError: As `check_trainable`.
@@ -50,7 +49,7 @@ def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
             let_gradients_pass(base)
             yield Policy(vlm, config)
         finally:
-            _take_off(vlm.model, base)
+            _remove_adapter(vlm.model, base)
             vlm.model = base
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(requires_grad[name])
@@ -60,10 +59,10 @@ def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOutput:
-    """What the policy says of responses, all `(B, T)` float32 and zero outside the mask."""
+    """The policy's outputs for responses, all `(B, T)` float32 and zero outside the mask."""
 
     logprobs: Tensor  # of the response tokens
-    values: Tensor  # what the value head expects before each token
+    values: Tensor  # the value head's estimate before each token
     entropy: Tensor  # of the distribution each token was drawn from; without gradient
     mask: Tensor  # bool
 
@@ -84,8 +83,8 @@ class Policy:
         """Log-probabilities under the distribution that rollouts sample from, values and entropy.
 
         Args:
-            rows: Prompts with the features of their exit layers. With `pack_size` above 1, neighbours that ask the
-                same share a sequence.
+            rows: Prompts with the features of their exit layers. With `pack_size` above 1, adjacent equal rows share a
+                sequence.
             responses: Token ids, `(length,)` each, at least one token.
         """
         with self._checkpointing():
@@ -113,12 +112,12 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the model is the one that training started from."""
+        """Inside, the model is the one before training."""
         with self.vlm.model.disable_adapter():
             yield
 
     def weights(self) -> dict[str, Tensor]:
-        """The adapter's weights by name: all that the policy loss trains."""
+        """The adapter's weights by name: everything that the policy loss trains."""
         named: Iterator[tuple[str, Tensor]] = self.vlm.model.named_parameters()
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
@@ -145,7 +144,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""
         self.vlm.model.peft_config["default"].base_model_name_or_path = self.vlm.name
-        # False: PEFT would ask the Hub whether the vocabulary has grown.
+        # False: otherwise PEFT asks the Hub whether the vocabulary has grown.
         self.vlm.model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
@@ -153,16 +152,15 @@ class Policy:
 def recomputed_blocks(language_model: nn.Module) -> Iterator[None]:
     """Gradient checkpointing: passes inside keep only the blocks' inputs; the backward pass recomputes the rest.
 
-    Only passes inside are affected. transformers has a switch of its own, which acts only on models in training mode:
-    with dropout on.
+    transformers' own switch acts only on models in training mode, where dropout is on.
 
     Args:
-        language_model: The blocks among its modules are those that transformers itself can checkpoint.
+        language_model: Its blocks are the modules that transformers itself can checkpoint.
     """
     blocks = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert blocks and not any("forward" in block.__dict__ for block in blocks)
     for block in blocks:
-        # not re-entrant: gradients also flow where the block's input has none; no random state: there is no dropout
+        # not re-entrant: a block's input may have no gradient; no random state to preserve: there is no dropout
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         object.__setattr__(block, "forward", again)
     try:
@@ -173,14 +171,14 @@ def recomputed_blocks(language_model: nn.Module) -> Iterator[None]:
 
 
 def pack_size(vlm: VLM, config: LPPOConfig) -> int:
-    """Responses to one sample at one exit that share a sequence: a whole group, where the attention allows it."""
+    """How many responses to one sample at one exit share a sequence: a whole group, if the attention supports it."""
     return config.group_size if vlm.can_pack else 1
 
 
 def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
-    """Raise InputError if the model carries an adapter already, or cannot be trained in the way that is asked."""
+    """Raise InputError if the model has an adapter already, or cannot be trained with these settings."""
     if isinstance(vlm.model, PeftModel):
-        raise InputError(f"{vlm.name} carries an adapter: merge it, or load the model without, before training")
+        raise InputError(f"{vlm.name} has an adapter: merge it, or load the model without it, before training")
     if not vlm.eos_token_ids:
         raise InputError(
             f"{vlm.name} has no end-of-sequence token, so it cannot learn to end: set eos_token_id in its "
@@ -202,7 +200,7 @@ def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
 
 def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:
     if config.train == "full":
-        # PEFT wants a target for LoRA; this name of its own stands for none.
+        # PEFT requires a target for LoRA; this name of its own means none
         return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[*_WHOLE_LANGUAGE_MODEL])
     return LoraConfig(
         r=config.lora_rank,
@@ -212,7 +210,7 @@ def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:
     )
 
 
-def _take_off(adapted: PeftModel, base: Any) -> None:
+def _remove_adapter(adapted: PeftModel, base: nn.Module) -> None:
     """Undo `get_peft_model`. PEFT's own `unload` would leave the trained copies of whole modules in place."""
     for name, module in list(base.named_modules()):
         if isinstance(getattr(module, "original_module", None), nn.Module):

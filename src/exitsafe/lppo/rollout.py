@@ -1,4 +1,4 @@
-"""Answers sampled from the policy, rows of all exit layers side by side. Knows nothing about rewards or losses."""
+"""Answers sampled from the policy, rows of all exit layers in one batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from exitsafe.records import Response, Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectory:
-    """One sampled answer. The row carries the exit layer, whose features everything after this reads too."""
+    """One sampled answer. Its row has the exit layer, whose features all later steps read too."""
 
     sample: Sample
     row: Row
@@ -38,16 +38,16 @@ def rollout(
     team: Team = ALONE,
     batch_size: BatchSize | None = None,
 ) -> list[Trajectory]:
-    """Sample one answer per row from the whole distribution but special tokens; every process its share of the rows.
+    """Sample one answer per row from the whole distribution except special tokens; each process does its share.
 
     Args:
         vlm: The policy.
         samples: One per row.
-        rows: Prompts with the features of their exit layers, which only this process's own places must have.
-        config: For temperature, length and seed.
-        draw: Differs between calls: with seed, sample and exit layer it keys the random numbers.
+        rows: Prompts with the features of their exit layers, which are needed at this process's own places only.
+        config: Temperature, length and seed.
+        draw: Differs between calls. With seed, sample and exit layer it keys the random numbers.
         team: The processes.
-        batch_size: Rows under generation at a time, halved when memory runs out; None takes the config's.
+        batch_size: Rows generated at a time, halved when memory runs out; None takes the config's.
     """
     numbered = [replace(row, draw=number) for row, number in zip(rows, _repetitions(rows), strict=True)]
     own = team.places(len(rows), group_size=config.group_size)
@@ -69,7 +69,7 @@ def rollout(
 
 
 def _repetitions(rows: Sequence[Row]) -> list[int]:
-    """How many rows before each have its sample and exit layer: these need draws of their own."""
+    """For each row, how many earlier rows have its sample and exit layer: they must be drawn differently."""
     seen: Counter[tuple[str, int]] = Counter()
     repetitions = []
     for row in rows:

@@ -1,7 +1,7 @@
-"""Which sample stands at which place of which step, and at which exit layer. Knows nothing about models.
+"""The samples of each step, and their exit layers.
 
-The whole schedule is drawn from the seed at the start: step s is row s of it. So nothing that happens in a
-step can move a later draw, and a resumed run needs no more than its step number.
+The whole schedule is drawn from the seed at the start: step s is row s of it. So nothing that happens in a step can
+change a later draw, and a resumed run needs only its step number.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Schedule:
 def draw_schedule(samples: Sequence[Sample], exit_layers: Sequence[int], config: LPPOConfig) -> Schedule:
     """Draw all steps of a run.
 
-    Each step holds the kinds in the shares of the mix, to within one sample; within a kind, every sample is
-    drawn once before any is drawn again; the exit layer of each draw is uniform and independent of the rest.
-    Each draw fills `config.group_size` places in a row: places i * G to i * G + G - 1 are one group.
+    Each step has the kinds in the shares of the mix, to within one sample; within a kind, every sample is drawn once
+    before any is drawn again; the exit layer of each draw is uniform and independent of the rest. Each draw fills
+    `config.group_size` adjacent places: i * G to i * G + G - 1 are one group.
 
     Raises:
         InputError: If there are no samples, ids are not unique, or the mix asks for a kind that is missing.
@@ -60,14 +60,14 @@ def trained_exits(config: LPPOConfig, *, num_layers: int, default_exit: int) -> 
 
     Raises:
         ExitLayerError: If a layer does not exist in the encoder.
-        InputError: If the text that names them cannot be read.
+        InputError: If the text that names them cannot be parsed.
     """
     named = resolve_layers(config.exit_layers, num_layers=num_layers, default_exit=default_exit)
     return tuple(sorted({*named, default_exit})) if config.include_default else named
 
 
 def warn_of_harmful_only(samples: Sequence[Sample], config: LPPOConfig) -> None:
-    """Warn if all samples are harmful and no mix asks for that: refusing everything is then the best policy."""
+    """Warn if all samples are harmful and the mix does not say so: refusing everything is then the best policy."""
     if config.mix is None and all(sample.kind == "harmful" for sample in samples):
         warnings.warn(
             "all training samples are harmful, so the model can learn to refuse everything: add benign, borderline or "
@@ -101,7 +101,7 @@ def _shares(samples: Sequence[Sample], config: LPPOConfig) -> list[float]:
 
 def _draw_kinds(shares: list[float], shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.int64]:
     """Index into `KINDS` of each place: one random offset per step into evenly spaced points (systematic
-    sampling), so that a rare kind is neither forgotten nor bunched."""
+    sampling), so that a rare kind is neither missed nor clustered."""
     num_steps, batch_size = shape
     points = (np.arange(batch_size) + rng.random((num_steps, 1))) / batch_size
     kinds = np.searchsorted(np.cumsum(shares), points, side="right")

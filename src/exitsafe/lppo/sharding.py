@@ -1,9 +1,9 @@
-"""FSDP2: the frozen weights of the language model's blocks, cut up among the processes and put together when needed.
+"""FSDP2: the frozen weights of the language model's blocks, sharded among the processes and gathered when needed.
 
-What is trained stays whole in every process, so gradients, optimiser, checkpoints and adapter are those of plain
-processes. A block's weights are gathered by all processes at once: all must run as many forward and backward passes.
-Passes over known batches are counted beforehand (`minibatches.py`); generation, whose length nobody knows, is kept in
-step here. Knows nothing about losses.
+Trained weights stay whole in every process, so gradients, optimiser, checkpoints and adapter are those of unsharded
+processes. A block's weights are gathered by all processes together, so all must run the same number of forward and
+backward passes. Passes over known batches are counted beforehand (`minibatches.py`); generation, whose length is not
+known, is synchronised here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from exitsafe.lppo.quantized import is_quantized
 
 
 def check_launch(vlm: VLM, config: LPPOConfig) -> None:
-    """Raise InputError if the processes were started to spread the model in a way that is not supported."""
+    """Raise InputError if the processes were started to shard the model in a way that is not supported."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
             "training under DeepSpeed is not supported: use FSDP2 (examples/align/fsdp2.yaml), or accelerate launch "
@@ -44,19 +44,18 @@ def check_launch(vlm: VLM, config: LPPOConfig) -> None:
         raise InputError("training under FSDP cannot offload weights: set fsdp_offload_params to false")
     if config.train != "lora" or is_quantized(vlm.model):
         raise InputError(
-            "FSDP is for train='lora' on weights that are not quantised; all else fits without: "
-            "start with accelerate launch --multi_gpu"
+            "FSDP is for train='lora' on weights that are not quantised: otherwise use accelerate launch --multi_gpu"
         )
 
 
 def shard(vlm: VLM, team: Team) -> None:
-    """Leave each process its part of the frozen weights, in blocks that every pass runs through.
+    """Keep only this process's part of the frozen weights, in blocks that every pass uses.
 
-    There is no way back: the model is of no use to one process alone any more, nor outside `in_step`.
+    This cannot be undone: from here on the model works only with all processes together, inside `in_step`.
     """
     language_model = vlm.base_model.model.language_model
-    # blocks that read images are passed over by texts without one
-    passed_over = vlm.family_row.image_cache_layers(vlm.text_config)
+    # blocks that read images are skipped by texts without one
+    skipped = vlm.family_row.image_cache_layers(vlm.text_config)
     own_type = team.device.type
     mesh = init_device_mesh(own_type, (team.size,))
     settings: dict[str, Any] = {
@@ -64,24 +63,24 @@ def shard(vlm: VLM, team: Team) -> None:
         "reshard_after_forward": FullyShardedDataParallelPlugin().reshard_after_forward,
         "ignored_params": {parameter for parameter in vlm.model.parameters() if parameter.requires_grad},
     }
-    blocks = [block for number, block in enumerate(language_model.layers) if number not in passed_over]
+    blocks = [block for number, block in enumerate(language_model.layers) if number not in skipped]
     for block in blocks:
         fully_shard(block, **settings)
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
     settings["ignored_params"] = set(vlm.model.parameters()) - in_blocks
-    fully_shard(language_model, **settings)  # the root, which owns nothing: it only tells the blocks of each other
+    fully_shard(language_model, **settings)  # the root owns no weights: it only connects the blocks
 
 
 @contextmanager
 def in_step(vlm: VLM, team: Team) -> Iterator[None]:
-    """Inside, processes whose weights are cut up may run as many passes without gradient as each needs.
+    """Inside, processes with sharded weights may run as many passes without gradient as each needs.
 
-    Each pass begins with a vote; who has left stays for the others' passes until none is inside.
+    Each pass starts with a vote; a process that is done joins the passes of the others until all are done.
     """
     if not team.is_sharded:
         yield
         return
-    inner = vlm.base_model.model  # every pass calls it, and it no sharded block by then
+    inner = vlm.base_model.model  # every pass calls it, before any sharded block
     vote = inner.register_forward_pre_hook(lambda module, inputs: team.any(True) and None)
     try:
         yield

@@ -1,7 +1,6 @@
-"""Trackers of experiments through Accelerate: each step's numbers to TensorBoard, trackio or Weights & Biases.
+"""Experiment trackers through Accelerate: each step's numbers to TensorBoard, trackio or Weights & Biases.
 
-Numbers go out and nothing else: no text, no prompt, no setting. The JSON lines of the run's folder are written
-whether or not anything is tracked. Knows nothing about training.
+Only numbers are sent: no text, no prompt, no setting. The JSON lines in the run's folder are written in any case.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
@@ -28,15 +26,15 @@ Track = Callable[[Mapping[str, object], int], None]
 
 @contextmanager
 def tracking(names: Sequence[str], folder: Path, *, first_step: int = 0) -> Iterator[Track]:
-    """Start trackers, give what logs to all of them, and finish them, also after an error.
+    """Start trackers, yield a function that logs to all of them, and finish them, also after an error.
 
-    Of several processes the first alone logs. TensorBoard writes to `folder/tensorboard`; the other runs
-    are named after the folder and go on when the training goes on.
+    Only the first of several processes logs. TensorBoard writes to `folder/tensorboard`; the other runs are named after
+    the folder and resume when the training resumes.
 
     Args:
-        names: Of `TRACKERS`, or registered by `accelerate.tracking.register_tracker_class`.
-        folder: The run's.
-        first_step: The step that the training goes on with; what was tracked of later ones is superseded.
+        names: From `TRACKERS`, or registered by `accelerate.tracking.register_tracker_class`.
+        folder: The run's folder.
+        first_step: The step that the training resumes from; later ones that were tracked are superseded.
 
     Raises:
         InputError: As `check_trackers`.
@@ -71,7 +69,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def as_numbers(metrics: Mapping[str, object]) -> dict[str, float]:
-    """The numbers among a step's metrics under flat names; what is no number or not known is left out.
+    """The numbers among a step's metrics under flat names; everything else is left out.
 
     >>> as_numbers({"asr": 0.5, "asr_by_exit": {"3": 0.25}, "reward_by_kind_and_exit": {"vqa@3": 1.0}, "kl": None})
     {'asr': 0.5, 'asr/exit-3': 0.25, 'reward/vqa/exit-3': 1.0}
@@ -87,7 +85,7 @@ def as_numbers(metrics: Mapping[str, object]) -> dict[str, float]:
 
 def _start(name: str, folder: Path, first_step: int) -> GeneralTracker:
     make = LOGGER_TYPE_TO_CLASS[name]
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     if name == "tensorboard":
         settings = {"purge_step": first_step}
     elif name == "trackio":
@@ -95,14 +93,14 @@ def _start(name: str, folder: Path, first_step: int) -> GeneralTracker:
     elif name == "wandb":
         settings = {"name": _run_name(folder), "id": _run_name(folder), "resume": "allow", "dir": str(folder)}
     where = {"logging_dir": str(folder)} if make.requires_logging_directory else {}
-    # TensorBoard's project is the folder that it makes
+    # TensorBoard creates a folder named after the project
     tracker: GeneralTracker = make("tensorboard" if name == "tensorboard" else PROJECT, **where, **settings)
     tracker.start()
     return tracker
 
 
 def _run_name(folder: Path) -> str:
-    """The folder's name and a word of its own, which is drawn once: other folders may have the same name."""
+    """The folder's name with a random suffix that is drawn once: other folders may have the same name."""
     file = folder / "tracked-as.txt"
     if not file.is_file():
         write_whole(file, f"{folder.absolute().name}-{token_hex(4)}\n".encode())
@@ -114,11 +112,11 @@ def _by_text(values: Mapping[object, object]) -> dict[str, object]:
 
 
 def _plain(name: str) -> str:
-    """The metric that a group of values is of: asr_by_exit is of asr."""
+    """The metric of a group of values: asr_by_exit is of asr."""
     return name.split("_by_")[0]
 
 
 def _group(key: str) -> str:
-    """Which value of a group: exit layers are numbers, kinds are names, and both are written kind@exit."""
+    """The key of a value in a group: exit layers are numbers, kinds are names, both together are kind@exit."""
     parts = key.replace("@", "/").split("/")
     return "/".join(f"exit-{part}" if part.isdigit() else part for part in parts)

@@ -31,9 +31,9 @@ from exitsafe.lppo.interrupt import Stop, noted_signals
 from exitsafe.lppo.metrics import CONSTANT, SKIPPED, Totals
 from exitsafe.lppo.parallel import Team, this_team
 from exitsafe.lppo.policy import attached_policy, check_trainable
-from exitsafe.lppo.reward import Reward
+from exitsafe.lppo.reward import Reward, WeightedSum
 from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
-from exitsafe.lppo.scorer import Scorer, WeightedSum, as_scorer
+from exitsafe.lppo.scorer import Scorer, as_scorer
 from exitsafe.lppo.sharding import check_launch, shard
 from exitsafe.lppo.state import Checkpoint, TrainingState
 from exitsafe.lppo.step import lppo_step

@@ -33,7 +33,7 @@ _TOTALS = ("policy_loss", "value_loss", "ratio", "approx_kl", "clipfrac", "vf_cl
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experience:
-    """What an update learns from: answers, what policy and reference said of them, and how good each token was."""
+    """What an update learns from."""
 
     batch: Batch
     measured: Measured  # before any update
@@ -58,7 +58,7 @@ class UpdateStats:
 
 
 class Learner:
-    """The policy with its optimisers. The value head has its own: the two losses differ in scale."""
+    """The policy with its optimisers. The value head has its own, because the two losses differ in scale."""
 
     def __init__(self, policy: Policy, config: LPPOConfig, team: Team = ALONE) -> None:
         self.policy = policy
@@ -99,9 +99,9 @@ class Learner:
         return rates
 
     def _accumulate(self, experience: Experience, index: int, train_policy: bool, kl_coef: float) -> dict[str, float]:
-        """Add up the gradients of a minibatch's parts, each weighted by its share of the tokens of all processes.
+        """Accumulate the gradients of a minibatch's parts, each weighted by its share of the tokens of all processes.
 
-        When memory runs out, the gradients so far are dropped and smaller parts begin anew: the sum is the same.
+        When memory runs out, the gradients so far are dropped and smaller parts start over: the sum is the same.
         """
 
         def add_up(passes: Passes) -> dict[str, float]:
@@ -158,7 +158,7 @@ class Learner:
         }
 
     def _step(self, ratio: float, train_policy: bool) -> dict[str, float]:
-        """Clip and apply the gradients, unless the policy has run away from the one that sampled."""
+        """Clip and apply the gradients, unless the policy has diverged from the one that sampled."""
         limit = self.config.max_grad_norm
         value_grad_norm = torch.nn.utils.clip_grad_norm_(self.head_weights, limit).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights, limit).item() if train_policy else 0.0
@@ -171,7 +171,7 @@ class Learner:
         return {"grad_norm": grad_norm, "value_grad_norm": value_grad_norm, "is_skipped": float(not is_sane)}
 
     def drop_gradients(self) -> None:
-        """Forget what backward passes have added up."""
+        """Drop the accumulated gradients."""
         self.value_optimizer.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
 
