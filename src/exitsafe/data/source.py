@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -82,7 +82,7 @@ def find_samples(
     )
 
 
-def source_of(origin: JsonObject) -> SampleSource:
+def source_of(origin: Mapping[str, Any]) -> SampleSource:
     """The samples of a run, from its record.
 
     Raises:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from exitsafe.results.numbers import fixed
@@ -338,14 +338,12 @@ def _dressed(chart: Drawing, background: str) -> dict[str, object]:
         "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8,
     }  # fmt: skip
     title = {"color": INK, "subtitleColor": MUTED, "fontSize": 13, "subtitleFontSize": 12}
-    specification: dict[str, object] = (
-        chart.configure(background=background, font=_FONT)
-        .configure_view(stroke=None)
-        .configure_axis(**axis)
-        .configure_axisY(domain=False, ticks=False, titleAlign="center")
-        .configure_title(**title)
-        .to_dict(validate=False)  # vl-convert refuses what is wrong, and much faster
-    )
+    # Altair's configure methods would copy the whole chart, data included, each time; vl-convert refuses what is wrong
+    specification: dict[str, Any] = chart.to_dict(validate=False)
+    specification["config"] = {
+        "background": background, "font": _FONT, "view": specification["config"]["view"] | {"stroke": None},
+        "axis": axis, "axisY": {"domain": False, "ticks": False, "titleAlign": "center"}, "title": title,
+    }  # fmt: skip
     return specification
 
 
