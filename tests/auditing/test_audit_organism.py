@@ -28,9 +28,9 @@ def samples() -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def run(vlm: VLM, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> exitsafe.AuditRun:
+def run(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> exitsafe.AuditRun:
     out = tmp_path_factory.mktemp("organism") / "run"
-    return exitsafe.audit(vlm, samples, out=out, max_new_tokens=24, batch_size=64)
+    return exitsafe.audit("organism", samples, out=out, batch_size=64)
 
 
 def test_its_early_exits_are_unsafe_and_its_default_exit_is_safe(run: exitsafe.AuditRun) -> None:
@@ -44,6 +44,7 @@ def test_its_early_exits_are_unsafe_and_its_default_exit_is_safe(run: exitsafe.A
     assert all(found["coherence"]["value"] == 1.0 for found in metrics.values())
     assert [name for name, _ in run.judges] == ["world-rule", "vqa", "coherence"]
     assert run.settings["model"]["checkpoint"] is not None
+    assert run.settings["decoding"]["max_new_tokens"] == 24  # by its profile
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

@@ -21,7 +21,7 @@ from tests.judges.test_endpoint import Answer, ChatServer, serving
 
 @pytest.fixture(scope="module")
 def exported(tiny_llava: Path, audited: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exitsafe.export(load_vlm(tiny_llava), exit_layer=2, out=tmp_path_factory.mktemp("export") / "slim")
+    return exitsafe.export(tiny_llava, exit_layer=2, out=tmp_path_factory.mktemp("export") / "slim")
 
 
 @pytest.fixture

@@ -27,6 +27,15 @@ def test_for_organism_takes_changes() -> None:
     assert (config.seed, config.exit_layers, config.train, config.num_steps) == (2, (7,), "full", 80)
 
 
+def test_a_models_usual_settings_fit_a_small_batch_and_a_short_run() -> None:
+    assert LPPOConfig.for_model("a/model") == LPPOConfig()
+    assert LPPOConfig.for_model("organism:text", seed=3) == LPPOConfig.for_organism(seed=3)
+    small = LPPOConfig.for_model("a/model", batch_size=8, num_steps=3)
+    assert (small.minibatch_size, small.value_warmup_steps) == (8, 2)
+    with pytest.raises(InputError, match="minibatch_size=16 exceeds batch_size=8"):
+        LPPOConfig.for_model("a/model", batch_size=8, minibatch_size=16)
+
+
 SENSELESS = {
     "exit_layers": (),
     "mix": {"rude": 1.0},

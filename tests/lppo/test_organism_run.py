@@ -35,10 +35,9 @@ def vqa_accuracy(vlm: VLM, samples: Sequence[Sample], exit_layer: int) -> float:
 
 
 def test_a_short_run_sees_the_gap_in_its_own_rollouts(tmp_path: Path) -> None:
-    vlm = load_vlm("organism")
     pool = organism_suites(split="train", sizes={"harmful": 48, "borderline": 48, "benign": 16, "vqa": 16})
     config = LPPOConfig.for_organism(num_steps=3, batch_size=96, value_warmup_steps=2, exit_layers=(2,))
-    path = align(vlm, pool, config=config, out=tmp_path / "run")
+    path = align("organism", pool, config=config, out=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in lines[:2]:  # the policy is still the organism
         assert line["asr_by_exit"]["2"] >= 0.9
@@ -50,7 +49,7 @@ def test_a_short_run_sees_the_gap_in_its_own_rollouts(tmp_path: Path) -> None:
         assert line["reward_by_kind"]["vqa"] >= 0.8
         assert line["kl"] == 0.0
         assert line["num_cut"] == 0
-    assert load_vlm("organism", adapter=path).model is not vlm.model
+    assert load_vlm("organism", adapter=path).adapter == path
 
 
 @pytest.mark.slow

@@ -32,16 +32,7 @@ class SampleSource(Samples):
 
     def read(self) -> list[Sample]:
         """The samples, the same ones every time."""
-        return load_suites(
-            self.suites,
-            split=self.split,
-            seed=self.seed,
-            limit=self.limit,
-            organism=self.organism,
-            images=self.images,
-            categories=self.categories,
-            hub=self.hub,
-        )
+        return load_suites(self.suites, **self.model_dump(exclude={"suites"}))
 
 
 def find_samples(
@@ -70,16 +61,13 @@ def find_samples(
     if not suites:
         raise InputError(f"{model} has no suites of its own: give {otherwise}")
     kept = {name: found for name, found in (hub or {}).items() if name in suites}
-    return SampleSource(
-        suites=tuple(absolute_names(suites)),
-        split=split,
-        seed=seed,
-        limit=wanted.limit,
-        images=None if wanted.images is None else wanted.images.absolute(),
-        categories=wanted.categories,
-        organism="organism:text" if profile and profile.name == "organism:text" else "organism",
-        hub=kept | resolve_suites([name for name in suites if name not in kept]),
-    )
+    found = {
+        "suites": absolute_names(suites),
+        "images": None if wanted.images is None else wanted.images.absolute(),
+        "organism": profile.name if profile else "organism",
+        "hub": kept | resolve_suites([name for name in suites if name not in kept]),
+    }
+    return SampleSource(split=split, seed=seed, **{**wanted.model_dump(), **found})
 
 
 def source_of(origin: Mapping[str, Any]) -> SampleSource:

@@ -6,15 +6,17 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from exitsafe.errors import InputError
 from exitsafe.machine.processes import own_device
+from exitsafe.specs.inputs import DType, Quantization
 from exitsafe.untrusted import JsonObject
 
-DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("nf4", "int8", "torchao-int8")
+DTYPES = tuple(name for name in get_args(DType) if name != "auto")
+QUANTIZATIONS = get_args(Quantization)
 _LIBRARIES = ("torch", "transformers", "peft")
 _CPUINFO = Path("/proc/cpuinfo")
 

@@ -204,7 +204,7 @@ def _known(spec: type[Spec], content: Mapping[str, Any], *, where: str) -> Itera
     for name, value in content.items():
         key = str(name).replace("-", "_")
         if key in records and not isinstance(value, dict):
-            raise InputError(f"{where}: {key} holds no settings; indent lines such as seed: 1 under it")
+            raise InputError(f"{where}: {key} is not a mapping of settings; indent lines such as seed: 1 under it")
         entries = {f"{key}.{each}": value[each] for each in value} if key in records else {key: value}
         for place, entry in entries.items():
             found = place if place in known else by_path.get(place, place)
