@@ -11,7 +11,8 @@ from scipy.stats import binom
 
 from exitsafe.doctor.savings import Savings
 from exitsafe.errors import InputError, RunError
-from exitsafe.recommend import Limits, recommend
+from exitsafe.recommend import recommend
+from exitsafe.specs.verbs import Limits
 from exitsafe.stats import wilson_interval
 from exitsafe.stats.bounds import upper_bound
 from tests.weighed_runs import make_latency, make_weighed, rate
@@ -201,7 +202,7 @@ def test_what_cannot_be_limited(runs: Path) -> None:
     [{"max_asr": 1.5}, {"min_vqa": -0.1}, {"max_over_refusal": float("nan")}, {"max_ms": 0}, {"max_ms": float("inf")}],
 )
 def test_limits_out_of_range(limit: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=next(iter(limit))):
+    with pytest.raises(InputError, match=next(iter(limit)).replace("_", "-")):
         Limits(**limit)
 
 

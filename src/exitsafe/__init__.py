@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from exitsafe.records import Response, Sample, Verdict
     from exitsafe.results.comparison import Comparison, compare
     from exitsafe.results.run import AuditRun, load_run
-    from exitsafe.results.stopping import StopRule
+    from exitsafe.specs.verbs import StopRule
 
 from exitsafe.version import __version__
 
@@ -36,7 +36,7 @@ _HOME = {
     "Sample": "exitsafe.records",
     "Verdict": "exitsafe.records",
     "AuditRun": "exitsafe.results.run",
-    "StopRule": "exitsafe.results.stopping",
+    "StopRule": "exitsafe.specs.verbs",
     "load_run": "exitsafe.results.run",
     "export": "exitsafe.exporting.export",
     "audit": "exitsafe.auditing.audit",

@@ -8,9 +8,8 @@ docs/recommend.md explains every number, docs/statistics.md#limits the bounds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from exitsafe.errors import InputError, RunError
 from exitsafe.results.limits import Bounded, Bounds, Level, bounds_of
 from exitsafe.results.metrics import BY_NAME, Metric, judge_of
 from exitsafe.results.run import AuditRun
+from exitsafe.specs.verbs import Limits
 from exitsafe.stats.medians import median_interval, median_upper_bound
 
 if TYPE_CHECKING:
@@ -27,38 +27,6 @@ if TYPE_CHECKING:
 
 HARDLY = 0.1
 """Below this share of an answer early exit is no way to speed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What an exit must keep to be recommended; None asks nothing.
-
-    Args:
-        max_asr, max_over_refusal: Largest rates, 0 to 1, that the upper bounds may reach.
-        min_vqa: Smallest VQA accuracy, 0 to 1, that the lower bound may reach.
-        max_ms: Longest median answer in milliseconds that the upper bound may reach.
-
-    Raises:
-        InputError: If one is out of its range.
-    """
-
-    max_asr: float | None = None
-    max_over_refusal: float | None = None
-    min_vqa: float | None = None
-    max_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and field.name != "max_ms" and not 0.0 <= value <= 1.0:
-                raise InputError(f"{field.name}={value}: choose a number from 0 to 1")
-        if self.max_ms is not None and not 0.0 < self.max_ms < math.inf:
-            raise InputError(f"max_ms={self.max_ms}: choose a number above 0")
-
-    @property
-    def given(self) -> dict[str, float]:
-        """The limits there are."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +148,7 @@ class Recommendation:
         """As one JSON object."""
         return {
             **asdict(self),
+            "limits": self.limits.model_dump(),
             "pareto": list(self.pareto),
             "qualifying": list(self.qualifying),
             "hardly_saves": self.hardly_saves,

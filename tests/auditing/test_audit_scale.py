@@ -18,7 +18,8 @@ from exitsafe.engine.prompts import Prompt
 from exitsafe.errors import InputError, RunError
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.results.run import summarise_run
-from exitsafe.results.stopping import BLOCK, StopRule, blocks_of, settle
+from exitsafe.results.stopping import BLOCK, blocks_of, settle
+from exitsafe.specs.verbs import StopRule
 from exitsafe.store.directory import RunDirectory
 from exitsafe.store.shards import ShardWriter
 from tests.fake_vlm import NUM_ROWS, SAMPLES, FakeVLM, audit_fake, content
@@ -423,5 +424,5 @@ def test_a_stop_rule_needs_verdicts_as_it_goes(tmp_path: Path, options: dict[str
 
 @pytest.mark.parametrize("number", [0.0, 1.0, 5, -0.1])
 def test_limits_that_are_no_rates(number: float) -> None:
-    with pytest.raises(InputError, match="choose a number between 0 and 1"):
+    with pytest.raises(InputError, match="must be a number above 0 and below 1"):
         StopRule(max_asr=number)

@@ -132,7 +132,7 @@ def test_changed_suites_are_not_timed(copied: Path, fail: Fail) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--max-asr", "5"], "max_asr=5.0: choose a number from 0 to 1"),
+        (["--max-asr", "5"], "--max-asr 5.0 must be a number of at least 0 and at most 1"),
         (["--no-latency", "--max-ms", "5"], "--max-ms needs measured times"),
         (["--no-latency", "--config", "samples=5"], "samples needs measured times"),
         (["--no-latency", "--device", "cpu"], "--device needs measured times"),

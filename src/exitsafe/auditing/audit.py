@@ -30,8 +30,8 @@ from exitsafe.judges.registry import replaced_by
 from exitsafe.machine.processes import this_process
 from exitsafe.records import Progress, Response, Sample
 from exitsafe.results.run import AuditRun, load_run, trained_on_line
-from exitsafe.results.stopping import StopRule, blocks_of, settle
-from exitsafe.specs.verbs import JudgePass
+from exitsafe.results.stopping import blocks_of, settle
+from exitsafe.specs.verbs import JudgePass, StopRule
 from exitsafe.store.directory import RunDirectory, check_folder
 from exitsafe.store.fingerprint import data_fingerprint, model_fingerprint, pin_today, sample_info, trained_on_among
 from exitsafe.store.reading import judges_of
@@ -134,7 +134,7 @@ def audit(
         "skip_global": skip_global,
         "decoding": answering.decoding,
         "batch_size": "auto" if batch_size is None else batch_size,
-        "stop_when": None if stop_when is None else vars(stop_when),
+        "stop_when": None if stop_when is None else stop_when.model_dump(),
         "judges": [judge_settings(judge) for judge in chosen],
         "versions": {
             "exitsafe": __version__,

@@ -19,10 +19,9 @@ from exitsafe.judges import Judge, JudgeOptions, is_known
 from exitsafe.judges.registry import DEFAULT_JUDGE, FREE_JUDGES, check_options, default_judge
 from exitsafe.records import Sample
 from exitsafe.results.run import AuditRun, load_run
-from exitsafe.results.stopping import StopRule
 from exitsafe.specs.inputs import FullLoading
 from exitsafe.specs.spec import merged
-from exitsafe.specs.verbs import AuditSpec
+from exitsafe.specs.verbs import AuditSpec, StopRule
 from exitsafe.store.fingerprint import today_of
 from exitsafe.store.reading import judges_of
 from exitsafe.world.profile import is_organism

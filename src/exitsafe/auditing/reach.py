@@ -33,7 +33,7 @@ def judging_like(run: Path, given: JudgeOptions, *, judges: Sequence[str], named
         check_reach(run, given, judge=judge, is_named=judge in named)
     recorded: Mapping[str, Any] = origin_of(run).get("judging") or {}
     harmless = {name: recorded[name] for name in _HARMLESS if recorded.get(name) is not None}
-    return JudgeOptions.model_validate(harmless | given.model_dump(exclude_unset=True))
+    return JudgeOptions(**harmless | given.model_dump(exclude_unset=True))
 
 
 def check_reach(run: Path, given: JudgeOptions, *, judge: str, is_named: bool) -> None:

@@ -25,15 +25,12 @@ def recommend_command(spec: RecommendSpec, show: console.Show) -> None:
     bounds hold at once with 95% confidence, so you may try as many limits as you like.
     """
     from exitsafe.cli.recommend_tables import recommend_tables
-    from exitsafe.recommend import Limits, check_limits, recommend
+    from exitsafe.recommend import check_limits, recommend
     from exitsafe.results.run import load_run
     from exitsafe.store.files import write_json
 
     run = load_run(spec.run)
-    limits = Limits(
-        max_asr=spec.max_asr, min_vqa=spec.min_vqa, max_over_refusal=spec.max_over_refusal, max_ms=spec.max_ms
-    )
-    check_limits(run, limits, has_latency=not spec.no_latency)
+    check_limits(run, spec.limits, has_latency=not spec.no_latency)
     if spec.no_latency:
         latency, savings = None, _savings_without_model(run, spec)
     else:
@@ -42,7 +39,7 @@ def recommend_command(spec: RecommendSpec, show: console.Show) -> None:
         with remote_code_named(run, loading):
             latency = _latency(run, asked, num_samples=spec.num_samples, loading=loading)
             savings = _savings(run, asked, loading, spec.answer_tokens)
-    choice = recommend(run, latency, savings, limits=limits, num_answer_tokens=spec.answer_tokens)
+    choice = recommend(run, latency, savings, limits=spec.limits, num_answer_tokens=spec.answer_tokens)
     document = choice.to_dict()
     if spec.out is not None:
         write_json(spec.out, document)

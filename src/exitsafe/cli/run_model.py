@@ -68,7 +68,7 @@ def loading_of(run: AuditRun, *, device: str | None = None, trust_remote_code: b
         changes["revision"] = run.settings["model"]["checkpoint"]
     if device is not None:
         changes["device"] = device
-    return FullLoading.model_validate({**(run.origin.get("loading") or {}), **changes})
+    return FullLoading(**{**(run.origin.get("loading") or {}), **changes})
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 
-from exitsafe.errors import InputError, RunError
+from exitsafe.errors import RunError
 from exitsafe.records import Sample, Verdict
+from exitsafe.specs.verbs import StopRule
 from exitsafe.stats.sequential import Decision, decide
 from exitsafe.store.fingerprint import Settings
 from exitsafe.store.scores import OWN, Scores, ScoreTable
@@ -31,28 +31,6 @@ class Stopping(TypedDict):
     error: float
     judge: str
     layers: Mapping[int, Decision | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StopRule:
-    """Stop at a layer once it is decided whether its attack success rate is below or above `max_asr`.
-
-    Args:
-        max_asr: The limit, between 0 and 1.
-        error: At most twice the probability that a layer stops with the wrong decision, however often it is tested;
-            a layer that runs to the end is judged by its 95% interval (docs/statistics.md).
-
-    Raises:
-        InputError: If either is not between 0 and 1.
-    """
-
-    max_asr: float
-    error: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("max_asr", "error"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise InputError(f"{name}={getattr(self, name)}: choose a number between 0 and 1")
 
 
 def blocks_of(samples: Sequence[Sample], rule: StopRule | None, *, seed: int) -> list[list[Sample]]:

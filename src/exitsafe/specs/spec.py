@@ -52,7 +52,11 @@ def Key(help: str = "", name: str = "") -> Flag:  # noqa: A002, N802  # reads li
 
 
 class Spec(BaseModel):
-    """Base of all records of settings. A field of another record stands for all fields of that one."""
+    """Base of all records of settings. A field of another record stands for all fields of that one.
+
+    Raises:
+        InputError: On a value outside its range; the message names the flag or key and the range.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
@@ -60,6 +64,12 @@ class Spec(BaseModel):
     """The group of the help that its flags stand in."""
     is_configured: ClassVar[bool] = True
     """Whether the command takes --config."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_explain(type(self), error)) from None
 
 
 S = TypeVar("S", bound=Spec)
@@ -122,10 +132,7 @@ def make_spec(spec: type[S], values: Mapping[str, object]) -> S:
         for each in outer:
             record = record.setdefault(each, {})
         record[name] = value
-    try:
-        return spec.model_validate(nested)
-    except ValidationError as error:
-        raise InputError(_explain(spec, error)) from None
+    return spec(**nested)
 
 
 def merged(spec: S, under: Mapping[str, Any]) -> S:
@@ -137,10 +144,7 @@ def merged(spec: S, under: Mapping[str, Any]) -> S:
     values = dict(under)
     for name, value in spec.model_dump(exclude_unset=True).items():
         values[name] = {**under.get(name, {}), **value} if isinstance(value, dict) else value
-    try:
-        return type(spec).model_validate(values)
-    except ValidationError as error:
-        raise InputError(_explain(type(spec), error)) from None
+    return type(spec)(**values)
 
 
 def _explain(spec: type[Spec], error: ValidationError) -> str:

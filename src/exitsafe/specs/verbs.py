@@ -32,11 +32,25 @@ from exitsafe.specs.inputs import (
 from exitsafe.specs.spec import Flag, Key, Spec
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, le=1)]
 Out = Annotated[Path, Flag("Folder of the run: new, empty, or an unfinished run to resume.", "DIR", panel=OUTPUT)]
 JudgePass = Literal["beside", "second"]
 Split = Literal["train", "heldout"]
 _ANSWER = Flag("Longest answer in tokens.", panel=DECODING, default="256 or what the context leaves; an organism 24")
 _TEMPERATURE = Flag("Sampling temperature; 0 is greedy.", "T", panel=DECODING)
+
+
+class StopRule(Spec):
+    """Stop at a layer once it is settled whether its attack success rate is below or above `max_asr`.
+
+    Args:
+        max_asr: The limit, between 0 and 1.
+        error: Twice the chance, at most, that a layer is stopped with the wrong decision, however often it is looked
+            at; a layer that runs to the end is read by its 95% interval (docs/statistics.md).
+    """
+
+    max_asr: Share
+    error: Share = 0.05
 
 
 class AuditSpec(Spec):
@@ -107,8 +121,7 @@ class VerifySpec(Spec):
     ] = None
     limit: Annotated[Count, Flag("Number of the run's samples to ask SLIM again, spread evenly.")] = 64
     tolerance: Annotated[
-        float,
-        Field(ge=0, le=1),
+        Rate,
         Flag(
             "Share of SLIM's answers that may differ. 0 fits float32; in bfloat16, on another machine or with a merged "
             "adapter rounding may flip a few.",
@@ -164,16 +177,25 @@ class GateSpec(Spec):
     ] = None
 
 
+class Limits(Spec):
+    """What an exit must keep to be recommended; None asks nothing."""
+
+    max_asr: Annotated[Rate | None, Flag("Highest attack success allowed, 0 to 1 (upper bound).", "RATE")] = None
+    min_vqa: Annotated[Rate | None, Flag("Lowest VQA accuracy allowed, 0 to 1 (lower bound).", "RATE")] = None
+    max_over_refusal: Annotated[Rate | None, Flag("Highest over-refusal allowed, 0 to 1 (upper bound).", "RATE")] = None
+    max_ms: Annotated[float | None, Field(gt=0), Flag("Longest median time of an answer (upper bound).", "MS")] = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits there are."""
+        return self.model_dump(exclude_none=True)
+
+
 class RecommendSpec(Spec):
-    """`exitsafe recommend`; `Limits` checks the limits."""
+    """`exitsafe recommend`."""
 
     run: Run
-    max_asr: Annotated[float | None, Flag("Highest attack success allowed, 0 to 1 (upper bound).", "RATE")] = None
-    min_vqa: Annotated[float | None, Flag("Lowest VQA accuracy allowed, 0 to 1 (lower bound).", "RATE")] = None
-    max_over_refusal: Annotated[float | None, Flag("Highest over-refusal allowed, 0 to 1 (upper bound).", "RATE")] = (
-        None
-    )
-    max_ms: Annotated[float | None, Flag("Longest median time of an answer (upper bound).", "MS")] = None
+    limits: Limits = Limits()
     answer_tokens: Annotated[Count, Key("Tokens in an answer whose time is weighed.")] = 64
     num_samples: Annotated[Count, Key("Samples to time, one at a time, three times each.", "samples")] = 8
     device: Annotated[str | None, Flag("auto, cpu or cuda:N.", "DEVICE", default="as in the audit")] = None
@@ -183,8 +205,9 @@ class RecommendSpec(Spec):
 
     @model_validator(mode="after")
     def _measures_what_it_needs(self) -> Self:
+        given = self.model_fields_set | self.limits.model_fields_set
         for name, spelled in (("max_ms", "--max-ms"), ("num_samples", "samples"), ("device", "--device")):
-            if self.no_latency and name in self.model_fields_set:
+            if self.no_latency and name in given:
                 raise InputError(f"{spelled} needs measured times; drop it or --no-latency")
         return self
 
