@@ -7,9 +7,9 @@ several processes share one run. Knows nothing about how a model answers or a ju
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import PIL
 import torch
@@ -35,6 +35,7 @@ from exitsafe.specs.verbs import JudgePass, StopRule
 from exitsafe.store.directory import RunDirectory, check_folder
 from exitsafe.store.fingerprint import data_fingerprint, model_fingerprint, pin_today, sample_info, trained_on_among
 from exitsafe.store.reading import judges_of
+from exitsafe.untrusted import JsonObject
 from exitsafe.version import __version__
 from exitsafe.world.profile import profile_of
 
@@ -56,7 +57,7 @@ def audit(
     judge_pass: JudgePass = "beside",
     stop_when: StopRule | None = None,
     progress: Progress | None = None,
-    origin: Mapping[str, Any] | None = None,
+    origin: JsonObject | None = None,
 ) -> AuditRun:
     """Measure a model at every exit layer.
 
@@ -185,7 +186,7 @@ def judge(
     judges: Sequence[Judge | str],
     retry_unscored: bool = False,
     progress: Progress | None = None,
-    origin: Mapping[str, Any] | None = None,
+    origin: JsonObject | None = None,
 ) -> AuditRun:
     """Let further judges score a finished run's answers; no answer is generated again.
 

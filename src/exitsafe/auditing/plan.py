@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from exitsafe.auditing.judging import available_judges
 from exitsafe.auditing.reach import judging_like, recorded_judging
@@ -24,6 +23,7 @@ from exitsafe.specs.spec import merged
 from exitsafe.specs.verbs import AuditSpec, StopRule
 from exitsafe.store.fingerprint import today_of
 from exitsafe.store.reading import judges_of
+from exitsafe.untrusted import JsonObject
 from exitsafe.world.profile import is_organism
 
 
@@ -51,7 +51,7 @@ class Plan:
         return StopRule(max_asr=self.spec.max_asr, error=self.spec.error)
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> JsonObject:
         """What run.json keeps to repeat the audit from any folder, as a JSON object."""
         given = self.spec.judging.model_dump(mode="json", exclude_unset=True)
         loading = self.spec.loading.model_dump(mode="json")
@@ -136,7 +136,7 @@ def plan_repeat(run: AuditRun, *, out: Path, loading: FullLoading, judging: Judg
     )
 
 
-def settings_of_run(run: AuditRun) -> dict[str, Any]:
+def settings_of_run(run: AuditRun) -> JsonObject:
     """A finished run's settings, shaped like an `AuditSpec`."""
     settings, source = run.settings, source_of(run.origin)
     stopping = {} if settings["stop_when"] is None else {"stop_when": "decided", **settings["stop_when"]}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from exitsafe.errors import InputError
 from exitsafe.judges import JudgeOptions
 from exitsafe.judges.endpoint import OPENAI_URL, public_address
 from exitsafe.store.reading import origin_of, read_head
+from exitsafe.untrusted import JsonObject
 
 _HARMLESS = ("device", "requests_per_minute", "prices")
 """The fields of a run's `judging` that are safe to reuse."""
@@ -31,7 +31,7 @@ def judging_like(run: Path, given: JudgeOptions, *, judges: Sequence[str], named
     """
     for judge in judges:
         check_reach(run, given, judge=judge, is_named=judge in named)
-    recorded: Mapping[str, Any] = origin_of(run).get("judging") or {}
+    recorded: JsonObject = origin_of(run).get("judging") or {}
     harmless = {name: recorded[name] for name in _HARMLESS if recorded.get(name) is not None}
     return JudgeOptions(**harmless | given.model_dump(exclude_unset=True))
 
@@ -59,7 +59,7 @@ def check_reach(run: Path, given: JudgeOptions, *, judge: str, is_named: bool) -
         raise InputError(f"{run} was graded by {judge} with a custom rubric{file}; add --config judge_rubric=FILE")
 
 
-def recorded_judging(run: Path) -> dict[str, Any]:
+def recorded_judging(run: Path) -> JsonObject:
     """A run's record of how its judges were reached, to be kept; {} if there is no run."""
     if not (run / "run.json").is_file():
         return {}

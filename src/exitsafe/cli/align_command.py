@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from exitsafe.cli import console
 from exitsafe.cli.models import announce, load_model
 from exitsafe.cli.rewards import hold_out, read_rewards
 from exitsafe.lppo.config import AlignSpec
+from exitsafe.untrusted import JsonObject
 
 
 def align_command(spec: AlignSpec, show: console.Show) -> None:
@@ -52,7 +52,7 @@ def run_align(spec: AlignSpec, *, title: str) -> Path:
         )
 
 
-def describe(adapter: Path) -> dict[str, Any]:
+def describe(adapter: Path) -> JsonObject:
     """The finished run in numbers: its settings, what became the adapter, and the metrics of its last step."""
     from exitsafe.lppo.folder import TrainingFolder, read_lines, read_record
 
@@ -67,7 +67,7 @@ def describe(adapter: Path) -> dict[str, Any]:
     }
 
 
-def _words(result: dict[str, Any] | None) -> list[str]:
+def _words(result: JsonObject | None) -> list[str]:
     """What happened in training and which step was chosen."""
     if result is None:
         return []

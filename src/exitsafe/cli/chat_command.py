@@ -14,6 +14,7 @@ import typer
 from exitsafe.cli import console
 from exitsafe.errors import InputError
 from exitsafe.specs.verbs import ChatSpec
+from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,7 +114,7 @@ class Chat:
             return None
         return answer.text != next(each.text for each in answers if each.exit_layer == self.vlm.default_exit)
 
-    def document(self, answers: Sequence[Response]) -> dict[str, Any]:
+    def document(self, answers: Sequence[Response]) -> JsonObject:
         """For `--json`."""
         return {
             "default_exit": self.vlm.default_exit,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from exitsafe.records import Progress
+from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +47,7 @@ class Show:
     stdout: IO[str]
     as_json: bool
 
-    def __call__(self, document: dict[str, Any], tables: Callable[[], list[Any]]) -> None:
+    def __call__(self, document: JsonObject, tables: Callable[[], list[Any]]) -> None:
         if process_number() > 0:  # all have the same result; one says it
             return
         if self.as_json:

@@ -21,6 +21,7 @@ from exitsafe.show.table import Column, Row, Table
 from exitsafe.show.tables import EXIT, exit_name
 from exitsafe.show.verdict import key_numbers, verdict
 from exitsafe.stats import Estimate
+from exitsafe.untrusted import JsonObject
 
 _METRICS = ("asr", "over_refusal", "vqa_accuracy")
 
@@ -35,7 +36,7 @@ def last_screen(shown: Shown) -> list[Any]:
     ]
 
 
-def to_document(shown: Shown) -> dict[str, Any]:
+def to_document(shown: Shown) -> JsonObject:
     """The same for programs."""
     runs = {"before": shown.before, "after": shown.after, **shown.baselines}
     return {
@@ -110,7 +111,7 @@ def _paragraph(heading: str, text: str) -> Any:
     return Padding(Text.assemble((f"{heading}: " if heading else "", "bold"), text), (0, 0, 0, 2))
 
 
-def _key_numbers(run: AuditRun) -> dict[str, Any]:
+def _key_numbers(run: AuditRun) -> JsonObject:
     default = run.summary["default_exit"]
     return {
         name: {
@@ -135,5 +136,5 @@ def mean_of_other_exits(run: AuditRun, metric: str) -> Estimate:
     return run.mean_over_layers(metric, [layer for layer in run.exit_layers if layer != default])
 
 
-def _metric(run: AuditRun, metric: str) -> dict[int, dict[str, Any]]:
+def _metric(run: AuditRun, metric: str) -> dict[int, JsonObject]:
     return {layer["exit_layer"]: layer["metrics"][metric] for layer in run.summary["layers"]}

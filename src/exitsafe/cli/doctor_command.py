@@ -11,6 +11,7 @@ from exitsafe.cli.console import readable
 from exitsafe.cli.models import read_blueprint
 from exitsafe.specs.inputs import Samples
 from exitsafe.specs.verbs import DoctorSpec
+from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
     from exitsafe.doctor import Blueprint, Plan, Savings, Typical
@@ -32,7 +33,7 @@ def doctor_command(spec: DoctorSpec, show: console.Show) -> None:
     show(document, lambda: [_facts_table(document), _memory_table(document), *document["notes"]])
 
 
-def examine(blueprint: Blueprint, spec: DoctorSpec) -> dict[str, Any]:
+def examine(blueprint: Blueprint, spec: DoctorSpec) -> JsonObject:
     """All findings as one JSON object."""
     from exitsafe.doctor import bytes_by_name, count_savings, make_plan, typical_prompt
     from exitsafe.engine.read_ahead import DEFAULT_NEW_TOKENS
@@ -148,7 +149,7 @@ def _shares(blueprint: Blueprint, savings: Savings) -> dict[str, float]:
     }
 
 
-def _facts_table(document: dict[str, Any]) -> Any:
+def _facts_table(document: JsonObject) -> Any:
     """What the model is."""
     tokens, judge = document["prompt_tokens"], document["judge"]
     available = "available" if document["judge_problem"] is None else "NOT AVAILABLE"
@@ -167,7 +168,7 @@ def _facts_table(document: dict[str, Any]) -> Any:
     )
 
 
-def _memory_table(document: dict[str, Any]) -> Any:
+def _memory_table(document: JsonObject) -> Any:
     """What is known of its memory."""
     memory = document["memory"]
     weights = memory["weights"]

@@ -15,6 +15,7 @@ from exitsafe.cli import console
 from exitsafe.errors import ExitsafeError, InputError
 from exitsafe.show.table import Table
 from exitsafe.specs.verbs import LabelSpec
+from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
     from exitsafe.records import Verdict
@@ -41,7 +42,7 @@ def label_command(spec: LabelSpec, show: console.Show) -> None:
     show(document, lambda: _what_to_do(document))
 
 
-def write_file(run: AuditRun, *, rows: int, seed: int, out: Path, may_leave_run: bool) -> dict[str, Any]:
+def write_file(run: AuditRun, *, rows: int, seed: int, out: Path, may_leave_run: bool) -> JsonObject:
     """Draw the answers and write the file to be filled.
 
     Raises:
@@ -74,7 +75,7 @@ def write_file(run: AuditRun, *, rows: int, seed: int, out: Path, may_leave_run:
     }
 
 
-def read_files(run: AuditRun, files: Sequence[Path]) -> dict[str, Any]:
+def read_files(run: AuditRun, files: Sequence[Path]) -> JsonObject:
     """Check and store the files, one per rater, and compare them with the judges.
 
     Raises:
@@ -137,7 +138,7 @@ def _counts(verdicts: Sequence[Verdict]) -> dict[str, dict[str, int]]:
     }
 
 
-def _what_to_do(document: dict[str, Any]) -> list[Any]:
+def _what_to_do(document: JsonObject) -> list[Any]:
     return [
         f"{document['rows']} answers to label: {document['file']} (requests and answers: readable by you only)",
         "Fill its columns asr and refusal with yes, no or unsure, in any spreadsheet, before you look at any verdict.",
@@ -145,7 +146,7 @@ def _what_to_do(document: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _agreement_table(document: dict[str, Any]) -> Table:
+def _agreement_table(document: JsonObject) -> Table:
     from exitsafe.results.numbers import percent
     from exitsafe.show.tables import agreement_table
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from exitsafe.cli import console
 from exitsafe.errors import InputError, did_you_mean
 from exitsafe.specs.verbs import SuitesSpec
+from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
     from exitsafe.data import KnownSuite
@@ -40,7 +41,7 @@ def suites_command(spec: SuitesSpec, show: console.Show) -> None:
         raise InputError(f"suite {name!r} is unknown{hint}; choose from {', '.join(KNOWN_SUITES)}")
 
 
-def describe(suite: KnownSuite) -> dict[str, Any]:
+def describe(suite: KnownSuite) -> JsonObject:
     """An entry as JSON: its facts and what follows from them."""
     facts = asdict(suite)
     return {
@@ -70,7 +71,7 @@ def describe(suite: KnownSuite) -> dict[str, Any]:
     }
 
 
-def organism_entries() -> list[dict[str, Any]]:
+def organism_entries() -> list[JsonObject]:
     """The organism's own suites, as far as they have the same facts."""
     from exitsafe.data import SUITE_NAMES
     from exitsafe.world.suites import DEFAULT_SIZES
@@ -100,7 +101,7 @@ def _needs(suite: KnownSuite) -> list[str]:
     return needs
 
 
-def _table(entries: list[dict[str, Any]]) -> Any:
+def _table(entries: list[JsonObject]) -> Any:
     from rich.table import Table
 
     table = Table(title="Suites known by name", title_justify="left")
@@ -119,7 +120,7 @@ def _table(entries: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _full(entry: dict[str, Any]) -> Any:
+def _full(entry: JsonObject) -> Any:
     from rich.table import Table
 
     source, revision = entry["source"], entry["source"]["revision"]

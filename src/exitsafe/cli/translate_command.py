@@ -10,6 +10,7 @@ from exitsafe.cli.models import load_model
 from exitsafe.errors import InputError
 from exitsafe.specs.inputs import Samples
 from exitsafe.specs.verbs import TranslateSpec
+from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
     from exitsafe.records import Sample
@@ -72,7 +73,7 @@ def _of_suites(spec: TranslateSpec) -> list[Sample]:
     return samples
 
 
-def _table(record: dict[str, Any]) -> Any:
+def _table(record: JsonObject) -> Any:
     from rich.table import Table
 
     table = Table(title="R² of the default exit's features", title_justify="left")

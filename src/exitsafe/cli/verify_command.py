@@ -20,6 +20,7 @@ from exitsafe.cli.run_model import load_model_of, loading_of, read_samples_of, r
 from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.specs.inputs import FullLoading, JudgeOptions
 from exitsafe.specs.verbs import VerifySpec
+from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
     from exitsafe.exporting.verification import Verification
@@ -165,7 +166,7 @@ Rows = tuple[dict[Any, Any], dict[Any, Any]]
 
 def compare_runs(
     before: AuditRun, again: AuditRun, *, recorded: Rows | None = None, earlier: Saved | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Compare two runs of the same audit; apart from times, they may agree in everything.
 
     Args:
@@ -186,7 +187,7 @@ def compare_runs(
         "metrics_changed": [
             line for line in differences(_metrics(before.summary), _metrics(again.summary)) if ".seconds." not in line
         ],
-        "settings_changed": differences(_judges_by_name(before.settings), _judges_by_name(again.settings)),
+        "settings_changed": differences(_judges_by_name({**before.settings}), _judges_by_name({**again.settings})),
     }
 
 
@@ -232,18 +233,18 @@ def _repeat(before: AuditRun, spec: VerifySpec, *, out: Path) -> AuditRun:
     return audit_as_planned(plan, vlm, samples, judges, title="Audit again")
 
 
-def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _metrics(summary: JsonObject) -> JsonObject:
     """A summary's numbers under readable names, then each judge's own."""
     layers = {f"exit {entry['exit_layer']}": entry["metrics"] for entry in summary["layers"]}
     bins = {name: entry["metrics"] for name, entry in summary["bins"].items()}
     return layers | bins | {name: _metrics(results) for name, results in summary.get("judges", {}).items()}
 
 
-def _judges_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _judges_by_name(settings: JsonObject) -> JsonObject:
     return {**settings, "judges": {judge["name"]: judge for judge in settings["judges"]}}
 
 
-def _first_difference(found: Mapping[str, Any]) -> str:
+def _first_difference(found: JsonObject) -> str:
     """The differences, causes first: settings, then answers, then verdicts. Empty if all is the same."""
     changed = [
         f"{found[f'{what}_different']} of {found[what]} {what}"
@@ -260,7 +261,7 @@ def _first_difference(found: Mapping[str, Any]) -> str:
     return f"{settings}{', '.join(changed)}{'' if settings else ' differ'}"
 
 
-def _repeat_words(found: Mapping[str, Any], again: AuditRun) -> list[str]:
+def _repeat_words(found: JsonObject, again: AuditRun) -> list[str]:
     made = {"answers": found["answers_generated"], "verdicts": found["verdicts_judged"]}
     earlier = [f"{found[what] - number} {what}" for what, number in made.items() if number < found[what]]
     same = (f"{found[f'{what}_same']} of {number} {what}" for what, number in made.items())
