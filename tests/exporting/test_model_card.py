@@ -15,8 +15,8 @@ import exitsafe
 from exitsafe.engine.load import load_vlm
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
-from exitsafe.exporting.audited import _by_suite, _judge
-from exitsafe.exporting.manifest import Base, read_manifest
+from exitsafe.exporting.audited import _by_suite, _judge, audit_record
+from exitsafe.exporting.manifest import AuditedJudge, Base, Exported, read_manifest
 from exitsafe.exporting.model_card import is_hub_id, license_of, write_card
 from exitsafe.records import KINDS, Sample
 from exitsafe.results.run import AuditRun
@@ -112,6 +112,12 @@ def test_what_a_run_says_cannot_format_the_card(model: Path, run: AuditRun, tmp_
     assert not [word for word in ("<img", "\n# Safe", "[a](b)", "\x1b", "\u202e") if word in text]
 
 
+def test_a_run_with_other_settings_than_an_audits_is_one_line(run: AuditRun) -> None:
+    odd = replace(run, origin={"hub": {"xstest": {"id": ["not", "a", "name"]}}})
+    with pytest.raises(RunError, match=r"run\.json: id: Input should be a valid string; give an audit that"):
+        audit_record(odd, exit_layer=2)
+
+
 def test_without_an_audit_the_card_says_so(model: Path, tmp_path: Path) -> None:
     out = exitsafe.export(load_vlm(model), exit_layer=2, out=tmp_path / "slim")
     text = (out / "README.md").read_text()
@@ -140,14 +146,14 @@ def test_another_models_run_is_refused(model: Path, run: AuditRun, tmp_path: Pat
 
 
 def test_a_kept_adapter_is_said_loudly() -> None:
-    text = write_card(name="slim", base=BASE, license_id=None, exported=EXPORTED | {"adapter": "kept"})
+    text = write_card(name="slim", license_id=None, exported=EXPORTED.model_copy(update={"adapter": "kept"}))
     assert "must be loaded too: without it this is the model before its repair" in text
     assert 'PeftModel.from_pretrained(model, "slim", subfolder="adapter")' in text
 
 
 def test_base_model_and_license_where_they_are_known(tmp_path: Path) -> None:
     base = BASE.model_copy(update={"name": "llava-hf/llava-1.5-7b-hf"})
-    text = write_card(name="slim", base=base, license_id="mit", exported=EXPORTED)
+    text = write_card(name="slim", license_id="mit", exported=EXPORTED.model_copy(update={"base": base}))
     assert _header(text).base_model == "llava-hf/llava-1.5-7b-hf"
     assert _header(text).license == "mit"
     assert license_of("organism", folder=None, revision=None) == "apache-2.0"
@@ -175,32 +181,35 @@ def _header(text: str) -> ModelCardData:
 
 BASE = Base(name="model", family="llava", num_layers=6, default_exit=5, checkpoint="c0", adapter="a0", translators=None)
 _SIZES = {"encoder_blocks": 6, "global_blocks": 0, "parameters": 10, "weight_bytes": 40}
-EXPORTED: dict[str, Any] = {
-    "exitsafe": "0",
-    "command": "exitsafe export model --exit-layer 2 --out slim",
-    "date": "2000-01-01T00:00:00+00:00",
-    "exit_layer": 2,
-    "skip_global": False,
-    "adapter": None,
-    "dtype": "float32",
-    "check": {"largest_difference": 0.0, "relative_difference": 0.0, "allowed": 0.0},
-    "sizes": {"before": _SIZES, "after": _SIZES},
-    "audit": None,
-}
+EXPORTED = Exported(
+    exitsafe="0",
+    command="exitsafe export model --exit-layer 2 --out slim",
+    date="2000-01-01T00:00:00+00:00",
+    base=BASE,
+    exit_layer=2,
+    skip_global=False,
+    adapter=None,
+    dtype="float32",
+    check={"largest_difference": 0.0, "relative_difference": 0.0, "allowed": 0.0},
+    sizes={"before": _SIZES, "after": _SIZES},
+    latency={},
+    audit=None,
+    versions={},
+)
 
 
 @pytest.mark.parametrize("model", ("/home/ann/rm", "models/of/ann/rm", "../ann/rm", "~/rm"))
 def test_a_judges_folder_is_not_told(model: str) -> None:
     told = _judge({"name": f"reward:{model}", "measures": ["reward"], "settings": {"model": model}}, None)
-    assert told == {"name": "reward:rm", "measures": ["reward"], "model": "rm"}
+    assert told == AuditedJudge(name="reward:rm", measures=("reward",), model="rm")
 
 
 def test_a_judges_name_on_the_hub_is_told_whole() -> None:
     for name in ("world-rule", "reward:org/rm"):
-        assert _judge({"name": name, "measures": ["reward"]}, None)["name"] == name
+        assert _judge({"name": name, "measures": ["reward"]}, None).name == name
 
 
 def test_nor_in_a_result(tmp_path: Path) -> None:
     found = write_run(tmp_path / "run", {"asr": rows(20)}, judge="reward:/home/ann/rm")
     found = replace(found, settings={**found.settings, "stop_when": None})
-    assert [each["judge"] for each in _by_suite(found, exit_layer=1)] == ["reward:rm"]
+    assert [each.judge for each in _by_suite(found, exit_layer=1)] == ["reward:rm"]

@@ -29,7 +29,7 @@ from exitsafe.exits.finite import not_finite
 from exitsafe.exporting.audited import audit_record, check_is_of
 from exitsafe.exporting.checkpoint import check_can_be_cut, cut, dropped_blocks, name_as_on_the_hub
 from exitsafe.exporting.folder import check_empty, whole_folder
-from exitsafe.exporting.manifest import ADAPTER, CARD, Base, write_manifest
+from exitsafe.exporting.manifest import ADAPTER, CARD, Base, Exported, write_manifest
 from exitsafe.exporting.merging import base_weights
 from exitsafe.exporting.model_card import is_hub_id, license_of, public_name, write_card
 from exitsafe.exporting.probe import Latency, encoders_ms, language_model_ms, logits_of, probe_inputs
@@ -146,20 +146,19 @@ def export(
 
 def _describe(folder: Path, vlm: VLM, facts: JsonObject, *, name: str) -> None:
     """Write the card and the manifest of all files."""
-    base = _base(vlm)
-    content = {
-        "exitsafe": __version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(vlm, facts, out=name),
-        "base": base,
-        "dtype": str(vlm.base_model.dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in _PACKAGES},
+    exported = Exported(
+        exitsafe=__version__,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=_command(vlm, facts, out=name),
+        base=_base(vlm),
+        dtype=str(vlm.base_model.dtype).removeprefix("torch."),
+        versions={name: version(name) for name in _PACKAGES},
         **facts,
-    }
+    )
     license_id = license_of(vlm.name, folder=_folder_of(vlm.name), revision=vlm.checkpoint_hash)
-    card = write_card(name=name, base=base, license_id=license_id, exported=content)
+    card = write_card(name=name, license_id=license_id, exported=exported)
     write_whole(folder / CARD, card.encode())
-    write_manifest(folder, content)
+    write_manifest(folder, exported)
 
 
 class _Steps:

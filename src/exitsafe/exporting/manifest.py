@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from exitsafe.errors import ModelError
+from exitsafe.stats import Estimate
 from exitsafe.store.files import write_whole
-from exitsafe.untrusted import JsonObject
 
 MANIFEST, CARD = "exitsafe.json", "README.md"
 ADAPTER = "adapter"
@@ -22,10 +22,12 @@ ADAPTER = "adapter"
 FORMAT = 1
 
 
-class Base(BaseModel):
-    """The whole model. `checkpoint` identifies its files; None if it was not loaded from files."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Base(_Record):
+    """The whole model. `checkpoint` identifies its files; None if it was not loaded from files."""
 
     name: str
     family: str
@@ -36,16 +38,88 @@ class Base(BaseModel):
     translators: str | None
 
 
-class Manifest(BaseModel):
-    """The content of exitsafe.json.
+class HubSuite(_Record):
+    """Where on the Hub a suite was read from."""
 
-    `check` is the difference of the logits from those of the exit in the whole model, `sizes` and `latency` compare
-    before and after, `audit` is the result of the audit.
+    id: str
+    configs: tuple[str, ...] | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+class AuditedSuite(_Record):
+    """A suite of an audit; `hub` where it was read from the Hub."""
+
+    name: str
+    samples: int
+    hub: HubSuite | None
+
+
+class AuditedData(_Record):
+    """What an audit asked."""
+
+    hash: str
+    samples: int
+    suites: tuple[AuditedSuite, ...]
+
+
+class AuditedJudge(_Record):
+    """A judge of an audit: what it measures, what it counts in place of it (a proxy), and which model it rests on."""
+
+    name: str
+    measures: tuple[str, ...]
+    proxy: dict[str, str] = {}
+    model: str | None = None
+    revision: str | None = None
+
+
+class SuiteResult(_Record):
+    """One metric of one suite, by the judge that reports it."""
+
+    suite: str
+    metric: str
+    judge: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unscored: int
+
+
+class Decoding(_Record):
+    """How answers were generated."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    temperature: float
+    max_new_tokens: int
+
+
+class Audited(_Record):
+    """What an audit measured at the exit: numbers, ids and names. `at_default` is of the whole model, if it differs."""
+
+    run: str
+    finished: str
+    exit_layer: int
+    metrics: dict[str, Estimate]
+    default_exit: int
+    at_default: dict[str, Estimate] | None
+    data: AuditedData
+    results: tuple[SuiteResult, ...]
+    judges: tuple[AuditedJudge, ...]
+    decoding: Decoding
+    cautions: tuple[str, ...]
+    stopped_early: bool
+    versions: dict[str, str]
+
+
+class Exported(_Record):
+    """What was exported.
+
+    `check` is how far the logits were from those of the exit in the whole model, `sizes` and `latency` say what was
+    there before and after, `audit` what was measured.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    format: int
     exitsafe: str
     date: str
     command: str
@@ -57,8 +131,14 @@ class Manifest(BaseModel):
     check: dict[str, float]
     sizes: dict[str, dict[str, int]]
     latency: dict[str, dict[str, float]]
-    audit: JsonObject | None
+    audit: Audited | None
     versions: dict[str, str]
+
+
+class Manifest(Exported):
+    """The content of exitsafe.json; `files` are the hashes of all files."""
+
+    format: int
     files: dict[str, str]
 
 
@@ -78,9 +158,9 @@ class FileChanges:
         return "; ".join(f"{title}: {', '.join(names)}" for title, names in parts if names)
 
 
-def write_manifest(folder: Path, content: JsonObject) -> None:
+def write_manifest(folder: Path, exported: Exported) -> None:
     """Write the manifest with hashes of all files in the folder."""
-    record = Manifest(**content, format=FORMAT, files=hash_each(folder))
+    record = Manifest(**dict(exported), format=FORMAT, files=hash_each(folder))
     write_whole(folder / MANIFEST, json.dumps(record.model_dump(), indent=2, allow_nan=False).encode() + b"\n")
 
 
