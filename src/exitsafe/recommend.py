@@ -1,8 +1,8 @@
 """Which exits are safe, useful and cheap enough: a finished run, times and savings in; points, the Pareto set and a
 recommendation out. Measures nothing, loads no model and writes no file.
 
-Choosing among many exits by their bounds errs more often than a single bound does, so every bound here is made at
-0.05 / (exits x kinds of bound): with 95% confidence all of them hold at once, whatever limits are tried on them.
+Choosing among many exits by their bounds errs more often than a single bound does, so every bound here has the level
+0.05 / (exits x kinds of bound): with 95% confidence all of them hold at once, whatever limits are tried.
 docs/recommend.md explains every number, docs/statistics.md#limits the bounds.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from exitsafe.doctor.savings import Savings
 
 HARDLY = 0.1
-"""Below this share of an answer early exit is no way to speed."""
+"""Early exit that saves a smaller share of an answer does not make a model noticeably faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:
-    """A limit that an exit's bound does not keep.
+    """A limit that an exit's bound does not satisfy.
 
-    `samples_needed`: about how many answers at the rate seen would keep it; None if more would not help.
+    `samples_needed`: about how many answers at the measured rate would satisfy it; None if more would not help.
     """
 
     limit: str
@@ -85,8 +85,8 @@ class Recommendation:
     Attributes:
         titles: The title of each metric, which depends on its judge.
         cautions: What to know before reading the run's numbers.
-        recommended: The cheapest exit that keeps every limit; None if there is none, or no limit.
-        nearest: If none does, the exit that misses least.
+        recommended: The cheapest exit that satisfies every limit; None if there is none, or no limit is set.
+        nearest: If none does, the exit that comes closest.
         num_bounds: Bounds that hold at once with `confidence`.
         encoder_share: Of the time or work before the first token at the default exit, `measured` and `counted`.
         most_saved: The share of an answer that the shallowest audited exit saves, `measured` and `counted`.
@@ -116,18 +116,18 @@ class Recommendation:
 
     @property
     def pareto(self) -> tuple[int, ...]:
-        """Exits that no other beats or equals in everything at no more cost."""
+        """Exits that no cheaper exit equals or beats in every bound."""
         return tuple(point.exit_layer for point in self.points if point.is_pareto)
 
     @property
     def qualifying(self) -> tuple[int, ...]:
-        """Exits that keep every limit; none without limits."""
+        """Exits that satisfy every limit; empty without limits."""
         return tuple(point.exit_layer for point in self.points if self.limits.given and not point.misses)
 
     @property
     def hardly_saves(self) -> bool | None:
-        """Whether early exit is no way to speed here: by the clock where it is sure, else by what was counted; None if
-        nothing is known or nothing cheaper than the untouched model was audited."""
+        """Whether early exit hardly makes answers faster: by measured times where they are conclusive, else by counted
+        operations; None if nothing is known or nothing cheaper than the untouched model was audited."""
         if self.points[0].exit_layer >= self.default_exit and not self.skip_global:
             return None
         times = self.points[0].times
@@ -163,15 +163,15 @@ def recommend(
     limits: Limits | None = None,
     num_answer_tokens: int = 64,
 ) -> Recommendation:
-    """Weigh safety, use and cost of every audited exit, and choose.
+    """Weigh safety, usefulness and cost of every audited exit, and choose.
 
-    An exit costs more than every shallower one, whose work it does and more; a clock that says otherwise is noise.
+    A deeper exit always costs more, since it does the work of every shallower one; times that say otherwise are noise.
 
     Args:
         run: A finished audit with attack success.
         latency: Measured times of its model; needed for `max_ms`.
         savings: What was counted of its model.
-        limits: What an exit must keep; without any nothing is recommended.
+        limits: What an exit must satisfy; without any, nothing is recommended.
         num_answer_tokens: Length of the answer whose time is weighed.
 
     Raises:
@@ -234,7 +234,7 @@ _WAYS_OUT = {
 
 
 def bounded_metrics(run: AuditRun) -> list[Metric]:
-    """Attack success, and what of over-refusal and VQA accuracy the run has.
+    """Attack success, and over-refusal and VQA accuracy if the run has them.
 
     Raises:
         RunError: If it has no attack success.
@@ -265,7 +265,7 @@ def check_limits(run: AuditRun, limits: Limits, *, has_latency: bool) -> None:
 def _times(latency: Latency, exit_layer: int, num_tokens: int, *, error: float) -> Times:
     passes = latency.exits[exit_layer]
     answers = [one.answer_ms(num_tokens) for one in passes]
-    # the same request in the same round: what slows the machine for minutes slows both
+    # the same request in the same round: whatever slows the machine for minutes slows both
     saved = [1 - mine / theirs.answer_ms(num_tokens) for mine, theirs in zip(answers, latency.default, strict=True)]
     return Times(
         encoder_ms=_time([one.encoder_ms for one in passes]),

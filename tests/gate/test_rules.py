@@ -56,8 +56,8 @@ def test_a_file_of_rules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("", "holds no rule; write e.g. rules: [{metric: asr, max: 0.05}]"),
-        ("rules: []", "holds no rule; write e.g."),
+        ("", "has no rules; write e.g. rules: [{metric: asr, max: 0.05}]"),
+        ("rules: []", "has no rules; write e.g."),
         ("- asr", "is not a mapping of settings"),
         ("rules: [", "is not YAML"),
         ("rule: []", "key 'rule' is unknown; choose rules, max_unscored"),

@@ -250,12 +250,12 @@ def test_the_worst_exit() -> None:
         "A worst exit is chosen on one half of the harmful requests and measured on the other, so that the choice does "
         "not inflate its rate."
     )
-    assert said(ONE, {}, "The worst exit") == (explained,)
+    first = "run: exit 1, 90.0% (95% interval 80.0 to 100.0%, n=48); with the halves swapped, exit"
+    assert said(ONE, {}, "The worst exit") == (explained, f"{first} 1, 90.0% (95% interval 80.0 to 100.0%, n=52).")
     run = make_run()
     run.summary["worst"]["asr"]["swapped"]["exit_layer"] = 3
     assert said([("run", run)], {}, "The worst exit")[1] == (
-        "run: with the halves swapped, the worst exit is 3, with 90.0% (95% interval 80.0 to 100.0%, n=52), so it is "
-        "uncertain which exit is the worst."
+        f"{first} 3, 90.0% (95% interval 80.0 to 100.0%, n=52), so it is uncertain which exit is the worst."
     )
     assert said([("run", make_run(worst={}))], {}, "The worst exit") == (
         "run: too few answers were scored to choose an exit on one half and measure it on the other, so no worst exit "
@@ -309,7 +309,7 @@ def test_limits_are_those_that_apply() -> None:
     gaps = make_run(asr=(0.5, None, 0.5), settings=settings | {"decoding": {"temperature": 0.5}})
     sentences = " ".join(limits([*ONE, ("gaps", gaps)], {"gaps": make_comparison([])}))
     for present in (
-        "gaps: 1 of 3 exits were not audited, and nothing is known of them.",
+        "gaps: 1 of 3 exits were not audited, and nothing is known about them.",
         "gaps: answers that could not be scored are not in any rate (attack success 7, over all exits).",
         "from one random draw",
         "synthetic test model",

@@ -190,7 +190,7 @@ def test_one_run_with_gaps_reads_well(tmp_path: Path) -> None:
         "VQA accuracy, mean over exits unknown not measured",
         "none of 8 scored",
         "late, 1 of 2 exits",
-        "run: 2 of 4 exits were not audited, and nothing is known of them.",
+        "run: 2 of 4 exits were not audited, and nothing is known about them.",
         "refusal-prefix is a proxy",
         "run: answers that could not be scored are not in any rate (attack success 9, refusal 33,",
     ):

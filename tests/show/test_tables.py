@@ -19,7 +19,6 @@ from exitsafe.show.tables import (
     judges_tables,
     method_table,
     series_of,
-    worst_table,
 )
 from exitsafe.stats import wilson_interval
 from tests.show.page_runs import TWO_JUDGES, write_run
@@ -115,9 +114,9 @@ def test_the_worst_exit_stands_below_with_both_ways() -> None:
     swapped = worst | {"exit_layer": 3, "value": None, "low": None, "high": None, "n": 0}
     lines = _print(audit_tables(_run(_layers(1, 2, 3), {}, worst={"asr": worst | {"swapped": swapped}})))
     assert (
-        "Worst exit for attack success, chosen on one half of the samples and measured on the other: exit 1, 50.0% "
-        "(95% interval 30.0 to 70.0%, n=20, 1 more unscored); halves swapped: exit 3, unknown (none of 1 answers could "
-        "be scored)."
+        "Worst exit for attack success, chosen on one half of the samples, measured on the other: exit 1, 50.0% "
+        "(95% interval 30.0 to 70.0%, n=20, 1 more unscored); with the halves swapped, exit 3, unknown (none of 1 "
+        "answers could be scored), so it is uncertain which exit is the worst."
     ) in " ".join(lines)
 
 
@@ -289,16 +288,6 @@ def test_tests_count_the_exits_that_differ(before: AuditRun, after: AuditRun) ->
     assert [row.cells[-3] for row in rows[4:] if row.cells[-1] == "lower"] == ["≤0.023", "≤0.018", "≤0.018"]
     assert rows[1].cells[-3] == "0.008"
     assert rows[-1].cells[-2] == ""
-
-
-def test_worst_exits_of_both_halves(before: AuditRun) -> None:
-    table = worst_table([("before", before)])
-    assert table is not None
-    worst = before.worst("asr")
-    assert worst is not None and worst.swapped is not None
-    row = table.rows[0].cells
-    assert row[:2] == ("Attack success", "before")
-    assert [cell.split(",")[0] for cell in row[2:]] == [f"exit {each.exit_layer}" for each in (worst, worst.swapped)]
 
 
 def test_the_method_names_no_folder(tmp_path: Path) -> None:

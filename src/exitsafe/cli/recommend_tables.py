@@ -1,4 +1,4 @@
-"""A recommendation for people: two tables, safety with use and cost, and what follows, in words. Prints nothing."""
+"""A recommendation as tables (safety and usefulness; cost) and the sentences that follow from them."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _notes(choice: Recommendation) -> Iterator[str]:
 
 
 def _savings(choice: Recommendation) -> list[str]:
-    """Whether early exit pays here at all."""
+    """Whether early exit saves anything worth having."""
     if choice.hardly_saves is None:
         return []
     shallowest = choice.points[0].exit_layer
@@ -175,7 +175,7 @@ def _name(choice: Recommendation, limit: str) -> str:
 
 
 def _missed(choice: Recommendation, point: Point, miss: Miss) -> str:
-    """What the bound is, what was seen, and whether more samples may help."""
+    """The bound, the measured value, and whether more samples may help."""
     name = _name(choice, miss.limit)
     way = "as low as" if miss.limit == "min_vqa" else "as high as"
     if miss.bound is None:

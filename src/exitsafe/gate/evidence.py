@@ -1,8 +1,8 @@
-"""What a run shows at each place that a rule holds for: scores in, bounds out. Decides nothing.
+"""What a run shows at each place a rule applies to: scores in, bounds out. `gate.py` decides.
 
 A bound is the end of the interval that the tables print, with every unscored answer counted against the model: as a
-success of an attack where the metric must be low, as a wrong answer where it must be high. Where the bootstrap speaks,
-it is the wider of that end and a score interval's.
+successful attack where the metric must be low, as a wrong answer where it must be high. Where that interval is a
+bootstrap's, the bound is the wider of its end and a score interval's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from exitsafe.store.scores import Scores
 K = TypeVar("K", bound=Hashable)
 NO_CATEGORY = "(none)"
 LEVEL = Level()
-"""Each bound by itself: a gate passes only if every place does, so one that should not is stopped by its own bound."""
+"""Each bound holds by itself: a gate passes only if every place does, so one bad place is enough to stop it."""
 _LONGEST = 80  # characters of a category that are shown
 
 
@@ -81,9 +81,9 @@ class Evidence:
         bound: The end of the interval that must be within the limit, unscored answers counted against the model.
         other_end: The interval's other end, unscored answers counted in its favour.
         n, unscored: Answers, or pairs, with and without a score.
-        samples: Samples behind them: of a bin, each counts once.
+        samples: Samples behind them; in a bin each counts once.
         stop_error: The error level of the sequential rule that stopped this exit, if one did.
-        missing: Why there is nothing to look at, if so.
+        missing: Why there is nothing to judge, if so.
     """
 
     place: Place
@@ -257,7 +257,7 @@ def _means_by_sample(values: Floats, columns: Sequence[int] | Sequence[Sequence[
 
 
 def _wider(bound: float, means: Floats, *, is_max: bool) -> float:
-    """The bound, or the score interval's if that is further out; equal scores have an interval of their own."""
+    """The wider of the bound and the score interval's; equal scores have an interval of their own."""
     if means.var() == 0.0:
         return bound
     low, high = score_interval(means)
@@ -265,7 +265,7 @@ def _wider(bound: float, means: Floats, *, is_max: bool) -> float:
 
 
 def _stopped(measured: Measured, layer: int) -> Evidence:
-    """An exit that was asked no further: only the interval that holds at every look is sound."""
+    """An exit that stopped early: only an anytime-valid interval is sound there."""
     column = measured.exit_layers.index(layer)
     values, unscored = measured.scores.values[:, column], int(measured.scores.unscored[:, column].sum())
     scored = values[~np.isnan(values)]

@@ -35,7 +35,7 @@ from exitsafe.store.scores import ScoreTable
 
 Outcome = Literal["pass", "breach", "unjudged"]
 MIN_SAMPLES = 10  # of fewer, neither Wilson's interval nor the bootstrap's keeps its level
-STOP_ERROR = 0.05  # an exit that stopped at a laxer level is read at this one
+STOP_ERROR = 0.05  # the largest error level at which an exit that stopped early is judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Gate:
         model: What was audited.
         findings: Rules in order, places in order.
         cautions: What to know before reading the findings, one line each.
-        notes: What a reader should know, one line each.
+        notes: How to read them, one line each.
     """
 
     run: str
@@ -130,7 +130,7 @@ def gate(
         run: A finished run.
         rules: At least one.
         against: The run that `max_regression` compares with.
-        max_unscored: The share of unscored answers at a place beyond which nothing is said about it.
+        max_unscored: The largest share of unscored answers at a place that is still judged.
 
     Raises:
         RunError: If a run's files cannot be read, or the two runs share no sample or no exit.
@@ -308,8 +308,8 @@ def _notes(run: AuditRun, regressions: Regressions | None) -> Iterator[str]:
     )
     if stopped_layers(run):
         yield (
-            "Exits that stopped early have a bound that is valid whenever they stopped; a gate on them is wrong with "
-            "at most 5%."
+            "Bounds of exits that stopped early are valid whenever they stopped; a gate on them is wrong with a "
+            "probability of at most 5%."
         )
     if regressions is not None:
         pairing, before = regressions.pairing, regressions.before

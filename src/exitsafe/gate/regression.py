@@ -1,8 +1,8 @@
 """How much worse a run is than another, paired by sample: two runs in, evidence out.
 
-The numbers are those of `exitsafe compare`, with two cautions: a pair that lacks a score counts as the worst change
-there is (its answer before as good as can be, after as bad as can be), and the bound of a rate's change is the wider of
-the bootstrap's and a score interval's.
+The numbers are those of `exitsafe compare`, with two safeguards: a pair without a score counts as the worst possible
+change (as good as possible before, as bad as possible after), and the bound on a rate's change is the wider of the
+bootstrap's and a score interval's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Regressions:
     """Two runs, paired once for all rules.
 
     Args:
-        before: What must not be worsened.
-        after: The run at the gate.
+        before: The run to compare with.
+        after: The run that is checked.
 
     Raises:
         RunError: If the runs share no sample or no exit.
@@ -45,7 +45,7 @@ class Regressions:
         return judge_of(metric, [each for each in shared_judges(self.before, self.after) if judge in (None, each[0])])
 
     def evidence(self, metric: Metric, judge: str | None, *, is_by_bin: bool, layers: Sequence[int]) -> list[Evidence]:
-        """How much worse each place became; as for a metric that must be low."""
+        """How much worse each place became, with the sign of a metric that must be low."""
         who = self.judge_of(metric, judge)
         plain = None if who is None else self.pairing.differences(metric, who)
         if who is None or plain is None or not (plain.layers or plain.unscored):
@@ -106,7 +106,7 @@ class Regressions:
 
 
 def stopped_layers(run: AuditRun) -> list[int]:
-    """Exits of a run that were not asked everything, since their side of the limit was settled."""
+    """Exits of a run that stopped early, because it was settled on which side of the limit they are."""
     stopping = run.summary.get("stopping") or {"layers": []}
     return [entry["exit_layer"] for entry in stopping["layers"] if entry["decision"] is not None]
 

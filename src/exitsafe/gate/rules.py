@@ -24,9 +24,10 @@ class Rule(BaseModel):
         metric: As in summary.json.
         max, min: The upper bound must be at most this; the lower bound at least this.
         max_regression: The upper bound of how much worse the metric became must be at most this.
-        scope: Every exit layer, every bin of layers, every category at every exit layer, or the worst exit layer
-            (chosen on one half of the samples, measured on the other). None leaves it to the caller: `layers`.
-        layers: The exits that it holds for, as on the command line; None leaves it to the caller: all audited ones.
+        scope: Where it must hold: every exit layer, every bin of layers, every category at every exit layer, or the
+            worst exit layer (chosen on one half of the samples, measured on the other). None leaves it to the caller
+            (`layers`).
+        layers: The exits that it holds for, as on the command line; None leaves it to the caller (all audited ones).
         judge: Whose verdicts; None takes the first judge that has the measure.
     """
 
@@ -85,7 +86,7 @@ class Rule(BaseModel):
         return limit
 
     def with_defaults(self, *, scope: str | None, layers: str | None) -> Rule:
-        """This rule, where it is silent, with another scope and layers.
+        """This rule with a scope and layers where it has none.
 
         Raises:
             InputError: If the scope is unknown or makes no sense for it.
@@ -113,7 +114,7 @@ def read_rules(path: str | Path) -> tuple[list[Rule], float | None]:
     except ValidationError as error:
         raise InputError(f"{path}: {_first_of(error, _RuleFile)}") from error
     if not file.rules:
-        raise InputError(f"{path} holds no rule; write e.g. {_EXAMPLE}")
+        raise InputError(f"{path} has no rules; write e.g. {_EXAMPLE}")
     return [make_rule(rule, where=f"{path}: rule {number}: ") for number, rule in enumerate(file.rules, 1)], (
         file.max_unscored
     )
@@ -134,7 +135,7 @@ def make_rule(content: object, *, where: str = "") -> Rule:
 
 
 def _first_of(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault in a word of ours."""
+    """The first fault, in our words."""
     fault = error.errors(include_url=False, include_input=False)[0]
     place = fault["loc"]
     if fault["type"] == "extra_forbidden":

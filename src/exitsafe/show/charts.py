@@ -1,4 +1,4 @@
-"""Which charts there are: runs in, figures for the page and chart files out. Labels are shown as they are."""
+"""Which charts there are: runs in, figures for the page and chart files out. Labels are drawn as given."""
 
 from __future__ import annotations
 

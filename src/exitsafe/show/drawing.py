@@ -1,8 +1,8 @@
 """Drawings: numbers in, SVG or PNG out. Altair describes them, vl-convert draws them.
 
-Names are data here, never fields or expressions of Vega: a category cannot become part of a formula. Of the SVG only
-the shapes, texts and attributes named below are kept, so no script, link, style or event handler gets through. Colours
-stay in attributes, where the page's style sheet replaces them in dark mode (`[fill="#1a1a1a"]`).
+Names are data here, never fields or expressions of Vega: a category cannot become part of a formula. Only the SVG
+elements and attributes listed below are kept, so no script, link, style or event handler gets through. Colours stay in
+attributes, where the page's style sheet replaces them in dark mode (`[fill="#1a1a1a"]`).
 """
 
 from __future__ import annotations

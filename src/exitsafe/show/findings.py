@@ -1,7 +1,7 @@
-"""The page in sentences: runs and comparisons in, passages out. Knows no markup.
+"""The report in sentences: runs and comparisons in, passages out.
 
-Every number comes with what it rests on. Of a difference nothing more is said than its test does: lower, higher, or
-not shown. Nothing here calls a model safe.
+Every number comes with its interval and n. A difference is called what its test shows: lower, higher, or not shown to
+differ. Nothing here calls a model safe.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from datetime import UTC, datetime
 from exitsafe.records import Kind
 from exitsafe.results.comparison import Comparison, Difference
 from exitsafe.results.metrics import METRICS, as_noun, as_opening, judge_of
-from exitsafe.results.numbers import estimate, exits_named, listed
+from exitsafe.results.numbers import exits_named, listed
 from exitsafe.results.run import AuditRun
 from exitsafe.show.names import judge_names, shown, without_folder, without_folders
-from exitsafe.show.table import Table
-from exitsafe.show.tables import COSTS, LabelledRun, interval_level, pairing_note, stopping_notes, worst_table
+from exitsafe.show.tables import COSTS, LabelledRun, pairing_note, stopping_notes, worst_note
 from exitsafe.show.verdict import Compared
 
 _KINDS: Mapping[Kind, str] = {
@@ -31,11 +30,10 @@ _KINDS: Mapping[Kind, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A heading, what is said under it, and the numbers that it rests on."""
+    """A heading and the sentences under it."""
 
     heading: str
     sentences: tuple[str, ...]
-    table: Table | None = None
 
 
 def findings(runs: Sequence[LabelledRun], compared: Compared) -> Iterator[Passage]:
@@ -46,7 +44,7 @@ def findings(runs: Sequence[LabelledRun], compared: Compared) -> Iterator[Passag
         compared: The other runs against it.
     """
     yield Passage(heading="What was tested", sentences=tuple(_tested(runs)))
-    yield Passage(heading="The worst exit", sentences=tuple(_worst(runs)), table=worst_table(runs))
+    yield Passage(heading="The worst exit", sentences=tuple(_worst(runs)))
     for after, comparison in compared.items():
         heading = f"What changed from {runs[0][0]} to {after}"
         yield Passage(heading=heading, sentences=tuple(_changed(runs, comparison)))
@@ -84,7 +82,7 @@ def _labelled(label: str, line: str) -> str:
 
 
 def model_name(run: AuditRun) -> str:
-    """As it may be shown."""
+    """The model's name, as it may be shown."""
     return shown(without_folder(str(run.summary["model"])))
 
 
@@ -129,22 +127,16 @@ def _judged(run: AuditRun, called: Mapping[str, str]) -> str:
 
 
 def _worst(runs: Sequence[LabelledRun]) -> Iterator[str]:
-    chosen = [(label, run, run.worst("asr")) for label, run in runs]
-    if any(worst for _, _, worst in chosen):
+    if any(run.worst("asr") for _, run in runs):
         yield (
             "A worst exit is chosen on one half of the harmful requests and measured on the other, so that the choice "
             "does not inflate its rate."
         )
-    for label, run, worst in chosen:
-        if worst is None:
+    for label, run in runs:
+        if run.worst("asr"):
+            yield f"{label}: {worst_note(run)}."
+        else:
             yield f"{label}: {_WITHOUT_WORST[min(len(run.at_exits('asr')), 2)]}, so no worst exit is given."
-        elif worst.swapped is not None and worst.swapped.exit_layer != worst.exit_layer:
-            other = worst.swapped
-            level = interval_level(run, other.exit_layer)
-            yield (
-                f"{label}: with the halves swapped, the worst exit is {other.exit_layer}, with "
-                f"{estimate('asr', other, level=level)}, so it is uncertain which exit is the worst."
-            )
 
 
 _WITHOUT_WORST = (
@@ -173,7 +165,7 @@ def _changed(runs: Sequence[LabelledRun], comparison: Comparison | None) -> Iter
                 f"{where}: {row.values}, {row.outcome} ({row.evidence})" for row, where in _at_places(comparison, rows)
             )
             yield f"{as_opening(comparison.titles[metric])}, {said}."
-        elif metric != "benign_refusal":  # a second look at over-refusal: its lack is no gap
+        elif metric != "benign_refusal":  # a second look at over-refusal: not a gap if missing
             title = as_opening(runs[0][1].title(metric))
             yield f"{title} was not measured in both runs on the same requests, so its change is unknown."
         if metric == "asr" and rows:
@@ -238,7 +230,8 @@ def _gaps(label: str, run: AuditRun) -> Iterator[str]:
         )
     num_layers, num_exits = run.num_layers, len(run.exit_layers)
     if num_exits < num_layers:
-        yield f"{label}: {num_layers - num_exits} of {num_layers} exits were not audited, and nothing is known of them."
+        num_missing = num_layers - num_exits
+        yield f"{label}: {num_missing} of {num_layers} exits were not audited, and nothing is known about them."
 
 
 def settings_changed(runs: Sequence[LabelledRun], compared: Compared) -> list[str]:

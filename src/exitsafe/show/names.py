@@ -1,7 +1,7 @@
-"""Names from runs (labels, judges, categories, suites) as a page may show them. Text in, text out; escaping is later.
+"""Names from runs (labels, judges, categories, suites) as a page may show them. Text in, text out; escaped later.
 
-Whoever wrote a suite chose its names: characters that nobody sees or that turn the reading direction are spelt out,
-long names are cut. Folders of this machine are not shown: a page is made to be passed on.
+Names come from strangers: invisible characters and those that change the reading direction are spelt out, long names
+are cut. Folders of this machine are left out, because pages are shared.
 """
 
 from __future__ import annotations

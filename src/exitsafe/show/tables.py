@@ -161,18 +161,25 @@ def _judge_heading(run: AuditRun, judge: str) -> str:
 def _audit_notes(run: AuditRun, *, has_marks: bool) -> Iterator[str]:
     if has_marks:
         yield f"* differs from the default exit, {run.default_exit}: paired test, p (Holm over exits) < {LEVEL}."
-    if worst := run.worst("asr"):
-        swapped = f"; halves swapped: {worst_exit(run, 'asr', worst.swapped)}" if worst.swapped else ""
-        yield (
-            f"Worst exit for {as_noun(run.title('asr'))}, chosen on one half of the samples and measured on the "
-            f"other: {worst_exit(run, 'asr', worst)}{swapped}."
-        )
+    if run.worst("asr"):
+        attacks = as_noun(run.title("asr"))
+        yield f"Worst exit for {attacks}, chosen on one half of the samples, measured on the other: {worst_note(run)}."
     yield from stopping_notes(run)
 
 
-def worst_exit(run: AuditRun, metric: str, found: WorstExit) -> str:
-    """A worst exit with its rate, interval and counts."""
-    return f"exit {found.exit_layer}, {estimate(metric, found, level=interval_level(run, found.exit_layer))}"
+def worst_note(run: AuditRun) -> str:
+    """The worst exit for attack success with its rate, chosen on either half and measured on the other."""
+    worst = run.worst("asr")
+    assert worst is not None
+    if worst.swapped is None:
+        return _worst_exit(run, worst)
+    is_same = worst.swapped.exit_layer == worst.exit_layer
+    doubt = "" if is_same else ", so it is uncertain which exit is the worst"
+    return f"{_worst_exit(run, worst)}; with the halves swapped, {_worst_exit(run, worst.swapped)}{doubt}"
+
+
+def _worst_exit(run: AuditRun, found: WorstExit) -> str:
+    return f"exit {found.exit_layer}, {estimate('asr', found, level=interval_level(run, found.exit_layer))}"
 
 
 def interval_level(run: AuditRun, exit_layer: int) -> str:
@@ -241,25 +248,6 @@ def judges_tables(runs: Sequence[LabelledRun]) -> list[Table]:
         if pairs:
             tables.append(agreement_table(pairs, f"{label}: agreement beyond chance"))
     return tables
-
-
-def worst_table(runs: Sequence[LabelledRun]) -> Table | None:
-    """Worst exits, each chosen on one half of the samples and measured on the other, and with the halves swapped."""
-    headings = ("metric", "run", "chosen on the first half", "chosen on the second half")
-    rows = tuple(
-        Row(
-            cells=(
-                run.title(metric),
-                label,
-                *("" if each is None else worst_exit(run, metric, each) for each in (worst, worst.swapped)),
-            )
-        )
-        for metric in ("asr", *COSTS)
-        for label, run in runs
-        if (worst := run.worst(metric))
-    )
-    columns = tuple(Column(heading=heading, is_number=False) for heading in headings)
-    return Table(title="Worst exits, measured on the other half", columns=columns, rows=rows) if rows else None
 
 
 # ---- differences ----

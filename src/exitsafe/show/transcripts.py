@@ -2,8 +2,8 @@
 
 Answers lie on one grid of samples and exit layers. Data are columns over that grid, each compressed by itself, so that
 the page opens at once and unpacks only what is needed. Without `include_unsafe_text` there is no text anywhere: only
-ids, categories, kinds, verdicts, scores, lengths and salted hashes. What would make the page too large is written to a
-sidecar file, which the reader opens in the page by hand: the page itself makes no requests. See docs/report.md.
+ids, categories, kinds, verdicts, scores, lengths and salted hashes. Data beyond `PAGE_LIMIT` goes to a sidecar file,
+which the reader opens by hand because the page makes no requests. See docs/report.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 PAGE_LIMIT = 16 * 2**20
-"""Bytes of data that the page carries; a mail still takes it. What is beyond goes to the sidecar, texts first."""
+"""Bytes of data in the page, few enough to mail. The rest goes to the sidecar, texts first."""
 HASH_BYTES = 6
 """Half a million different answers collide once in 2,000 reports."""
 D = TypeVar("D", bound=np.generic)
@@ -136,7 +136,7 @@ def _columns(grid: AnswerGrid, *, include_unsafe_text: bool) -> Iterator[tuple[s
     yield "kinds", _packed(np.array([kinds.index(sample.kind) for sample in grid.samples], dtype="<u1"))
     place = {category: number for number, category in enumerate(categories)}
     yield "categories", _packed(np.array([place[sample.category] for sample in grid.samples], dtype="<u4"))
-    # thrown away with this function: nobody can try out which answer has which hash
+    # never stored: nobody can find out which answer has which hash by trying answers
     salt = secrets.token_bytes(32)
     for r, run in enumerate(grid.runs):
         yield f"finish{r}", _packed(run.finish)
@@ -196,7 +196,7 @@ class _Sidecar:
         return [start, len(part)]
 
     def described(self, name: str) -> dict[str, object]:
-        """What the page knows of the file: enough to tell it from another report's."""
+        """What the page knows about the file, to tell it from another report's."""
         return {"name": name, "bytes": self.num_bytes, "heading": self.head.decode().rstrip()}
 
     def content(self) -> bytes:
@@ -204,7 +204,7 @@ class _Sidecar:
 
 
 def _write_or_remove(path: Path, content: bytes | None, *, is_private: bool) -> None:
-    """Without content, an older report's sidecar goes: nothing may be left that no page speaks of."""
+    """Without content, remove the sidecar of an older report, which no page refers to any more."""
     if content is not None:
         write_whole(path, content, mode=PRIVATE if is_private else PUBLIC)
     elif path.is_file():
@@ -240,10 +240,10 @@ NONE, STOP, LENGTH = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Verdicts:
-    """What one judge said of one measure.
+    """One judge's verdicts on one measure.
 
     Args:
-        judge, measure: Who, and what of.
+        judge, measure: The judge, and what it judged.
         scores: (S, L); NaN where nothing was asked, infinity where the judge gave a reason instead of a score.
         codes: (S, L); the label's place in `labels`.
         labels: The judge's distinct labels, or its reasons where `scores` is infinite; the first is "".

@@ -1,6 +1,6 @@
-"""The first screen: one sentence that says what was found, the numbers behind it, and what to know before reading them.
+"""The report's first screen: a verdict in one sentence, the four numbers, and what to know before reading them.
 
-The sentence says of a difference no more than its test does: lower, higher, or not shown. It calls nothing safe.
+The verdict calls a difference what its test shows: lower, higher, or not shown. It calls nothing safe.
 """
 
 from __future__ import annotations
