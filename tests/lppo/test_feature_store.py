@@ -55,14 +55,14 @@ def test_a_budget_that_is_too_small_is_not_used() -> None:
     pictures = [noise_image(number, (28, 28) if number < 20 else (84, 84)) for number in range(24)]
     samples = [Sample(id=f"s{i}", prompt="what", images=(image,), kind="benign") for i, image in enumerate(pictures)]
     vlm = make_vlm("llava_next")
-    kept = FeatureStore(vlm, samples, EXITS, max_bytes=1e9)._kept
-    assert kept is not None
+    store = FeatureStore(vlm, samples, EXITS, max_bytes=1e9)
+    every = [store.rows([index] * len(EXITS), EXITS) for index in range(len(samples))]
     sizes = [
-        sum(tensor.nbytes for row in rows.values() for tensor in row.features or ())
-        + sum(tensor.nbytes for tensor in rows[1].prompt.image_inputs.values())
-        for rows in kept
+        sum(tensor.nbytes for row in rows for tensor in row.features or ())
+        + sum(tensor.nbytes for tensor in rows[0].prompt.image_inputs.values())
+        for rows in every
     ]
     assert max(sizes[20:]) > max(sizes[:20])
     size = sum(sizes)
     for memory, is_kept in ((size, True), (size - 1, False)):
-        assert (FeatureStore(vlm, samples, EXITS, max_bytes=memory)._kept is not None) is is_kept
+        assert FeatureStore(vlm, samples, EXITS, max_bytes=memory)._is_complete is is_kept

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from exitsafe.errors import RunError
-from exitsafe.lppo.folder import TrainingFolder
+from exitsafe.lppo.folder import METRICS, TrainingFolder
 
 SETTINGS = {"config": {"seed": 0, "mix": {"vqa": 1.0}, "exit_layers": (1, 2)}, "reward": "mine"}
 SIZES = {"microbatch_tokens": 100}
@@ -41,11 +41,11 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 def test_metrics_of_steps_to_be_redone_are_dropped_and_a_truncated_line(tmp_path: Path) -> None:
     folder = TrainingFolder.open(tmp_path / "run", SETTINGS, SIZES)
     for step in range(3):
-        folder.add_metrics({"step": step})
+        folder.append(METRICS, {"step": step})
     with (folder.path / "metrics.jsonl").open("a") as lines:
         lines.write('{"st')
     folder.drop_lines_from(2)
-    folder.add_metrics({"step": 2})
+    folder.append(METRICS, {"step": 2})
     lines_now = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines_now] == [0, 1, 2]
 

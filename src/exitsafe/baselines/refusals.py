@@ -27,7 +27,7 @@ from exitsafe.lppo.batch_sizes import BatchSizes
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.features import FeatureStore
-from exitsafe.lppo.folder import TrainingFolder, run_settings, warn_of_audited
+from exitsafe.lppo.folder import METRICS, TrainingFolder, run_settings, warn_of_audited
 from exitsafe.lppo.metrics import PATIENCE_STEPS
 from exitsafe.lppo.minibatches import Batch, Passes, deal
 from exitsafe.lppo.parallel import ALONE
@@ -127,7 +127,7 @@ def _train(
         fitted = _fit(learner, batch)
         sizes.agree(step)
         seconds = time.perf_counter() - started
-        folder.add_metrics({"step": step, **asdict(fitted), "learning_rate": learning_rate, "seconds": seconds})
+        folder.append(METRICS, {"step": step, **asdict(fitted), "learning_rate": learning_rate, "seconds": seconds})
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
             save_checkpoint(folder.checkpoints, step + 1, _checkpoint(learner, sizes))
         if progress is not None:

@@ -16,19 +16,13 @@ if TYPE_CHECKING:
     from exitsafe.lppo.reward import Part, Reward, WeightedSum, shaped_rewards
     from exitsafe.lppo.trainer import align
 
-_HOME = {
-    "gae": "exitsafe.lppo.advantage",
-    "masked_whiten": "exitsafe.lppo.advantage",
-    "LPPOConfig": "exitsafe.lppo.config",
-    "policy_loss": "exitsafe.lppo.loss",
-    "value_loss": "exitsafe.lppo.loss",
-    "Reward": "exitsafe.lppo.reward",
-    "shaped_rewards": "exitsafe.lppo.reward",
-    "Part": "exitsafe.lppo.reward",
-    "WeightedSum": "exitsafe.lppo.reward",
-    "align": "exitsafe.lppo.trainer",
-    "Evaluation": "exitsafe.lppo.evaluation",
-    "keep_apart": "exitsafe.lppo.evaluation",
+_NAMES = {
+    "advantage": ("gae", "masked_whiten"),
+    "config": ("LPPOConfig",),
+    "evaluation": ("Evaluation", "keep_apart"),
+    "loss": ("policy_loss", "value_loss"),
+    "reward": ("Part", "Reward", "WeightedSum", "shaped_rewards"),
+    "trainer": ("align",),
 }
 
 __all__ = [
@@ -48,6 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

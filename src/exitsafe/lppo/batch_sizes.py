@@ -50,7 +50,7 @@ class BatchSizes:
 
     def agree(self, step: int) -> None:
         """Use the smallest size of all processes from the next step on, and warn of what was halved in this one."""
-        found = self._team.smallest({name: size.most for name, size in self._sizes.items()})
+        found = self._team.reduce(min, {name: size.most for name, size in self._sizes.items()})
         smaller = [f"{name} is now {most}" for name, most in found.items() if most < self._agreed[name]]
         if smaller and self._team.is_first:
             warnings.warn(

@@ -23,7 +23,7 @@ from exitsafe.judges import Judge, ModelJudge, load_judges
 from exitsafe.judges.asking import ask_judge
 from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.folder import Choice
+from exitsafe.lppo.folder import Result
 from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.lppo.scorer import Scorer
 from exitsafe.lppo.sharding import in_step
@@ -177,7 +177,8 @@ class Evaluator:
     @property
     def best(self) -> EvaluationResult | None:
         """The earliest evaluation with the lowest objective within the KL budget."""
-        return min(filter(self._may_win, self.results), key=lambda result: result.objective or 0.0, default=None)
+        eligible = [result for result in self.results if result.objective is not None and self._is_affordable(result)]
+        return min(eligible, key=lambda result: result.objective or 0.0, default=None)
 
     @property
     def is_over(self) -> bool:
@@ -225,7 +226,7 @@ class Evaluator:
         self.best_weights = {name: weight.cpu() for name, weight in state["best_weights"].items()}
         self.kl = state["kl"]
 
-    def choose(self, step: int) -> Choice:
+    def choose(self, step: int) -> Result:
         """Which evaluation's weights become the adapter of a training that ended after `step` steps, and why.
 
         Warns if there is none, or if it is the untrained model.
@@ -254,9 +255,6 @@ class Evaluator:
 
     def _is_affordable(self, result: EvaluationResult) -> bool:
         return self.evaluation.max_kl is None or result.kl <= self.evaluation.max_kl
-
-    def _may_win(self, result: EvaluationResult) -> bool:
-        return result.objective is not None and self._is_affordable(result)
 
     def _ask(self) -> tuple[dict[int, Rates], int]:
         """The metrics at each exit, and how many verdicts were missing."""

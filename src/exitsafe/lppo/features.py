@@ -20,6 +20,7 @@ from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Sample
 
 HOST = torch.device("cpu")
+_Key = tuple[str, int]  # sample and exit
 
 
 class FeatureStore:
@@ -44,11 +45,10 @@ class FeatureStore:
     ) -> None:
         self._vlm = vlm
         self._samples = samples
-        self._index_of = {sample.id: index for index, sample in enumerate(samples)}
         self._batch_size = batch_size or BatchSize(ENCODER_BATCH, problem=NO_PICTURE)
-        self._kept: list[dict[int, Row]] | None = None
-        if max_bytes > 0:  # otherwise pictures would be encoded at all exits for nothing
-            self._kept = self._all_rows(exit_layers, max_bytes)
+        self._prompts: list[Prompt] = []
+        self._kept: dict[_Key, Features | None] = {}
+        self._is_complete = max_bytes > 0 and self._keep_all(exit_layers, max_bytes)
 
     def rows(
         self, indices: Sequence[int], exit_layers: Sequence[int], *, places: Sequence[int] | None = None
@@ -59,7 +59,10 @@ class FeatureStore:
             places: Places that need features now; None for all.
         """
         wanted = list(zip(indices, exit_layers, strict=True))
-        prompts = {index: self._prompt(index) for index in dict.fromkeys(indices)}
+        prompts = {
+            index: self._prompts[index] if self._is_complete else self._vlm.encode_prompt(self._samples[index])
+            for index in dict.fromkeys(indices)
+        }
         bare = {
             (index, layer): Row(prompt=prompts[index], exit_layer=layer, features=None)
             for index, layer in dict.fromkeys(wanted)
@@ -68,66 +71,46 @@ class FeatureStore:
 
     def fill(self, rows: Sequence[Row], places: Sequence[int]) -> list[Row]:
         """Rows of this store, completed with features at `places` and in all rows equal to these."""
-        bare: dict[tuple[str, int], Row] = {}
+        bare: dict[_Key, Row] = {}
         for place in places:
             row = rows[place]
             if row.features is None and row.prompt.image_inputs:
                 bare[_key(row)] = row
-        found = self._computed(bare) if self._kept is None else {key: self._read(row) for key, row in bare.items()}
-        return [found.get(_key(row), row) for row in rows]
+        device = self._vlm.device
+        found = {key: _moved(self._kept[key], device) for key in bare} if self._is_complete else self._computed(bare)
+        complete = {key: replace(row, features=found[key]) for key, row in bare.items()}
+        return [complete.get(_key(row), row) for row in rows]
 
-    def _prompt(self, index: int) -> Prompt:
-        if self._kept is not None:
-            return next(iter(self._kept[index].values())).prompt
-        return self._vlm.encode_prompt(self._samples[index])
-
-    def _read(self, row: Row) -> Row:
-        assert self._kept is not None
-        kept = self._kept[self._index_of[row.prompt.sample_id]][row.exit_layer]
-        return replace(row, features=_moved(kept.features, self._vlm.device))
-
-    def _computed(self, bare: Mapping[tuple[str, int], Row]) -> dict[tuple[str, int], Row]:
-        found: dict[tuple[str, int], Row] = {}
+    def _computed(self, bare: Mapping[_Key, Row]) -> dict[_Key, Features | None]:
+        found: dict[_Key, Features | None] = {}
         for layer in sorted({row.exit_layer for row in bare.values()}):
             asked = [row for row in bare.values() if row.exit_layer == layer]
             features = self._vlm.prompt_features([row.prompt for row in asked], (layer,), batch_size=self._batch_size)
-            found |= {_key(row): replace(row, features=kept[layer]) for row, kept in zip(asked, features, strict=True)}
+            found |= {_key(row): by_layer[layer] for row, by_layer in zip(asked, features, strict=True)}
         return found
 
-    def _all_rows(self, exit_layers: Sequence[int], max_bytes: float) -> list[dict[int, Row]] | None:
-        """Rows of every sample, by exit layer, with their features in host memory; None if they take more than
-        `max_bytes`, which is known only after encoding because pictures differ in size."""
-        kept: list[dict[int, Row]] = []
+    def _keep_all(self, exit_layers: Sequence[int], max_bytes: float) -> bool:
+        """Keep the features of all samples in host memory; False if they and the pixels take more than `max_bytes`,
+        which is known only after encoding because pictures differ in size."""
         size = 0
         for start in range(0, len(self._samples), ENCODER_BATCH):
-            batch = self._encode(self._samples[start : start + ENCODER_BATCH], exit_layers)
-            size += sum(_size(rows) for rows in batch)
+            prompts = [self._vlm.encode_prompt(sample) for sample in self._samples[start : start + ENCODER_BATCH]]
+            features = self._vlm.prompt_features(prompts, exit_layers, batch_size=self._batch_size)
+            for prompt, by_layer in zip(prompts, features, strict=True):
+                tensors = [
+                    *prompt.image_inputs.values(),
+                    *(each for found in by_layer.values() for each in found or ()),
+                ]
+                size += sum(tensor.nbytes for tensor in tensors)
+                self._kept |= {(prompt.sample_id, layer): _moved(found, HOST) for layer, found in by_layer.items()}
             if size > max_bytes:
-                return None
-            kept += [
-                {layer: replace(row, features=_moved(row.features, HOST)) for layer, row in rows.items()}
-                for rows in batch
-            ]
-        return kept
-
-    def _encode(self, samples: Sequence[Sample], exit_layers: Sequence[int]) -> list[dict[int, Row]]:
-        prompts = [self._vlm.encode_prompt(sample) for sample in samples]
-        features = self._vlm.prompt_features(prompts, exit_layers, batch_size=self._batch_size)
-        return [
-            {layer: Row(prompt=prompt, exit_layer=layer, features=kept) for layer, kept in found.items()}
-            for prompt, found in zip(prompts, features, strict=True)
-        ]
+                self._prompts, self._kept = [], {}
+                return False
+            self._prompts += prompts
+        return True
 
 
-def _size(rows: Mapping[int, Row]) -> int:
-    """Bytes of a sample's pixels, which its rows share, and of its features at all exits."""
-    inputs = next(iter(rows.values())).prompt.image_inputs
-    features = [tensor for row in rows.values() for tensor in row.features or ()]
-    return sum(tensor.nbytes for tensor in (*inputs.values(), *features))
-
-
-def _key(row: Row) -> tuple[str, int]:
-    """A row's sample and exit."""
+def _key(row: Row) -> _Key:
     return row.prompt.sample_id, row.exit_layer
 
 

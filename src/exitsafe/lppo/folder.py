@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from exitsafe.errors import ExitsafeError, RunError
 from exitsafe.lppo.config import SIZES, LPPOConfig
@@ -48,21 +48,16 @@ _MODES = {METRICS: PUBLIC, COMPLETIONS: PRIVATE, EVALUATIONS: PUBLIC}
 _LEFT_BY_A_KILL = {".run.json.part", ".lock"}
 
 
-class Choice(TypedDict):
-    """Which step the adapter is from, and why; the rest with held-out evaluation only."""
-
-    adapter_step: int
-    why: str
-    stopped_early: NotRequired[bool]
-    objective: NotRequired[float | None]
-    objective_untrained: NotRequired[float | None]
-    kl: NotRequired[float]
-
-
-class Result(Choice):
-    """What result.json says of a finished training."""
+class Result(TypedDict, total=False):
+    """The content of result.json."""
 
     steps: int
+    adapter_step: int
+    why: str  # the adapter is from this step
+    stopped_early: bool  # this and the next three with held-out evaluation only
+    objective: float | None
+    objective_untrained: float | None
+    kl: float
     learnt: bool
     why_not: str | None
     answers: int
@@ -125,18 +120,16 @@ class TrainingFolder:
             return None
         return cast(Result, read_record(file))
 
-    def add_metrics(self, line: Mapping[str, object]) -> None:
-        """Append a step's line."""
-        self._append(METRICS, line)
-
-    def add_completions(self, lines: Sequence[Mapping[str, object]]) -> None:
-        """Append answers of a step."""
-        for line in lines:
-            self._append(COMPLETIONS, line)
-
-    def add_evaluation(self, line: Mapping[str, object]) -> None:
-        """Append an evaluation's line."""
-        self._append(EVALUATIONS, line)
+    def append(self, name: str, *lines: Mapping[str, object]) -> None:
+        """Append lines to `METRICS`, `COMPLETIONS` or `EVALUATIONS`."""
+        if not self.is_writer or not lines:
+            return
+        file = self.path / name
+        refuse_link(file)
+        with writing(file):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _MODES[name])
+            with os.fdopen(descriptor, "a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
     def drop_lines_from(self, step: int) -> None:
         """Drop the lines of this step and later ones, which will be done again, and a line that a kill cut short.
@@ -176,16 +169,6 @@ class TrainingFolder:
             if trained_on:
                 write_whole(beside / TRAINED_ON, trained_on_record(map(request_digest, trained_on)))
             beside.rename(self.adapter)
-
-    def _append(self, name: str, line: Mapping[str, object]) -> None:
-        if not self.is_writer:
-            return
-        file = self.path / name
-        refuse_link(file)
-        with writing(file):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _MODES[name])
-            with os.fdopen(descriptor, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def warn_of_audited(samples: Sequence[Sample], out: Path) -> None:

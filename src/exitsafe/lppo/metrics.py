@@ -167,20 +167,23 @@ def pick_completions(
     if step % config.checkpoint_every and step + 1 < config.num_steps:
         return []
     num = min(config.save_completions, len(answers))
-    return [
-        Completion(
-            step=step,
-            sample_id=answers[place].sample.id,
-            kind=answers[place].sample.kind,
-            exit_layer=answers[place].row.exit_layer,
-            text=answers[place].response.text,
-            finish_reason=answers[place].response.finish_reason,
-            num_tokens=answers[place].response.num_tokens,
-            score=scores[place].value,
-            final_score=finals.get(place),
+    picked = []
+    for place in (number * len(answers) // num for number in range(num)):
+        sample, response = answers[place].sample, answers[place].response
+        picked.append(
+            Completion(
+                step=step,
+                sample_id=sample.id,
+                kind=sample.kind,
+                exit_layer=response.exit_layer,
+                text=response.text,
+                finish_reason=response.finish_reason,
+                num_tokens=response.num_tokens,
+                score=scores[place].value,
+                final_score=finals.get(place),
+            )
         )
-        for place in (number * len(answers) // num for number in range(num))
-    ]
+    return picked
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float | None:

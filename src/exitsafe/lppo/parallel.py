@@ -7,7 +7,7 @@ this file does not depend on their number. With a single process, every method i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -88,15 +88,10 @@ class Team:
             dist.all_gather_object(gathered, own)
         return gathered
 
-    def largest(self, own: Mapping[str, int]) -> dict[str, int]:
-        """For each name, the largest value of any process."""
+    def reduce(self, pick: Callable[[list[int]], int], own: Mapping[str, int]) -> dict[str, int]:
+        """For each name, what `pick` (max, min) takes from the values of all processes."""
         gathered = self.gather(own)
-        return {name: max(found[name] for found in gathered) for name in own}
-
-    def smallest(self, own: Mapping[str, int]) -> dict[str, int]:
-        """For each name, the smallest value of any process."""
-        gathered = self.gather(own)
-        return {name: min(found[name] for found in gathered) for name in own}
+        return {name: pick([found[name] for found in gathered]) for name in own}
 
     def any(self, own: bool) -> bool:
         """Whether it is true in any process."""

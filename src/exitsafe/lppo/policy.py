@@ -25,7 +25,6 @@ from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError
 from exitsafe.lppo.config import LPPOConfig
-from exitsafe.lppo.quantized import check_quantized, let_gradients_pass
 
 _WHOLE_LANGUAGE_MODEL = ("language_model", "lm_head")
 
@@ -46,7 +45,7 @@ def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
         vlm.model = get_peft_model(base, _adapter_config(vlm, config))
         try:
             base.eval()  # no dropout anywhere: old, new and reference log-probabilities must be of one function
-            let_gradients_pass(base)
+            _keep_unpacked(base)
             yield Policy(vlm, config)
         finally:
             _remove_adapter(vlm.model, base)
@@ -189,13 +188,44 @@ def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
             f"{vlm.name} has float16 weights, in which small gradients vanish: load with dtype='bfloat16' "
             "(--dtype bfloat16)"
         )
-    check_quantized(vlm.model, name=vlm.name, train=config.train)
+    if is_quantized(vlm.model):
+        _check_quantized(vlm, config)
     if config.train == "lora":
         return
     if vlm.model.dtype != torch.float32:
         raise InputError(f"train='full' needs float32 weights, not {vlm.model.dtype}: load with dtype='float32'")
     if vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight:
         raise InputError("train='full' cannot train a head tied to the embeddings: use train='lora'")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether bitsandbytes has replaced linear layers of a Hugging Face model.
+
+    LoRA is trained on these as they are (QLoRA). PEFT's `prepare_model_for_kbit_training` would convert every other
+    weight to float32, the frozen encoder too, and require gradients at the embeddings, which only re-entrant
+    checkpointing needs.
+    """
+    return bool(getattr(model, "is_quantized", False))
+
+
+def _check_quantized(vlm: VLM, config: LPPOConfig) -> None:
+    if config.train == "full":
+        raise InputError(
+            f"train='full' cannot train quantised weights: load {vlm.name} unquantised, or use train='lora'"
+        )
+    states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in vlm.model.modules())
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise InputError(
+            f"{vlm.name} has already generated on this CPU, for which bitsandbytes repacked its 4-bit weights: "
+            "gradients cannot flow through these, so load it again before training"
+        )
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keep 4-bit layers in training mode, so that a CPU does not repack them; they have no dropout."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
 
 
 def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:

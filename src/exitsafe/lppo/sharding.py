@@ -21,7 +21,7 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.parallel import Team
-from exitsafe.lppo.quantized import is_quantized
+from exitsafe.lppo.policy import is_quantized
 
 
 def check_launch(vlm: VLM, config: LPPOConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -17,7 +17,7 @@ from exitsafe.lppo.evaluation import EvaluatorState
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.kl import adapted_kl_coef
 from exitsafe.lppo.metrics import Totals
-from exitsafe.lppo.parallel import ALONE, Team
+from exitsafe.lppo.parallel import Team
 from exitsafe.lppo.policy import Policy
 from exitsafe.lppo.reward import Score
 from exitsafe.lppo.rollout import Trajectory, rollout
@@ -44,35 +44,25 @@ class Checkpoint(TypedDict):
     evaluation: NotRequired[EvaluatorState]
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainingState:
     """The policy with its optimisers, the coefficients that adapt, and what the steps read."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        samples: Sequence[Sample],
-        exit_layers: Sequence[int],
-        schedule: Schedule,
-        features: FeatureStore,
-        scorer: Scorer,
-        config: LPPOConfig,
-        sizes: BatchSizes,
-        team: Team = ALONE,
-    ) -> None:
-        self.policy = policy
-        self.vlm = policy.vlm
-        self.samples = samples
-        self.exit_layers = exit_layers
-        self.schedule = schedule
-        self.features = features
-        self.scorer = scorer
-        self.config = config
-        self.sizes = sizes
-        self.team = team
-        self.learner = Learner(policy, config, team)
-        self.kl_coef = config.kl_coef
-        self.constraints = Constraints(config)
+    policy: Policy
+    samples: Sequence[Sample]
+    exit_layers: Sequence[int]
+    schedule: Schedule
+    features: FeatureStore
+    scorer: Scorer
+    config: LPPOConfig
+    sizes: BatchSizes
+    team: Team
+
+    def __post_init__(self) -> None:
+        self.vlm = self.policy.vlm
+        self.learner = Learner(self.policy, self.config, self.team)
+        self.kl_coef = self.config.kl_coef
+        self.constraints = Constraints(self.config)
         self.totals = Totals()
 
     def own_places(self, count: int) -> list[int]:

@@ -26,7 +26,15 @@ from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.constraints import check_constraints
 from exitsafe.lppo.evaluation import Evaluation, Evaluator
 from exitsafe.lppo.features import FeatureStore
-from exitsafe.lppo.folder import Choice, TrainingFolder, run_settings, warn_of_audited
+from exitsafe.lppo.folder import (
+    COMPLETIONS,
+    EVALUATIONS,
+    METRICS,
+    Result,
+    TrainingFolder,
+    run_settings,
+    warn_of_audited,
+)
 from exitsafe.lppo.interrupt import Stop, noted_signals
 from exitsafe.lppo.metrics import CONSTANT, SKIPPED, Totals
 from exitsafe.lppo.parallel import Team, this_team
@@ -126,7 +134,7 @@ def align(
                 vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9, batch_size=sizes.encoder
             )
             state = TrainingState(
-                policy,
+                policy=policy,
                 samples=samples,
                 exit_layers=exit_layers,
                 schedule=schedule,
@@ -213,8 +221,9 @@ class _Loop:
             note = self._step(step)
             step += 1
             is_interrupted = self.state.team.any(self.stop.is_asked)
-            is_due = step % config.checkpoint_every == 0 or step == config.num_steps or self._is_evaluation_due(step)
-            if is_due or is_interrupted:
+            is_due = step % config.checkpoint_every == 0 or step == config.num_steps
+            is_evaluated = self.evaluator is not None and self.evaluator.is_due(step)
+            if is_due or is_evaluated or is_interrupted:
                 self._save(step)
             self._report(step, note)
             if fault := self.state.totals.fault():
@@ -229,23 +238,20 @@ class _Loop:
     def _step(self, step: int) -> str:
         """Do one step and write its lines. Returns a note for the progress bar."""
         outcome = lppo_step(self.state, step)
-        metrics = outcome.metrics | self.state.team.largest(self.gauge.read())  # features and evaluations count too
-        self.folder.add_metrics(metrics)
-        self.folder.add_completions([asdict(completion) for completion in outcome.completions])
+        metrics = outcome.metrics | self.state.team.reduce(max, self.gauge.read())  # features and evaluations count too
+        self.folder.append(METRICS, metrics)
+        self.folder.append(COMPLETIONS, *map(asdict, outcome.completions))
         self.log(metrics, step)
         if self.evaluator is not None:
             self.evaluator.kl = outcome.kl
         return f"reward {outcome.reward:.2f}, KL {outcome.kl:.2f}"
-
-    def _is_evaluation_due(self, step: int) -> bool:
-        return self.evaluator is not None and self.evaluator.is_due(step)
 
     def _evaluate(self, step: int) -> None:
         if self.evaluator is None or not self.evaluator.is_due(step):
             return
         with self.stop.at_once():
             line = self.evaluator.evaluate(step, self.state.policy.weights())
-            self.folder.add_evaluation(line)
+            self.folder.append(EVALUATIONS, line)
             self.log({"evaluation": line}, step)
 
     def _save(self, step: int) -> None:
@@ -287,7 +293,7 @@ def _finish(
             RuntimeWarning,
             stacklevel=3,
         )
-    choice: Choice = {"adapter_step": step, "why": "the last step"}
+    choice: Result = {"adapter_step": step, "why": "the last step"}
     if evaluator is not None:
         choice = evaluator.choose(step)
         policy.load_weights(evaluator.best_weights or policy.weights())
