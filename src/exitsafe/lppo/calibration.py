@@ -1,4 +1,4 @@
-"""Before the first step: what the untrained model's own answers tell about the scale of rewards and of costs."""
+"""Before the first step: the scale of rewards and costs, measured on the untrained model's answers."""
 
 from __future__ import annotations
 

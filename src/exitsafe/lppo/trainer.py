@@ -162,7 +162,7 @@ def _open_folder(
     config: LPPOConfig,
     team: Team,
 ) -> TrainingFolder:
-    """Start the folder of a run or find it again; warns, once, of what spoils a training that is not finished."""
+    """Create or reopen the folder of a run. Warns of questionable settings if the run is not finished."""
     settings, sizes = run_settings("lppo", vlm, samples, exit_layers, config)
     settings |= scorer.settings
     if evaluator is not None:
