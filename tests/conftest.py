@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache, wraps
+from typing import Any
 
 import pytest
 import typer
@@ -17,8 +20,35 @@ def torn_pictures_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def command_tree_is_built_once() -> Iterator[None]:
-    """A process runs one command line, the tests run thousands: typer reads every signature for each."""
+def repeated_work_is_done_once() -> Iterator[None]:
+    """What gives the same each time: the command tree, charts, and conversations as a chat template writes them.
+
+    A fork of a test then renders without a process of its own; tests/engine/test_templates.py always renders.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        if "exitsafe.show.drawing" in sys.modules:
+            import vl_convert
+
+            patch.setattr(vl_convert, "vegalite_to_svg", cache(vl_convert.vegalite_to_svg))
+        if "exitsafe.engine.templates" in sys.modules:
+            from exitsafe.engine.templates import _Renderer
+
+            patch.setattr(_Renderer, "ask", _remembering(_Renderer.ask))
         yield
+
+
+def _remembering(ask: Any) -> Any:
+    replies: dict[str, dict[str, str]] = {}
+
+    @wraps(ask)
+    def remember(self: Any, request: Mapping[str, Any]) -> dict[str, str]:
+        key = json.dumps(request)
+        if key not in replies:
+            reply = ask(self, request)
+            if "text" not in reply:
+                return dict(reply)
+            replies[key] = reply
+        return dict(replies[key])
+
+    return remember

@@ -1,4 +1,4 @@
-"""Several processes in one test: forks of this one, which has everything loaded, joined by gloo."""
+"""Other processes in a test: forks of this one, which has everything loaded, alone or joined by gloo."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,32 +23,34 @@ def start(num_processes: int, work: Callable[[int], None]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for number in range(num_processes):
-        child = os.fork()
-        if child == 0:
-            _work(number, num_processes, port, work)
-        children.append(child)
-    return children
+    return [fork(partial(_join, number, num_processes, port, work)) for number in range(num_processes)]
 
 
-def _work(number: int, num_processes: int, port: int, work: Callable[[int], None]) -> None:
-    where = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
-    os.environ |= {name: str(value) for name, value in where.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+def fork(work: Callable[[], object]) -> int:
+    """Do the work in a fork, which ends with status 0 or prints why not. Returns its id."""
+    child = os.fork()
+    if child:
+        return child
     status = 1
     try:
-        torch.set_num_threads(1)
-        PartialState._reset_state()
-        work(number)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        torch.set_num_threads(1)  # a forked process cannot use the parent's thread pool
+        work()
         status = 0
     except BaseException:  # noqa: BLE001  # a fork must never come back into pytest
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def _join(number: int, num_processes: int, port: int, work: Callable[[int], None]) -> None:
+    where = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    PartialState._reset_state()
+    work(number)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def wait(children: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import threading
@@ -24,6 +25,11 @@ DATED = "{{ strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE.replace("IMAGE", "<ima
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLING = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how ü"}]}]
+
+
+@pytest.fixture(autouse=True)
+def rendered_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates._Renderer, "ask", inspect.unwrap(templates._Renderer.ask))
 
 
 def with_template(template: str) -> Any:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from exitsafe.engine.vlm import VLM
-from exitsafe.lppo import LPPOConfig
+from exitsafe.lppo import LPPOConfig, align
 from exitsafe.records import Response, Sample
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
@@ -51,12 +52,21 @@ def config() -> LPPOConfig:
     return tiny_config()
 
 
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `make_vlm("llava")`, `make_samples()`, `CountRed()` and `tiny_config()`."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    align(make_vlm("llava"), make_samples(), reward=CountRed(), config=tiny_config(), out=out)
+    return out
+
+
 def tiny_config(**changes: object) -> LPPOConfig:
     settings: dict[str, object] = {
         "num_steps": 6,
         "batch_size": 8,
         "minibatch_size": 4,
-        "microbatch_tokens": 40,
+        "microbatch_tokens": 10_000,
         "max_new_tokens": 5,
         "missing_eos_penalty": 1.0,
         "incoherence_penalty": 0.0,  # random weights only babble
@@ -73,3 +83,17 @@ def tiny_config(**changes: object) -> LPPOConfig:
 def count_red(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
     """A reward that wants the word red."""
     return [float(response.text.split().count("red")) for response in responses]
+
+
+class CountRed:
+    """`count_red`, with something that happens before call number `at`."""
+
+    def __init__(self, at: int = -1, event: Callable[[], None] = lambda: None) -> None:
+        self.calls_left = at
+        self.event = event
+
+    def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
+        if self.calls_left == 0:
+            self.event()
+        self.calls_left -= 1
+        return count_red(samples, responses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,13 @@ import exitsafe
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
 from exitsafe.lppo import Evaluation, LPPOConfig, Part, WeightedSum, align, keep_apart
+from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.evaluation import objective
 from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.world import organism_suites
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
-from tests.lppo.conftest import count_red, tiny_config
+from tests.lppo.conftest import count_red, make_samples, make_vlm, tiny_config
 from tests.lppo.test_trainer import adapter_of, assert_same_run, interrupt, metrics_of
 
 
@@ -67,18 +69,23 @@ def result_of(out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "result.json").read_text()))
 
 
-def weights_after(step: int, samples: Sequence[Sample], vlm: VLM, folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's weights of a run without evaluation, under the names of the adapter's file."""
-    from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without evaluation that keeps all its checkpoints."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    trained, _ = keep_apart(make_samples(), per_kind=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exitsafe.lppo.trainer.save_checkpoint", partial(save_checkpoint, keep=99))
+        align(make_vlm("llava"), trained, reward=count_red, config=tiny_config(checkpoint_every=1), out=folder)
+    return folder
 
-    if not folder.exists():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("exitsafe.lppo.trainer.save_checkpoint", partial(save_checkpoint, keep=99))
-            align(vlm, samples, reward=count_red, config=tiny_config(checkpoint_every=1), out=folder)
-    for path in (folder / "checkpoints").iterdir():
+
+def weights_after(step: int, checkpoints: Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights under the names of the adapter's file."""
+    for path in checkpoints.iterdir():
         if path.name > f"step-{step:06d}.ckpt":
             path.unlink()
-    found = load_checkpoint(folder / "checkpoints", torch.device("cpu"))
+    found = load_checkpoint(checkpoints, torch.device("cpu"))
     assert found is not None
     assert found[0] == step
     return {name.replace(".default", ""): weight for name, weight in found[1]["weights"].items()}
@@ -183,7 +190,9 @@ def test_an_evaluation_moves_no_training_and_leaves_numbers_only(
     assert result | {"steps": 6, "adapter_step": 6, "why": "the last step", "learnt": True} == result
 
 
-def test_the_best_step_becomes_the_adapter(vlm: VLM, split: tuple[list[Sample], list[Sample]], tmp_path: Path) -> None:
+def test_the_best_step_becomes_the_adapter(
+    vlm: VLM, split: tuple[list[Sample], list[Sample]], alone: Path, tmp_path: Path
+) -> None:
     trained, held_out = split
     judge = Scripted(0.9, 0.6, 0.2, 0.2)
     align(vlm, trained, reward=count_red, config=tiny_config(), out=tmp_path / "run",
@@ -192,10 +201,11 @@ def test_the_best_step_becomes_the_adapter(vlm: VLM, split: tuple[list[Sample], 
     result = result_of(tmp_path / "run")
     assert (result["adapter_step"], result["steps"], result["stopped_early"]) == (4, 6, False)
     assert result["why"].endswith("of 4 evaluations")
-    right, found = weights_after(4, trained, vlm, tmp_path / "alone"), adapter_of(tmp_path / "run")
+    checkpoints = Path(shutil.copytree(alone / "checkpoints", tmp_path / "checkpoints"))
+    right, found = weights_after(4, checkpoints), adapter_of(tmp_path / "run")
     assert right.keys() == found.keys()
     assert all(torch.equal(right[name], found[name]) for name in right)
-    assert not all(torch.equal(adapter_of(tmp_path / "alone")[name], found[name]) for name in found)
+    assert not all(torch.equal(adapter_of(alone)[name], found[name]) for name in found)
 
 
 def test_it_ends_when_the_curve_falls_no_more(
@@ -213,11 +223,10 @@ def test_it_ends_when_the_curve_falls_no_more(
 
 
 def test_only_steps_within_the_budget_may_win(
-    vlm: VLM, split: tuple[list[Sample], list[Sample]], tmp_path: Path
+    vlm: VLM, split: tuple[list[Sample], list[Sample]], alone: Path, tmp_path: Path
 ) -> None:
     trained, held_out = split
-    align(vlm, trained, reward=count_red, config=tiny_config(), out=tmp_path / "alone")
-    kl = [line["kl"] for line in metrics_of(tmp_path / "alone")]
+    kl = [line["kl"] for line in metrics_of(alone)]
     rates = (0.9, 0.8, 0.5, 0.1)  # after steps 0, 2, 4, 6
     assert kl[5] > max(0.0, kl[1], kl[3])
     evaluation = Evaluation(
@@ -247,29 +256,37 @@ def test_it_says_when_nothing_was_better_or_nothing_could_be_scored(
     assert max(changes) == 0.0
 
 
+RATES = (0.9, 0.3, 0.4, 0.5, 0.1)
+
+
+def evaluated(vlm: VLM, trained: Sequence[Sample], held_out: Sequence[Sample], judge: Scripted, out: Path) -> Path:
+    evaluation = Evaluation(samples=held_out, judge=judge, every=2, patience=2)
+    align(vlm, trained, reward=count_red, config=tiny_config(checkpoint_every=99), evaluation=evaluation, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    split = keep_apart(make_samples(), per_kind=1)
+    return evaluated(make_vlm("llava"), *split, Scripted(*RATES), tmp_path_factory.mktemp("evaluated") / "run")
+
+
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_an_interrupted_evaluation_is_repeated_and_the_run_ends_the_same(
-    vlm: VLM, split: tuple[list[Sample], list[Sample]], tmp_path: Path, at: int
+    vlm: VLM, split: tuple[list[Sample], list[Sample]], uninterrupted: Path, tmp_path: Path, at: int
 ) -> None:
     trained, held_out = split
-    rates = (0.9, 0.3, 0.4, 0.5, 0.1)
-    config = tiny_config(checkpoint_every=99)
-
-    def train(judge: Scripted, out: Path) -> None:
-        evaluation = Evaluation(samples=held_out, judge=judge, every=2, patience=2)
-        align(vlm, trained, reward=count_red, config=config, evaluation=evaluation, out=out)
-
-    train(Scripted(*rates), tmp_path / "whole")
-    assert result_of(tmp_path / "whole")["adapter_step"] == 2
+    cut = tmp_path / "cut"
+    assert result_of(uninterrupted)["adapter_step"] == 2
     with pytest.raises(KeyboardInterrupt):
-        train(Scripted(*rates, event=interrupt, at=at), tmp_path / "cut")
-    assert len(metrics_of(tmp_path / "cut")) == 2 * at if at else not (tmp_path / "cut" / "metrics.jsonl").read_bytes()
-    train(Scripted(*rates[at:]), tmp_path / "cut")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    assert evaluations_of(tmp_path / "cut") == evaluations_of(tmp_path / "whole")
-    assert result_of(tmp_path / "cut") == result_of(tmp_path / "whole")
+        evaluated(vlm, *split, Scripted(*RATES, event=interrupt, at=at), cut)
+    assert len(metrics_of(cut)) == 2 * at if at else not (cut / "metrics.jsonl").read_bytes()
+    evaluated(vlm, *split, Scripted(*RATES[at:]), cut)
+    assert_same_run(uninterrupted, cut)
+    assert evaluations_of(cut) == evaluations_of(uninterrupted)
+    assert result_of(cut) == result_of(uninterrupted)
     with pytest.raises(RunError, match=r"evaluation\.every was 2, is now 3"):
-        align(vlm, trained, reward=count_red, config=config, out=tmp_path / "cut",
+        align(vlm, trained, reward=count_red, config=tiny_config(checkpoint_every=99), out=cut,
               evaluation=Evaluation(samples=held_out, judge=Scripted(), every=3, patience=2))  # fmt: skip
 
 

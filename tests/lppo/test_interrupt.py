@@ -13,8 +13,8 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig, align
 from exitsafe.lppo.interrupt import noted_signals
 from exitsafe.records import Sample
-from tests.lppo.conftest import tiny_config
-from tests.lppo.test_trainer import CountRed, assert_same_run, metrics_of
+from tests.lppo.conftest import CountRed, tiny_config
+from tests.lppo.test_trainer import assert_same_run, metrics_of
 
 
 def handlers() -> list[object]:

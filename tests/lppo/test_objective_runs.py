@@ -14,8 +14,8 @@ from exitsafe.lppo import align
 from exitsafe.lppo.checkpoint import load_checkpoint
 from exitsafe.lppo.constraints import Constraints
 from exitsafe.records import Response, Sample, Verdict
-from tests.lppo.conftest import count_red, make_vlm, tiny_config
-from tests.lppo.test_trainer import CountRed, adapter_of, assert_same_run, interrupt, metrics_of, result_of
+from tests.lppo.conftest import CountRed, count_red, make_vlm, tiny_config
+from tests.lppo.test_trainer import adapter_of, assert_same_run, interrupt, metrics_of, result_of
 
 CPU = torch.device("cpu")
 GRPO: dict[str, object] = {"algorithm": "grpo", "group_size": 4, "max_new_tokens": 4}

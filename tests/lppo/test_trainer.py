@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,9 @@ from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.lppo.policy import attached_policy
 from exitsafe.lppo.sampler import draw_schedule
 from exitsafe.records import Response, Sample, Verdict
+from tests.forks import fork, wait
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
-from tests.lppo.conftest import count_red, make_vlm, tiny_config
-
-
-class CountRed:
-    """`count_red`, with something that happens before call number `at`."""
-
-    def __init__(self, at: int = -1, event: Callable[[], None] = lambda: None) -> None:
-        self.calls_left = at
-        self.event = event
-
-    def __call__(self, samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
-        if self.calls_left == 0:
-            self.event()
-        self.calls_left -= 1
-        return count_red(samples, responses)
+from tests.lppo.conftest import CountRed, count_red, make_vlm, tiny_config
 
 
 def interrupt() -> None:
@@ -72,7 +58,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     vlm: VLM, samples: list[Sample], tmp_path: Path, train: str
 ) -> None:
-    config = tiny_config(train=train, feature_cache_gb=0.0 if train == "lora" else 1.0)
+    config = tiny_config(train=train, feature_cache_gb=0.0 if train == "lora" else 1.0, microbatch_tokens=40)
     align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         align(vlm, samples, reward=CountRed(5, interrupt), config=config, out=tmp_path / "broken")
@@ -84,65 +70,46 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_the_run_ends_the_same(
-    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, whole_run: Path, tmp_path: Path
 ) -> None:
-    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         align(vlm, samples, reward=CountRed(5, interrupt), config=config, out=tmp_path / "broken")
     newest = tmp_path / "broken" / "checkpoints" / "step-000004.ckpt"
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.warns(RuntimeWarning, match="step-000004.ckpt is truncated or corrupt"):
         align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from exitsafe.lppo import align
-from tests.lppo import conftest
-from tests.lppo.test_trainer import CountRed, kill
-align(conftest.make_vlm("llava"), conftest.make_samples(), reward=CountRed(3, kill), config=conftest.tiny_config(),
-      out=Path(sys.argv[1]))
-"""
+    assert_same_run(whole_run, tmp_path / "broken")
 
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_goes_on_and_ends_the_same(
-    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, whole_run: Path, tmp_path: Path
 ) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "killed")],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-000002.ckpt"]
-    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "killed")
-    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    killed = fork(lambda: align(vlm, samples, reward=CountRed(3, kill), config=config, out=tmp_path))
+    assert wait([killed]) == [-signal.SIGKILL]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002.ckpt"]
+    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path)
+    assert_same_run(whole_run, tmp_path)
 
 
 def test_a_finished_run_started_again_is_done_and_changed_settings_are_refused(
-    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
+    vlm: VLM, samples: list[Sample], config: LPPOConfig, whole_run: Path, tmp_path: Path
 ) -> None:
-    path = align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
-    assert path == tmp_path / "run" / "adapter"
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "adapter"
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    assert align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run") == path
+    assert align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "run") == path
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
     for changed, difference in (
         ({"config": tiny_config(seed=3)}, "config.seed was 0, is now 3"),
         ({"samples": samples[:-1]}, "data.samples was 12, is now 11"),
-        ({"reward": CountRed()}, 'reward was "count_red", is now "CountRed"'),
+        ({"reward": count_red}, 'reward was "CountRed", is now "count_red"'),
     ):
-        arguments: dict[str, Any] = {"samples": samples, "reward": count_red, "config": config} | changed
+        arguments: dict[str, Any] = {"samples": samples, "reward": CountRed(), "config": config} | changed
         with pytest.raises(RunError, match=difference):
             align(vlm, arguments.pop("samples"), out=tmp_path / "run", **arguments)
 
@@ -214,10 +181,11 @@ def test_features_are_computed_once(
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
 
 
-def test_the_rollout_batch_size_changes_nothing(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
-    for size in (8, 3):
-        align(vlm, samples, reward=count_red, config=tiny_config(rollout_batch_size=size), out=tmp_path / str(size))
-    one, other = adapter_of(tmp_path / "8"), adapter_of(tmp_path / "3")
+def test_the_rollout_batch_size_changes_nothing(
+    vlm: VLM, samples: list[Sample], whole_run: Path, tmp_path: Path
+) -> None:
+    align(vlm, samples, reward=count_red, config=tiny_config(rollout_batch_size=3), out=tmp_path)
+    one, other = adapter_of(whole_run), adapter_of(tmp_path)  # whose batch is all 8 answers
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -365,7 +333,7 @@ def test_a_run_that_skips_everything_stops_before_its_end_also_when_resumed(
     vlm: VLM, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("exitsafe.lppo.update.MAX_RATIO", 0.5)
-    config = tiny_config(num_steps=100, max_new_tokens=2)
+    config = tiny_config(num_steps=100, max_new_tokens=2, batch_size=2, minibatch_size=2, num_epochs=1)
     for _ in range(2):
         with pytest.raises(RunError, match=r"every minibatch of the last 2[01] steps was skipped"):
             align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
@@ -397,15 +365,12 @@ def test_a_short_run_says_that_nothing_was_learnt(
     assert why in result["why_not"]
 
 
-def test_a_healthy_run_says_what_it_skipped_and_could_not_score(
-    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
-) -> None:
-    align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
-    result = result_of(tmp_path / "run")
+def test_a_healthy_run_says_what_it_skipped_and_could_not_score(whole_run: Path) -> None:
+    result = result_of(whole_run)
     assert (result["learnt"], result["why_not"]) == (True, None)
     assert (result["minibatches"], result["skipped_minibatches"]) == (6 * 2 * 2, 0)
     assert (result["answers"], result["unscored_answers"]) == (48, 0)
-    lines = metrics_of(tmp_path / "run")
+    lines = metrics_of(whole_run)
     assert result["constant_steps"] == sum(line["final_score_std"] == 0 for line in lines) < 6
 
 
@@ -517,11 +482,8 @@ def test_completions_are_kept_on_request_and_a_resumed_run_has_none_twice(
     assert not (tmp_path / "broken" / "completions.jsonl").stat().st_mode & 0o077
 
 
-def test_no_completions_are_kept_unless_asked_for(
-    vlm: VLM, samples: list[Sample], config: LPPOConfig, tmp_path: Path
-) -> None:
-    align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
-    assert not (tmp_path / "run" / "completions.jsonl").exists()
+def test_no_completions_are_kept_unless_asked_for(whole_run: Path) -> None:
+    assert not (whole_run / "completions.jsonl").exists()
 
 
 @pytest.mark.parametrize(

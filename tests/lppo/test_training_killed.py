@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import Evaluation, align, keep_apart
 from exitsafe.records import Response, Sample, Verdict
+from tests.forks import fork, wait
 from tests.lppo.conftest import count_red, make_samples, tiny_config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -44,7 +44,6 @@ class Fickle:
 
 
 def train(vlm: VLM, out: Path) -> None:
-    torch.set_num_threads(1)  # a forked process cannot use the parent's thread pool
     trained, held_out = keep_apart(make_samples(), per_kind=1)
     evaluation = Evaluation(samples=held_out, judge=Fickle(), every=2, patience=None)
     config = tiny_config(num_steps=5, batch_size=4, minibatch_size=2, exit_layers=(2,), learning_rate=3e-2)
@@ -62,15 +61,12 @@ def content(out: Path) -> dict[str, object]:
 
 def kill_after(delay: float, vlm: VLM, out: Path) -> bool:
     """Train in a fork and kill it so many seconds later; whether it was still at work."""
-    child = os.fork()
-    if child == 0:
-        train(vlm, out)
-        os._exit(0)
+    child = fork(lambda: train(vlm, out))
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the training failed by itself"
-    return os.WIFSIGNALED(status)
+    (status,) = wait([child])
+    assert status in (0, -signal.SIGKILL), "the training failed by itself"
+    return status != 0
 
 
 def test_killed_at_10_random_points_it_ends_with_the_same_adapter(vlm: VLM, tmp_path: Path) -> None:

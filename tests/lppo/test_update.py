@@ -51,7 +51,7 @@ def weights_of(policy: Policy) -> torch.Tensor:
 
 
 def test_the_ratio_is_exactly_one_before_the_first_update(vlm: VLM, samples: list[Sample]) -> None:
-    config = tiny_config()
+    config = tiny_config(microbatch_tokens=40)
     with prepared(vlm, samples, config) as (policy, _, experience):
         batch, measured = experience.batch, experience.measured
         parts = [part for minibatch in batch.minibatches for part in minibatch]

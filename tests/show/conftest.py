@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,6 @@ import pytest
 
 from exitsafe.show.report import render_report
 from tests.show.transcript_runs import always_refuses, hostile, write_run
-
-
-@pytest.fixture(scope="session", autouse=True)
-def drawn_once() -> Iterator[None]:
-    """A chart that several pages show is drawn once."""
-    import vl_convert
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vl_convert, "vegalite_to_svg", cache(vl_convert.vegalite_to_svg))
-        yield
 
 
 @pytest.fixture(scope="session")
