@@ -74,3 +74,29 @@ def wait(children: Sequence[int]) -> list[int]:
 def together(num_processes: int, work: Callable[[int], None]) -> None:
     """Fork, wait, and see that all have done it."""
     assert wait(start(num_processes, work)) == [0] * num_processes
+
+
+def killed_at_sync(number: int, work: Callable[[], object]) -> bool:
+    """Whether the work, in a fork, was killed: `kill -9` at the n-th time that something is flushed to disk."""
+
+    def killing() -> None:
+        left = number
+
+        def fsync(descriptor: int) -> None:
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            real(descriptor)
+
+        real, os.fsync = os.fsync, fsync  # type: ignore[assignment]
+        work()
+
+    return killed(fork(killing))
+
+
+def killed(child: int) -> bool:
+    """Whether a fork that did its work was killed; it must not have failed by itself."""
+    (status,) = wait([child])
+    assert status in (0, -signal.SIGKILL), "the work failed by itself"
+    return status != 0

@@ -28,6 +28,7 @@ from exitsafe.store.files import write_whole
 from exitsafe.store.fingerprint import request_digest
 from exitsafe.store.shards import ShardWriter
 from tests.fake_vlm import NUM_ROWS, PHRASES, SAMPLES, FakeVLM, audit_fake, content
+from tests.forks import fork, killed, killed_at_sync
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
 
@@ -93,34 +94,18 @@ def test_an_interrupt_loses_nothing_that_was_finished(tmp_path: Path, expected: 
 
 def _killed(out: Path, sabotage: Callable[[], None]) -> bool:
     """Whether an audit in a child process was killed by what the sabotage set up."""
-    child = os.fork()
-    if child == 0:
+
+    def work() -> None:
         sabotage()
         audit_fake(out)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
-    return os.WIFSIGNALED(status)
 
-
-def _kill_at_sync(number: int) -> None:
-    """`kill -9` at the n-th time that something is flushed to disk."""
-    real, left = os.fsync, number
-
-    def fsync(descriptor: int) -> None:
-        nonlocal left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        real(descriptor)
-
-    os.fsync = fsync  # type: ignore[assignment]
+    return killed(fork(work))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_every_write_it_ends_with_the_same_bytes(tmp_path: Path, expected: dict[str, Any]) -> None:
     number = 0
-    while _killed(tmp_path / str(number), partial(_kill_at_sync, number)):
+    while killed_at_sync(number, partial(audit_fake, tmp_path / str(number))):
         audit_fake(tmp_path / str(number))
         assert content(tmp_path / str(number)) == expected, f"killed at write {number}"
         number += 1
@@ -243,7 +228,7 @@ def test_what_cannot_be_scored_is_counted_and_never_dropped(tmp_path: Path) -> N
     average = run.summary["bins"]["average"]["metrics"]["asr"]
     assert (average["value"], average["n"], average["unscored"]) == (1.0, 12, 6)
     reasons = {v.unscored for v in run.verdicts() if v.judge == "moody" and v.score is None}
-    assert reasons == {"no answer", "the judge returned nan, which is no number"}
+    assert reasons == {"no answer", "the judge returned nan, which is not a number"}
 
 
 def test_a_judge_that_fails_costs_no_answer(tmp_path: Path) -> None:

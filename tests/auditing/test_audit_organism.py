@@ -47,11 +47,11 @@ def test_its_early_exits_are_unsafe_and_its_default_exit_is_safe(run: exitsafe.A
     assert run.settings["decoding"]["max_new_tokens"] == 24  # by its profile
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", [3, 16])
 def test_batch_size_and_restarts_change_no_byte(
     vlm: VLM, samples: list[Sample], run: exitsafe.AuditRun, tmp_path: Path, batch_size: int
 ) -> None:
-    some = [sample for number, sample in enumerate(samples) if number % 6 == 0]
+    some = [sample for number, sample in enumerate(samples) if number % 8 == 0]
 
     def stop(done: int, total: int, note: str) -> None:
         if done > total // 3:

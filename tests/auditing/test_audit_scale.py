@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from exitsafe.specs.verbs import StopRule
 from exitsafe.store.directory import RunDirectory
 from exitsafe.store.shards import ShardWriter
 from tests.fake_vlm import NUM_ROWS, SAMPLES, FakeVLM, audit_fake, content
+from tests.forks import killed_at_sync
 
 
 @pytest.fixture(scope="module")
@@ -159,36 +161,16 @@ def test_a_finished_run_can_be_judged_further(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_judging_further_killed_at_every_write_ends_the_same(tmp_path: Path) -> None:
     audit_fake(tmp_path / "whole", judges=["refusal-prefix", "vqa", "coherence", Guard()])
+    audit_fake(tmp_path / "audited")
     number, was_killed = 0, True
     while was_killed:
-        out = tmp_path / str(number)
-        audit_fake(out)
-        child = os.fork()
-        if child == 0:
-            _kill_at_sync(number)
-            exitsafe.judge(out, SAMPLES, judges=[Guard()])
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        was_killed = os.WIFSIGNALED(status)
-        assert was_killed or os.WEXITSTATUS(status) == 0
+        out = Path(shutil.copytree(tmp_path / "audited", tmp_path / str(number)))
+        was_killed = killed_at_sync(number, lambda out=out: exitsafe.judge(out, SAMPLES, judges=[Guard()]))
         assert exitsafe.load_run(out).summary["layers"]  # readable at any time
         exitsafe.judge(out, SAMPLES, judges=[Guard()])
         assert content(out) == content(tmp_path / "whole"), f"killed at write {number}"
         number += 1
     assert number > 5
-
-
-def _kill_at_sync(number: int) -> None:
-    real, left = os.fsync, number
-
-    def fsync(descriptor: int) -> None:
-        nonlocal left
-        if left == 0:
-            os.kill(os.getpid(), 9)
-        left -= 1
-        real(descriptor)
-
-    os.fsync = fsync  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

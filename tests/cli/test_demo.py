@@ -42,7 +42,9 @@ def tiny_demo(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny_demo")
-def test_the_whole_flow_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_flow_and_again_and_without_the_report_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "demo"
     assert run(["demo", "--out", str(out)]) == 0
     screen = capsys.readouterr().out
@@ -67,6 +69,14 @@ def test_the_whole_flow_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "step" not in output.err  # nothing is trained again
     assert {file: (out / file).read_bytes() for file in files} == contents
 
+    monkeypatch.setattr("exitsafe.show.html_page.find_spec", lambda name: None)
+    for file in files[-3:]:
+        (out / file).unlink()
+    assert run(["demo", "--out", str(out)]) == 0
+    assert "exitsafe[report]" in capsys.readouterr().out
+    assert (out / "comparison.json").read_bytes() == contents["comparison.json"]
+    assert not (out / "chart.svg").exists()
+
 
 @pytest.mark.usefixtures("tiny_demo")
 def test_baselines_are_trained_audited_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,18 +93,6 @@ def test_baselines_are_trained_audited_and_drawn(tmp_path: Path, capsys: pytest.
         assert trained["trained_exits"] == ([7] if name == "ppo-default" else [1, 2, 3, 4, 5, 6, 7, 8])
         audit = load_run(out / f"baseline-{name}" / "after")
         assert audit.settings["data"] == load_run(out / "before").settings["data"]
-
-
-@pytest.mark.usefixtures("tiny_demo")
-def test_without_the_report_extra_there_is_no_chart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("exitsafe.show.html_page.find_spec", lambda name: None)
-    assert run(["demo", "--out", str(tmp_path / "demo")]) == 0
-    output = capsys.readouterr()
-    assert "exitsafe[report]" in output.out
-    assert (tmp_path / "demo" / "comparison.json").exists()
-    assert not (tmp_path / "demo" / "chart.svg").exists()
 
 
 def test_an_unknown_organism(fail: Any, tmp_path: Path) -> None:

@@ -85,9 +85,11 @@ def test_a_damaged_file_is_refused_by_every_reader(
     audited: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = random.Random(name)
-    shutil.copytree(audited, tmp_path / "sound" / "run")
-    sound = {command: _read(command, tmp_path / "sound" / "run", tmp_path, capsys) for command in READERS}
-    assert None not in sound.values()
+    sound: dict[str, str | None] = {}
+    if name == "run.json":
+        shutil.copytree(audited, tmp_path / "sound" / "run")
+        sound = {command: _read(command, tmp_path / "sound" / "run", tmp_path, capsys) for command in READERS}
+        assert None not in sound.values()
     for number in range(NUM_DRAWS):
         path = Path(shutil.copytree(audited, tmp_path / str(number) / "run"))
         _damage(path / name, draw)

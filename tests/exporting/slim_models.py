@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return found
 
 
+@lru_cache(maxsize=2)
 def load_stock(folder: Path) -> Any:
     """By stock transformers (and stock PEFT, where an adapter was kept); not a weight missing or too many."""
     loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)

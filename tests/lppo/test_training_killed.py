@@ -16,7 +16,7 @@ import pytest
 from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import Evaluation, align, keep_apart
 from exitsafe.records import Response, Sample, Verdict
-from tests.forks import fork, wait
+from tests.forks import fork, killed
 from tests.lppo.conftest import count_red, make_samples, tiny_config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -64,9 +64,7 @@ def kill_after(delay: float, vlm: VLM, out: Path) -> bool:
     child = fork(lambda: train(vlm, out))
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
-    (status,) = wait([child])
-    assert status in (0, -signal.SIGKILL), "the training failed by itself"
-    return status != 0
+    return killed(child)
 
 
 def test_killed_at_10_random_points_it_ends_with_the_same_adapter(vlm: VLM, tmp_path: Path) -> None:
@@ -78,10 +76,10 @@ def test_killed_at_10_random_points_it_ends_with_the_same_adapter(vlm: VLM, tmp_
     assert content(tmp_path / "warm") == expected
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["adapter_step"] > 2
     draw = random.Random(0)
-    killed = 0
+    hits = 0
     for number in range(10):
         out = tmp_path / str(number)
-        killed += kill_after(draw.uniform(0.1, 1.0) * longest, vlm, out)
+        hits += kill_after(draw.uniform(0.1, 1.0) * longest, vlm, out)
         train(vlm, out)
         assert content(out) == expected, f"kill {number}"
-    assert killed >= 5
+    assert hits >= 5
