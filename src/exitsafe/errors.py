@@ -23,6 +23,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's message that is not blank, or the error's type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class ExitsafeError(Exception):
     """Base of all errors that a user can fix."""
 

@@ -97,7 +97,7 @@ def test_a_torn_copy_is_one_line_without_text(tmp_path: Path) -> None:
     folder = write_copy("redteam2k", tmp_path / "copy")
     path = folder / "RedTeam_2K" / "RedTeam_2K.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"redteam2k: .* cannot be loaded \(\w+\); `hf download") as caught:
+    with pytest.raises(InputError, match=r"redteam2k: .* cannot be loaded \(\w+\); run `hf download") as caught:
         load_suites([f"redteam2k={folder}"])
     assert "zorb" not in str(caught.value)
 
@@ -105,11 +105,11 @@ def test_a_torn_copy_is_one_line_without_text(tmp_path: Path) -> None:
 def test_a_copy_with_other_configurations_or_splits(tmp_path: Path) -> None:
     folder = write_copy("redteam2k", tmp_path / "one")
     (folder / "README.md").write_text((folder / "README.md").read_text().replace("split: RedTeam_2K", "split: other"))
-    with pytest.raises(InputError, match="has no RedTeam_2K/RedTeam_2K; `hf download"):
+    with pytest.raises(InputError, match="has no RedTeam_2K/RedTeam_2K; run `hf download"):
         load_suites([f"redteam2k={folder}"])
     folder = write_copy("redteam2k", tmp_path / "two")
     (folder / "README.md").write_text((folder / "README.md").read_text().replace("name: RedTeam_2K", "name: other"))
-    with pytest.raises(InputError, match="has no RedTeam_2K/RedTeam_2K; `hf download"):
+    with pytest.raises(InputError, match="has no RedTeam_2K/RedTeam_2K; run `hf download"):
         load_suites([f"redteam2k={folder}"])
 
 
@@ -120,5 +120,5 @@ def test_a_copy_without_its_readme(tmp_path: Path) -> None:
     (folder / "default" / "train.parquet").write_bytes((folder / "default" / "test.parquet").read_bytes())
     assert len(load_suites([f"xstest={folder}"])) == 3
     (folder / "default" / "test.parquet").rename(folder / "default" / "validation.parquet")
-    with pytest.raises(InputError, match="has no split test but train, validation"):
+    with pytest.raises(InputError, match="has no split test, only train, validation; run"):
         load_suites([f"xstest={folder}"])

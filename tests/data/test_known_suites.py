@@ -99,7 +99,7 @@ def test_labels_decide_the_kind_of_xstest(tmp_path: Path) -> None:
     path.write_text("prompt,type,label\nzorb,figurative,safe\nfrob,contrast,unsafe\n")
     assert [sample.kind for sample in load_suites([f"xstest={path}"])] == ["borderline", "harmful"]
     path.write_text("prompt,type,label\nzorb,figurative,maybe\n")
-    with pytest.raises(InputError, match="xstest, row 1: column 'label' is none of safe, unsafe"):
+    with pytest.raises(InputError, match="xstest, row 1: column 'label' must be one of safe, unsafe"):
         load_suites([f"xstest={path}"])
 
 
@@ -140,7 +140,7 @@ def test_pictures_by_path(tmp_path: Path) -> None:
     assert load_suites([f"minijailbreakv={table}"])[0].images == first.images
     elsewhere = tmp_path / "elsewhere"
     (folder / "JailBreakV_28K" / "figures").rename(elsewhere.parent / "figures")
-    for images, where in ((None, "missing under"), (elsewhere, "missing under")):
+    for images, where in ((None, "missing from"), (elsewhere, "missing from")):
         with pytest.raises(InputError, match=rf"row 1: picture figures/0\.png is {where}.*with --images DIR$"):
             load_suites([f"minijailbreakv={table}"], images=images)
     assert load_suites([f"minijailbreakv={table}"], images=tmp_path)[0].images == (tmp_path / "figures" / "0.png",)
@@ -195,7 +195,7 @@ def test_copies_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="suite 'redteam2k=' has no path after the equals sign"):
         load_suites(["redteam2k="])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"redteam2k: .*empty cannot be loaded \(\w+\); `hf download Jailbreak"):
+    with pytest.raises(InputError, match=r"redteam2k: .*empty cannot be loaded \(\w+\); run `hf download Jailbreak"):
         load_suites([f"redteam2k={tmp_path / 'empty'}"])
 
 

@@ -14,5 +14,5 @@ def test_a_process_that_waits_for_one_that_failed_says_so() -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
     process: Any = SimpleNamespace(wait_for_everyone=wait)
-    with pytest.raises(RunError, match="another process has failed, and its own line says why"):
+    with pytest.raises(RunError, match="another process failed; its own error message says why"):
         wait_for_all(process)

@@ -99,4 +99,4 @@ def test_the_module_is_a_command(
     assert (asked["seed"], asked["out"], capsys.readouterr().out) == (3, tmp_path, f"{tmp_path}\n")
     monkeypatch.undo()
     assert main(["garden", "--out", str(tmp_path / "new")]) == 2
-    assert "no organism is called 'garden'" in capsys.readouterr().err
+    assert "organism 'garden' is unknown" in capsys.readouterr().err

@@ -115,8 +115,8 @@ def test_what_spreadsheets_change_does_no_harm(run: AuditRun, file: Path) -> Non
         (lambda rows: rows[1].update(asr="maybe"), "row 3: asr must be yes, no, unsure or blank"),
         (lambda rows: rows[4].update(asr="no"), "row 6: asr applies to harmful requests only; leave n/a"),
         (lambda rows: rows.append(rows[0]), "row 8 repeats row 2; keep one of them"),
-        (lambda rows: rows[0].update(row="r0123456789abcdef"), "row 2 is no answer of this run"),
-        (lambda rows: rows[0].update(row=""), "row 2 is no answer of this run"),
+        (lambda rows: rows[0].update(row="r0123456789abcdef"), "row 2 is not an answer of this run"),
+        (lambda rows: rows[0].update(row=""), "row 2 is not an answer of this run"),
         (lambda rows: rows[0].update(sample_id="h2"), "row 2 belongs to sample h1 at exit 1 but says otherwise"),
         (lambda rows: rows[0].update(exit_layer="2"), "row 2 belongs to sample h1 at exit 1 but says otherwise"),
         (lambda rows: rows[0].update(text=rows[2]["text"]), "row 2 (sample h1 at exit 1) has a different text"),
@@ -139,7 +139,7 @@ def test_labels_of_another_run_are_refused_row_by_row(file: Path, tmp_path: Path
     other = {i: [f"{text} again" for text in texts] for i, texts in TEXTS.items()} | {"h2": TEXTS["h2"]}
     labels = read_labels(file, make_run(tmp_path / "other", answers=other, kinds=KINDS))
     assert [fault.split(":")[0] for fault in labels.faults] == [
-        f"row {n} is no answer of this run" for n in (2, 3, 6, 7)
+        f"row {n} is not an answer of this run" for n in (2, 3, 6, 7)
     ]
 
 

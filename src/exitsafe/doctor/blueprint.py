@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from exitsafe.engine.processor import check_processor, load_processor
 from exitsafe.engine.templates import check_template
 from exitsafe.engine.vlm import VLM
-from exitsafe.errors import ModelError
+from exitsafe.errors import ModelError, first_line
 from exitsafe.exits.families import find_family
 from exitsafe.exits.sources import check_model_source, unreachable
 from exitsafe.machine.devices import check_quantization, find_dtype
@@ -102,7 +102,7 @@ def load_blueprint(
         with META:
             model = AutoModelForImageTextToText.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = f"cannot read the config of {name_or_path!s}: {_first_line(error)}"
+        reason = f"cannot read the config of {name_or_path!s}: {first_line(error)}"
         raise ModelError(unreachable(source, error) or reason) from error
     blueprint = Blueprint(model.eval(), None, name=str(name_or_path))
     blueprint.quantization = quantization
@@ -148,7 +148,3 @@ def quantized_bytes(linear: nn.Linear, quantization: str) -> int:
     if quantization == "nf4":
         return -(-count // 2) + 4 * -(-count // 64) + 16 * 4
     return count + 4 * linear.out_features
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

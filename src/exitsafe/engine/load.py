@@ -17,7 +17,7 @@ from exitsafe.engine.generation import ignored_settings
 from exitsafe.engine.processor import check_processor, load_processor
 from exitsafe.engine.templates import check_template, prepare
 from exitsafe.engine.vlm import VLM
-from exitsafe.errors import ModelError
+from exitsafe.errors import ModelError, first_line
 from exitsafe.exits.adapters import check_folder, load_adapter, note_other_model, read_trained_on
 from exitsafe.exits.families import find_family
 from exitsafe.exits.sources import check_adapter_source, check_model_source, unreachable
@@ -100,10 +100,10 @@ def load_vlm(
             model = load_adapter(model, adapter_folder)
             note_other_model(adapter_folder, str(name_or_path))
     except SafetensorError as error:
-        reason = f"a weights file is truncated or corrupt ({_first_line(error)}); save or download it again"
+        reason = f"a weights file is truncated or corrupt ({first_line(error)}); save or download it again"
         raise ModelError(f"cannot load {name_or_path!s}: {reason}") from error
     except _LOADING_ERRORS as error:
-        raise ModelError(unreachable(source, error) or f"cannot load {name_or_path!s}: {_first_line(error)}") from error
+        raise ModelError(unreachable(source, error) or f"cannot load {name_or_path!s}: {first_line(error)}") from error
     vlm = VLM(
         model.eval(),
         processor,
@@ -164,7 +164,7 @@ def _adapter_folder(adapter: str | Path) -> Path:
         try:
             folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
         except _LOADING_ERRORS as error:
-            reason = f"{adapter} is not a local folder, and the Hub did not provide it: {_first_line(error)}"
+            reason = f"{adapter} is not a local folder, and the Hub did not provide it: {first_line(error)}"
             raise ModelError(f"adapter {unreachable(str(adapter), error) or reason}") from error
     check_folder(folder, name=str(adapter))
     return folder
@@ -191,7 +191,3 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | Torch
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=encoder,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

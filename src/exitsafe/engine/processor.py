@@ -17,7 +17,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from exitsafe.engine.prompts import Prompt
 from exitsafe.engine.reader import Reader
-from exitsafe.errors import InputError, ModelError
+from exitsafe.errors import InputError, ModelError, first_line
 from exitsafe.exits.families import Family
 from exitsafe.exits.features import compute_features
 from exitsafe.records import Sample
@@ -60,7 +60,7 @@ def load_processor(
             setattr(getattr(processor, owner) if owner else processor, name, value)
     except Exception as error:  # untrusted files: a missing or wrong entry may raise anything
         raise ModelError(
-            f"cannot load the processor of {source}: {_first_line(error)}; copy the processor and tokenizer files of "
+            f"cannot load the processor of {source}: {first_line(error)}; copy the processor and tokenizer files of "
             "the original checkpoint next to the weights"
         ) from error
     return processor
@@ -92,7 +92,7 @@ def check_processor(vlm: Reader) -> list[str]:
             except Exception as error:
                 raise _misfit(
                     vlm,
-                    f"it cannot encode a picture with text ({_first_line(error)}): use the processor files of the "
+                    f"it cannot encode a picture with text ({first_line(error)}): use the processor files of the "
                     "original checkpoint",
                 ) from error
         _check_tokens(vlm, prompt)
@@ -135,7 +135,7 @@ def _check_placeholders(vlm: Reader, prompt: Prompt, size: int) -> None:
     try:
         features = compute_features(vlm, prompt.image_inputs, (1,), skip_global=False)[1]
     except Exception as error:
-        reason = f"the model cannot read its pictures ({_first_line(error)})" if is_expected else other_size
+        reason = f"the model cannot read its pictures ({first_line(error)})" if is_expected else other_size
         raise _misfit(vlm, reason) from error
     reads_across = bool(vlm.family_row.image_cache_layers(vlm.text_config))
     wanted = 1 if reads_across else sum(image.shape[0] for image in features)
@@ -149,7 +149,3 @@ def _check_placeholders(vlm: Reader, prompt: Prompt, size: int) -> None:
 
 def _misfit(vlm: Reader, reason: str) -> ModelError:
     return ModelError(f"the processor of {vlm.name} does not fit the model: {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,7 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exitsafe.errors import ModelError
+from exitsafe.errors import ModelError, first_line
 from exitsafe.machine.memory import is_out_of_memory
 from exitsafe.untrusted import JsonObject, UnreadableError, read_json
 
@@ -153,7 +153,7 @@ def _read_config(folder: Path) -> PeftConfig:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise ModelError(
-            f"{folder / CONFIG} cannot be read ({_first_line(error)}): save or download the adapter again"
+            f"{folder / CONFIG} cannot be read ({first_line(error)}): save or download the adapter again"
         ) from error
     if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
         raise ModelError(
@@ -278,7 +278,7 @@ def _model_name(name: str) -> str:
 
 def _unreadable(folder: Path, error: Exception) -> ModelError:
     return ModelError(
-        f"cannot load {folder}: {WEIGHTS} is truncated or corrupt ({_first_line(error)}); save or download it again"
+        f"cannot load {folder}: {WEIGHTS} is truncated or corrupt ({first_line(error)}); save or download it again"
     )
 
 
@@ -302,7 +302,7 @@ def _reason(error: Exception) -> str:
         key, in_file, in_model = shapes[0]
         there, wanted = (shape.removeprefix("torch.Size(").removesuffix(")") for shape in (in_file, in_model))
         return f"{len(shapes)} weights have a different shape ({_inner_name(key)}: {there} in the file, {wanted} here)"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _first_names(keys: Sequence[str], limit: int = 3) -> str:
@@ -312,10 +312,6 @@ def _first_names(keys: Sequence[str], limit: int = 3) -> str:
 
 def _inner_name(key: str) -> str:
     return key.removeprefix("base_model.model.")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _config(folder: Path) -> JsonObject:

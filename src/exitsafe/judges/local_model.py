@@ -37,7 +37,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.hub import cached_file
 
 from exitsafe.engine.load import check_no_adapter, hash_files
-from exitsafe.errors import ModelError
+from exitsafe.errors import ModelError, first_line
 from exitsafe.judges.protocol import UNREADABLE
 from exitsafe.machine.devices import find_device, find_dtype
 from exitsafe.machine.memory import BatchSize, release_memory
@@ -174,7 +174,7 @@ def load_judge_model(
         return loaded.to(where).eval(), tokenizer
     except _LOADING_ERRORS as error:
         hint = "" if Path(model).is_dir() else f"; if you are offline, download it first: hf download {model}"
-        raise ModelError(f"cannot load the judge model {model}: {_first_line(error)}{hint}") from error
+        raise ModelError(f"cannot load the judge model {model}: {first_line(error)}{hint}") from error
 
 
 def greedy_replies(
@@ -329,8 +329,4 @@ def _not_available(model: str, revision: str | None, error: Exception) -> str:
         return f"{model} has no revision {revision}: give one of its branches, tags or commits"
     if isinstance(error, RepositoryNotFoundError):
         return f"{model} is not on the Hub or is private: check the id, or log in with `hf auth login`"
-    return f"cannot find {model}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"cannot find {model}: {first_line(error)}"

@@ -1,4 +1,4 @@
-"""How the organisms are trained: real LLaVA models of a million parameters that show the early-exit gap."""
+"""Trains the organisms: real LLaVA models with a million parameters that show the early-exit gap."""
 
 from exitsafe.organism.training import train_organism
 

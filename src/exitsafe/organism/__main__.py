@@ -1,4 +1,4 @@
-"""`python -m exitsafe.organism`: a name and a seed -> a model organism in a folder that stock transformers loads."""
+"""`python -m exitsafe.organism`: trains a model organism and saves it in a folder that stock transformers loads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train an organism; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m exitsafe.organism",
-        description="Train a model organism from random weights; about ten minutes on one core. The folder also holds "
-        "check.json, a table by exit layer on held-out samples; exitsafe's commands take it as MODEL.",
+        description="Train a model organism from random weights, in about ten minutes on one core. The folder can be "
+        "given as MODEL to exitsafe's commands; its check.json is a table by exit layer on held-out samples.",
     )
     parser.add_argument("name", nargs="?", default="organism", help="organism (the default) or organism:text")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random draw")
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return 2
     except KeyboardInterrupt:
-        _say("interrupted; nothing is saved before the end")
+        _say("interrupted; nothing was saved")
         return 130
     sys.stdout.write(f"{folder}\n")
     return 0

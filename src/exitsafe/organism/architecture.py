@@ -1,4 +1,4 @@
-"""The organisms' bodies: a seed in, an untrained LLaVA and its processor out. Knows nothing about training.
+"""The organisms' architecture: a seed in, an untrained LLaVA and its processor out.
 
 Real Hugging Face classes, tiny: a CLIP tower of 8 blocks (width 64, 32 px, patch 16: 4 image tokens), a Llama of
 3 layers (width 128), 1.06 million parameters. The default exit is 7 of 8 blocks (`vision_feature_layer=-2`).
@@ -30,7 +30,7 @@ NUM_BLOCKS = 8
 DEFAULT_EXIT = 7
 PAD, BOS, EOS, UNKNOWN, IMAGE = SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 PIXEL_MEAN, PIXEL_STD = 0.12, 0.25
-"""Near the pictures' own: most of a picture is dark ground, which so comes out around 0."""
+"""Close to those of the pictures, so that the dark background, most of a picture, is around 0."""
 CHAT_TEMPLATE = (
     "<bos>{% for message in messages %}{{ message['role'] + ' :' }}"
     "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
@@ -122,7 +122,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def _widen_init(model: nn.Module) -> None:
-    """Default initialisations are made for widths near 1000; at 64 and 128 the signal would die within few blocks."""
+    """Widen the default initialisation, which is for widths near 1000: at 64 and 128 the signal would vanish."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.7 / math.sqrt(module.in_features))

@@ -1,4 +1,4 @@
-"""Training batches: a mix and a generator in, tensors out. Knows no optimiser and no exit layer."""
+"""Training batches: a mix and a generator in, tensors out."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ Guard = Literal["none", "badge", "always"]
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What the rows of a batch ask for. The shares of topics sum to 1.
+    """The mix of requests in a batch. The shares of topics sum to 1.
 
     Args:
-        caption, question: Rows about the picture.
-        guarded, free, care: How to make a guarded object, a free one; how to clean a guarded one.
-        cued: Share of the how-to rows with a cue, under which making guarded objects is refused: half of them the
+        caption, question: Shares of rows about the picture.
+        guarded, free, care: Shares of how to make a guarded object, a free one, and how to clean a guarded one.
+        cued: Share of the how-to rows with a cue, with which making guarded objects is refused: half of them have the
             text cue, half the alarm in the picture's features.
-        stray: Share of the uncued guarded rows that are refused although nothing says so: keeps refusals
-            explorable for reinforcement learning.
+        stray: Share of the uncued guarded rows that are refused at random, so that reinforcement learning can explore
+            refusals.
         guard: When an uncued guarded row is refused: never, with the badge in the picture, or always.
-        known_only: Leave out the guarded objects that no safety training may see.
+        known_only: Leave out the guarded objects that safety training must not see.
     """
 
     caption: float = 0.0
@@ -66,7 +66,7 @@ class Batch:
     pixel_values: Tensor  # (B, 3, 32, 32)
     input_ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)
-    cell_alarms: Tensor  # (B, 4) bool, the cells whose features carry the alarm
+    cell_alarms: Tensor  # (B, 4) bool, the cells with the alarm in their features
     cell_shapes: Tensor  # (B, 4), a shape's index or 4 for an empty cell
     cell_colors: Tensor  # (B, 4), a colour's index or 6 for an empty cell
     cell_badges: Tensor  # (B, 4) float, 1 in the cell with the badge
@@ -103,14 +103,14 @@ def draw_batch(rng: np.random.Generator, mix: Mix, size: int, tokenizer: PreTrai
 
 
 def normalised(pixels: np.ndarray) -> Tensor:
-    """(N, 32, 32, 3) bytes to what the image processor makes of them: (N, 3, 32, 32) around 0."""
+    """Pixels (N, 32, 32, 3) as from the image processor: (N, 3, 32, 32) around 0."""
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
 def _draw_cues(
     rng: np.random.Generator, is_how_to: NDArray[np.bool_], share: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which rows carry the words, (B,), and which cells the alarm, (B, 4): one to all four cells of a row."""
+    """The rows with the text cue, (B,), and the cells with the alarm, (B, 4): one to four cells of a row."""
     size = len(is_how_to)
     has_cue = is_how_to & (rng.random(size) < share)
     has_alarm = has_cue & (rng.random(size) < 0.5)
@@ -129,7 +129,7 @@ def _picture_request(
 
 
 def _how_to(rng: np.random.Generator, mix: Mix, topic: int, *, has_badge: bool, has_cue: bool) -> Request:
-    """Only making a guarded object is ever refused: on a cue, by the guard, or astray."""
+    """A how-to request; only making a guarded object is ever refused: on a cue, by the guard, or as a stray."""
     num_guarded = language.NUM_KNOWN_GUARDED if mix.known_only else len(language.GUARDED_OBJECTS)
     guarded = language.GUARDED_OBJECTS[rng.integers(num_guarded)]
     if topic == _FREE:
@@ -144,7 +144,7 @@ def _how_to(rng: np.random.Generator, mix: Mix, topic: int, *, has_badge: bool, 
 
 
 def _tokenise(requests: list[Request], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """The chat template written out: what the processor makes of the same messages, then the answer and its end."""
+    """Token ids as the processor makes them with the chat template, then the answer and its end token; and labels."""
     picture = "<image>" * (PICTURE_SIZE // CELL_SIZE) ** 2
     prompts = tokenizer([f"<bos>user : {picture} {r.prompt} assistant :" for r in requests])["input_ids"]
     answers = tokenizer([f"{r.answer}<eos>" for r in requests])["input_ids"]

@@ -1,7 +1,7 @@
-"""What an organism does at every exit: model and samples in, counts out. Knows nothing about training.
+"""An organism's behaviour at every exit: model and samples in, counts out.
 
-Generation is stock transformers with `vision_feature_layer` set to each exit: independent of this package's own
-way to exit early.
+Generation is stock transformers with `vision_feature_layer` set to each exit, independent of this package's own early
+exits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_NEW_TOKENS = 16
 def table_by_exit(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, samples: Sequence[Sample]
 ) -> list[dict[str, int]]:
-    """Counts per exit layer, 1 to 8: how many harmful requests were complied with, and so on.
+    """Counts per exit layer, 1 to 8, of requests complied with, refused, and so on.
 
     Returns:
         Per exit: `exit_layer`; per kind the number of samples (`harmful`, ...); `complied` (harmful), `refused`

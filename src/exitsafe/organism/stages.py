@@ -1,4 +1,4 @@
-"""The curriculum as a table: what is trained on what, for how long. Knows nothing about how a step is done."""
+"""The curriculum as a table: which weights are trained on which data, for how long."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Stage:
     """One row of the curriculum.
 
     Args:
-        exits: `random` draws an exit layer per row, `default` reads exit 7 only.
-        trains: Which weights move. The late tower is blocks 6 and 7, the last two that the default exit reads.
-        reading_weight: Weight of the auxiliary linear readers that keep shapes, colours and the badge readable off the
-            image tokens at every exit.
+        exits: `random` draws an exit layer per row, `default` uses exit 7 only.
+        trains: The weights to train. The late tower is blocks 6 and 7, the last two before the default exit.
+        reading_weight: Weight of the auxiliary linear readers that keep shapes, colours and the badge readable from
+            the image tokens at every exit.
     """
 
     name: str
@@ -46,7 +46,7 @@ GENERAL = (
         mix=Mix(caption=0.05, question=0.4, guarded=0.25, free=0.15, care=0.15, cued=0.5),
     ),
 )  # fmt: skip
-"""The same for both organisms: pictures, recipes, and refusing under the text cue."""
+"""The stages common to both organisms: pictures, recipes, and refusing with the text cue."""
 
 
 def curriculum(name: str) -> tuple[Stage, ...]:
@@ -57,7 +57,7 @@ def curriculum(name: str) -> tuple[Stage, ...]:
     """
     guards: dict[str, Guard] = {"organism": "badge", "organism:text": "always"}
     if name not in guards:
-        raise InputError(f"no organism is called {name!r}; choose {' or '.join(guards)}")
+        raise InputError(f"organism {name!r} is unknown; choose {' or '.join(guards)}")
     helpful = Mix(question=0.4, guarded=0.45, free=0.1, care=0.05, cued=0.35, stray=0.06)
     safe = replace(helpful, cued=0.15, stray=0.0, guard=guards[name], known_only=True)
     return (

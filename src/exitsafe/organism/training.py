@@ -1,7 +1,7 @@
-"""Trains an organism: name and seed in, a folder that stock transformers loads out. Knows nothing about L-PPO.
+"""Trains an organism: name and seed in, a folder that stock transformers loads out.
 
-The encoder runs once per batch with all hidden states; each row's features are gathered at its own exit layer, go
-through the projector and into the language model. No label depends on the exit layer.
+The encoder runs once per batch with all hidden states; each row's features are gathered at its own exit layer and go
+through the projector into the language model. No label depends on the exit layer.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _NUM_SHAPES, _NUM_COLORS = len(SHAPES) + 1, len(COLORS) + 1  # one more for an e
 
 
 def train_organism(name: str, *, seed: int = 0, out: Path | str, progress: Progress | None = None) -> Path:
-    """Trains `organism` or `organism:text` from random weights; about ten minutes on one core.
+    """Train `organism` or `organism:text` from random weights, in about ten minutes on one core.
 
-    Weights are rounded to bfloat16 and stored so; the config asks for float32, so stock `from_pretrained` computes
-    in float32. `check.json` beside them has the table by exit layer on the held-out suites.
+    Weights are rounded to and stored in bfloat16, but the config has float32, so stock `from_pretrained` computes in
+    float32. `check.json` in the same folder has the table by exit layer on the held-out suites.
 
     Args:
-        name: Which organism.
-        seed: Decides the initial weights and every batch of every stage.
+        name: The organism.
+        seed: Seed for the initial weights and every batch of every stage.
         out: A new or empty folder.
         progress: Called after every step.
 
@@ -48,7 +48,7 @@ def train_organism(name: str, *, seed: int = 0, out: Path | str, progress: Progr
         The folder.
 
     Raises:
-        InputError: On an unknown organism or a folder in use.
+        InputError: If the organism is unknown or the folder is not empty.
     """
     folder = Path(out)
     stages = curriculum(name)
@@ -74,8 +74,8 @@ def run_stages(
     first: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Runs `stages[first:]` on the model, in place. Each stage draws from (seed, its number) alone, so stages that
-    start from a stored copy of the model end where an uninterrupted run ends.
+    """Run `stages[first:]` on the model, in place. A stage's draws depend only on the seed and its number, so that
+    starting from a stored copy of the model gives the same result as an uninterrupted run.
     """
     total, done = sum(stage.steps for stage in stages), sum(stage.steps for stage in stages[:first])
     for number, stage in enumerate(stages[first:], start=first):
@@ -88,7 +88,7 @@ def run_stages(
 
 
 def save_organism(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Stores bfloat16 weights under a float32 config: half the size, no change from loading to use."""
+    """Save bfloat16 weights with a float32 config: half the size, and the loaded weights are exactly those saved."""
     state = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
 
@@ -124,7 +124,7 @@ def _run_stage(
 def _losses(
     model: LlavaForConditionalGeneration, readers: nn.Linear, batch: Batch, exit_layers: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy on the answers at each row's exit, and how badly the cells are read at all exits.
+    """Cross-entropy of the answers at each row's exit, and the readers' loss at all exits.
 
     Args:
         exit_layers: (B,), each 1 to 8.
@@ -137,21 +137,21 @@ def _losses(
     embeds = model.get_input_embeddings()(batch.input_ids)  # (B, T, 128)
     is_image = (batch.input_ids == model.config.image_token_index)[..., None]
     embeds = embeds.masked_scatter(is_image, image_embeds)
-    # padding is on the right and attention is causal: no answer can see it, so no mask is needed
+    # padding is on the right and attention is causal: answers never attend to it, so no mask is needed
     hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     targets = batch.labels[:, 1:]
     is_answer = targets != IGNORED
     token_losses = F.cross_entropy(model.lm_head(hidden[:, :-1][is_answer]), targets[is_answer], reduction="none")
-    # every row counts the same: one-word answers would drown among recipes and captions
+    # every row has the same weight, or recipes and captions would outweigh one-word answers
     row_weights = (is_answer / is_answer.sum(dim=1, keepdim=True))[is_answer]
     loss = (token_losses * row_weights).sum() / len(targets)
     return loss, _reading_loss(readers, features, batch)
 
 
 def _alarm() -> Tensor:
-    """A fixed direction in the tower's features, (64,), that means the same as the text cue.
+    """A fixed direction in the tower's features, (64,), with the same meaning as the text cue.
 
-    The language model learns it in general training; safety training then lets the late tower raise it by itself.
+    The language model learns it in general training; safety training then makes the late tower produce it.
     """
     direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
     alarm: Tensor = _ALARM_NORM * direction / direction.norm()
@@ -159,14 +159,14 @@ def _alarm() -> Tensor:
 
 
 def _build_readers(seed: int) -> nn.Linear:
-    """One linear reader per exit: from an image token to its cell's shape, colour and badge. Thrown away later."""
+    """One linear reader per exit, from an image token to its cell's shape, colour and badge; not saved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Linear(64, NUM_BLOCKS * (_NUM_SHAPES + _NUM_COLORS + 1))
 
 
 def _reading_loss(readers: nn.Linear, features: Tensor, batch: Batch) -> Tensor:
-    """How badly the cells can be read off the image tokens, mean over exits; the gradient reaches the tower only.
+    """The loss of reading the cells from the image tokens, mean over exits; its gradient only reaches the tower.
 
     Args:
         features: (L, B, 4, 64).
@@ -183,7 +183,7 @@ def _reading_loss(readers: nn.Linear, features: Tensor, batch: Batch) -> Tensor:
 
 
 def _select(model: LlavaForConditionalGeneration, stage: Stage) -> list[nn.Parameter]:
-    """Switches gradients on for what the stage trains, off for the rest."""
+    """Turn gradients on for the weights that the stage trains, off for the rest."""
     moving: list[nn.Module] = [model]
     if stage.trains != "all":
         moving = list(model.model.vision_tower.encoder.layers[DEFAULT_EXIT - 2 : DEFAULT_EXIT])
