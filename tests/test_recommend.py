@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from exitsafe.doctor.savings import Savings
 from exitsafe.errors import InputError, RunError
 from exitsafe.recommend import recommend
+from exitsafe.results.costs import Savings
 from exitsafe.specs.verbs import Limits
 from exitsafe.stats import wilson_interval
 from exitsafe.stats.bounds import upper_bound

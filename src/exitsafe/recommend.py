@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from exitsafe.engine.latency import Latency, Pass
 from exitsafe.errors import InputError, RunError
+from exitsafe.results.costs import Savings
 from exitsafe.results.limits import Bounded, Bounds, Level, bounds_of
 from exitsafe.results.metrics import BY_NAME, Metric, judge_of
 from exitsafe.results.run import AuditRun
 from exitsafe.specs.verbs import Limits
 from exitsafe.stats.medians import median_interval, median_upper_bound
-
-if TYPE_CHECKING:
-    from exitsafe.doctor.savings import Savings
 
 HARDLY = 0.1
 """Early exit that saves a smaller share of an answer does not make a model noticeably faster."""
@@ -259,7 +256,7 @@ def check_limits(run: AuditRun, limits: Limits, *, has_latency: bool) -> None:
         if limit in limits.given and metric not in there:
             raise InputError(f"{limit}: {run.path} has no {metric}; {_WAYS_OUT[metric]}, or leave this limit out")
     if limits.max_ms is not None and not has_latency:
-        raise InputError("max_ms: no times are measured; measure them, or leave this limit out")
+        raise InputError("max_ms: no times are measured; add --time to measure them, or leave this limit out")
 
 
 def _times(latency: Latency, exit_layer: int, num_tokens: int, *, error: float) -> Times:

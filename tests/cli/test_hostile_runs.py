@@ -22,7 +22,7 @@ FILES = ("run.json", "responses.parquet", "verdicts.parquet", "summary.json")
 READERS: dict[str, Callable[[Path, Path], list[str | Path]]] = {
     "compare": lambda path, out: [path, path, "--json"],
     "gate": lambda path, out: [path, "--max-asr", "0.99", "--json"],
-    "recommend": lambda path, out: [path, "--no-latency", "--json"],
+    "recommend": lambda path, out: [path, "--json"],
     "report": lambda path, out: [path, "--out", out / "report.html"],
     "judge": lambda path, out: [path, "--judge", "coherence", "--json"],  # which has judged already
     "label": lambda path, out: [path, "--out", out / "labels.csv", "--include-unsafe-text"],

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from exitsafe.cli.recommend_tables import recommend_tables
-from exitsafe.doctor.savings import Savings
 from exitsafe.recommend import Recommendation, recommend
+from exitsafe.results.costs import Savings
 from exitsafe.results.stopping import Stopping
 from exitsafe.specs.verbs import Limits
 from tests.weighed_runs import make_latency, make_weighed, rate

@@ -66,7 +66,7 @@ def stranger(audited_with_code: WithCode, tmp_path: Path) -> WithCode:
     return WithCode(run=found, model=audited_with_code.model, mark=audited_with_code.mark)
 
 
-@pytest.mark.parametrize("command", (["verify"], ["recommend", "--config", "samples=1"], ["recommend", "--no-latency"]))
+@pytest.mark.parametrize("command", (["verify"], ["recommend", "--time", "--config", "samples=1"]))
 def test_a_run_does_not_start_code(command: list[str], stranger: WithCode, capsys: pytest.CaptureFixture[str]) -> None:
     status = run([command[0], str(stranger.run), *command[1:]])
     assert not stranger.mark.exists()
@@ -77,7 +77,7 @@ def test_a_run_does_not_start_code(command: list[str], stranger: WithCode, capsy
 
 def test_code_runs_when_this_call_allows_it(stranger: WithCode) -> None:
     try:
-        run(["recommend", str(stranger.run), "--no-latency", "--trust-remote-code"])
+        run(["recommend", str(stranger.run), "--time", "--config", "samples=1", "--trust-remote-code"])
         assert stranger.mark.exists()
     finally:
         stranger.mark.unlink(missing_ok=True)
@@ -95,7 +95,7 @@ def test_a_model_that_cannot_load_without_its_code_says_so(stranger: WithCode, f
 
 def test_what_else_a_run_says_of_loading_is_refused(stranger: WithCode, fail: Fail) -> None:
     change(stranger.run, loading={"trust_remote_code": True, "token": "x"})
-    for command in (["recommend", stranger.run, "--no-latency"], ["verify", stranger.run]):
+    for command in (["recommend", stranger.run, "--time"], ["verify", stranger.run]):
         assert "run.json cannot be read (origin.loading.token" in fail(*command)
     assert not stranger.mark.exists()
 

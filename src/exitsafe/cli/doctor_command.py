@@ -14,8 +14,9 @@ from exitsafe.specs.verbs import DoctorSpec
 from exitsafe.untrusted import JsonObject
 
 if TYPE_CHECKING:
-    from exitsafe.doctor import Blueprint, Plan, Savings, Typical
+    from exitsafe.doctor import Blueprint, Plan, Typical
     from exitsafe.records import Sample
+    from exitsafe.results.costs import Savings
 
 _HARDLY = 0.1  # below this share of an answer an exit is no way to speed
 

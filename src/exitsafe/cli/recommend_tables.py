@@ -101,14 +101,16 @@ def _notes(choice: Recommendation) -> Iterator[str]:
     if len(choice.points) < choice.num_layers:
         yield f"{len(choice.points)} of {choice.num_layers} exits were audited; nothing is known about the others."
     tokens = choice.num_answer_tokens
-    if choice.num_passes:
+    if not choice.num_passes:
+        yield "Times were not measured: --time measures them with the run's model."
+    else:
         yield (
-            f"Times: median of {choice.num_passes} requests, one at a time, on this machine; an answer has {tokens} "
+            f"Times: median of {choice.num_passes} requests, one at a time; an answer has {tokens} "
             "tokens. Preparing pictures is not timed."
         )
     saved = None if choice.points[0].times is None else choice.points[0].times.saved_share
     if saved is not None and (saved.low is None or saved.high is None or saved.low < 0 < saved.high):
-        yield "Times scatter by more than exits differ: a quiet machine or more --config samples=N would show the rest."
+        yield "Times scatter by more than exits differ: use a quiet machine or --config samples=N."
     if choice.is_prompt_measured is not None:
         prompt = "the run's largest prompt" if choice.is_prompt_measured else "one picture and 64 tokens of text"
         blocks = "blocks behind the exit" + (" and the global blocks" if choice.skip_global else "")

@@ -3,12 +3,11 @@
 from exitsafe.doctor.blueprint import Blueprint, load_blueprint
 from exitsafe.doctor.plan import Plan, bytes_by_name, make_plan
 from exitsafe.doctor.prompts import Typical, typical_prompt
-from exitsafe.doctor.savings import Savings, count_savings
+from exitsafe.doctor.savings import count_savings
 
 __all__ = [
     "Blueprint",
     "Plan",
-    "Savings",
     "Typical",
     "bytes_by_name",
     "count_savings",

@@ -6,50 +6,16 @@ drops every block after the exit, including those that the default exit never re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitsafe.doctor.blueprint import Blueprint, weights_of
 from exitsafe.doctor.prompts import Typical
+from exitsafe.results.costs import Savings
 
 NUM_ANSWER_TOKENS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Savings:
-    """Floating-point operations of one prompt and its answer, and bytes."""
-
-    default_encoder: int
-    """Operations for the untouched model's image features, including the projector."""
-    encoder: Mapping[int, int]
-    """The same by exit layer."""
-    prefill: int
-    """Operations of the language model over the prompt."""
-    answer: int
-    """Operations of the language model over the answer."""
-    num_answer_tokens: int
-    dropped_bytes: Mapping[int, int]
-    """By exit layer: weights of the blocks that an export at that exit drops."""
-    model_bytes: int
-    """Bytes of all weights."""
-    is_measured: bool
-    """Whether the prompt is the largest of given samples; otherwise one picture and a text are assumed."""
-
-    @property
-    def encoder_share(self) -> float:
-        """The encoder's share of encoder and prefill: the most that an early exit can save before the first token."""
-        return self.default_encoder / (self.default_encoder + self.prefill)
-
-    def saved(self, exit_layer: int) -> int:
-        """Operations that the exit saves compared with the default exit; negative for deeper exits."""
-        return self.default_encoder - self.encoder[exit_layer]
-
-    def saved_share(self, exit_layer: int) -> float:
-        """The share of the operations for a whole answer at the default exit that the exit saves."""
-        return self.saved(exit_layer) / (self.default_encoder + self.prefill + self.answer)
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pydantic import NonNegativeFloat
+
 from exitsafe.errors import InputError
 from exitsafe.exits.layers import check_exit_layer
 from exitsafe.records import Progress, Sample
@@ -31,11 +33,11 @@ NEW_TOKENS = 9
 class Pass:
     """One request answered once, in milliseconds."""
 
-    encoder_ms: float
+    encoder_ms: NonNegativeFloat
     """From pixels on the host to features behind the projector."""
-    prefill_ms: float
+    prefill_ms: NonNegativeFloat
     """From features to the first logits."""
-    decode_ms_per_token: float
+    decode_ms_per_token: NonNegativeFloat
 
     def answer_ms(self, num_tokens: int) -> float:
         """The time for a whole answer of `num_tokens` tokens."""

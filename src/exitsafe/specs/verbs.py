@@ -196,19 +196,26 @@ class RecommendSpec(Spec):
 
     run: Run
     limits: Limits = Limits()
+    time: Annotated[
+        bool, Flag("Load the run's model, measure its times on this machine and count what exits save.")
+    ] = False
     answer_tokens: Annotated[Count, Key("Tokens in an answer whose time is weighed.")] = 64
     num_samples: Annotated[Count, Key("Samples to time, one at a time, three times each.", "samples")] = 8
     device: Annotated[str | None, Flag("auto, cpu or cuda:N.", "DEVICE", default="as in the audit")] = None
-    no_latency: Annotated[bool, Flag("Do not measure times; the model is not needed.")] = False
     trust_remote_code: TrustRemoteCode = False
     out: Annotated[Path | None, Flag("Also write every number to this file.", "FILE.json")] = None
 
     @model_validator(mode="after")
     def _measures_what_it_needs(self) -> Self:
-        given = self.model_fields_set | self.limits.model_fields_set
-        for name, spelled in (("max_ms", "--max-ms"), ("num_samples", "samples"), ("device", "--device")):
-            if self.no_latency and name in given:
-                raise InputError(f"{spelled} needs measured times; drop it or --no-latency")
+        measuring = {
+            "answer_tokens": "answer_tokens",
+            "num_samples": "samples",
+            "device": "--device",
+            "trust_remote_code": "--trust-remote-code",
+        }
+        for name, spelled in measuring.items():
+            if not self.time and name in self.model_fields_set:
+                raise InputError(f"{spelled} is for measuring; add --time or drop it")
         return self
 
 
