@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +166,7 @@ def test_judging_further_killed_at_every_write_ends_the_same(tmp_path: Path) -> 
     number, was_killed = 0, True
     while was_killed:
         out = Path(shutil.copytree(tmp_path / "audited", tmp_path / str(number)))
-        was_killed = killed_at_sync(number, lambda out=out: exitsafe.judge(out, SAMPLES, judges=[Guard()]))
+        was_killed = killed_at_sync(number, partial(exitsafe.judge, out, SAMPLES, judges=[Guard()]))
         assert exitsafe.load_run(out).summary["layers"]  # readable at any time
         exitsafe.judge(out, SAMPLES, judges=[Guard()])
         assert content(out) == content(tmp_path / "whole"), f"killed at write {number}"

@@ -22,8 +22,8 @@ from exitsafe.lppo.parallel import this_team
 from exitsafe.lppo.policy import Policy, PolicyOutput
 from exitsafe.lppo.update import Learner
 from tests.forks import together
-from tests.lppo.conftest import count_red, make_samples, tiny_config
-from tests.lppo.test_trainer import CountRed, assert_same_run, interrupt
+from tests.lppo.conftest import CountRed, count_red, make_samples, tiny_config
+from tests.lppo.test_trainer import assert_same_run, interrupt
 
 WHOLE = 10_000
 
