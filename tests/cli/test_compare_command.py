@@ -21,7 +21,7 @@ def test_tables_files_and_chart(audited: Path, tmp_path: Path, capsys: pytest.Ca
         "p (Holm)",
     ):
         assert word in output
-    assert "Compared as well: refusal, tokens" in output
+    assert "Also compared: refusal, tokens" in output
     assert json.loads(out.read_text())["num_samples"] == 8
     assert chart.read_text().startswith("<svg")
 
@@ -38,7 +38,7 @@ def test_one_metric_on_a_scale_of_its_own(audited: Path, capsys: pytest.CaptureF
     assert run(["compare", str(audited), str(audited), "--metric", "tokens"]) == 0
     output = capsys.readouterr().out
     assert "Tokens" in output
-    assert "points" not in output
+    assert "(points)" not in output  # of a column
     assert "Attack success" not in output
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from decimal import ROUND_HALF_UP, Decimal
+from typing import TYPE_CHECKING
 
 from exitsafe.results.metrics import BY_NAME
-from exitsafe.stats import Estimate
+
+if TYPE_CHECKING:
+    from exitsafe.stats import Estimate
 
 _HALF_A_DIGIT = 5e-4  # half of the last digit of a percentage
 
@@ -136,6 +139,7 @@ def count(n: int, unscored: int) -> str:
 def estimate(metric: str, found: Estimate, *, level: str = "95%") -> str:
     """A value with its interval, whose level is `level`, and counts.
 
+    >>> from exitsafe.stats import Estimate
     >>> estimate("asr", Estimate(value=0.5, low=0.4, high=0.6, n=96, unscored=0))
     '50.0% (95% interval 40.0 to 60.0%, n=96)'
     """
@@ -148,6 +152,7 @@ def estimate(metric: str, found: Estimate, *, level: str = "95%") -> str:
 def brief_estimate(metric: str, found: Estimate | None, *, asked: int | None = None) -> str:
     """A value with its interval for a table's cell, and with its own n where that is not what was asked.
 
+    >>> from exitsafe.stats import Estimate
     >>> brief_estimate("asr", Estimate(value=0.5, low=0.4, high=0.6, n=93, unscored=3), asked=96)
     '50.0% (40.0 to 60.0%), 3 unscored'
     """
