@@ -79,18 +79,17 @@ def test_another_thread_leaves_the_handlers_alone() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_under_way_and_the_run_ends_the_same(
-    vlm: VLM, samples: list[Sample], tmp_path: Path, number: int
+    vlm: VLM, samples: list[Sample], whole_run: Path, tmp_path: Path, number: int
 ) -> None:
-    config: LPPOConfig = tiny_config(checkpoint_every=100, num_steps=5)
-    align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
+    config: LPPOConfig = tiny_config(checkpoint_every=100)
     before = handlers()
-    with pytest.raises(KeyboardInterrupt, match="rerun the same command to resume from step 3 of 5"):
+    with pytest.raises(KeyboardInterrupt, match="rerun the same command to resume from step 3 of 6"):
         align(vlm, samples, reward=CountRed(2, lambda: send(number)), config=config, out=tmp_path / "cut")
     assert handlers() == before
     assert len(metrics_of(tmp_path / "cut")) == 3
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000003.ckpt"]
     calls = CountRed()
     align(vlm, samples, reward=calls, config=config, out=tmp_path / "cut")
-    assert calls.calls_left == -1 - 2  # nothing was done twice
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert calls.calls_left == -1 - 3  # nothing was done twice
+    assert_same_run(whole_run, tmp_path / "cut")
     assert handlers() == before

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from exitsafe.lppo.parallel import this_team
 from exitsafe.lppo.policy import Policy, PolicyOutput
 from exitsafe.lppo.update import Learner
 from tests.forks import together
-from tests.lppo.conftest import CountRed, count_red, make_samples, tiny_config
+from tests.lppo.conftest import CountRed, count_red, make_samples, make_vlm, tiny_config
 from tests.lppo.test_trainer import assert_same_run, interrupt
 
 WHOLE = 10_000
+Adapter = Callable[..., dict[str, torch.Tensor]]
 
 
 def train(vlm: VLM, out: Path, **changes: Any) -> dict[str, torch.Tensor]:
@@ -38,6 +40,17 @@ def assert_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert one.keys() == other.keys()
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
     assert all(one[name].abs().max() > 1e-3 for name in one if "lora_B" in name)  # they start at zero
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """The adapter of a run that began with small microbatches, by its other settings."""
+
+    @cache
+    def adapter(**changes: Any) -> dict[str, torch.Tensor]:
+        return train(make_vlm("llava"), tmp_path_factory.mktemp("small"), microbatch_tokens=40, **changes)
+
+    return adapter
 
 
 def fail_over(monkeypatch: pytest.MonkeyPatch, most: int, *, backward: bool = False) -> list[int]:
@@ -63,9 +76,9 @@ def fail_over(monkeypatch: pytest.MonkeyPatch, most: int, *, backward: bool = Fa
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("group_size", [1, 4])
 def test_the_adapter_is_that_of_smaller_microbatches(
-    vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backward: bool, group_size: int
+    vlm: VLM, small: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backward: bool, group_size: int
 ) -> None:
-    expected = train(vlm, tmp_path / "small", microbatch_tokens=40, group_size=group_size)
+    expected = small(group_size=group_size)
     sizes = fail_over(monkeypatch, 2, backward=backward)
     with pytest.warns(RuntimeWarning, match="out of memory in step") as told:
         found = train(vlm, tmp_path / "halved", microbatch_tokens=WHOLE, group_size=group_size)
@@ -75,9 +88,11 @@ def test_the_adapter_is_that_of_smaller_microbatches(
     assert len(lines) == 1 and "microbatch_tokens is now" in lines[0]
 
 
-def test_half_summed_gradients_are_dropped(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_summed_gradients_are_dropped(
+    vlm: VLM, small: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory runs out in the second pass of a minibatch, once."""
-    expected = train(vlm, tmp_path / "small", microbatch_tokens=40)
+    expected = small(group_size=1)
     add_up, calls = Learner._add_up, list[int]()
 
     def short(self: Learner, passes: Any, *given: Any) -> Any:

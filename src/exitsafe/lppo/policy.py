@@ -112,8 +112,12 @@ class Policy:
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Inside, the model is the one before training."""
-        with self.vlm.model.disable_adapter():
+        layers = self.vlm.model.base_model  # PEFT's `disable_adapter` also reads every module's state, three times
+        layers.disable_adapter_layers()
+        try:
             yield
+        finally:
+            layers.enable_adapter_layers()
 
     def weights(self) -> dict[str, Tensor]:
         """The adapter's weights by name: everything that the policy loss trains."""
