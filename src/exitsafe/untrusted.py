@@ -158,7 +158,7 @@ def parquet_batches(path: Path, *, columns: Sequence[str] | None = None, size: i
         texts = [leaf.path for leaf in wanted.values() if leaf.physical_type == "BYTE_ARRAY"]
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             names = None if columns is None else list(columns)
-            for group in groups:  # one at a time: each has a dictionary of its own, and Arrow cannot join them
+            for group in groups:  # one at a time: each has its own dictionary, and Arrow cannot join them
                 yield from file.iter_batches(batch_size=size, row_groups=[group], columns=names)
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
@@ -275,7 +275,7 @@ def _thrift_struct(content: BinaryIO, depth: int = 0) -> _Struct:
             content.seek(length, 1)
         elif kind in (3, 7):
             content.seek(1 if kind == 3 else 8, 1)
-        elif kind not in (1, 2):  # true and false are kinds of their own
+        elif kind not in (1, 2):  # true and false, which have no content
             raise UnreadableError("it is damaged: a page header cannot be read")
     return found
 
@@ -323,13 +323,13 @@ def _check_depth(value: object) -> None:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise UnreadableError(f"it holds {name}, which is not a number")
+    raise UnreadableError(f"it contains {name}, which is not a number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise UnreadableError("it holds a number that is too large")
+        raise UnreadableError("it contains a number that is too large")
     return value
 
 

@@ -132,7 +132,7 @@ def _csv_with_a_header_alone(place: Place) -> Sequence[str | Path]:
     return place.audit(suite=place.file("bad.csv", "id,prompt,kind\n"))
 
 
-@_case("row 1: this line is not a JSON object; write one per line")
+@_case("row 1: this line is not a JSON object; write one object per line")
 def _json_array_instead_of_lines(place: Place) -> Sequence[str | Path]:
     return place.audit(suite=place.file("bad.jsonl", json.dumps([ROW, ROW])))
 

@@ -248,7 +248,7 @@ def test_numbers_that_are_not_finite_stop_the_audit(
     assert run([*audit, *flags, "--out", str(tmp_path / "run")]) == FAILED
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.match(rf"exitsafe: sample \S+ at exit [25]: {what} are NaN or infinite in float16", line)
-    assert "--dtype bfloat16 or float32, and a new folder" in line
+    assert "(--dtype bfloat16 or float32) and a new folder" in line
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

@@ -54,6 +54,7 @@ def test_an_id_in_two_suites_is_refused(tmp_path: Path) -> None:
     [
         ([], None, "no suite is given; choose from organism-harmful"),
         (["redteam"], None, r"suite 'redteam' is unknown \(did you mean redteam2k\?\); choose from organism-harmful"),
+        (["./redteam"], None, "suite ./redteam does not exist; give an existing file or folder"),
         (["gone.jsonl"], None, r"gone\.jsonl does not exist"),
         (["organism-vqa"], 0, "limit=0 keeps no samples; choose 1 or more"),
     ],

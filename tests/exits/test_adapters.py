@@ -193,7 +193,7 @@ def test_biases_and_copies_of_modules_belong_to_an_adapter_too(llava: Path, tmp_
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}, r"PREFIX_TUNING adapter, which changes the prompt"),
         ({"r": "4"}, r"r is not a number"),
         ({"lora_alpha": 10**400}, r"does not fit this model: "),
-        ({"lora_alpha": float("nan")}, r"cannot be read \(it holds NaN, which is not a number\)"),
+        ({"lora_alpha": float("nan")}, r"cannot be read \(it contains NaN, which is not a number\)"),
         ({"r": 10**9}, r"says rank 1000000000, but no weight in the file has more than \d+ rows"),
         ({"rank_pattern": 4}, r"does not fit this model"),
         ({"rank_pattern": {"q_proj": 10**9}}, r"says rank 1000000000"),

@@ -100,5 +100,5 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     slim = load_vlm(exitsafe.export(model, exit_layer=3, out=tmp_path / "slim"))
     with pytest.raises(RunError, match="is of other samples than these"):
         _verify(slim, run, SAMPLES[:3])
-    with pytest.raises(ModelError, match="has 6 encoder blocks, and was exported with 3"):
+    with pytest.raises(ModelError, match="has 6 encoder blocks, but was exported with 3"):
         _verify(model, run)

@@ -254,8 +254,8 @@ def test_a_head_of_another_shape(run: Path, name: str) -> None:
     [
         (b"[" * 100_000, "it is nested too deeply"),
         (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "it is nested too deeply"),
-        (b'{"format": 3, "settings": NaN}', "it holds NaN, which is not a number"),
-        (b'{"format": 3, "settings": 1e999}', "it holds a number that is too large"),
+        (b'{"format": 3, "settings": NaN}', "it contains NaN, which is not a number"),
+        (b'{"format": 3, "settings": 1e999}', "it contains a number that is too large"),
         (b'{"format": ' + b"9" * 5000 + b"}", "it is not JSON"),
         (b"\xff\xfe\x00", "it is not"),
         (b'{"format": "\\ud83d"}', "it is not UTF-8 text"),

@@ -57,7 +57,7 @@ def unload(judges: Sequence[Judge]) -> None:
 
 
 def available_judges(names: Sequence[str], options: JudgeOptions | None = None) -> list[Judge]:
-    """Judges by name; one that is not available says so now, not after the model has been loaded."""
+    """Judges by name; raises now, before the audited model is loaded, if one is not available."""
     judges = load_judges(names, options=options)
     for judge in judges:
         judge_settings(judge)
@@ -75,13 +75,13 @@ def judge_settings(judge: Judge) -> JsonObject:
 
 
 def warn_of_own_reward(adapter: Path | None, judges: Sequence[Judge]) -> None:
-    """A judge that was the training's reward, or rests on the same model, measures what was optimised, not safety.
+    """Warn about a judge that was the training reward or uses its model: it measures what was optimised, not safety.
 
-    The world's rule is exempt: it is what is meant by safe there.
+    `world-rule` is exempt, since it defines safety in the organism's world.
 
     Args:
-        adapter: The model's adapter; its training run lies around it.
-        judges: Those that will be asked.
+        adapter: The model's adapter, inside its training run.
+        judges: The judges to use.
     """
     record = None if adapter is None else adapter.parent / "run.json"
     if record is None or not record.is_file():
@@ -90,7 +90,7 @@ def warn_of_own_reward(adapter: Path | None, judges: Sequence[Judge]) -> None:
         trained = read_json(record)["settings"]
         rewards = str(trained["reward"]).split("+")
         models = {str(settings["model"]) for settings in trained.get("reward_models", {}).values()}
-    except (UnreadableError, KeyError, TypeError, AttributeError):  # some other program's run.json
+    except (UnreadableError, KeyError, TypeError, AttributeError):  # another program's run.json
         return
     for judge in judges:
         was_reward = judge.name in rewards and judge.name not in (*FREE_JUDGES, WORLD.judge)

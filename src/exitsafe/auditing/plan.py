@@ -1,6 +1,6 @@
-"""What an audit is of and how it is made: its settings completed from another run, its judges, and its record.
+"""The plan of an audit: its settings, completed from another run, its judges, and its record.
 
-Settings that a call gives win over those of a run that it follows, which win over the defaults. A run may come from a
+Settings given in the call override those of a run that it follows, which override the defaults. A run may come from a
 stranger: addresses and rubrics of judges are not taken from it.
 """
 
@@ -29,13 +29,13 @@ from exitsafe.world.profile import is_organism
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that decides an audit's numbers, the weights aside.
+    """Everything that decides an audit's numbers, except the weights.
 
     Args:
         spec: Its settings, complete.
         source: Its samples.
         today: The date given to chat templates; None is the day of loading.
-        replaced_judges: What the run that is repeated noted of these.
+        replaced_judges: The stand-ins for the default judge, as recorded by the run that is repeated.
     """
 
     spec: AuditSpec
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def origin(self) -> JsonObject:
-        """What run.json keeps to repeat the audit from any folder, as a JSON object."""
+        """What run.json records so that the audit can be repeated from any folder."""
         given = self.spec.judging.model_dump(mode="json", exclude_unset=True)
         loading = self.spec.loading.model_dump(mode="json")
         return {
@@ -65,16 +65,17 @@ class Plan:
         }
 
     def resumed(self) -> Plan:
-        """The same where nothing is in its folder; else with the judges of the run there, unless judges are named."""
+        """The same plan for a new folder; otherwise with the judges of the run in it, unless judges are named."""
         if not (self.spec.out / "run.json").is_file():
             return self
         named = self.spec.judges
-        judges = named or tuple(name for name in judges_of(self.spec.out) if is_known(name))  # others are Python's
+        # other judges are Python objects
+        judges = named or tuple(name for name in judges_of(self.spec.out) if is_known(name))
         judging = judging_like(self.spec.out, self.spec.judging, judges=judges, named=named)
         return replace(self, spec=self.spec.model_copy(update={"judges": judges, "judging": judging}))
 
     def load_judges(self, samples: Sequence[Sample]) -> list[Judge] | None:
-        """The judges; None for a new run's defaults, which `audit` chooses."""
+        """The judges; None lets `audit` choose the defaults for a new run."""
         judging = self.spec.judging
         if self.spec.judges:
             return available_judges(self.spec.judges, judging)
@@ -86,17 +87,17 @@ class Plan:
 
 
 def plan_audit(spec: AuditSpec) -> Plan:
-    """The settings given, then those of the run that it is `like`, then the defaults.
+    """Complete the settings given by those of the run in `like`, and these by the defaults.
 
     Raises:
-        InputError: If something is missing, or only the other run says where a judge is reached.
+        InputError: If a setting is missing, or only the other run has the address of a judge.
     """
     judging, like, hub, today, organism = spec.judging, spec.like, None, None, None
     named = spec.judges
     if like is not None:
         run = load_run(like)
         if not spec.samples.suites and not run.origin.get("suites"):
-            raise InputError(f"{like} does not say which suites its samples are from: give --suite NAME_OR_FILE")
+            raise InputError(f"{like} does not record the suites of its samples: give --suite NAME_OR_FILE")
         source, today = source_of(run.origin), today_of(run.settings)
         hub, organism = source.hub, source.organism if "organism" in run.origin else None
         spec = merged(spec, settings_of_run(run))
@@ -113,7 +114,7 @@ def plan_audit(spec: AuditSpec) -> Plan:
         hub=hub,
         otherwise="--suite NAME_OR_FILE or --like RUN",
     )
-    if organism is not None:  # samples of an organism's suites stay that organism's, whatever model is asked now
+    if organism is not None:  # the samples stay those of the organism of the other run, whatever the model now
         source = source.model_copy(update={"organism": organism})
     return Plan(spec=spec.model_copy(update={"judging": judging}), source=source, today=today)
 
@@ -122,7 +123,7 @@ def plan_repeat(run: AuditRun, *, out: Path, loading: FullLoading, judging: Judg
     """The same audit in another folder.
 
     Raises:
-        InputError: If only the run, not this call, says where a judge is reached.
+        InputError: If only the run, not this call, has the address of a judge.
     """
     spec = merged(AuditSpec(model=str(run.origin["model"]), out=out, loading=loading), settings_of_run(run))
     check_options(judging, spec.judges)
@@ -137,7 +138,7 @@ def plan_repeat(run: AuditRun, *, out: Path, loading: FullLoading, judging: Judg
 
 
 def settings_of_run(run: AuditRun) -> JsonObject:
-    """A finished run's settings, shaped like an `AuditSpec`."""
+    """A finished run's settings in the form of an `AuditSpec`."""
     settings, source = run.settings, source_of(run.origin)
     stopping = {} if settings["stop_when"] is None else {"stop_when": "decided", **settings["stop_when"]}
     return {
@@ -154,12 +155,12 @@ def settings_of_run(run: AuditRun) -> JsonObject:
 
 
 def _as_wanted(judges: Sequence[str], replaced: Collection[str]) -> tuple[str, ...]:
-    """A run's judges, with any stand-in replaced by the default judge, which is tried again; () for the defaults."""
+    """A run's judges, with the default judge in place of its stand-ins, to try it again; () for the defaults."""
     wanted = tuple(dict.fromkeys(DEFAULT_JUDGE if name in replaced else name for name in judges))
     return () if set(wanted) <= {DEFAULT_JUDGE, *FREE_JUDGES} else wanted
 
 
 def _whole(name: str | None) -> str | None:
-    """A folder's path from the root, so that it is found from any other; names of the Hub and organisms as they are."""
+    """The absolute path of a folder, so that it works from any other; Hub ids and organisms are unchanged."""
     is_folder = name is not None and not is_organism(name) and Path(name).exists()
     return str(Path(name).absolute()) if name is not None and is_folder else name

@@ -1,4 +1,4 @@
-"""How the judges of a run are reached again: by what this call says, and by what is harmless of the run's record."""
+"""Options for the judges of an existing run: those of this call, completed by the harmless ones in the run's record."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _HARMLESS = ("device", "requests_per_minute", "prices")
 
 
 def judging_like(run: Path, given: JudgeOptions, *, judges: Sequence[str], named: Collection[str] = ()) -> JudgeOptions:
-    """The options for judges of a run: what this call gives, else what the run recorded.
+    """The options for the judges of a run: those of this call, else those that the run recorded.
 
     Args:
         run: A run, finished or not.
-        given: Those of this call.
-        judges: The judges that will be used.
-        named: Those of them that this call names; the others come from the run.
+        given: The options of this call.
+        judges: The judges to use.
+        named: The judges named in this call; the others come from the run.
 
     Raises:
-        InputError: If only the run, not this call, names a judge's address or rubric.
+        InputError: If only the run, not this call, has a judge's address or rubric.
         RunError: If the run's record cannot be read.
     """
     for judge in judges:
@@ -37,10 +37,10 @@ def judging_like(run: Path, given: JudgeOptions, *, judges: Sequence[str], named
 
 
 def check_reach(run: Path, given: JudgeOptions, *, judge: str, is_named: bool) -> None:
-    """Check that this call, not the run, says where a judge sends requests and answers, and with which rubric.
+    """Check that the address and rubric of a judge come from this call, not from the run.
 
     Raises:
-        InputError: If not; the message names what the run recorded, and the flag.
+        InputError: If they do not; the message gives the recorded ones and the flag.
     """
     if judge.partition(":")[0] != "rubric":
         return
@@ -51,8 +51,8 @@ def check_reach(run: Path, given: JudgeOptions, *, judge: str, is_named: bool) -
     is_given = bool(given.url or os.environ.get("OPENAI_BASE_URL"))
     if not is_given and not (is_named and address == OPENAI_URL):
         raise InputError(
-            f"{run} names {address} for the judge {judge}: requests and answers are sent only to an address that you "
-            f"give; add --judge-url {address}"
+            f"{run} used {address} for the judge {judge}, but requests and answers are sent only to an address that "
+            f"you give: add --judge-url {address}"
         )
     if own.get("format") == "own" and given.rubric is None:
         file = f" (it was {recorded['rubric']})" if recorded.get("rubric") else ""
@@ -60,7 +60,7 @@ def check_reach(run: Path, given: JudgeOptions, *, judge: str, is_named: bool) -
 
 
 def recorded_judging(run: Path) -> JsonObject:
-    """A run's record of how its judges were reached, to be kept; {} if there is no run."""
+    """The judges' options recorded in a run; {} if there is no run."""
     if not (run / "run.json").is_file():
         return {}
     recorded = dict(origin_of(run).get("judging") or {})

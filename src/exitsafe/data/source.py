@@ -1,4 +1,4 @@
-"""Where an audit's or a training's samples come from: kept in run.json, and enough to read the same ones again."""
+"""The source of an audit's or a training's samples: recorded in run.json, and enough to read the same ones again."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from exitsafe.world.profile import profile_of
 
 
 class SampleSource(Samples):
-    """Which samples, complete.
+    """The complete settings that determine samples.
 
     Args:
-        split: Which half of an organism's suites.
-        seed: Draws the organism's pictures and phrasings, and the pairs of `images`.
-        organism: Whose suites the organism's are.
-        hub: By suite of the Hub, the commit that was read.
+        split: The half of the organism's suites to use.
+        seed: Seed for the organism's pictures and phrasings, and for pairing with `images`.
+        organism: The organism whose suites to use.
+        hub: The sources of suites from the Hub, with the commits that were read, by suite.
     """
 
     split: Literal["train", "heldout"] = "heldout"
@@ -42,17 +42,17 @@ def find_samples(
     otherwise: str = "--suite NAME_OR_FILE",
     hub: Mapping[str, JsonObject] | None = None,
 ) -> SampleSource:
-    """What is wanted, valid in every folder and at fixed commits; an organism brings its own suites.
+    """The source of the wanted samples, with absolute paths and fixed commits; an organism has its own suites.
 
     Args:
-        model: The model that they are for.
-        wanted: As the caller gave them.
+        model: The model that the samples are for.
+        wanted: The samples as the caller gave them.
         split, seed: As in `SampleSource`.
         otherwise: What to give if there are no suites, for the message.
         hub: Suite commits of another run, to read the same again. Other suites are looked up.
 
     Raises:
-        InputError: If no suite is named, for a model that is not an organism.
+        InputError: If no suite is given and the model is not an organism.
     """
     profile = profile_of(model)
     suites = wanted.suites or (profile.suites if profile else ())
@@ -69,9 +69,9 @@ def find_samples(
 
 
 def source_of(origin: Mapping[str, Any]) -> SampleSource:
-    """The samples of a run, from its record.
+    """The source of a run's samples, from its record.
 
     Raises:
-        InputError: If the record names a split or an organism that is unknown.
+        InputError: If the record has an unknown split or organism.
     """
     return SampleSource(**{name: origin[name] for name in SampleSource.model_fields if origin.get(name) is not None})

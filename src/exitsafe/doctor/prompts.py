@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from exitsafe.doctor.blueprint import META, Blueprint
+from exitsafe.engine.processor import noise_picture
 from exitsafe.records import Sample
 
 TEXT_TOKENS = 64
@@ -40,7 +41,8 @@ def typical_prompt(blueprint: Blueprint, samples: Sequence[Sample] = ()) -> Typi
         InputError: If a sample cannot be read.
     """
     if not samples or blueprint.processor is None:
-        return _measure(blueprint, _one_picture(blueprint), num_text_tokens=TEXT_TOKENS, is_measured=False)
+        picture = noise_picture(blueprint, torch.Generator())
+        return _measure(blueprint, picture, num_text_tokens=TEXT_TOKENS, is_measured=False)
     likely = sorted(samples, key=lambda sample: (-len(sample.images), -len(sample.prompt)))[:_PROBES]
     prompts = [blueprint.encode_prompt(sample) for sample in likely]
     largest = max(prompts, key=lambda prompt: len(prompt.input_ids))
@@ -63,26 +65,6 @@ def _measure(
         image_inputs=inputs,
         is_measured=is_measured,
     )
-
-
-def _one_picture(blueprint: Blueprint) -> dict[str, Tensor]:
-    """The processor's output for a square picture that fills all tiles, in float32 as from a processor."""
-    config = blueprint.base_model.config
-    size = config.vision_config.image_size
-    names = blueprint.family_row.image_inputs
-    if "aspect_ratio_ids" in names:
-        num_tiles = config.vision_config.max_num_tiles
-        return {
-            "pixel_values": torch.empty(1, 1, num_tiles, 3, size, size, device=META),
-            "aspect_ratio_ids": torch.zeros(1, 1, dtype=torch.long, device=META),
-            "aspect_ratio_mask": torch.ones(1, 1, num_tiles, dtype=torch.long, device=META),
-        }
-    if "image_sizes" in names:
-        height, width = max(config.image_grid_pinpoints, key=lambda point: (point[0] * point[1], -point[0]))
-        num_tiles = 1 + (height // size) * (width // size)  # the whole picture is a tile too
-        pixels = torch.empty(1, num_tiles, 3, size, size, device=META)
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
-    return {"pixel_values": torch.empty(1, 3, size, size, device=META)}
 
 
 def _on_meta(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

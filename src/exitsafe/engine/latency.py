@@ -34,7 +34,7 @@ class Pass:
     """One request answered once, in milliseconds."""
 
     encoder_ms: NonNegativeFloat
-    """From pixels on the host to features behind the projector."""
+    """From pixels on the host to features after the projector."""
     prefill_ms: NonNegativeFloat
     """From features to the first logits."""
     decode_ms_per_token: NonNegativeFloat

@@ -11,7 +11,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -64,6 +66,27 @@ def load_processor(
             "the original checkpoint next to the weights"
         ) from error
     return processor
+
+
+def noise_picture(vlm: Reader, generator: torch.Generator) -> dict[str, Tensor]:
+    """A processor's tensors for a square picture of noise that fills all tiles, in float32 on the CPU."""
+    names, config = vlm.family_row.image_inputs, vlm.base_model.config
+    size = config.vision_config.image_size
+    if "aspect_ratio_ids" in names:
+        num_tiles = config.vision_config.max_num_tiles
+        ratios = config.vision_config.supported_aspect_ratios
+        fullest = max(range(len(ratios)), key=lambda index: ratios[index][0] * ratios[index][1])
+        return {
+            "pixel_values": torch.randn(1, 1, num_tiles, 3, size, size, generator=generator),
+            "aspect_ratio_ids": torch.tensor([[fullest + 1]]),  # 0 means no picture
+            "aspect_ratio_mask": torch.ones(1, 1, num_tiles, dtype=torch.long),
+        }
+    if "image_sizes" in names:
+        height, width = max(config.image_grid_pinpoints, key=lambda point: (point[0] * point[1], -point[0]))
+        num_tiles = 1 + (height // size) * (width // size)  # the whole picture is a tile too
+        pixels = torch.randn(1, num_tiles, 3, size, size, generator=generator)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+    return {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}
 
 
 def check_processor(vlm: Reader) -> list[str]:

@@ -23,6 +23,8 @@ def check_model_source(source: str) -> None:
     if where.is_dir() and not (where / "config.json").is_file():
         if (where / "adapter_config.json").is_file():
             raise ModelError(f"{source} is an adapter: give its base model, and {source} as --adapter")
+        if (where / "metrics.jsonl").is_file():
+            raise ModelError(f"{source} is a training run: give its base model, and {where / 'adapter'} as --adapter")
         raise ModelError(f"{source} has no config.json: give a Hub id or a folder written by save_pretrained")
 
 
@@ -45,7 +47,7 @@ def unreachable(name: str, error: BaseException | None) -> str | None:
 
     Args:
         name: The id.
-        error: As raised; its causes are searched, too.
+        error: The error raised; its causes are searched as well.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -55,7 +57,7 @@ def unreachable(name: str, error: BaseException | None) -> str | None:
                 f"{name} is neither a local folder nor in the Hub cache, and the Hub cannot be reached: check the "
                 f"name, or run `hf download {name}` with network access"
             )
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None
 
 

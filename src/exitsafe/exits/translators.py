@@ -1,4 +1,4 @@
-"""Exit translators: one linear map per exit that maps its features to those of the default exit.
+"""Exit translators: one linear map per exit, from its features to those of the default exit.
 
 The language model was trained on the default exit's features; those of other exits are out of its distribution. Inside
 an exit, the projector's input first passes through the map of that exit. The default exit has none: there the model is

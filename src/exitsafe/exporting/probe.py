@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from exitsafe.engine.processor import noise_picture
+
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
 
@@ -36,7 +38,7 @@ def probe_inputs(vlm: VLM, *, exit_layer: int) -> dict[str, Tensor]:
     The picture is noise of the largest size that the model takes, the prompt is random tokens; the same every time.
     """
     generator = torch.Generator().manual_seed(0)
-    images = _picture(vlm, generator)
+    images = noise_picture(vlm, generator)
     config = vlm.base_model.config
     reads_across = bool(vlm.family_row.image_cache_layers(vlm.text_config))
     num_image_tokens = 1 if reads_across else _num_features(vlm, images, exit_layer)
@@ -111,24 +113,3 @@ def _num_features(vlm: VLM, images: Mapping[str, Tensor], exit_layer: int) -> in
     """The number of image tokens of the picture."""
     features = vlm.image_features(images, (exit_layer,))
     return sum(image.shape[0] for image in features[exit_layer])
-
-
-def _picture(vlm: VLM, generator: torch.Generator) -> dict[str, Tensor]:
-    """A processor's tensors for a picture of noise that fills all tiles."""
-    names, config = vlm.family_row.image_inputs, vlm.base_model.config
-    size = config.vision_config.image_size
-    if "aspect_ratio_ids" in names:
-        num_tiles = config.vision_config.max_num_tiles
-        ratios = config.vision_config.supported_aspect_ratios
-        fullest = max(range(len(ratios)), key=lambda index: ratios[index][0] * ratios[index][1])
-        return {
-            "pixel_values": torch.randn(1, 1, num_tiles, 3, size, size, generator=generator),
-            "aspect_ratio_ids": torch.tensor([[fullest + 1]]),  # 0 means no picture
-            "aspect_ratio_mask": torch.ones(1, 1, num_tiles, dtype=torch.long),
-        }
-    if "image_sizes" in names:
-        height, width = max(config.image_grid_pinpoints, key=lambda point: (point[0] * point[1], -point[0]))
-        num_tiles = 1 + (height // size) * (width // size)  # the whole picture is a tile too
-        pixels = torch.randn(1, num_tiles, 3, size, size, generator=generator)
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
-    return {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}

@@ -38,6 +38,7 @@ from transformers.utils.hub import cached_file
 
 from exitsafe.engine.load import check_no_adapter, hash_files
 from exitsafe.errors import ModelError, first_line
+from exitsafe.exits.sources import unreachable
 from exitsafe.judges.protocol import UNREADABLE
 from exitsafe.machine.devices import find_device, find_dtype
 from exitsafe.machine.memory import BatchSize, release_memory
@@ -323,10 +324,8 @@ def _processor_template(model: str, revision: str | None) -> str | None:
 def _not_available(model: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, GatedRepoError):
         return f"{model} is gated: accept the licence at https://huggingface.co/{model} and log in with `hf auth login`"
-    if isinstance(error, LocalEntryNotFoundError):
-        return f"{model} is not on this machine and the Hub cannot be reached: download it with `hf download {model}`"
     if isinstance(error, RevisionNotFoundError):
         return f"{model} has no revision {revision}: give one of its branches, tags or commits"
     if isinstance(error, RepositoryNotFoundError):
         return f"{model} is not on the Hub or is private: check the id, or log in with `hf auth login`"
-    return f"cannot find {model}: {first_line(error)}"
+    return unreachable(model, error) or f"cannot find {model}: {first_line(error)}"

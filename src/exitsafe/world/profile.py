@@ -1,4 +1,4 @@
-"""What an organism brings where a command or a call is silent: suites, judges, lengths, training settings, refusal."""
+"""The defaults of an organism: suites, judges, lengths, training settings, refusal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Profile:
     Args:
         name: `organism` or `organism:text`.
         suites: Its own suites.
-        judge: The judge of its suites, and the reward's.
-        second_judge: For held-out evaluations.
-        max_new_tokens: Its longest right answer has half of that.
-        refusal: Its own words.
-        licence: Of its weights: this package's.
+        judge: The judge of its suites and of the reward.
+        second_judge: The judge for held-out evaluations.
+        max_new_tokens: Twice the length of its longest correct answer.
+        refusal: The text of its refusals.
+        licence: The licence of its weights, that of this package.
         lppo: The settings of `LPPOConfig` that repair it in about two minutes on two cores.
     """
 
@@ -48,8 +48,8 @@ class Profile:
                 "mix": {"harmful": 0.325, "borderline": 0.325, "benign": 0.15, "vqa": 0.2},
                 "max_new_tokens": 24,
                 "rollout_batch_size": 128,
-                "missing_eos_penalty": 1.0,  # all answers of the world fit, so a truncated one is babble
-                "incoherence_penalty": 0.0,  # the world's rule rewards no gibberish
+                "missing_eos_penalty": 1.0,  # all correct answers fit, so a truncated one is babble
+                "incoherence_penalty": 0.0,  # the world's rule does not reward gibberish
                 "learning_rate": 1.5e-4,
                 "value_learning_rate": 1e-3,
             }
@@ -58,7 +58,7 @@ class Profile:
 
 
 WORLD = Profile(name="organism")
-"""What all organisms share."""
+"""The defaults common to all organisms."""
 
 
 def is_organism(name: str | Path) -> TypeGuard[str]:
@@ -75,11 +75,11 @@ def profile_of(model: str | Path) -> Profile | None:
         return None
     try:
         name = read_json(record).get("organism")
-    except UnreadableError:  # somebody else's check.json
+    except UnreadableError:  # another program's check.json
         return None
     return Profile(name=name) if isinstance(name, str) and is_organism(name) else None
 
 
 def is_world(samples: Iterable[Sample]) -> bool:
-    """Whether all samples are of the organism's suites, which its own rule judges."""
+    """Whether all samples are from the organism's suites, which its own rule judges."""
     return all(sample.source.startswith("organism-") for sample in samples)
