@@ -1,4 +1,4 @@
-"""What `--stop-when decided` saves, and how often it errs: by simulation, or by replaying a finished run.
+"""What `stop_when: decided` saves, and how often it errs: by simulation, or by replaying a finished run.
 
     python -m benchmarks.sequential_saving                          # simulated rates and suites
     python -m benchmarks.sequential_saving runs/before              # every exit of a run, in many random orders

@@ -129,7 +129,7 @@ def test_bad_input(tmp_path: Path) -> None:
     vlm, out = make_vlm(), tmp_path / "maps"
     with pytest.raises(InputError, match="4 benign pictures are too few"):
         fit_translators(vlm, pictures(4), out=out)
-    with pytest.raises(InputError, match="nothing to translate: at the default exit 5"):
+    with pytest.raises(InputError, match="nothing to translate: exit 5 is the default exit"):
         fit_translators(vlm, pictures(5), exit_layers="default", out=out)
     with pytest.raises(InputError, match="choose 1 to 6"):
         fit_translators(vlm, pictures(5), exit_layers=(7,), out=out)

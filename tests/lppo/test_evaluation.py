@@ -357,9 +357,9 @@ def test_kept_apart_evenly_and_twins_go_too(samples: list[Sample]) -> None:
         ({"patience": 0}, "patience=0 must be"),
         ({"max_kl": 0.0}, "max_kl=0.0 must be a number above 0"),
         ({"max_kl": float("nan")}, "max_kl=nan must be a number above 0"),
-        ({"samples": []}, "has samples of no kind"),
+        ({"samples": []}, "the evaluation's samples are none: give harmful ones"),
         ({"samples": [Sample(id="a", prompt="p", kind="harmful")]}, "refusing everything would look best"),
-        ({"samples": [Sample(id="a", prompt="p", kind="benign")]}, "has samples of benign kind"),
+        ({"samples": [Sample(id="a", prompt="p", kind="benign")]}, "the evaluation's samples are benign: give harmful ones"),
     ],
 )
 def test_evaluations_that_make_no_sense(samples: list[Sample], changes: dict[str, Any], message: str) -> None:

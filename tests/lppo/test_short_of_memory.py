@@ -166,7 +166,7 @@ def test_fine_tuning_halves_warns_and_resumes_alike(vlm: VLM, tmp_path: Path, mo
 
         with monkeypatch.context() as patch:
             sizes = fail_over(patch, 4)
-            sft(vlm, make_samples(), with_benign=True, config=config, out=out, progress=stop)
+            sft(vlm, make_samples(), with_benign=True, refusal="red", config=config, out=out, progress=stop)
         return sizes
 
     with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"):

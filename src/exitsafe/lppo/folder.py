@@ -141,7 +141,7 @@ class TrainingFolder:
             return
         for name, mode in _MODES.items():
             file = self.path / name
-            if file.exists():
+            if name == METRICS or file.exists():
                 kept = [line for line in read_lines(file) if line["step"] < step]
                 content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
                 write_whole(file, content.encode(), mode=mode)
