@@ -195,8 +195,9 @@ def _is_there(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
 
 def _numbers(table: pa.Table, name: str, file: str) -> npt.NDArray[np.float64]:
     """A column of finite numbers; NaN where there is no value."""
-    is_there = _is_there(table.column(name))
-    values = _column(table.column(name).cast(pa.float64()).fill_null(np.nan)).astype(np.float64)
+    column = table.column(name).cast(pa.float64())
+    is_there, values = _is_there(column), np.full(len(column), np.nan)
+    values[is_there] = _column(column.drop_null())  # `fill_null` would import pandas, too
     if not np.isfinite(values[is_there]).all() or (name != "score" and (values < 0).any()):
         raise UnreadableError(f"{file}: a value of {name} is not a number{'' if name == 'score' else ' of 0 or more'}")
     return values
