@@ -81,7 +81,7 @@ def test_another_exit_under_a_forged_record(
 ) -> None:
     other = exitsafe.export(load_vlm(tiny_llava), exit_layer=5, out=tmp_path / "other")
     _forge(other, exit_layer=2)
-    assert "has 5 encoder blocks, and was exported with 2" in fail("verify", other, "--against", audited)
+    assert "has 5 encoder blocks, but was exported with 2" in fail("verify", other, "--against", audited)
 
 
 @pytest.mark.parametrize("flags", (["--dtype", "bfloat16"], ["--quantization", "int8"]))
