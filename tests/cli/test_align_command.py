@@ -54,8 +54,9 @@ def test_an_adapter_that_audit_takes(
     after = ["audit", str(tiny_llava), "--adapter", str(out / "adapter"), "--like", str(audited)]
     assert run([*after, "--out", str(tmp_path / "after")]) == 0
     capsys.readouterr()
-    assert run(["compare", str(audited), str(tmp_path / "after")]) == 0
-    assert "8 samples at 3 exit layers in both runs." in capsys.readouterr().out
+    assert run(["compare", str(audited), str(tmp_path / "after"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["num_samples"], [each["exit_layer"] for each in document["layers"]]) == (8, [1, 2, 5])
 
 
 def test_a_judge_as_reward_speaks_first(

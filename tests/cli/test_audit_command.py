@@ -83,7 +83,7 @@ def test_like_a_run_of_the_python_api_needs_suites(audited: Path, tmp_path: Path
     for file in audited.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     edit_head(tmp_path, lambda head: head.update(origin={}))
-    with pytest.raises(InputError, match="does not say which suites"):
+    with pytest.raises(InputError, match="does not record the suites"):
         plan_audit(spec_of("m", like=tmp_path))
     given = spec_of("m", like=tmp_path, samples=Samples(suites=("organism-vqa",)))
     assert plan_audit(given).spec.exit_layers == "1,2,5"
@@ -195,7 +195,7 @@ def test_bad_settings(tiny_llava: Path, suite: Path, audited: Path, tmp_path: Pa
     assert "max_asr=5 must be a number above 0 and below 1" in key("max_asr=5")
     assert "is a folder and has no revisions" in key("revision=v1")
     assert "judge reward needs a model" in fail(*audit, "--judge", "reward")
-    assert "not on this machine" in fail(*audit, "--judge", "llama-guard")
+    assert "neither a local folder nor in the Hub cache" in fail(*audit, "--judge", "llama-guard")
     assert "has no global blocks" in key("skip_global=true")
     assert "--dtype float1 must be auto or float32" in fail(*audit, "--dtype", "float1")
     assert "has no config.json" in fail("audit", suite.parent, "--suite", suite, "--out", out)

@@ -132,7 +132,7 @@ def test_a_run_does_not_choose_where_a_judge_sends_texts(
     change(copied, judging={"url": server[1]})
     line = fail("judge", copied, "--judge", JUDGE)
     assert server[0].requests == []
-    assert f"names {server[1]} for the judge {JUDGE}" in line
+    assert f"used {server[1]} for the judge {JUDGE}" in line
     assert f"add --judge-url {server[1]}" in line
     assert run(["judge", str(copied), "--judge", JUDGE, "--judge-url", server[1]]) == 0
     assert server[0].keys and set(server[0].keys) == {f"Bearer {SECRET}"}

@@ -121,4 +121,4 @@ def test_the_trainer() -> None:
 
     cells = run("The transformers Trainer", Trainer=Trainer, arguments=None, dataset=None, collator=None)
     assert cells["trainer"].metrics.keys() >= {f"exitsafe/asr_L{layer}" for layer in range(1, 9)}
-    assert exitsafe.load_run("runs/watch/step-000100").exit_layers == tuple(range(1, 9))
+    assert exitsafe.load_run("runs/during/step-000100").exit_layers == tuple(range(1, 9))

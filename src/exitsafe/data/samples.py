@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -19,10 +19,8 @@ from exitsafe.records import KINDS, Kind, Sample
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-class Keep(Protocol):
-    """Whether samples of a category are wanted."""
-
-    def __call__(self, category: str) -> bool: ...
+Keep = Callable[[str], bool]
+"""Whether samples of a category are wanted."""
 
 
 def read_samples(
