@@ -49,7 +49,7 @@ def vlm() -> VLM:
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
-    return load_suites(SUITE_NAMES, limit=5)
+    return load_suites(SUITE_NAMES, limit=3)
 
 
 def _audit(vlm: VLM, samples: Sequence[Sample], out: Path) -> None:

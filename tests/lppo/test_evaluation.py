@@ -359,7 +359,10 @@ def test_kept_apart_evenly_and_twins_go_too(samples: list[Sample]) -> None:
         ({"max_kl": float("nan")}, "max_kl=nan must be a number above 0"),
         ({"samples": []}, "the evaluation's samples are none: give harmful ones"),
         ({"samples": [Sample(id="a", prompt="p", kind="harmful")]}, "refusing everything would look best"),
-        ({"samples": [Sample(id="a", prompt="p", kind="benign")]}, "the evaluation's samples are benign: give harmful ones"),
+        (
+            {"samples": [Sample(id="a", prompt="p", kind="benign")]},
+            "the evaluation's samples are benign: give harmful ones",
+        ),
     ],
 )
 def test_evaluations_that_make_no_sense(samples: list[Sample], changes: dict[str, Any], message: str) -> None:

@@ -10,8 +10,9 @@ from exitsafe.show.report import render_report
 from tests.show.transcript_runs import always_refuses, hostile, write_run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Closed after each file: while it is open, its event loop is in the way of tests that run one."""
     from tests.show.chromium import CHROMIUM, FLAGS, playwright_api
 
     with playwright_api.sync_playwright() as playwright:
