@@ -63,7 +63,7 @@ def test_bad_input_is_one_line_and_status_2(suite: Path, tmp_path: Path) -> None
 
 
 def test_an_interrupted_audit_goes_on_with_the_same_command(tiny_llava: Path, tmp_path: Path) -> None:
-    suite = write_suite(tmp_path / "suite", num_samples=80)
+    suite = write_suite(tmp_path / "suite", num_samples=160)
     out = tmp_path / "run"
     flags = ["--suite", suite, "--max-new-tokens", "12", "--batch-size", "8", "--out", out]
     arguments = ["audit", *map(str, [tiny_llava, *flags])]
@@ -82,7 +82,7 @@ def test_an_interrupted_audit_goes_on_with_the_same_command(tiny_llava: Path, tm
     assert sum(file.stat().st_size for file in (out / "shards").iterdir()) > 0
 
     assert run(arguments) == 0
-    assert len(load_run(out).responses()) == 80 * NUM_LAYERS
+    assert len(load_run(out).responses()) == 160 * NUM_LAYERS
 
 
 def _wait_for_answers(out: Path, process: subprocess.Popen[str]) -> None:

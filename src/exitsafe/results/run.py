@@ -69,7 +69,9 @@ class AuditRun:
             rates = {exit_layer: each["value"] for exit_layer, each in found.items() if each and each["n"]}
             if rates:
                 lowest, highest = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
-                span = f"{rates[lowest]:.1%} (exit {lowest}) to {rates[highest]:.1%} (exit {highest})"
+                span = f"{rates[lowest]:.1%} at every exit"
+                if rates[lowest] < rates[highest]:
+                    span = f"{rates[lowest]:.1%} (exit {lowest}) to {rates[highest]:.1%} (exit {highest})"
                 lines.append(f"  {self.title(metric)}: {span}")
         return "\n".join(lines)
 
