@@ -113,7 +113,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
         check_constraints(config, samples, (1, 2, 3), reward="count_red", gives_costs=gives_costs)
 
     check()
-    with pytest.raises(InputError, match="reward count_red does not say what was refused or answered rightly"):
+    with pytest.raises(
+        InputError, match="constraints need to know which answers were refusals or correct, and reward count_red"
+    ):
         check(gives_costs=False)
     with pytest.raises(
         InputError, match="over_refusal is measured on borderline and benign samples, but none is drawn"

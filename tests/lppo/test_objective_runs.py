@@ -170,7 +170,7 @@ def test_multipliers_follow_the_measured_costs_and_enter_the_score(
             if line["costs"][name] is not None and line["step"] >= 1:  # no policy is trained at step 0
                 expected[name] = max(0.0, expected[name] + line["costs"][name] - limit)
     assert lines[-1]["multipliers"]["over_refusal"] > 1  # nearly every answer is a refusal to this judge
-    with pytest.raises(InputError, match="reward count_red does not say what was refused"):
+    with pytest.raises(InputError, match="which answers were refusals or correct, and reward count_red"):
         run(samples, tmp_path / "none", **CONSTRAINED)
     assert not (tmp_path / "none").exists()
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def export_command(spec: ExportSpec, show: console.Show) -> None:
     """Write a checkpoint that ends its image encoder at one exit; stock transformers loads it, without exitsafe.
 
-    It is loaded again and compared with the whole model at that exit before it gets its name.
+    Before it is moved to DIR, it is reloaded and compared with the whole model at that exit.
     """
     from exitsafe.exporting.folder import check_empty
 

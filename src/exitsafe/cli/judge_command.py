@@ -9,10 +9,10 @@ from exitsafe.specs.verbs import JudgeSpec
 
 
 def judge_command(spec: JudgeSpec, show: console.Show) -> None:
-    """Let further judges score the answers of a finished run.
+    """Score the answers of a finished run with additional judges.
 
-    The run's first judge keeps speaking for each metric; the new ones stand beside it. Verdicts are saved as they
-    come: rerun the same command to resume.
+    Each metric is still reported by the run's first judge of it; the new ones are listed next to it. Verdicts are saved
+    as they come; rerun the same command to resume.
     """
     if not spec.judges:
         raise InputError("no judge is named: give --judge NAME")
@@ -25,8 +25,8 @@ def judge_command(spec: JudgeSpec, show: console.Show) -> None:
     run = load_run(spec.run)
     if not run.origin.get("suites"):
         raise RunError(
-            f"{spec.run} does not say which suites its samples are from: judge it in Python, where you have them "
-            "(exitsafe.judge)"
+            f"{spec.run} does not say which suites its samples are from: call exitsafe.judge in Python and pass "
+            "the samples"
         )
     samples = source_of(run.origin).read()
     check_options(spec.judging, spec.judges)

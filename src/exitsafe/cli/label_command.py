@@ -28,7 +28,7 @@ _LABELS = ("yes", "no", "unsure")
 def label_command(spec: LabelSpec, show: console.Show) -> None:
     """Let people label some answers of a run, and measure how far its judges agree with them and with each other.
 
-    First without --read: writes RUN/labels.csv, to be filled in any spreadsheet. Then with --read.
+    Run it once without --read to write RUN/labels.csv, fill that in with any spreadsheet, then run it with --read.
     """
     from exitsafe.results.run import load_run
 

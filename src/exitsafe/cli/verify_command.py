@@ -32,9 +32,9 @@ _MOST_SHOWN = 5
 
 
 def verify_command(spec: VerifySpec, show: console.Show) -> None:
-    """Check that something is what was audited; exit status 0 if it is, 2 if not.
+    """Check that an exported checkpoint or a finished run matches its audit; exit status 0 if it does, 2 if not.
 
-    SLIM, an exported checkpoint, is compared with the audit given as --against: its files by their hashes, its answers
+    SLIM, an exported checkpoint, is compared with the audit given as --against: files by their hashes, and answers
     by asking some samples again.
 
     RUN, a finished audit, is repeated from its run.json, and answers, verdicts and metrics are compared.
@@ -146,10 +146,10 @@ def _slim_words(found: Verification, slim: Path) -> list[str]:
 def _complaint(found: Verification, slim: Path, run: AuditRun) -> str:
     differ = found.answers - found.answers_same
     changed = sum(found.verdicts_changed.values())
-    otherwise = f" (otherwise than then: {'; '.join(found.otherwise)})" if found.otherwise else ""
+    otherwise = f" (changed since the audit: {'; '.join(found.otherwise)})" if found.otherwise else ""
     return (
         f"{slim} does not answer as {run.path} did at exit {found.exit_layer}: {differ} of {found.answers} answers "
-        f"and {changed} verdicts differ{otherwise}; audit it as a model of its own, or export it again"
+        f"and {changed} verdicts differ{otherwise}; audit it as a separate model, or export it again"
     )
 
 

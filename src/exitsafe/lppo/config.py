@@ -21,7 +21,7 @@ from exitsafe.specs.spec import Flag, Key, Spec, in_words
 from exitsafe.specs.verbs import Out
 
 T = TypeVar("T")
-_ANSWER = Flag("Longest answer in tokens.", panel=DECODING, default="256; an organism 24")
+_ANSWER = Flag("Maximum answer length in tokens.", panel=DECODING, default="256; 24 for an organism")
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -252,7 +252,7 @@ class Watching(Spec):
         ),
     ] = None
     suites: Annotated[
-        tuple[str, ...], Key("Samples to evaluate on (a list); else held out from the training.", "watch-suite")
+        tuple[str, ...], Key("Suites to evaluate on (a list); by default samples are held out.", "watch-suite")
     ] = ()
     num_samples: Annotated[
         Count | None,
@@ -282,8 +282,8 @@ class AlignSpec(Spec):
         tuple[str, ...],
         Flag(
             "Judge that scores the answers, or built-in; built-in also scores what the judge does not measure. "
-            "Repeatable, with weights and for kinds of samples, e.g. reward:hh@harmful=0.5: the score is the weighted "
-            "sum.",
+            "Repeatable; each may have a weight and a kind of sample, e.g. reward:hh@harmful=0.5. The score is the "
+            "weighted sum.",
             "JUDGE[@KIND][=WEIGHT]",
             name="reward",
             panel=JUDGES,

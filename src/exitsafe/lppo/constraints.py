@@ -136,8 +136,8 @@ def check_constraints(
         )
     if not gives_costs:
         raise InputError(
-            f"reward {reward} does not say what was refused or answered rightly, as constraints need: "
-            "add a part that does, such as built-in or a judge that measures refusal, or set constraints to none"
+            f"constraints need to know which answers were refusals or correct, and reward {reward} does not measure "
+            "that: add a part that does, such as built-in or a judge that measures refusal, or set constraints to none"
         )
     drawn = {sample.kind for sample in samples if config.mix is None or config.mix.get(sample.kind, 0) > 0}
     for name in config.constraints:

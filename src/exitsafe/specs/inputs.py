@@ -50,7 +50,9 @@ class Samples(Spec):
     images: Annotated[
         Path | None, Flag("A folder of benign pictures: every sample that has none gets one of them.", "DIR")
     ] = None
-    categories: Annotated[tuple[str, ...] | None, Key("Keep only samples of these (a list).", "category")] = None
+    categories: Annotated[
+        tuple[str, ...] | None, Key("Keep only samples of these categories (a list).", "category")
+    ] = None
     limit: Annotated[Count | None, Flag("Keep the first N samples of each suite.")] = None
 
 
@@ -113,7 +115,7 @@ class JudgeOptions(Spec):
     ] = None
     device: Annotated[str, Key("Device of the judges' models.", "judge-device")] = "auto"
     requests_per_minute: Annotated[
-        float | None, Field(gt=0), Key("Most requests a minute to the endpoint.", "judge-rate")
+        float | None, Field(gt=0), Key("Maximum requests per minute to the endpoint.", "judge-rate")
     ] = None
     prices: Annotated[
         tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None,

@@ -36,7 +36,11 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 Out = Annotated[Path, Flag("Folder of the run: new, empty, or an unfinished run to resume.", "DIR", panel=OUTPUT)]
 JudgePass = Literal["beside", "second"]
 Split = Literal["train", "heldout"]
-_ANSWER = Flag("Longest answer in tokens.", panel=DECODING, default="256 or what the context leaves; an organism 24")
+_ANSWER = Flag(
+    "Maximum answer length in tokens.",
+    panel=DECODING,
+    default="256, or less if the context is full; 24 for an organism",
+)
 _TEMPERATURE = Flag("Sampling temperature; 0 is greedy.", "T", panel=DECODING)
 
 
@@ -70,7 +74,7 @@ class AuditSpec(Spec):
         Flag(
             "Judge that scores the answers; repeatable, and the first judge that measures a metric reports it. One of "
             "world-rule, refusal-prefix, qwen3guard, llama-guard, harmbench, toxicity, reward:MODEL and rubric:MODEL; "
-            "NAME:MODEL takes another model.",
+            "NAME:MODEL runs that judge with another model.",
             "NAME",
             name="judge",
             panel=JUDGES,
@@ -85,13 +89,13 @@ class AuditSpec(Spec):
     seed: Seed = 0
     batch_size: Annotated[
         Count | None,
-        Flag("Answers generated at a time; changes no draw.", panel=DECODING, default="what fits in memory"),
+        Flag("Answers generated at once; does not affect random draws.", panel=DECODING, default="what fits in memory"),
     ] = None
     stop_when: Annotated[
         Literal["decided"] | None, Key("decided: stop at a layer once its ASR is clearly above or below max_asr.")
     ] = None
     max_asr: Annotated[Share | None, Key("The limit of stop_when.")] = None
-    error: Annotated[Share, Key("Chance of a wrong decision per layer, with stop_when.")] = 0.05
+    error: Annotated[Share, Key("Twice the chance of a wrong decision per layer, at most; with stop_when.")] = 0.05
     skip_global: SkipGlobal = False
 
     @model_validator(mode="after")
@@ -108,14 +112,14 @@ class JudgeSpec(Spec):
 
     run: Run
     judges: Annotated[tuple[str, ...], Flag("Judge that scores the answers; repeatable.", "NAME", name="judge")] = ()
-    retry_unscored: Annotated[bool, Flag("Ask judges that the run has again about what they could not score.")] = False
+    retry_unscored: Annotated[bool, Flag("Ask the run's own judges again about answers they could not score.")] = False
     judging: JudgeOptions = JudgeOptions()
 
 
 class VerifySpec(Spec):
     """`exitsafe verify`."""
 
-    what: Annotated[Path, Flag("A folder of exitsafe export, or a finished run.", "SLIM|RUN", is_argument=True)]
+    what: Annotated[Path, Flag("A folder written by exitsafe export, or a finished run.", "SLIM|RUN", is_argument=True)]
     against: Annotated[
         Path | None, Flag("The finished run of the model and adapter that SLIM was made from.", "RUN")
     ] = None
@@ -131,7 +135,7 @@ class VerifySpec(Spec):
     out: Annotated[
         Path | None,
         Flag(
-            "Folder of RUN's repeat. An unfinished repeat is resumed only if it is named here.",
+            "Folder for the repeated run; name an unfinished one here to resume it.",
             "DIR",
             panel=OUTPUT,
             default="RUN-again, or RUN-again-2 and so on",
@@ -151,7 +155,7 @@ class GateSpec(Spec):
     min_vqa: Annotated[float | None, Flag("Lower bound of VQA accuracy must be at least this.", "RATE")] = None
     max_regression: Annotated[
         tuple[str, ...],
-        Flag("Most that any metric, or this one, may be worse than in --against. Repeatable.", "[METRIC=]RATE"),
+        Flag("How much worse any metric, or METRIC alone, may be than in --against. Repeatable.", "[METRIC=]RATE"),
     ] = ()
     against: Annotated[Path | None, Flag("The run that --max-regression compares with.", "RUN")] = None
     layers: Annotated[
@@ -169,9 +173,9 @@ class GateSpec(Spec):
     max_unscored: Annotated[
         float | None,
         Field(ge=0, lt=1),
-        Key("Largest share of unscored answers; with more, a place is not judged."),
+        Key("Largest share of unscored answers allowed; above it, an exit, bin or category is not judged."),
     ] = None
-    junit: Annotated[Path | None, Flag("Write JUnit XML there.", "FILE.xml")] = None
+    junit: Annotated[Path | None, Flag("Write JUnit XML to this file.", "FILE.xml")] = None
     summary: Annotated[
         Path | None, Flag('Append the table in Markdown, e.g. to "$GITHUB_STEP_SUMMARY".', "FILE.md")
     ] = None
@@ -199,7 +203,7 @@ class RecommendSpec(Spec):
     time: Annotated[
         bool, Flag("Load the run's model, measure its times on this machine and count what exits save.")
     ] = False
-    answer_tokens: Annotated[Count, Key("Tokens in an answer whose time is weighed.")] = 64
+    answer_tokens: Annotated[Count, Key("Length, in tokens, of the answer whose time is compared.")] = 64
     num_samples: Annotated[Count, Key("Samples to time, one at a time, three times each.", "samples")] = 8
     device: Annotated[str | None, Flag("auto, cpu or cuda:N.", "DEVICE", default="as in the audit")] = None
     trust_remote_code: TrustRemoteCode = False
@@ -251,7 +255,7 @@ class ExportSpec(Spec):
     """`exitsafe export`."""
 
     model: Model
-    exit_layer: Annotated[int, Flag("Encoder blocks to keep; the others go.")]
+    exit_layer: Annotated[int, Flag("Encoder blocks to keep; the rest are removed.")]
     out: Annotated[Path, Flag("The checkpoint's folder: new or empty.", "DIR", panel=OUTPUT)]
     keep_adapter: Annotated[
         bool, Flag("Save the adapter beside the smaller model instead of merging it.", panel=MODEL)
@@ -259,7 +263,9 @@ class ExportSpec(Spec):
     skip_global: SkipGlobal = False
     audit: Annotated[
         Path | None,
-        Flag("A finished run of this very model and adapter: its numbers at this exit go into the model card.", "RUN"),
+        Flag(
+            "A finished run of exactly this model and adapter; its numbers at this exit go into the model card.", "RUN"
+        ),
     ] = None
     loading: AdaptedLoading = AdaptedLoading()
 
@@ -269,7 +275,9 @@ class DoctorSpec(Spec):
 
     model: Model
     suites: Suites = ()
-    max_new_tokens: Annotated[Count | None, Flag("Longest answer in tokens.", default="256; an organism 24")] = None
+    max_new_tokens: Annotated[
+        Count | None, Flag("Maximum answer length in tokens.", default="256; 24 for an organism")
+    ] = None
     loading: QuantizedLoading = QuantizedLoading()
 
 
@@ -314,7 +322,7 @@ class LabelSpec(Spec):
     is_configured: ClassVar[bool] = False
 
     run: Run
-    read: Annotated[tuple[Path, ...], Flag("Read a filled file; once more for a second rater.", "FILE")] = ()
+    read: Annotated[tuple[Path, ...], Flag("Read a filled-in file; repeat the option for a second rater.", "FILE")] = ()
     rows: Annotated[Count, Flag("Answers to label.")] = 100
     out: Annotated[Path | None, Flag("Where to write the file.", "FILE.csv", default="RUN/labels.csv")] = None
     include_unsafe_text: Annotated[bool, Flag("Allow --out outside the run: the file holds requests and answers.")] = (

@@ -5,7 +5,7 @@ normal approximation is wrong by factors. `upper_bound` and `lower_bound` hold f
 
 Rare events: the bootstrap only knows events that occurred. For one success in 73 samples its upper end is 4%, Wilson's
 7%: a gate at 5% that relied on it would pass one in nine models whose rate is 5%. For means, bins and differences a
-gate uses the wider of the bootstrap's end and `score_interval` or `change_margin`.
+gate uses the wider of the bootstrap's end and `score_interval` or `change_margin` (see `exitsafe.gate.evidence`).
 """
 
 from __future__ import annotations

@@ -92,9 +92,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         has_head = (self.path / "run.json").exists()
         if process > 0 and not has_head:
-            raise RunError(
-                f"{self.path} is not visible to the first process; choose a folder on a disk that all processes share"
-            )
+            raise RunError(f"{self.path} has no run.json from the first process; use a disk that all processes share")
         self._run_key = _run_key(self.settings)
         if has_head:
             before = read_head(self.path)
