@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,12 +13,17 @@ from pydantic import Field
 from exitsafe.cli import console, main
 from exitsafe.cli.flags import as_command
 from exitsafe.cli.main import run
-from exitsafe.specs.spec import Flag, Key, Spec
+from exitsafe.errors import InputError
+from exitsafe.lppo.config import AlignSpec
+from exitsafe.specs import verbs
+from exitsafe.specs.spec import Flag, Key, Spec, read_config, settings_of
 
 
 class Inner(Spec):
+    revision: Annotated[str | None, Key()] = None
+    suites: Annotated[tuple[str, ...], Key(name="inner-suite")] = ()
     rate: Annotated[float | None, Field(gt=0), Flag("How fast.", "RATE")] = None
-    mix: dict[str, int] | None = None
+    mix: dict[str, float] | None = None
 
 
 class Work(Spec):
@@ -99,16 +105,24 @@ def test_an_empty_file_changes_nothing(seen: Seen, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("zorb: red\n", "'zorb' is unknown; choose layers, loud, mix, mode, model, rate, steps, suite"),
+        (
+            "zorb: red\n",
+            "'zorb' is unknown; choose inner_suite, layers, loud, mix, mode, model, rate, revision, steps, suite",
+        ),
         ("step: 3\n", "'step' is unknown (did you mean steps?)"),
         ("config: other.yaml\n", "'config' is unknown"),
-        ("inner: {zorb: red}\n", "'inner.zorb' is unknown; choose mix, rate"),
+        ("inner: {zorb: red}\n", "'inner.zorb' is unknown; choose mix, rate, revision, suites"),
         ("inner: 3\n", "inner is not a mapping of settings"),
         ("- 1\n- 2\n", "is not a mapping of settings"),
         ("a: [1\n", "is not YAML"),
         ("steps: many\n", "'--steps'"),
         ("steps: 0\n", "--steps 0 must be a whole number of at least 1; see exitsafe work --help"),
         ("rate: -1\n", "--rate -1.0 must be a number above 0; see exitsafe work --help"),
+        ("suites: [a]\n", "'suites' is ambiguous; write suite or inner_suite"),
+        ("revision: 1.10\n", "revision is text; write it in quotes"),
+        ("revision: 0012345\n", "revision is text; write it in quotes"),
+        ("steps: true\n", "Invalid value for '--steps'"),
+        ("inner: {mix: {harmful: true, vqa: x}}\n", " must be text, each with a number"),
         ("mode: odd\n", "mode=odd must be slow or fast; see exitsafe work --help"),
     ],
 )
@@ -120,3 +134,47 @@ def test_what_is_refused_in_one_line(seen: Seen, tmp_path: Path, fail: Any, text
 def test_a_missing_file_and_a_value_that_is_not_yaml(seen: Seen, fail: Any) -> None:
     assert "nowhere.yaml cannot be read" in fail("work", "m", "--config", "nowhere.yaml")
     assert "--config mode=[ cannot be read (it is not YAML" in fail("work", "m", "--config", "mode=[")
+
+
+@pytest.mark.parametrize("revision", ["1.10", "12345e7", "0012345", "1_000", "12:30", "2024-01-31", "on", "a" * 300])
+def test_text_is_taken_as_it_is_written(seen: Seen, revision: str) -> None:
+    assert run(["work", "m", "--config", f"revision={revision}"]) == 0
+    assert run(["work", "m", "--config", f"revision='{revision}'"]) == 0
+    assert [spec.inner.revision for spec in seen] == [revision, revision]
+
+
+def test_one_value_is_a_list_and_numbers_may_stand_inside(seen: Seen) -> None:
+    assert run(["work", "m", "--config", "inner_suite=a", "--config", "mix={harmful: 1e-1}"]) == 0
+    assert seen[0].inner == Inner(suites=("a",), mix={"harmful": 0.1})
+
+
+def test_true_is_not_a_number_and_long_values_are_cut() -> None:
+    with pytest.raises(InputError, match="--steps True must be a whole number of at least 1"):
+        Work(model="m", num_steps=True)
+    with pytest.raises(InputError, match=r"^mode=z{77}\.\.\. must be slow or fast$"):
+        Work(model="m", mode="z" * 1000)  # type: ignore[arg-type]
+
+
+def test_every_command_has_unambiguous_keys() -> None:
+    for spec in vars(verbs).values():
+        if isinstance(spec, type) and issubclass(spec, Spec) and spec is not Spec:
+            settings = settings_of(spec)
+            assert len({setting.path for setting in settings.values()}) == len(settings)
+    with pytest.raises(InputError, match="'suites' is ambiguous; write suite or watch_suite"):
+        read_config(AlignSpec, "suites=[a]")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"out": "x"}, "MODEL is missing"),
+        ({"model": "organism", "out": "x", "lppo": 3}, ""),
+        (
+            {"model": "organism", "out": "x", "samples": {"limit": 10**30}},
+            "--limit 1000000000000000000000000000000 must",
+        ),
+    ],
+)
+def test_what_python_gives_is_refused_in_one_line_too(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=re.escape(reason)):
+        AlignSpec(**values)

@@ -49,7 +49,15 @@ def test_times_are_measured_on_request_and_kept(copied: Path, ask: Ask, monkeypa
     assert again["points"][0]["times"] == found["points"][0]["times"]
     assert again["points"][0]["flops_saved"] == found["points"][0]["flops_saved"]
     assert again["num_answer_tokens"] == 8
-    assert "costs.json, measured on " in said
+    assert any("costs.json, measured on " in caution for caution in again["cautions"])
+
+
+def test_times_that_cannot_be_read_matter_only_to_a_limit_on_time(copied: Path, ask: Ask, fail: Fail) -> None:
+    (copied / "costs.json").write_text("{")
+    found, said = ask(copied, "--max-asr", "1")
+    assert found["recommended"] == 1 and found["num_passes"] == 0
+    assert "going on without times: " in said and "costs.json cannot be read (" in said
+    assert "remove it or add --time to measure again" in fail("recommend", copied, "--max-ms", "5")
 
 
 def test_a_run_that_was_loaded_without_flags_is_timed(copied: Path, ask: Ask) -> None:

@@ -45,6 +45,11 @@ def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
         (("latency", "default"), [], "cannot be read"),
         (("latency", "default"), "many", "cannot be read"),
         (("latency", "default", 0, "encoder_ms"), -1.0, "cannot be read"),
+        (("latency", "default", 0, "encoder_ms"), 0.0, "cannot be read"),
+        (("latency", "default", 0, "prefill_ms"), 1e308, "cannot be read"),
+        (("savings", "num_answer_tokens"), 10**400, "cannot be read"),
+        (("savings", "default_encoder"), 10**400, "cannot be read"),
+        (("machine", "device_name"), "x" * 10_000, "cannot be read"),
         (("latency", "exits"), {}, "another model or other exits"),
         (("savings", "encoder"), {}, "another model or other exits"),
         (("savings", "default_encoder"), 0, "cannot be read"),
@@ -60,7 +65,7 @@ def test_edited_costs_are_refused(tmp_path: Path, path: tuple[str | int, ...], v
         place = place[key]
     place[path[-1]] = value
     (run.path / NAME).write_text(json.dumps(content))
-    with pytest.raises(RunError, match=rf"costs\.json.*{words}.*; add --time to measure again"):
+    with pytest.raises(RunError, match=rf"costs\.json.*{words}.*; remove it or add --time to measure again"):
         read_costs(run)
 
 
@@ -68,5 +73,5 @@ def test_edited_costs_are_refused(tmp_path: Path, path: tuple[str | int, ...], v
 def test_damaged_costs_are_refused(tmp_path: Path, content: str) -> None:
     run = make_weighed(tmp_path / "run", asr=[[1.0, 0.0], [0.0, 0.0]])
     (run.path / NAME).write_text(content)
-    with pytest.raises(RunError, match=r"costs\.json cannot be read; add --time to measure again"):
+    with pytest.raises(RunError, match=r"costs\.json cannot be read \(.*\); remove it or add --time to measure again"):
         read_costs(run)

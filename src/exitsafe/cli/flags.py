@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import Parameter, Signature
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from exitsafe.cli import console
 from exitsafe.errors import InputError
 from exitsafe.specs.inputs import OUTPUT
-from exitsafe.specs.spec import Setting, Spec, make_spec, read_config, settings_of
+from exitsafe.specs.spec import Setting, Spec, kind_of, make_spec, read_config, settings_of
 
 _RARE = "exitsafe.rare"
 
@@ -61,7 +59,7 @@ def rare_settings(run: Callable[[Any, console.Show], None]) -> list[Setting]:
 
 def _parameter(setting: Setting) -> Parameter:
     flag, info = setting.flag, setting.info
-    kind = _kind(info.annotation)
+    kind = kind_of(info.annotation)
     how: dict[str, Any] = {
         "help": flag.help,
         "metavar": None if kind is bool else flag.metavar,
@@ -110,26 +108,13 @@ def _apply(context: typer.Context, spec: type[Spec], values: dict[str, Any]) -> 
     rare = context.meta.setdefault(_RARE, {})
     for key, value in values.items():
         setting = settings_of(spec)[key]
-        is_list = get_origin(_kind(setting.info.annotation)) is list
-        if is_list:
-            value = value if isinstance(value, list) else [value]
+        kind = kind_of(setting.info.annotation)
         if setting.flag.is_rare:
             rare[key] = value
-        elif is_list:
+        elif get_origin(kind) is list:
             defaults[key] = [str(each) for each in value]
         elif isinstance(value, list):  # e.g. layers
             defaults[key] = ",".join(map(str, value))
         else:
-            defaults[key] = value if isinstance(value, bool) else str(value)
+            defaults[key] = value if kind is bool else str(value)
     context.default_map = defaults
-
-
-def _kind(annotation: Any) -> Any:
-    """How typer reads a field: as a truth value, a number, a path, text, or a list of these."""
-    if get_origin(annotation) in (Union, UnionType):
-        annotation = next(each for each in get_args(annotation) if each is not NoneType)
-    if get_origin(annotation) is Annotated:
-        return _kind(get_args(annotation)[0])
-    if get_origin(annotation) is tuple and get_args(annotation)[-1] is ...:
-        return list[_kind(get_args(annotation)[0])]  # type: ignore[misc]
-    return annotation if annotation in (bool, int, float, Path) else str

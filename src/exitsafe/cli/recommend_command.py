@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from exitsafe.cli import console
@@ -21,26 +22,40 @@ def recommend_command(spec: RecommendSpec, show: console.Show) -> None:
     """
     from exitsafe.cli.recommend_tables import recommend_tables
     from exitsafe.recommend import check_limits, recommend
-    from exitsafe.results.costs import NAME, read_costs
+    from exitsafe.results.costs import NAME
     from exitsafe.results.run import load_run
     from exitsafe.store.files import write_json
 
     run = load_run(spec.run)
-    costs = None if spec.time else read_costs(run)
+    costs = None if spec.time else _kept_costs(run, spec)
     check_limits(run, spec.limits, has_latency=spec.time or costs is not None)
     if spec.time:
         costs = _measure(run, spec)
-    elif costs is not None:
-        console.note(f"times are from {run.path / NAME}, measured on {costs.machine.get('device_name')}")
     if costs is None:
         choice = recommend(run, limits=spec.limits)
     else:
         tokens = costs.savings.num_answer_tokens
         choice = recommend(run, costs.latency, costs.savings, limits=spec.limits, num_answer_tokens=tokens)
+        if not spec.time:
+            origin = f"times were read from {run.path / NAME}, measured on {costs.machine.get('device_name')}"
+            choice = replace(choice, cautions=(*choice.cautions, f"{origin}; --time measures on this machine"))
     document = choice.to_dict()
     if spec.out is not None:
         write_json(spec.out, document)
     show(document, lambda: recommend_tables(choice))
+
+
+def _kept_costs(run: AuditRun, spec: RecommendSpec) -> Costs | None:
+    """What an earlier call measured; without a limit on time, a file that cannot be read is only reported."""
+    from exitsafe.results.costs import read_costs
+
+    try:
+        return read_costs(run)
+    except RunError as error:
+        if spec.limits.max_ms is not None:
+            raise
+        console.note(f"going on without times: {error}")
+        return None
 
 
 def _measure(run: AuditRun, spec: RecommendSpec) -> Costs:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import NonNegativeFloat
+from pydantic import Field
 
 from exitsafe.errors import InputError
 from exitsafe.exits.layers import check_exit_layer
@@ -29,15 +29,18 @@ NEW_TOKENS = 9
 """Generated in a pass: the first one by the prefill, eight by decoding."""
 
 
+Milliseconds = Annotated[float, Field(gt=0, le=1e9)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """One request answered once, in milliseconds."""
 
-    encoder_ms: NonNegativeFloat
+    encoder_ms: Milliseconds
     """From pixels on the host to features after the projector."""
-    prefill_ms: NonNegativeFloat
+    prefill_ms: Milliseconds
     """From features to the first logits."""
-    decode_ms_per_token: NonNegativeFloat
+    decode_ms_per_token: Milliseconds
 
     def answer_ms(self, num_tokens: int) -> float:
         """The time for a whole answer of `num_tokens` tokens."""

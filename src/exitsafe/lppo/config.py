@@ -22,7 +22,7 @@ from exitsafe.specs.verbs import Out
 
 T = TypeVar("T")
 _ANSWER = Flag("Maximum answer length in tokens.", panel=DECODING, default="256; 24 for an organism")
-Natural = Annotated[int, Field(ge=0)]
+Natural = Annotated[int, Field(ge=0, le=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -300,7 +300,8 @@ class AlignSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _fits_the_model(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(lppo := given.get("lppo", {}), LPPOConfig):
+        lppo = given.get("lppo", {})
+        if "model" not in given or not isinstance(lppo, dict):
             return given
         layers = lppo.get("exit_layers", "all")  # a YAML list may hold ranges
         layers = ",".join(map(str, layers)) if isinstance(layers, list) else str(layers)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from exitsafe.engine.latency import Latency
 from exitsafe.errors import RunError
@@ -15,24 +15,27 @@ from exitsafe.store.files import write_whole
 from exitsafe.untrusted import JsonObject, UnreadableError, read_json
 
 NAME = "costs.json"
+Positive = Annotated[int, Field(ge=1, le=2**62)]
+Natural = Annotated[int, Field(ge=0, le=2**62)]
+Short = Annotated[str, Field(max_length=200)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
     """Floating-point operations of one prompt and its answer, and bytes."""
 
-    default_encoder: PositiveInt
+    default_encoder: Positive
     """Operations for the untouched model's image features, including the projector."""
-    encoder: Mapping[int, NonNegativeInt]
+    encoder: Mapping[int, Natural]
     """The same by exit layer."""
-    prefill: PositiveInt
+    prefill: Positive
     """Operations of the language model over the prompt."""
-    answer: PositiveInt
+    answer: Positive
     """Operations of the language model over the answer."""
-    num_answer_tokens: PositiveInt
-    dropped_bytes: Mapping[int, NonNegativeInt]
+    num_answer_tokens: Annotated[int, Field(ge=1, le=2**31)]
+    dropped_bytes: Mapping[int, Natural]
     """By exit layer: weights of the blocks that an export at that exit drops."""
-    model_bytes: PositiveInt
+    model_bytes: Positive
     """Bytes of all weights."""
     is_measured: bool
     """Whether the prompt is the largest of given samples; otherwise one picture and a text are assumed."""
@@ -64,7 +67,7 @@ class Costs:
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
     audited: JsonObject
-    machine: JsonObject
+    machine: dict[str, Short | int | None]
     latency: Latency
     savings: Savings
 
@@ -86,11 +89,12 @@ def read_costs(run: AuditRun) -> Costs | None:
         passes = [costs.latency.default, *costs.latency.exits.values()]
         exits = [set(found) for found in (costs.latency.exits, costs.savings.encoder, costs.savings.dropped_bytes)]
         if costs.audited != audited_in(run) or any(found != set(run.exit_layers) for found in exits):
-            raise RunError(f"{path} is of another model or other exits; add --time to measure again")
+            raise RunError(f"{path} is of another model or other exits; remove it or add --time to measure again")
         if not passes[0] or any(len(each) != len(passes[0]) for each in passes):
             raise UnreadableError("times are missing")
     except (UnreadableError, ValidationError) as error:
-        raise RunError(f"{path} cannot be read; add --time to measure again") from error
+        reason = "it is not in this version's format" if isinstance(error, ValidationError) else error
+        raise RunError(f"{path} cannot be read ({reason}); remove it or add --time to measure again") from error
     return costs
 
 

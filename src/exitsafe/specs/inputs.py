@@ -12,7 +12,7 @@ from exitsafe.specs.spec import Flag, Key, Spec
 SAMPLES, MODEL, JUDGES, DECODING, OUTPUT = "Samples and exits", "Model", "Judges", "Decoding", "Output"
 """The groups of a command's help."""
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8", "torchao-int8"]
 
@@ -21,7 +21,7 @@ Run = Annotated[Path, Flag("A finished run.", "RUN", is_argument=True)]
 Layers = Annotated[
     str, Flag("Exit layers: all, default, or a list such as 1-8,16,23.", "LAYERS", name="layers", panel=SAMPLES)
 ]
-Seed = Annotated[int, Field(ge=0), Flag("Seed of every random draw.", panel=DECODING)]
+Seed = Annotated[int, Field(ge=0, lt=2**64), Flag("Seed of every random draw.", panel=DECODING)]
 TrustRemoteCode = Annotated[bool, Flag("Allow code from the checkpoint to run.", panel=MODEL)]
 SkipGlobal = Annotated[bool, Key("Llama 3.2 Vision: skip the global blocks too (true or false).")]
 Suites = Annotated[

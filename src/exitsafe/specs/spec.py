@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from exitsafe.errors import InputError, did_you_mean
@@ -71,6 +72,13 @@ class Spec(BaseModel):
         except ValidationError as error:
             raise InputError(_explain(type(self), error)) from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and kind_of(cls.model_fields[str(info.field_name)].annotation) in (int, float):
+            raise ValueError("true and false are not numbers")
+        return value
+
 
 S = TypeVar("S", bound=Spec)
 
@@ -94,6 +102,12 @@ class Setting:
         if self.flag.is_argument:
             return self.flag.metavar
         return self.key if self.flag.is_rare else f"--{self.key.replace('_', '-')}"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its value is free text."""
+        annotation = self.info.annotation
+        return annotation is str or (get_origin(annotation) in (Union, UnionType) and str in get_args(annotation))
 
     @property
     def range(self) -> str:
@@ -157,7 +171,26 @@ def _explain(spec: type[Spec], error: ValidationError) -> str:
         return f"{'.'.join(place)}: {reason}" if fault["type"] == "extra_forbidden" else str(reason)
     if fault["type"] == "missing" and place == setting.path:
         return f"{setting.spelled} is missing"
-    return f"{setting.spelled}{'=' if setting.flag.is_rare else ' '}{fault['input']} must be {setting.range}"
+    return f"{setting.spelled}{'=' if setting.flag.is_rare else ' '}{_shown(fault['input'])} must be {setting.range}"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # Python writes out no more than 4,300 digits
+        return "this number"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def kind_of(annotation: Any) -> Any:
+    """How text for a field is read: as a truth value, a number, a path, text, or a list of these."""
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(each for each in get_args(annotation) if each is not NoneType)
+    if get_origin(annotation) is Annotated:
+        return kind_of(get_args(annotation)[0])
+    if get_origin(annotation) is tuple and get_args(annotation)[-1] is ...:
+        return list[kind_of(get_args(annotation)[0])]  # type: ignore[misc]
+    return annotation if annotation in (bool, int, float, Path) else str
 
 
 def in_words(schema: Mapping[str, Any]) -> str:
@@ -175,7 +208,7 @@ def in_words(schema: Mapping[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     if schema["type"] == "object":
-        return f"{in_words(schema['propertyNames'])}, each with {in_words(schema['additionalProperties'])}"
+        return f"{in_words(schema.get('propertyNames', {'type': 'string'}))}, each with {in_words(schema['additionalProperties'])}"
     if schema["type"] not in ("integer", "number"):
         return {"boolean": "true or false", "null": "none", "array": "a list"}.get(schema["type"], "text")
     words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
@@ -191,19 +224,28 @@ def read_config(spec: type[Spec], source: str) -> dict[str, Any]:
     Raises:
         InputError: If it cannot be read, or a key is unknown.
     """
-    path = Path(source)
     key, equals, text = source.partition("=")
-    if not equals or path.exists():
-        return dict(_known(spec, read_settings(path, example="seed: 1"), where=source))
+    if not equals or (key.replace("-", "_") not in settings_of(spec) and _exists(source)):
+        return dict(_known(spec, read_settings(Path(source), example="seed: 1"), where=source))
+    setting = settings_of(spec).get(key.replace("-", "_"))
+    if setting is not None and setting.is_text and text and not text.startswith(("[", "{", "'", '"')):
+        return {setting.key: text}  # a tag such as 1.10 is not a number
     try:
         return dict(_known(spec, {key: parse_yaml(text)}, where="--config"))
     except UnreadableError as error:
         raise InputError(f"--config {source} cannot be read ({error})") from error
 
 
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # too long for a path
+        return False
+
+
 def _known(spec: type[Spec], content: Mapping[str, Any], *, where: str) -> Iterator[tuple[str, Any]]:
     known = settings_of(spec)
-    by_path = {name: key for key, each in known.items() for name in (each.path[-1], ".".join(each.path))}
+    aliases = _aliases(spec)
     records = {setting.path[0] for setting in known.values() if len(setting.path) > 1}
     for name, value in content.items():
         key = str(name).replace("-", "_")
@@ -211,15 +253,41 @@ def _known(spec: type[Spec], content: Mapping[str, Any], *, where: str) -> Itera
             raise InputError(f"{where}: {key} is not a mapping of settings; indent lines such as seed: 1 under it")
         entries = {f"{key}.{each}": value[each] for each in value} if key in records else {key: value}
         for place, entry in entries.items():
-            found = place if place in known else by_path.get(place, place)
-            if found not in known:
-                among = [each.removeprefix(f"{key}.") for each in by_path if each.startswith(f"{key}.")] or [*known]
+            found = [place] if place in known else aliases.get(place, [])
+            if len(found) > 1:
+                raise InputError(f"{where}: setting {place!r} is ambiguous; write {' or '.join(found)}")
+            if not found:
+                among = [each.removeprefix(f"{key}.") for each in aliases if each.startswith(f"{key}.")] or [*known]
                 hint = did_you_mean(place.rpartition(".")[2], among)
                 raise InputError(f"{where}: setting {place!r} is unknown{hint}; choose {', '.join(sorted(among))}")
             if entry is not None:
-                yield found, as_number(entry)
+                yield found[0], _read(known[found[0]], entry, where=where)
+
+
+def _aliases(spec: type[Spec]) -> dict[str, list[str]]:
+    """Other names of settings: the field's own and its path, each with the keys that it may mean."""
+    found: dict[str, list[str]] = {}
+    for key, setting in settings_of(spec).items():
+        for name in {setting.path[-1], ".".join(setting.path)}:
+            found.setdefault(name, []).append(key)
+    return found
+
+
+def _read(setting: Setting, value: Any, *, where: str) -> Any:
+    """A value of YAML as its setting takes it: a single one as a list, 1e-4 as a number."""
+    if get_origin(kind_of(setting.info.annotation)) is list:
+        return value if isinstance(value, list) else [value]
+    if not setting.is_text:
+        return as_number(value)
+    if isinstance(value, bool | float) or (isinstance(value, int) and setting.flag.metavar != "LAYERS"):
+        raise InputError(f"{where}: {setting.key} is text; write it in quotes")
+    return value
 
 
 def as_number(value: Any) -> Any:
     """YAML reads 1e-4 as text; nobody means that."""
+    if isinstance(value, dict):
+        return {name: as_number(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [as_number(entry) for entry in value]
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
