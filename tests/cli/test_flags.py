@@ -160,7 +160,7 @@ def test_every_command_has_unambiguous_keys() -> None:
         if isinstance(spec, type) and issubclass(spec, Spec) and spec is not Spec:
             settings = settings_of(spec)
             assert len({setting.path for setting in settings.values()}) == len(settings)
-    with pytest.raises(InputError, match="'suites' is ambiguous; write suite or watch_suite"):
+    with pytest.raises(InputError, match="'suites' is ambiguous; write suite or eval_suite"):
         read_config(AlignSpec, "suites=[a]")
 
 

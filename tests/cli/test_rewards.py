@@ -1,4 +1,4 @@
-"""`--reward` and `--watch-...` as they are written, and one run with both."""
+"""`--reward` and `--eval-...` as they are written, and one run with both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exitsafe.cli.main import INTERRUPTED, run
 from exitsafe.cli.rewards import hold_out, read_rewards
 from exitsafe.errors import InputError
 from exitsafe.lppo import WeightedSum
-from exitsafe.lppo.config import AlignSpec, Watching
+from exitsafe.lppo.config import AlignSpec, HeldOut
 from exitsafe.lppo.rollout import rollout
 from exitsafe.records import KINDS, Response, Sample, Verdict
 from exitsafe.world import organism_suites
@@ -28,7 +28,7 @@ minibatch_size: 4
 value_warmup_steps: 1
 lora_rank: 2
 reward: [toxicity@harmful=0.5, built-in]
-watch_max_kl: 9
+eval_max_kl: 9
 """
 
 
@@ -58,8 +58,8 @@ def test_a_folder_may_hold_any_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts_of("reward:/a@b/c=d/m@vqa=3") == [("reward:/a", ("vqa",), 3.0)]
 
 
-def spec_of(model: str, **watch: Any) -> AlignSpec:
-    return AlignSpec(model=model, out=Path("out"), watch=Watching(**watch))
+def spec_of(model: str, **evaluation: Any) -> AlignSpec:
+    return AlignSpec(model=model, out=Path("out"), evaluation=HeldOut(**evaluation))
 
 
 @pytest.mark.parametrize(
@@ -78,15 +78,20 @@ def test_rewards_that_make_no_sense(written: list[str], message: str) -> None:
         read_rewards(written)
 
 
-def test_the_organism_is_watched_by_what_it_is_not_trained_on() -> None:
+def test_the_organism_is_evaluated_by_what_it_is_not_trained_on() -> None:
     samples = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 40))
-    trained, watch = hold_out(spec_of("organism", every=7, num_samples=5), samples, reward=None)
-    assert watch is not None
-    assert watch.judge is not None and not isinstance(watch.judge, str)
-    assert (watch.every, watch.patience, watch.max_kl, watch.judge.name) == (7, 5, None, "refusal-prefix")
-    assert len(watch.samples) == 4 * 5
+    trained, evaluation = hold_out(spec_of("organism", every=7, num_samples=5), samples, reward=None)
+    assert evaluation is not None
+    assert evaluation.judge is not None and not isinstance(evaluation.judge, str)
+    assert (evaluation.every, evaluation.patience, evaluation.max_kl, evaluation.judge.name) == (
+        7,
+        5,
+        None,
+        "refusal-prefix",
+    )
+    assert len(evaluation.samples) == 4 * 5
     assert len(trained) == 4 * 35
-    ids = {sample.id for sample in trained} | {sample.id for sample in watch.samples}
+    ids = {sample.id for sample in trained} | {sample.id for sample in evaluation.samples}
     assert ids == {sample.id for sample in samples}
     _, patient = hold_out(spec_of("organism", every=7, patience=0), samples, reward=None)
     assert patient is not None
@@ -105,7 +110,7 @@ def test_the_organism_is_watched_by_what_it_is_not_trained_on() -> None:
         (["qwen3guard"], "harmbench"),
     ],
 )
-def test_the_watch_is_by_another_judge_than_the_reward(
+def test_the_evaluation_is_by_another_judge_than_the_reward(
     rewards: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("exitsafe.auditing.judging.judge_settings", lambda judge: {})
@@ -114,9 +119,9 @@ def test_the_watch_is_by_another_judge_than_the_reward(
         for kind in ("harmful", "benign")
         for number in range(4)
     ]
-    _, watch = hold_out(spec_of("a/model", every=2, num_samples=1), samples, reward=read_rewards(rewards))
-    assert watch is not None and watch.judge is not None and not isinstance(watch.judge, str)
-    assert watch.judge.name == expected
+    _, evaluation = hold_out(spec_of("a/model", every=2, num_samples=1), samples, reward=read_rewards(rewards))
+    assert evaluation is not None and evaluation.judge is not None and not isinstance(evaluation.judge, str)
+    assert evaluation.judge.name == expected
 
 
 @pytest.mark.usefixtures("no_guard")
@@ -131,17 +136,17 @@ def test_without_the_guard_model_no_proxy_takes_its_place(
 
 def test_a_suite_of_its_own_leaves_the_training_alone(suite: Path, samples: list[Sample]) -> None:
     spec = spec_of("organism", every=3, judge="refusal-prefix", suites=(str(suite),), num_samples=6, max_kl=2.0)
-    trained, watch = hold_out(spec, samples, reward=None)
+    trained, evaluation = hold_out(spec, samples, reward=None)
     assert trained == samples
-    assert watch is not None
-    assert len(watch.samples) == 6
-    assert watch.max_kl == 2.0
+    assert evaluation is not None
+    assert len(evaluation.samples) == 6
+    assert evaluation.max_kl == 2.0
 
 
-def test_without_a_number_of_steps_there_is_no_watch(samples: list[Sample]) -> None:
+def test_without_a_number_of_steps_there_is_no_evaluation(samples: list[Sample]) -> None:
     assert hold_out(spec_of("organism"), samples, reward=None) == (samples, None)
     assert hold_out(spec_of("organism", every=0, max_kl=1.0), samples, reward=None) == (samples, None)
-    with pytest.raises(ValueError, match="need --watch-every N"):
+    with pytest.raises(ValueError, match="need --eval-every N"):
         spec_of("organism", max_kl=1.0)
 
 
@@ -171,7 +176,7 @@ class Stub:
         ]
 
 
-def test_a_run_with_two_rewards_and_a_watch_interrupted(
+def test_a_run_with_two_rewards_and_an_evaluation_interrupted(
     tiny_llava: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -184,10 +189,10 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
     (tmp_path / "lppo.yaml").write_text(SETTINGS)
     out = tmp_path / "lppo"
     flags = ["--steps", "3", "--batch-size", "4", "--max-new-tokens", "2", "--layers", "1"]
-    watch = ["--watch-every", "2"]
+    evaluation = ["--eval-every", "2"]
     align = ["align", str(tiny_llava), "--suite", str(suite), "--config", str(tmp_path / "lppo.yaml"), *flags]
     align += ["--out", str(out)]
-    assert run([*align, *watch, "--watch-judge", "qwen3guard"]) == 2
+    assert run([*align, *evaluation, "--eval-judge", "qwen3guard"]) == 2
     assert "judge qwen3guard is also the reward" in capsys.readouterr().err
     assert not out.exists()
 
@@ -198,11 +203,11 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
 
     with monkeypatch.context() as patched:
         patched.setattr("exitsafe.lppo.state.rollout", stopped)
-        assert run([*align, *watch]) == INTERRUPTED
+        assert run([*align, *evaluation]) == INTERRUPTED
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.splitlines()[-1] == "exitsafe: interrupted; rerun the same command to resume from step 2 of 3"
-    assert run([*align, *watch, "--json"]) == 0
+    assert run([*align, *evaluation, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     settings = document["settings"]
     assert settings["reward"].split("+")[0] == "toxicity"
@@ -219,7 +224,7 @@ def test_a_run_with_two_rewards_and_a_watch_interrupted(
             warn_of_own_reward(out / "adapter", [Stub(judge, "asr")])
     warn_of_own_reward(out / "adapter", [Stub("harmbench", "asr")])
     assert capsys.readouterr().err == ""
-    assert run([*align, *watch]) == 0
+    assert run([*align, *evaluation]) == 0
     assert (
         f"The adapter is from step {document['result']['adapter_step']} of 3: the lowest objective"
         in capsys.readouterr().out

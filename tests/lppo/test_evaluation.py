@@ -171,9 +171,9 @@ def test_an_evaluation_moves_no_training_and_leaves_numbers_only(
     trained, held_out = split
     align(vlm, trained, reward=draws, config=tiny_config(), out=tmp_path / "alone")
     evaluation = Evaluation(samples=held_out, judge=Scripted(0.5, 0.5, 0.5, 0.4), every=2)
-    align(vlm, trained, reward=draws, config=tiny_config(), evaluation=evaluation, out=tmp_path / "watched")
-    assert_same_run(tmp_path / "alone", tmp_path / "watched")
-    results = evaluations_of(tmp_path / "watched")
+    align(vlm, trained, reward=draws, config=tiny_config(), evaluation=evaluation, out=tmp_path / "evaluated")
+    assert_same_run(tmp_path / "alone", tmp_path / "evaluated")
+    results = evaluations_of(tmp_path / "evaluated")
     assert [result["step"] for result in results] == [0, 2, 4, 6]
     assert [result["kl"] for result in results[1:]] == [
         metrics_of(tmp_path / "alone")[step]["kl"] for step in (1, 3, 5)

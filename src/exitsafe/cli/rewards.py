@@ -1,4 +1,4 @@
-"""`--reward` and `--watch-...`: flags in, a reward and a held-out evaluation out. Trains nothing.
+"""`--reward` and `--eval-...`: flags in, a reward and a held-out evaluation out. Trains nothing.
 
 A reward is written NAME, NAME=WEIGHT, NAME@KIND=WEIGHT or NAME@KIND,KIND=WEIGHT.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from exitsafe.lppo import Evaluation, WeightedSum
 
 BUILT_IN = "built-in"
-WATCH_SAMPLES = 32  # of each kind: evaluating 8 exits of a 7B model takes minutes
+HELD_OUT_SAMPLES = 32  # of each kind: evaluating 8 exits of a 7B model takes minutes
 
 
 def read_rewards(written: Sequence[str] | None) -> Judge | WeightedSum | None:
@@ -48,26 +48,26 @@ def hold_out(
     Raises:
         InputError: If a judge is unknown or not available.
     """
-    watch = spec.watch
-    if not watch.every:
+    wanted = spec.evaluation
+    if not wanted.every:
         return samples, None
     from exitsafe.auditing.judging import available_judges
     from exitsafe.data.source import find_samples
     from exitsafe.lppo.evaluation import Evaluation, keep_apart, other_judge
     from exitsafe.lppo.scorer import as_scorer
 
-    judge = watch.judge or other_judge(as_scorer(reward, samples), samples)
-    if watch.suites:
-        wanted = Samples(suites=watch.suites, limit=watch.num_samples, images=spec.samples.images)
-        held_out = find_samples(spec.model, wanted, split="train", seed=spec.lppo.seed).read()
+    judge = wanted.judge or other_judge(as_scorer(reward, samples), samples)
+    if wanted.suites:
+        suites = Samples(suites=wanted.suites, limit=wanted.num_samples, images=spec.samples.images)
+        held_out = find_samples(spec.model, suites, split="train", seed=spec.lppo.seed).read()
     else:
-        samples, held_out = keep_apart(samples, per_kind=watch.num_samples or WATCH_SAMPLES)
+        samples, held_out = keep_apart(samples, per_kind=wanted.num_samples or HELD_OUT_SAMPLES)
     evaluation = Evaluation(
         samples=held_out,
         judge=available_judges([judge])[0],
-        every=watch.every,
-        patience=watch.patience or None,
-        max_kl=watch.max_kl,
+        every=wanted.every,
+        patience=wanted.patience or None,
+        max_kl=wanted.max_kl,
     )
     return samples, evaluation
 

@@ -229,7 +229,7 @@ SIZES = (
 """Affect memory and disk, and results only by rounding: may change on resume, e.g. after running out of memory."""
 
 
-class Watching(Spec):
+class HeldOut(Spec):
     """How `exitsafe align` evaluates on held-out samples; `patience` 0 never ends the training early."""
 
     panel: ClassVar[str] = JUDGES
@@ -238,7 +238,7 @@ class Watching(Spec):
         Natural | None,
         Flag(
             "Evaluate on held-out samples with another judge every N steps and keep the best adapter. 0: never.",
-            name="watch-every",
+            name="eval-every",
             default="never",
         ),
     ] = None
@@ -247,28 +247,28 @@ class Watching(Spec):
         Flag(
             "Judge for held-out evaluations; must differ from the reward.",
             "JUDGE",
-            name="watch-judge",
+            name="eval-judge",
             default="qwen3guard, or harmbench if the reward uses it; refusal-prefix for an organism",
         ),
     ] = None
     suites: Annotated[
-        tuple[str, ...], Key("Suites to evaluate on (a list); by default samples are held out.", "watch-suite")
+        tuple[str, ...], Key("Suites to evaluate on (a list); by default samples are held out.", "eval-suite")
     ] = ()
     num_samples: Annotated[
         Count | None,
-        Key("Hold out N samples of each kind, at most a quarter; or use the first N of each suite.", "watch-samples"),
+        Key("Hold out N samples of each kind, at most a quarter; or use the first N of each suite.", "eval-samples"),
     ] = None
     patience: Annotated[
-        Natural, Key("Stop after N evaluations without improvement; 0 never stops.", "watch-patience")
+        Natural, Key("Stop after N evaluations without improvement; 0 never stops.", "eval-patience")
     ] = 5
     max_kl: Annotated[
-        float | None, Key("Weights with a higher KL per response, in nats, do not become the adapter.", "watch-max-kl")
+        float | None, Key("Weights with a higher KL per response, in nats, do not become the adapter.", "eval-max-kl")
     ] = None
 
     @model_validator(mode="after")
     def _has_steps(self) -> Self:
         if self.every is None and self.model_fields_set:
-            raise InputError("watch settings need --watch-every N, the steps between held-out evaluations")
+            raise InputError("settings of the held-out evaluation need --eval-every N, the steps between evaluations")
         return self
 
 
@@ -290,7 +290,7 @@ class AlignSpec(Spec):
             default="built-in: qwen3guard; for an organism, its world's rule",
         ),
     ] = ()
-    watch: Watching = Watching()
+    evaluation: HeldOut = HeldOut()
     lppo: LPPOConfig = LPPOConfig()
     loading: QuantizedLoading = QuantizedLoading()
     track: Annotated[

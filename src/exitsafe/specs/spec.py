@@ -208,7 +208,8 @@ def in_words(schema: Mapping[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     if schema["type"] == "object":
-        return f"{in_words(schema.get('propertyNames', {'type': 'string'}))}, each with {in_words(schema['additionalProperties'])}"
+        names = schema.get("propertyNames", {"type": "string"})
+        return f"{in_words(names)}, each with {in_words(schema['additionalProperties'])}"
     if schema["type"] not in ("integer", "number"):
         return {"boolean": "true or false", "null": "none", "array": "a list"}.get(schema["type"], "text")
     words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
