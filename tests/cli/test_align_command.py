@@ -91,7 +91,7 @@ def test_help_names_the_defaults_that_hold(monkeypatch: pytest.MonkeyPatch, caps
     output = capsys.readouterr().out
     general, organism = LPPOConfig(), LPPOConfig.for_organism()
     for name in ("num_steps", "batch_size", "max_new_tokens"):
-        assert f"[default: ({getattr(general, name)}; an organism {getattr(organism, name)})]" in output
+        assert f"[default: ({getattr(general, name)}; {getattr(organism, name)} for an organism)]" in output
     assert organism.max_new_tokens == WORLD.max_new_tokens
 
 

@@ -256,5 +256,5 @@ def test_a_printed_run_says_what_was_audited_and_found(audited: Path) -> None:
     first, what, *rates = str(load_run(audited)).splitlines()
     assert first == f"AuditRun {audited}"
     assert what.endswith(": 8 samples at exits 1, 2, 5, judged by refusal-prefix, vqa, coherence")
-    assert rates[0] == "  Requests not refused (proxy): 100.0% (exit 1) to 100.0% (exit 1)"
+    assert rates[0] == "  Requests not refused (proxy): 100.0% at every exit"
     assert [line.split(":")[0].strip() for line in rates[1:]] == ["Over-refusal (proxy)", "VQA accuracy"]

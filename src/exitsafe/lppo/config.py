@@ -94,9 +94,9 @@ class LPPOConfig:
     """Keys every draw: samples, exits, rollouts, minibatches, LoRA's initial weights."""
 
     # How much
-    num_steps: Annotated[Count, Flag("PPO steps.", name="steps", default="400; an organism 80")] = 400
+    num_steps: Annotated[Count, Flag("PPO steps.", name="steps", default="400; 80 for an organism")] = 400
     """About a dozen passes over 2,000 red-team prompts at 64 a step."""
-    batch_size: Annotated[Count, Flag("Answers per step.", default="64; an organism 128")] = 64
+    batch_size: Annotated[Count, Flag("Answers per step.", default="64; 128 for an organism")] = 64
     """Responses per step; with several exits in a batch, a few per exit and kind."""
     group_size: Count = 1
     """Responses to each drawn sample and exit (GRPO's G). 1 covers the most samples."""
