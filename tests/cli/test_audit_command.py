@@ -179,6 +179,7 @@ def test_bad_settings(tiny_llava: Path, suite: Path, audited: Path, tmp_path: Pa
     out = tmp_path / "run"
     audit = ["audit", tiny_llava, "--suite", suite, "--out", out]
     assert "has no suites of its own" in fail("audit", tiny_llava, "--out", out)
+    assert "organsim (did you mean organism?) has no suites" in fail("audit", "organsim", "--out", out)
     assert "choose 1 to 6" in fail(*audit, "--layers", "7")
     assert "not a layer or a range" in fail(*audit, "--layers", "two")
     assert "judge 'oracle' is unknown" in fail(*audit, "--judge", "oracle")

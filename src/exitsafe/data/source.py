@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from exitsafe.data.registry import absolute_names, load_suites, resolve_suites
-from exitsafe.errors import InputError
+from exitsafe.errors import InputError, did_you_mean
 from exitsafe.records import Sample
 from exitsafe.specs.inputs import Samples
 from exitsafe.untrusted import JsonObject
 from exitsafe.world.profile import profile_of
+from exitsafe.world.suites import ORGANISMS
 
 
 class SampleSource(Samples):
@@ -57,7 +58,7 @@ def find_samples(
     profile = profile_of(model)
     suites = wanted.suites or (profile.suites if profile else ())
     if not suites:
-        raise InputError(f"{model} has no suites of its own: give {otherwise}")
+        raise InputError(f"{model}{did_you_mean(model, ORGANISMS)} has no suites of its own: give {otherwise}")
     kept = {name: found for name, found in (hub or {}).items() if name in suites}
     found = {
         "suites": absolute_names(suites),
