@@ -67,7 +67,7 @@ def test_adapter(folder: Path, tmp_path: Path) -> None:
     plain = load_vlm(folder)
     adapted = get_peft_model(
         tiny_model(folder.name),
-        LoraConfig(r=4, target_modules=plain.language_model_pattern, init_lora_weights=False),
+        LoraConfig(r=4, target_modules=plain.linear_layers, init_lora_weights=False),
     )
     adapted.save_pretrained(str(tmp_path / "adapter"))
     names = [name for name, _ in adapted.named_parameters() if "lora_" in name]
@@ -110,7 +110,7 @@ def test_adapters_are_told_apart_and_come_from_the_hub_too(tmp_path: Path, monke
     for seed, name in enumerate(("one", "two")):
         model = tiny_model("llava")
         torch.manual_seed(seed)
-        config = LoraConfig(r=2, target_modules=load_vlm(folder).language_model_pattern, init_lora_weights=False)
+        config = LoraConfig(r=2, target_modules=load_vlm(folder).linear_layers, init_lora_weights=False)
         get_peft_model(model, config).save_pretrained(str(tmp_path / name))
     monkeypatch.setattr("exitsafe.engine.load.snapshot_download", lambda name, **_: str(tmp_path / Path(name).name))
     hashes = {load_vlm(folder, adapter=f"somebody/{name}").adapter_hash for name in ("one", "two")}

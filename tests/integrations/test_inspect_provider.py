@@ -137,7 +137,7 @@ def test_an_adapter_changes_name_and_answers(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = load_vlm("organism")
-    config = LoraConfig(target_modules=base.language_model_pattern, r=4, init_lora_weights=False)
+    config = LoraConfig(target_modules=base.linear_layers, r=4, init_lora_weights=False)
     get_peft_model(base.model, config).save_pretrained(str(tmp_path / "adapter"))
     plain = get_model("exitsafe/organism@L1")
     adapted = get_model("exitsafe/organism@L1", adapter=str(tmp_path / "adapter"))

@@ -172,7 +172,7 @@ def test_an_adapter_under_training_is_audited(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     bare = exitsafe.load_vlm("organism")
-    config = LoraConfig(target_modules=bare.language_model_pattern, r=8)
+    config = LoraConfig(target_modules=bare.linear_layers, r=8)
     vlm = VLM(get_peft_model(bare.model, config), bare.processor, name="mine")
     callback = AuditCallback(vlm, samples(), out=tmp_path / "runs", every=4, **OPTIONS)
     trained(vlm, tmp_path / "train", [callback], learning_rate=0.02)

@@ -97,7 +97,7 @@ def sft(
     warn_of_audited(kept, Path(out))
     sizes = BatchSizes(config)
     targets = _targets(vlm, kept, refusal, config, sizes)
-    features = FeatureStore(vlm, kept, exit_layers, max_bytes=config.feature_cache_gb * 1e9, batch_size=sizes.encoder)
+    features = FeatureStore(vlm, kept, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
     with folder.locked(), attached_policy(vlm, config) as policy:
         _train(Learner(policy, config), schedule, features, targets, sizes, folder, progress)
         folder.save_adapter(policy.save, trained_on=kept)
@@ -226,7 +226,7 @@ def _own_answers(vlm: VLM, samples: Sequence[Sample], config: LPPOConfig, sizes:
     answers: dict[str, Tensor] = {}
     for start in range(0, len(samples), config.rollout_batch_size):
         prompts = [vlm.encode_prompt(sample) for sample in samples[start : start + config.rollout_batch_size]]
-        features = vlm.prompt_features(prompts, (vlm.default_exit,), batch_size=sizes.encoder)
+        features = vlm.prompt_features(prompts, (vlm.default_exit,))
         rows = [
             Row(prompt=prompt, exit_layer=vlm.default_exit, features=found[vlm.default_exit])
             for prompt, found in zip(prompts, features, strict=True)

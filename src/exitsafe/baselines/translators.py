@@ -30,7 +30,6 @@ from exitsafe.store.fingerprint import Settings, canonical_json, differences, pi
 from exitsafe.version import __version__
 
 HELD_OUT = 5  # every fifth picture is held out, to choose the ridge strength and measure R²
-ENCODED_AT_ONCE = 16
 _LEFT_BY_A_KILL = {MAPS, TRAINED_ON, f".{MAPS}.part", f".{TRAINED_ON}.part", f".{RECORD}.part"}
 
 
@@ -139,27 +138,21 @@ def _add_up(
     sums: tuple[dict[int, Moments], dict[int, Moments]] = ({}, {})
     done = 0
     for part, by_layer in zip((fitted, held_out), sums, strict=True):
-        for batch in _batches(part):
-            found = _encode(vlm, batch, (*layers, vlm.default_exit))
+        for sample in part:
+            found = _encode(vlm, sample, (*layers, vlm.default_exit))
             target = found[vlm.default_exit]
             for layer in layers:
                 moments = by_layer.setdefault(layer, Moments(target.shape[-1], device=_sums_device(target)))
                 moments.add(found[layer], target)
-            done += len(batch)
+            done += 1
             if progress is not None:
                 progress(done, len(samples), "")
     return sums
 
 
-def _batches(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    for start in range(0, len(samples), ENCODED_AT_ONCE):
-        yield samples[start : start + ENCODED_AT_ONCE]
-
-
-def _encode(vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """The projector's input for the pictures, (tokens, width), by exit."""
-    images = [vlm.encode_prompt(sample).image_inputs for sample in samples]
-    found = projector_inputs(vlm, vlm.family_row.collate_images(images), exit_layers)
+def _encode(vlm: VLM, sample: Sample, exit_layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """The projector's input for a picture, (tokens, width), by exit."""
+    found = projector_inputs(vlm, vlm.encode_prompt(sample).media, exit_layers)
     for exit_layer, features in found.items():
         if not features.isfinite().all():
             raise not_finite("image features", exit_layer=exit_layer, dtype=vlm.base_model.dtype)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.read_ahead import DEFAULT_NEW_TOKENS, ReadAhead
+from exitsafe.exits.features import tensors_in
 from exitsafe.machine.memory import MOST_ROWS, BatchSize, free_memory
 from exitsafe.records import Response, Sample
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 BATCHES_AT_ONCE = 16  # per chunk of samples: enough that its last, partly empty batch costs little
 FEATURE_BYTES = 2 * 2**30  # for the features of one chunk, all layers
-ENCODED_AT_ONCE = 32  # prompts per encoder pass: larger passes gain nothing
 _FIRST_ROWS = 16  # the first chunk only shows how large features are
 _NO_MEMORY = (
     "out of memory while answering a single row; finished answers are saved: rerun with a smaller max_new_tokens, a "
@@ -104,12 +104,10 @@ class Answering:
                 yield self.vlm.response(rows[place], completion)
 
     def _prepare(self, tasks: Sequence[Task]) -> list[Row]:
-        """Rows, longest prompts first, with features from one encoder pass for all layers."""
+        """Rows, longest prompts first, with features for all layers from one encoder pass each."""
         prompts = [self.vlm.encode_prompt(task.sample) for task in tasks]
         wanted = sorted({layer for task in tasks for layer in task.exit_layers})
-        features = self.vlm.prompt_features(
-            prompts, wanted, batch_size=min(self.rows.most, ENCODED_AT_ONCE), skip_global=self.skip_global
-        )
+        features = self.vlm.prompt_features(prompts, wanted, skip_global=self.skip_global)
         rows = [
             Row(prompt=prompt, exit_layer=layer, features=by_layer[layer])
             for task, prompt, by_layer in zip(tasks, prompts, features, strict=True)
@@ -124,7 +122,7 @@ class Answering:
 
     def _samples_that_fit(self, rows: Sequence[Row], *, num_samples: int) -> int:
         """The size of the next chunk: enough rows for full batches, if their features fit in memory."""
-        num_bytes = sum(tensor.nbytes for row in rows for tensor in row.features or ())
+        num_bytes = sum(tensor.nbytes for row in rows for tensor in tensors_in(row.features))
         most = min(FEATURE_BYTES, free_memory(self.vlm.device) // 4) * num_samples // max(1, num_bytes)
         size = min(self.rows.most, self._rows_that_fit(rows)) if self.is_auto else self.rows.most
         return max(1, min(BATCHES_AT_ONCE * size * num_samples // len(rows), most))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from exitsafe.engine.prompts import Row, collate
+from exitsafe.engine.prompts import TEXT_INPUTS, Row, of_next_token
 from exitsafe.engine.reader import Reader
 from exitsafe.errors import InputError
 from exitsafe.exits.finite import check_finite
@@ -127,11 +127,11 @@ class _Batch:
     indices: list[int]  # into the caller's rows
     cache: DynamicCache
     attention_mask: Tensor  # (B, S): the cached tokens
-    positions: Tensor  # (B,): of the newest token
+    positions: Tensor  # (..., B): of the newest token; some models have several
     tokens: Tensor  # (B, G): generated so far, right-aligned, the newest not yet in the cache
     lengths: list[int]  # generated tokens per row
     draws: Tensor  # (B, max_new_tokens): one uniform number per token to come, float64
-    cross_attention_mask: Tensor | None  # (B, 1, images, tiles)
+    text_inputs: dict[str, Tensor]  # (B, 1, ...): of the next token
     image_layers: frozenset[int]  # layers of the cache that hold image states
     seconds: list[float]
 
@@ -144,15 +144,15 @@ class _Batch:
         """Generate one more token for every row."""
         self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.indices), 1)], 1)
         self.positions = self.positions + 1
-        extra = {} if self.cross_attention_mask is None else {"cross_attention_mask": self.cross_attention_mask}
-        outputs = vlm.model(
-            input_ids=self.tokens[:, -1:],
+        inputs = vlm.base_model.prepare_inputs_for_generation(
+            self.tokens[:, -1:],
             attention_mask=self.attention_mask,
-            position_ids=self.positions[:, None],
+            position_ids=self.positions[..., None],
             past_key_values=self.cache,
             use_cache=True,
-            **extra,
+            **self.text_inputs,
         )
+        outputs = vlm.model(**inputs)
         self.cache = outputs.past_key_values
         asked = [rows[index] for index in self.indices]
         chosen = _choose(outputs.logits[:, -1], self.draws, self.lengths, sampling, asked)
@@ -168,23 +168,20 @@ class _Batch:
         index = torch.tensor(keep, device=self.tokens.device)
         mask = self.attention_mask[index]
         unused = int(mask.long().argmax(dim=1).min()) if self.can_join else 0
-        for number, layer in enumerate(_layers(self.cache)):
-            if not layer.is_initialized:
-                continue
-            start = 0 if number in self.image_layers else unused
-            layer.keys = layer.keys[index, :, start:]
-            layer.values = layer.values[index, :, start:]
+        self.cache.reorder_cache(index)
+        for number, layer in enumerate(_layers(self.cache) if unused else ()):
+            if layer.is_initialized and number not in self.image_layers:
+                layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
         longest = max(self.lengths[place] for place in keep)
-        cross = self.cross_attention_mask
         return _Batch(
             indices=[self.indices[place] for place in keep],
             cache=self.cache,
             attention_mask=mask[:, unused:],
-            positions=self.positions[index],
+            positions=self.positions[..., index],
             tokens=self.tokens[index, -longest:],
             lengths=[self.lengths[place] for place in keep],
             draws=self.draws[list(keep)],  # on the CPU, wherever the model is
-            cross_attention_mask=None if cross is None else cross[index],
+            text_inputs={name: tensor[index] for name, tensor in self.text_inputs.items()},
             image_layers=self.image_layers,
             seconds=[self.seconds[place] for place in keep],
         )
@@ -196,18 +193,17 @@ class _Batch:
                 continue
             mine.keys = _stack_right(mine.keys, theirs.keys, dim=-2)
             mine.values = _stack_right(mine.values, theirs.values, dim=-2)
-        cross = None
-        if self.cross_attention_mask is not None and other.cross_attention_mask is not None:
-            cross = torch.cat([self.cross_attention_mask, other.cross_attention_mask])
         return _Batch(
             indices=self.indices + other.indices,
             cache=self.cache,
             attention_mask=_stack_right(self.attention_mask, other.attention_mask, dim=-1),
-            positions=torch.cat([self.positions, other.positions]),
+            positions=torch.cat([self.positions, other.positions], dim=-1),
             tokens=_stack_right(self.tokens, other.tokens, dim=-1),
             lengths=self.lengths + other.lengths,
             draws=torch.cat([self.draws, other.draws]),
-            cross_attention_mask=cross,
+            text_inputs={
+                name: torch.cat([mine, other.text_inputs[name]]) for name, mine in self.text_inputs.items()
+            },
             image_layers=self.image_layers,
             seconds=self.seconds + other.seconds,
         )
@@ -229,35 +225,35 @@ def _prefill(vlm: Reader, rows: Sequence[Row], indices: list[int], sampling: Sam
     """Read the prompts, once each even if several rows share one, and choose each row's first token."""
     chosen_rows = [rows[index] for index in indices]
     different, places = _different(chosen_rows)
-    batch = collate([row.prompt for row in different], None, pad_token_id=vlm.pad_token_id)
-    batch = {name: tensor.to(vlm.device) for name, tensor in batch.items()}
-    outputs = vlm.model(
-        **batch,
-        **vlm.family_row.feature_inputs([row.features for row in different if row.features is not None]),
+    given = vlm.inputs(different)
+    inputs = vlm.base_model.prepare_inputs_for_generation(
         past_key_values=DynamicCache(config=vlm.text_config),
         use_cache=True,
-        logits_to_keep=1,
+        is_first_iteration=True,
+        **vlm.only_last_logits,
+        **given,
     )
-    logits = outputs.logits[:, -1]
+    outputs = vlm.model(**inputs)
+    logits, cache, mask = outputs.logits[:, -1], outputs.past_key_values, given["attention_mask"]
+    positions = given["position_ids"][..., -1]
+    text_inputs = {name: of_next_token(name, given[name][:, -1:]) for name in TEXT_INPUTS if name in given}
     if len(different) < len(chosen_rows):
         index = torch.tensor(places, device=vlm.device)
-        logits, batch = logits[index], {name: tensor[index] for name, tensor in batch.items()}
-        for layer in _layers(outputs.past_key_values):
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[index], layer.values[index]
+        logits, mask, positions = logits[index], mask[index], positions[..., index]
+        text_inputs = {name: tensor[index] for name, tensor in text_inputs.items()}
+        cache.reorder_cache(index)
     draws = torch.stack([_uniforms(row, sampling) for row in chosen_rows])
-    cross = batch.get("cross_attention_mask")
     first = _choose(logits, draws, [0] * len(indices), sampling, chosen_rows)
     return _Batch(
         indices=indices,
-        cache=outputs.past_key_values,
-        attention_mask=batch["attention_mask"],
-        positions=batch["position_ids"][:, -1],
+        cache=cache,
+        attention_mask=mask,
+        positions=positions,
         tokens=first[:, None],
         lengths=[1] * len(indices),
         draws=draws,
-        cross_attention_mask=None if cross is None else cross[:, -1:],
-        image_layers=vlm.family_row.image_cache_layers(vlm.text_config),
+        text_inputs=text_inputs,
+        image_layers=vlm.image_cache_layers,
         seconds=[0.0] * len(indices),
     )
 

@@ -135,7 +135,7 @@ def _time_pass(vlm: VLM, prompt: Prompt, exit_layer: int, *, skip_global: bool, 
 
     stamps: list[float] = []
     started = _now(vlm)
-    features = vlm.image_features(prompt.image_inputs, (exit_layer,), skip_global=skip_global)[exit_layer]
+    features = vlm.image_features(prompt.media, (exit_layer,), skip_global=skip_global)[exit_layer]
     encoded = _now(vlm)
     # every call of the model is a generation step; the first is the prefill
     recorder = vlm.model.register_forward_hook(lambda *_: stamps.append(_now(vlm)))

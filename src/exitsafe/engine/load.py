@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from exitsafe.engine.generation import ignored_settings
@@ -19,7 +23,6 @@ from exitsafe.engine.templates import check_template, prepare
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError, first_line
 from exitsafe.exits.adapters import check_folder, load_adapter, note_other_model, read_trained_on
-from exitsafe.exits.families import find_family
 from exitsafe.exits.sources import check_adapter_source, check_model_source, unreachable
 from exitsafe.exits.translator_files import load_translators
 from exitsafe.machine.devices import check_quantization, find_device, find_dtype
@@ -27,7 +30,9 @@ from exitsafe.world import model_folder
 from exitsafe.world.profile import is_organism
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, TorchAoConfig
+    from transformers import BitsAndBytesConfig, PretrainedConfig, TorchAoConfig
+
+    from exitsafe.exits.huggingface import MultimodalModel
 
 _DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # code runs with trust_remote_code
 # What the libraries raise for corrupt files, missing parts and missing devices.
@@ -62,8 +67,8 @@ def load_vlm(
         The model in evaluation mode.
 
     Raises:
-        ModelError: If the model cannot be loaded, the family is not supported, the processor does not fit the model,
-            an adapter's weights are incomplete, or the translators belong to another model.
+        ModelError: If the model cannot be loaded, it has no encoder whose exits can be proven, the processor does not
+            fit the model, an adapter's weights are incomplete, or the translators belong to another model.
         InputError: If the device, number type or quantization is unknown, or this machine has no such GPU.
     """
     where_to, as_type = find_device(device), find_dtype(dtype) or "auto"
@@ -85,17 +90,16 @@ def load_vlm(
         adapter_folder = None if adapter is None else _adapter_folder(adapter)
         config = AutoConfig.from_pretrained(source, **remote)
         check_no_adapter(source, revision=None if where.is_dir() else revision or "main")
-        family = find_family(config)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
+        model: Any = auto_class(config).from_pretrained(
             source,
             dtype=as_type,
             use_safetensors=True,
-            quantization_config=_quantization_config(quantization),
+            quantization_config=_quantization_config(quantization, config, **remote),
             device_map={"": where_to} if quantization else None,
             **remote,
         )
         model = model.to(where_to) if quantization is None else model
-        processor = load_processor(source, config, family, **remote)
+        processor = load_processor(source, config, **remote)
         if adapter_folder is not None:
             model = load_adapter(model, adapter_folder)
             note_other_model(adapter_folder, str(name_or_path))
@@ -104,6 +108,7 @@ def load_vlm(
         raise ModelError(f"cannot load {name_or_path!s}: {reason}") from error
     except _LOADING_ERRORS as error:
         raise ModelError(unreachable(source, error) or f"cannot load {name_or_path!s}: {first_line(error)}") from error
+    check_template(processor, today=date.today().isoformat())
     vlm = VLM(
         model.eval(),
         processor,
@@ -111,8 +116,7 @@ def load_vlm(
         checkpoint_hash=hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None),
         adapter_hash=None if adapter_folder is None else hash_files(adapter_folder),
     )
-    check_template(processor, today=vlm.today)
-    for remark in check_processor(vlm) if processor is not None else ():
+    for remark in check_processor(vlm):
         warnings.warn(remark, stacklevel=2)
     if ignored := ignored_settings(vlm.base_model.generation_config):
         warnings.warn(
@@ -126,6 +130,13 @@ def load_vlm(
     vlm.adapter = adapter_folder
     vlm.trained_on = frozenset().union(*(read_trained_on(folder) for folder in folders if folder is not None))
     return vlm
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForImageTextToText | AutoModelForMultimodalLM]:
+    """The class that loads a model: most are registered for images and text, those that only hear for multimodal."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForMultimodalLM
 
 
 def as_vlm(model: VLM | str | Path) -> VLM:
@@ -170,24 +181,43 @@ def _adapter_folder(adapter: str | Path) -> Path:
     return folder
 
 
-def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | TorchAoConfig | None:
+def _quantization_config(
+    quantization: str | None, config: PretrainedConfig, **remote: str | bool
+) -> BitsAndBytesConfig | TorchAoConfig | None:
     if quantization is None:
         return None
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    # Matched from the start of a module's full name. The encoder's features must not change.
-    encoder = ["model.vision_tower", "model.vision_model", "model.multi_modal_projector", "lm_head"]
+    # The encoder's features must not change, so whatever is not the language model stays as it is.
+    with torch.device("meta"):
+        whole = outside_decoder(auto_class(config).from_config(config, trust_remote_code=remote["trust_remote_code"]))
     if quantization == "torchao-int8":
         try:
             from torchao.quantization import Int8WeightOnlyConfig
         except ImportError as error:
             raise ModelError('torchao-int8 needs torchao: pip install "exitsafe[quantization]"') from error
-        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=encoder)
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=whole)
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=encoder)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=encoder,
+        llm_int8_skip_modules=whole,
     )
+
+
+def outside_decoder(model: MultimodalModel) -> list[str]:
+    """The names of the largest modules that are no part of the language model's decoder: encoder, projector, head."""
+    decoder = model.get_decoder()
+
+    def names(module: nn.Module, prefix: str) -> Iterator[str]:
+        for name, child in module.named_children():
+            if child is decoder:
+                continue
+            if decoder in set(child.modules()):
+                yield from names(child, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    return list(names(model, ""))

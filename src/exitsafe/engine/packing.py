@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from exitsafe.engine.prompts import Row, collate
 from exitsafe.engine.reader import Reader
+from exitsafe.exits.features import handed_over
 
 
 def packed_states(
@@ -23,15 +24,15 @@ def packed_states(
     """The implementation of `VLM.packed_response_states`."""
     groups = sibling_groups(rows, group_size)
     batch, branch, reads = collate_packed(rows, responses, groups, pad_token_id=vlm.pad_token_id)
+    first_rows = [rows[group[0]] for group in groups]
     takes_bool = vlm.text_config._attn_implementation == "sdpa"
     tokens = pad_sequence(list(responses), batch_first=True, padding_value=vlm.pad_token_id).to(vlm.device)
     lengths = torch.tensor([len(response) for response in responses])
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(vlm.device)
-    first_rows = [rows[group[0]] for group in groups]
     outputs = vlm.base_model.model(
         **{name: tensor.to(vlm.device) for name, tensor in batch.items()},
         attention_mask=tree_mask(branch.to(vlm.device), additive=None if takes_bool else vlm.base_model.dtype),
-        **vlm.family_row.feature_inputs([row.features for row in first_rows if row.features is not None]),
+        **handed_over(vlm.base_model, [row.features for row in first_rows if row.features is not None]),
         use_cache=False,
     )
     return outputs.last_hidden_state.flatten(0, 1)[reads.to(vlm.device)], tokens, mask
@@ -70,6 +71,7 @@ def collate_packed(
     """
     packed = [torch.cat([torch.as_tensor(responses[place]) for place in group]) for group in groups]
     batch = collate([rows[group[0]].prompt for group in groups], packed, pad_token_id=pad_token_id)
+    batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     num_groups, width = batch["input_ids"].shape
     prompt_end = width - max(len(tokens) for tokens in packed)
     branch = torch.full((num_groups, width), _PADDING)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,28 +17,32 @@ from torch import Tensor
 from exitsafe.data.images import open_image
 from exitsafe.engine.templates import TemplateRefusedError, render
 from exitsafe.errors import InputError, ModelError
-from exitsafe.exits.families import Family
+from exitsafe.exits.encoder import MODALITIES
 from exitsafe.exits.features import Features
 from exitsafe.records import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from exitsafe.exits.huggingface import ImageTextProcessor
+    from exitsafe.exits.huggingface import MultimodalProcessor
+
+
+TEXT_INPUTS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask")
+"""A processor's outputs with an entry for each token."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
     """One tokenised sample, on the CPU.
 
-    `input_ids` is (P,); `image_inputs` are the processor's tensors for the images, with their batch dimension, empty
-    for a sample without images; `cross_attention_mask` is (P, images, tiles) where the family has one.
+    `input_ids` is (P,); `text_inputs` are the processor's other tensors with an entry for each token, (P, ...);
+    `media` are its tensors for pictures, videos and sound, as it makes them, empty for a sample without any.
     """
 
     sample_id: str
     input_ids: Tensor
-    image_inputs: Mapping[str, Tensor]
-    cross_attention_mask: Tensor | None = None
+    text_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    media: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,49 +60,55 @@ class Row:
         return is_same and self.features is other.features
 
 
-def encode(sample: Sample, processor: ImageTextProcessor | None, family: Family, *, today: str) -> Prompt:
+def encode(
+    sample: Sample, processor: MultimodalProcessor | None, placeholders: Mapping[str, str], *, today: str
+) -> Prompt:
     """Tokenise one sample.
 
     Raises:
-        InputError: If an image cannot be read, the prompt contains the model's image placeholder, or the chat template
-            does not accept it.
+        InputError: If an image cannot be read, the prompt contains one of the model's placeholders, or the chat
+            template does not accept it.
         ModelError: If there is no processor, or its chat template leaves something out.
     """
     processor = given_processor(processor)
-    text = written(sample, processor, family, today=today)
+    text = written(sample, processor, placeholders, today=today)
     images = [open_image(image, sample.id) for image in sample.images]
-    return tokenise(text, images, processor, family, sample_id=sample.id)
+    return tokenise(text, images, processor, sample_id=sample.id)
 
 
-def given_processor(processor: ImageTextProcessor | None) -> ImageTextProcessor:
+def given_processor(processor: MultimodalProcessor | None) -> MultimodalProcessor:
     """The processor; raises ModelError if there is none."""
     if processor is None:
         raise ModelError("this model folder has no processor: save the processor in the same folder")
     return processor
 
 
-def written(sample: Sample, processor: ImageTextProcessor | None, family: Family, *, today: str) -> str:
+def written(
+    sample: Sample, processor: MultimodalProcessor | None, placeholders: Mapping[str, str], *, today: str
+) -> str:
     """The prompt as text: the sample in the chat template, with one placeholder per image. Opens no image.
 
     Raises:
         InputError, ModelError: As `encode`.
     """
     processor = given_processor(processor)
-    if processor.image_token in sample.prompt:
-        raise InputError(
-            f"sample {sample.id}: the prompt contains the image placeholder {processor.image_token!r}; remove it and "
-            "give images in `images`"
-        )
+    for token in {*placeholders.values(), *_expanded(processor)}:
+        if token in sample.prompt:
+            raise InputError(
+                f"sample {sample.id}: the prompt contains the image placeholder {token!r}; remove it and give images "
+                "in `images`"
+            )
     try:
         sample.prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"sample {sample.id}: the prompt contains a lone surrogate; save it as valid Unicode"
         ) from error
-    text = _render(sample, processor, family, today=today)
+    text = _render(sample, processor, placeholders, today=today)
     if sample.prompt.strip() not in text:
         raise ModelError(f"sample {sample.id}: the chat template leaves out the prompt; use another template")
-    if (num_written := text.count(processor.image_token)) != len(sample.images):
+    num_written = text.count(placeholders["image"]) if "image" in placeholders else 0
+    if num_written != len(sample.images):
         raise ModelError(
             f"sample {sample.id}: the chat template writes {num_written} image placeholders for "
             f"{len(sample.images)} images; use another template"
@@ -106,9 +116,36 @@ def written(sample: Sample, processor: ImageTextProcessor | None, family: Family
     return text
 
 
-def tokenise(
-    text: str, images: Sequence[Image.Image], processor: ImageTextProcessor, family: Family, *, sample_id: str
-) -> Prompt:
+def find_placeholders(processor: MultimodalProcessor | None, *, today: str) -> dict[str, str]:
+    """What stands for a medium in a prompt before its processor expands it, by modality: the special token that the
+    chat template writes once for each.
+
+    Raises:
+        ModelError: As `render`.
+    """
+    if processor is None:
+        return {}
+    found: dict[str, str] = {}
+    for modality in MODALITIES:
+        usual = [getattr(processor, name, None) for name in (f"{modality}_token", "boi_token", "boa_token")]
+        usual = [token for token in usual if isinstance(token, str)]
+        if processor.chat_template is None:
+            found |= {modality: usual[0]} if usual and hasattr(processor, f"{modality}_token") else {}
+            continue
+        try:
+            texts = [render(processor, _messages("", "text", {modality: number}), today=today) for number in (0, 1)]
+        except TemplateRefusedError:
+            try:  # a template that insists on a picture
+                texts = [render(processor, _messages("", "text", {modality: number}), today=today) for number in (1, 2)]
+            except TemplateRefusedError:
+                continue
+        special = [*usual, *map(str, processor.tokenizer.added_tokens_decoder.values())]
+        once = [token for token in dict.fromkeys(special) if texts[1].count(token) == texts[0].count(token) + 1]
+        found |= {modality: once[0]} if once else {}
+    return found
+
+
+def tokenise(text: str, images: Sequence[Image.Image], processor: MultimodalProcessor, *, sample_id: str) -> Prompt:
     """Tokenise a rendered prompt, which has one placeholder per image."""
     inputs = processor(
         text=[text],
@@ -116,12 +153,16 @@ def tokenise(
         return_tensors="pt",
         add_special_tokens=not opens_itself(text, processor.tokenizer),
     )
-    mask = inputs.get("cross_attention_mask")
+    has_media = bool(images)
     return Prompt(
         sample_id=sample_id,
         input_ids=inputs["input_ids"][0],
-        image_inputs={name: inputs[name] for name in family.image_inputs} if images else {},
-        cross_attention_mask=None if mask is None else mask[0],
+        text_inputs={name: inputs[name][0] for name in TEXT_INPUTS if name in inputs},
+        media={
+            name: tensor
+            for name, tensor in inputs.items()
+            if has_media and name not in (*TEXT_INPUTS, "input_ids", "attention_mask")
+        },
     )
 
 
@@ -138,17 +179,17 @@ def collate(prompts: Sequence[Prompt], responses: Sequence[Tensor] | None, *, pa
     """Left-pad prompts, append the responses and right-pad them.
 
     Returns:
-        `input_ids`, `attention_mask`, `position_ids`, all (B, P + T), and `cross_attention_mask`
-        (B, P + T, images, tiles) where the prompts have one.
+        `input_ids` and `attention_mask`, (B, P + T), and the prompts' text inputs, (B, P + T, ...).
     """
     longest = max(len(prompt.input_ids) for prompt in prompts)
     tail = 0 if responses is None else max(len(response) for response in responses)
     input_ids = torch.full((len(prompts), longest + tail), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    cross_attention_mask = None
-    if prompts[0].cross_attention_mask is not None:
-        shape = prompts[0].cross_attention_mask.shape[1:]
-        cross_attention_mask = torch.zeros(len(prompts), longest + tail, *shape, dtype=torch.long)
+    text_inputs = {
+        name: torch.zeros(len(prompts), longest + tail, *tensor.shape[1:], dtype=tensor.dtype)
+        for prompt in prompts
+        for name, tensor in prompt.text_inputs.items()
+    }
     for row, prompt in enumerate(prompts):
         start = longest - len(prompt.input_ids)
         input_ids[row, start:longest] = prompt.input_ids
@@ -157,17 +198,17 @@ def collate(prompts: Sequence[Prompt], responses: Sequence[Tensor] | None, *, pa
             end += len(responses[row])
             input_ids[row, longest:end] = torch.as_tensor(responses[row])
         attention_mask[row, start:end] = 1
-        if cross_attention_mask is not None:
-            assert prompt.cross_attention_mask is not None
-            cross_attention_mask[row, start:longest] = prompt.cross_attention_mask
-            # A generated token sees the images that the prompt's last token sees.
-            cross_attention_mask[row, longest:] = prompt.cross_attention_mask[-1]
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-    }
-    return batch if cross_attention_mask is None else batch | {"cross_attention_mask": cross_attention_mask}
+        for name, tensor in prompt.text_inputs.items():
+            text_inputs[name][row, start:longest] = tensor
+            if tail:
+                text_inputs[name][row, longest:] = of_next_token(name, tensor[-1:])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, **text_inputs}
+
+
+def of_next_token(name: str, last: Tensor) -> Tensor:
+    """A text input's entry for the token after the last one, as transformers' `generate` continues it: a generated
+    token is text, and sees the pictures that the last token sees."""
+    return torch.zeros_like(last) if name in ("mm_token_type_ids", "moe_mm_token_type_ids") else last
 
 
 def opens_itself(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -175,16 +216,31 @@ def opens_itself(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
 
 
-def _render(sample: Sample, processor: ImageTextProcessor, family: Family, *, today: str) -> str:
+def _expanded(processor: MultimodalProcessor) -> list[str]:
+    """The tokens into which a processor expands placeholders."""
+    tokens = (getattr(processor, f"{modality}_token", None) for modality in MODALITIES)
+    return [token for token in tokens if isinstance(token, str)]
+
+
+def _messages(system: str, prompt: str, media: Mapping[str, int]) -> list[dict[str, object]]:
+    """A conversation of one turn, media first, with a system prompt if there is one."""
+    content = [{"type": modality} for modality in MODALITIES for _ in range(media.get(modality, 0))]
+    user = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, user] if system else [user]
+
+
+def _render(
+    sample: Sample, processor: MultimodalProcessor, placeholders: Mapping[str, str], *, today: str
+) -> str:
     if processor.chat_template is None:
-        warnings.warn(
-            f"the processor has no chat template; prompts are written as {family.plain_prompt!r}",
-            stacklevel=2,
-        )
-        images = (processor.image_token + "\n") * len(sample.images)
-        return family.plain_prompt.format(images=images, prompt=sample.prompt)
-    content = [{"type": "image"}] * len(sample.images) + [{"type": "text", "text": sample.prompt}]
+        warnings.warn("the processor has no chat template; prompts are written as pictures, then text", stacklevel=2)
+        return plainly(sample.prompt, len(sample.images), placeholders)
     try:
-        return render(processor, [{"role": "user", "content": content}], today=today)
+        return render(processor, _messages("", sample.prompt, {"image": len(sample.images)}), today=today)
     except TemplateRefusedError as refusal:
         raise InputError(f"sample {sample.id}: {refusal}; use another template") from refusal
+
+
+def plainly(prompt: str, num_images: int, placeholders: Mapping[str, str]) -> str:
+    """A prompt for a model without a chat template: its pictures, then the text."""
+    return (placeholders.get("image", "") + "\n") * num_images + prompt

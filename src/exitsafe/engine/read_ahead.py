@@ -60,7 +60,7 @@ def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | 
         )
     digest, lengths = hashlib.sha256(), []
     for sample in samples:
-        text = written(sample, vlm.processor, vlm.family_row, today=vlm.today)
+        text = written(sample, vlm.processor, vlm.placeholders, today=vlm.today)
         tokenizer = vlm.processor.tokenizer
         ids = tokenizer(text, add_special_tokens=not opens_itself(text, tokenizer), verbose=False).input_ids
         digest.update(json.dumps([text, ids]).encode() + b"\n")

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from datetime import date
 from functools import cached_property
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from exitsafe.engine.prompts import Prompt, Row, collate, encode, given_processor, too_long
+from exitsafe.engine.prompts import Prompt, Row, collate, encode, find_placeholders, given_processor, too_long
 from exitsafe.engine.templates import check_template, tokens_after_turn
-from exitsafe.exits.model import ExitingModel
+from exitsafe.errors import InputError, ModelError, first_line
+from exitsafe.exits.checks import prove_exits
+from exitsafe.exits.encoder import MODALITIES, Encoder, reads_across
+from exitsafe.exits.features import SIZES, handed_over
+from exitsafe.exits.model import ExitingModel, bare_model
 from exitsafe.exits.translators import Translators
 from exitsafe.records import Sample
+
+PROBE_SIZE = (112, 84)
+"""Pixels of the picture on which a model is measured, (width, height): small, and not square."""
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -28,19 +41,55 @@ class Reader(ExitingModel):
         processor: Any,
         *,
         name: str,
+        encoder: Encoder | None = None,
+        modality: str = "image",
         checkpoint_hash: str | None = None,
         adapter_hash: str | None = None,
         translators: Translators | None = None,
     ) -> None:
-        super().__init__(
-            model, name=name, checkpoint_hash=checkpoint_hash, adapter_hash=adapter_hash, translators=translators
-        )
         self.processor = processor
         self.today = date.today().isoformat()
+        self.name = name
+        if encoder is None:
+            bare = bare_model(model)
+            encoder = prove_exits(bare, self.probe(modality).media, modality=modality, name=name)
+        super().__init__(
+            model,
+            encoder=encoder,
+            name=name,
+            checkpoint_hash=checkpoint_hash,
+            adapter_hash=adapter_hash,
+            translators=translators,
+        )
+
+    def probe(self, modality: str = "image", *, size: tuple[int, int] = PROBE_SIZE, text: str = "a picture") -> Prompt:
+        """A prompt with a picture of noise, (width, height), always the same.
+
+        Raises:
+            ModelError: If the processor is missing, or cannot make a prompt.
+        """
+        pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        sample = Sample(id="probe", prompt=text, images=(Image.fromarray(pixels),), kind="benign")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # issued when real prompts are made
+            try:
+                return self.encode_prompt(sample)
+            except (InputError, ModelError) as error:  # about the chat template
+                raise ModelError(f"{self.name}: {str(error).removeprefix('sample probe: ')}") from error
+            except Exception as error:
+                raise ModelError(
+                    f"the processor of {self.name} does not fit the model: it cannot encode a picture with text "
+                    f"({first_line(error)}): use the processor files of the original checkpoint"
+                ) from error
 
     def encode_prompt(self, sample: Sample) -> Prompt:
         """Tokenise one sample and prepare its images. Raises InputError if that fails."""
-        return encode(sample, self.processor, self.family_row, today=self.today)
+        return encode(sample, self.processor, self.placeholders, today=self.today)
+
+    @cached_property
+    def placeholders(self) -> dict[str, str]:
+        """What stands for a medium in a prompt, by modality: "image", "video", "audio"."""
+        return find_placeholders(self.processor, today=self.today)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens, stripped."""
@@ -56,8 +105,41 @@ class Reader(ExitingModel):
         return check_template(self.processor, today=self.today)
 
     def batch_key(self, prompt: Prompt) -> object:
-        """Prompts may share a batch if their keys are equal, which they always are without cross-attention."""
-        return self.family_row.batch_key(prompt.image_inputs)
+        """Prompts may share a batch if their keys are equal, which they always are without cross-attention: there, text
+        before the first image attends evenly to all image slots, and an empty slot beside a row with more images would
+        change that row's logits."""
+        if not reads_across(self.base_model):
+            return None
+        return prompt.media["pixel_values"].shape[1] if prompt.media else 0
+
+    def inputs(self, rows: Sequence[Row], responses: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """Keyword arguments of the model's `forward` for these prompts, followed by responses if there are any.
+
+        Positions are the model's own. Everything is on the model's device; rows are padded on the left, responses on
+        the right.
+        """
+        prompts = [row.prompt for row in rows]
+        batch = collate(prompts, responses, pad_token_id=self.pad_token_id)
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch["position_ids"] = self.base_model._prepare_position_ids_for_generation(
+            batch["input_ids"], batch | self._sizes(prompts)
+        )
+        given = handed_over(self.base_model, [row.features for row in rows if row.features is not None])
+        return batch | given
+
+    @cached_property
+    def only_last_logits(self) -> dict[str, int]:
+        """The keyword argument with which `forward` computes the last token's logits only, where the model has it."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in signature(self.base_model.forward).parameters else {}
+
+    def _sizes(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """The sizes of the prompts' media, from which some models make positions: the media that are whole numbers."""
+        found: dict[str, list[Tensor]] = {}
+        for prompt in prompts:
+            for name, tensor in prompt.media.items():
+                if isinstance(tensor, Tensor) and name.endswith(SIZES):
+                    found.setdefault(name, []).append(tensor)
+        return {name: torch.cat(tensors) for name, tensors in found.items()}
 
     def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced last hidden states at the positions that predict the response tokens.
@@ -72,21 +154,39 @@ class Reader(ExitingModel):
         """
         assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
         self.check_room(rows, [len(response) for response in responses])
-        batch = collate([row.prompt for row in rows], responses, pad_token_id=self.pad_token_id)
+        inputs = self.inputs(rows, responses)
         num_tokens = max(len(response) for response in responses)
-        tokens = batch["input_ids"][:, -num_tokens:].to(self.device)
-        mask = batch["attention_mask"][:, -num_tokens:].bool().to(self.device)
-        outputs = self.base_model.model(
-            **{name: tensor.to(self.device) for name, tensor in batch.items()},
-            **self.family_row.feature_inputs([row.features for row in rows if row.features is not None]),
-            use_cache=False,
-        )
+        tokens = inputs["input_ids"][:, -num_tokens:]
+        mask = inputs["attention_mask"][:, -num_tokens:].bool()
+        outputs = self.base_model.model(**inputs, use_cache=False)
         return outputs.last_hidden_state[:, -num_tokens - 1 : -1], tokens, mask
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The language-model head, float32: (..., H) -> (..., V)."""
+        if not self.has_plain_head:
+            return self._through_own_head(hidden).float()
         logits: Tensor = self.base_model.lm_head(hidden)
         return logits.float()
+
+    @cached_property
+    def has_plain_head(self) -> bool:
+        """Whether the model's logits are its head's output; some scale them, or cap them."""
+        head = self.base_model.get_output_embeddings()
+        if head is not getattr(self.base_model, "lm_head", None):
+            return False
+        hidden = torch.linspace(-4, 4, head.weight.shape[-1], dtype=self.base_model.dtype, device=self.device)[None, None]
+        with torch.no_grad():
+            return torch.equal(self.base_model.lm_head(hidden), self._through_own_head(hidden))
+
+    def _through_own_head(self, hidden: Tensor) -> Tensor:
+        """What the model's `forward` makes of last hidden states, with a stand-in for what computes them."""
+        model, inner = self.base_model, self.base_model.model
+        model.model = _Ready(hidden.reshape(1, -1, hidden.shape[-1]))
+        try:
+            logits: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)).logits
+        finally:
+            model.model = inner
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -112,19 +212,27 @@ class Reader(ExitingModel):
     def pad_token_id(self) -> int:
         """The token that fills masked positions, which the model never reads."""
         num_embeddings = self.base_model.get_input_embeddings().weight.shape[0]
-        # an image token would count as a placeholder, and a token without an embedding cannot be embedded
+        media = self._media_token_ids
+        # a medium's token would count as a placeholder, and a token without an embedding cannot be embedded
         usable = (
             token
-            for token in (self.tokenizer.pad_token_id, *self.eos_token_ids, 0, 1)
-            if token is not None and token < num_embeddings and token != self.base_model.config.image_token_id
+            for token in (self.tokenizer.pad_token_id, *self.eos_token_ids, *range(len(media) + 2))
+            if token is not None and token < num_embeddings and token not in media
         )
         return int(next(usable))
 
     @cached_property
     def special_token_ids(self) -> tuple[int, ...]:
         """Tokens that an answer must not contain (image, padding, begin of sequence, ...), except those that end it."""
-        special = {*self.tokenizer.all_special_ids, self.processor.image_token_id}
+        special = {*self.tokenizer.all_special_ids, *self._media_token_ids}
         return tuple(sorted(special - {None, *self.eos_token_ids}))
+
+    @property
+    def _media_token_ids(self) -> set[int]:
+        """The ids of the tokens whose embeddings the features replace."""
+        config = self.base_model.config
+        ids = (getattr(config, f"{modality}_token_id", None) for modality in MODALITIES)
+        return {token for token in ids if isinstance(token, int)}
 
     def check_room(self, rows: Sequence[Row], num_new_tokens: Sequence[int]) -> None:
         """Raise InputError if a prompt and its new tokens exceed the context."""
@@ -132,6 +240,17 @@ class Reader(ExitingModel):
             num_tokens = len(row.prompt.input_ids)
             if num_tokens + num_new > self.context_length:
                 raise too_long(row.prompt.sample_id, num_tokens, num_new, context_length=self.context_length)
+
+
+class _Ready(nn.Module):
+    """Stands in for the module that computes last hidden states, which are known already."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *args: object, **kwargs: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden)  # type: ignore[arg-type]
 
 
 def end_tokens(

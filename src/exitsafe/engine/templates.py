@@ -25,9 +25,9 @@ from exitsafe.untrusted import JsonObject
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from exitsafe.exits.huggingface import ImageTextProcessor
+    from exitsafe.exits.huggingface import MultimodalProcessor
 
-    Templated: TypeAlias = PreTrainedTokenizerBase | ImageTextProcessor
+    Templated: TypeAlias = PreTrainedTokenizerBase | MultimodalProcessor
 
 SECONDS = 10.0
 """Longest time for one conversation; a typical template takes less than a millisecond."""
@@ -99,7 +99,7 @@ def check_template(processor: Templated | None, *, today: str) -> bool:
     return is_dated
 
 
-def tokens_after_turn(processor: ImageTextProcessor | None, *, today: str) -> list[int]:
+def tokens_after_turn(processor: MultimodalProcessor | None, *, today: str) -> list[int]:
     """The text that a chat template writes after an answer, as token ids; empty if it does not render answers.
 
     Raises:

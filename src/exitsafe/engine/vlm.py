@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from exitsafe.engine.encoding import features_by_prompt
 from exitsafe.engine.generation import Completion, Sampling, complete_rows
@@ -27,9 +30,11 @@ class VLM(Reader):
     """A vision-language model whose image features can be read after any encoder block.
 
     Args:
-        model: A Hugging Face model of a supported family, or a PEFT model around one.
-        processor: Its processor; without one (None), prompts cannot be made.
+        model: A Hugging Face model, or a PEFT model around one.
+        processor: Its processor.
         name: What the model was loaded from.
+        encoder: Where its encoder is; None finds and proves it.
+        modality: "image", or "audio" for the exits of the audio encoder.
         checkpoint_hash: Identifies the weights, config and processor files.
         adapter_hash: Identifies the PEFT adapter, if there is one.
         translators: Optional linear maps, one per exit, applied to the features before the projector.
@@ -37,14 +42,15 @@ class VLM(Reader):
     Attributes:
         model, processor: The Hugging Face objects.
         base_model: The model without the PEFT wrapper (its layers stay adapted).
-        family: The model type, e.g. "llava".
+        family: The model type, e.g. "qwen2_5_vl".
+        encoder: What was found about the encoder.
         num_layers: Encoder blocks, e.g. 24.
         default_exit: The exit whose features the untouched model reads, e.g. 23.
         today: The date given to chat templates, e.g. "2026-01-31": the day of loading or, for a run that is resumed or
             repeated, the day on which it began.
 
     Raises:
-        ModelError: If the family is not supported.
+        ModelError: If the model has no encoder whose exits can be proven.
     """
 
     def image_features(
@@ -53,13 +59,13 @@ class VLM(Reader):
         """Image features at several exits from one encoder pass up to the deepest.
 
         Args:
-            inputs: The processor's output; only its image entries are read.
+            inputs: The processor's output for one prompt; only its images, videos and sounds are read.
             exit_layers: The exits to compute.
             skip_global: As in `exit_at`.
 
         Returns:
-            By exit layer, a tuple of tensors: (tokens, H) per image; for Llama 3.2 Vision (images * tiles,
-            patches, H) per row. Detached.
+            By exit layer and modality, the object that the model's own `get_image_features` returns, whose
+            `pooler_output` holds the embeddings; for Llama 3.2 Vision (images * tiles, patches, H). Detached.
 
         Raises:
             ExitLayerError: If the encoder has no such block.
@@ -107,7 +113,7 @@ class VLM(Reader):
             chunk = range(start, min(start + batch_size, len(samples)))
             prompts = [self.encode_prompt(samples[index]) for index in chunk]
             layers = sorted({exit_layers[index] for index in chunk})
-            features = self.prompt_features(prompts, layers, batch_size=batch_size, skip_global=skip_global)
+            features = self.prompt_features(prompts, layers, skip_global=skip_global)
             rows += [
                 Row(prompt=prompt, exit_layer=exit_layers[index], features=found[exit_layers[index]])
                 for index, prompt, found in zip(chunk, prompts, features, strict=True)
@@ -124,11 +130,10 @@ class VLM(Reader):
         prompts: Sequence[Prompt],
         exit_layers: Sequence[int],
         *,
-        batch_size: int | BatchSize = 16,
         skip_global: bool = False,
     ) -> list[dict[int, Features | None]]:
-        """`image_features` of many prompts, split by prompt; None for prompts without images."""
-        return features_by_prompt(self, prompts, tuple(exit_layers), batch_size=batch_size, skip_global=skip_global)
+        """`image_features` of many prompts; None for prompts without images."""
+        return features_by_prompt(self, prompts, tuple(exit_layers), skip_global=skip_global)
 
     def complete(
         self,
@@ -182,14 +187,13 @@ class VLM(Reader):
 
     def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
         """The number of these prompts, at least 1, that can be answered at a time with the memory now free."""
-        across = len(self.family_row.image_cache_layers(self.text_config))
-        states = max(self.family_row.num_image_states(self.base_model.config, each.image_inputs) for each in prompts)
+        states = max(self.num_image_states(prompt.media) for prompt in prompts)
         return rows_that_fit(
             self.text_config,
             num_tokens=max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens,
             dtype=self.base_model.dtype,
             free=free_memory(self.device),
-            images=ImageStates(num_layers=across, per_row=states),
+            images=ImageStates(num_layers=len(self.image_cache_layers), per_row=states),
         )
 
     def offloaded(self) -> AbstractContextManager[None]:
@@ -212,9 +216,13 @@ class VLM(Reader):
         assert len({self.batch_key(row.prompt) for row in rows}) == 1, "group rows by batch_key first"
         return packed_states(self, rows, responses, group_size=group_size)
 
-    @property
+    @cached_property
     def can_pack(self) -> bool:
         """Whether the attention accepts a tree mask: flash attention only supports causal masks, and a custom mask
-        would replace that of a sliding window."""
-        has_window = getattr(self.text_config, "sliding_window", None) is not None  # no entry in Llama's config
-        return self.text_config._attn_implementation in ("sdpa", "eager") and not has_window
+        would replace that of a sliding window, or of images that attend to themselves. Linear attention has none, and
+        positions must be a single count."""
+        is_plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.text_config).layers)
+        prompt = self.probe()
+        has_one_position = self.inputs([Row(prompt=prompt, exit_layer=1, features=None)])["position_ids"].dim() == 2
+        no_types = not {"token_type_ids", "mm_token_type_ids"} & set(prompt.text_inputs)
+        return self.text_config._attn_implementation in ("sdpa", "eager") and is_plain and has_one_position and no_types

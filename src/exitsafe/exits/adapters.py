@@ -27,7 +27,7 @@ from exitsafe.machine.memory import is_out_of_memory
 from exitsafe.untrusted import JsonObject, UnreadableError, read_json
 
 if TYPE_CHECKING:
-    from exitsafe.exits.huggingface import ImageTextModel
+    from exitsafe.exits.huggingface import MultimodalModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED_ON = "trained_on.json"
@@ -53,7 +53,6 @@ for pattern in patterns:
             compiled.fullmatch(name) if form == "PATTERN" else compiled.match(name)
 """
 """Every way in which PEFT matches a string from a config, run in a process that can be stopped."""
-LINEAR_LAYERS = r".*(?:language_model|text_model)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 _EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head)\b")
 
 
@@ -101,7 +100,7 @@ def read_trained_on(folder: Path) -> frozenset[str]:
     return frozenset(digests)
 
 
-def load_adapter(model: ImageTextModel, folder: Path) -> PeftModel:
+def load_adapter(model: MultimodalModel, folder: Path) -> PeftModel:
     """Load a PEFT folder onto a Hugging Face model.
 
     Raises:
@@ -164,7 +163,7 @@ def _read_config(folder: Path) -> PeftConfig:
     return config
 
 
-def _check_patterns(model: ImageTextModel, folder: Path) -> None:
+def _check_patterns(model: MultimodalModel, folder: Path) -> None:
     """Refuse patterns that take forever: PEFT matches strings from the config with the names of all modules.
 
     Every string may be used as a pattern, whatever its field: that depends on the type of adapter.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import (
         GenerationConfig,
         PretrainedConfig,
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
         ProcessorMixin,
     )
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     class LanguageModel(PreTrainedModel):
         """A model that writes text."""
@@ -27,17 +26,18 @@ if TYPE_CHECKING:
         generation_config: GenerationConfig
         generate: Callable[..., Any]
 
-    class ImageTextModel(LanguageModel):
-        """A model that reads images and writes text."""
+    class MultimodalModel(LanguageModel):
+        """A model that reads images or sound and writes text."""
 
-        model: Any  # its submodules differ between families
+        model: Any  # its submodules differ between architectures
         lm_head: nn.Linear
         get_input_embeddings: Callable[[], nn.Embedding]
+        get_decoder: Callable[[], nn.Module]
         _weight_conversions: object
-        get_image_features: Callable[..., BaseModelOutputWithPooling]
+        _prepare_position_ids_for_generation: Callable[..., Tensor]
 
-    class ImageTextProcessor(ProcessorMixin):
-        """What turns text and images into inputs of such a model."""
+    class MultimodalProcessor(ProcessorMixin):
+        """What turns text and media into inputs of such a model."""
 
         tokenizer: PreTrainedTokenizerBase
         chat_template: str | dict[str, str] | None

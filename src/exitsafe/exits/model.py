@@ -6,7 +6,8 @@ answers are handled by `exitsafe.engine`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -15,36 +16,35 @@ import torch
 from peft import PeftModel
 
 from exitsafe.errors import InputError
-from exitsafe.exits.adapters import LINEAR_LAYERS
 from exitsafe.exits.cut import ConfigEntry, ExitStack, Hook, skip_patch
-from exitsafe.exits.families import find_family
+from exitsafe.exits.encoder import Encoder, block_list, global_blocks
 from exitsafe.exits.layers import check_exit_layer
 from exitsafe.exits.translators import Translators, find_projector
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
-    from exitsafe.exits.huggingface import ImageTextModel
+    from exitsafe.exits.huggingface import MultimodalModel
 
 
 class ExitingModel:
     """A model whose image features can be read after any encoder block.
 
     Args:
-        model: A Hugging Face model of a supported family, or a PEFT model around one.
+        model: A Hugging Face model, or a PEFT model around one.
+        encoder: Where its encoder is, from `exitsafe.exits.checks.measure`.
         name: What the model was loaded from.
         checkpoint_hash: Identifies the weights, config and processor files.
         adapter_hash: Identifies the PEFT adapter, if there is one.
         translators: Optional linear maps, one per exit, applied to the features before the projector.
-
-    Raises:
-        ModelError: If the family is not supported.
     """
 
     def __init__(
         self,
         model: Any,
         *,
+        encoder: Encoder,
         name: str,
         checkpoint_hash: str | None = None,
         adapter_hash: str | None = None,
@@ -58,24 +58,20 @@ class ExitingModel:
         self.adapter: Path | None = None  # its folder, where it came from one
         self.trained_on: frozenset[str] = frozenset()  # digests of the samples and pictures recorded by a repair
         self.exits = ExitStack()
-        self.family_row = find_family(self.base_model.config)
-        self.num_layers = len(self.family_row.encoder_blocks(self.base_model))
-        config = self.base_model.config
-        self.default_exit = self.family_row.default_exit(config, self.num_layers)
-        # Computed now: inside an exit the config is changed.
-        self._exit_settings = {
-            exit_layer: self.family_row.exit_settings(config, self.num_layers, exit_layer)
-            for exit_layer in self.exit_layers
-        }
+        self.encoder = encoder
+        self.num_layers, self.default_exit = encoder.num_layers, encoder.default_exit
+        # Taken now: inside an exit the list may be shorter, and the config is changed.
+        self.encoder_blocks = tuple(block_list(self.base_model, encoder.path))
+        self._feature_layer = getattr(self.base_model.config, "vision_feature_layer", None)
 
     @property
-    def base_model(self) -> ImageTextModel:
-        model: Any = self.model
-        return cast("ImageTextModel", model.get_base_model() if isinstance(model, PeftModel) else model)
+    def base_model(self) -> MultimodalModel:
+        return bare_model(self.model)
 
     @property
     def family(self) -> str:
-        return self.family_row.name
+        """The model type, e.g. "qwen2_5_vl"."""
+        return str(self.base_model.config.model_type)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -114,12 +110,12 @@ class ExitingModel:
                 none for this exit.
         """
         check_exit_layer(exit_layer, self.num_layers)
-        global_blocks = self.family_row.global_blocks(self.base_model)
-        if skip_global and not global_blocks:
+        if skip_global and not self.global_blocks:
             raise InputError(f"skip_global: {self.family} has no global blocks; leave it out")
         patch = skip_patch(
-            self.family_row.encoder_blocks(self.base_model),
-            global_blocks,
+            self.base_model,
+            self.encoder,
+            self.encoder_blocks,
             self.exit_settings(exit_layer),
             exit_layer=exit_layer,
             skip_global=skip_global,
@@ -129,9 +125,11 @@ class ExitingModel:
             yield self
 
     def exit_settings(self, exit_layer: int) -> list[ConfigEntry]:
-        """The config entries with which the model reads the features of `exit_layer`."""
-        config = self.base_model.config
-        return [(config, name, value) for name, value in self._exit_settings[exit_layer].items()]
+        """The config entries with which the model reads the features of `exit_layer`: none up to the default exit,
+        where skipped blocks pass on the exit's; behind it, a single `vision_feature_layer` moves to the exit."""
+        if exit_layer <= self.default_exit or not isinstance(self._feature_layer, int):
+            return []
+        return [(self.base_model.config, "vision_feature_layer", exit_layer)]
 
     def translation_hooks(self, exit_layer: int) -> list[Hook]:
         """The hook that translates the features of `exit_layer`; none where there is nothing to translate."""
@@ -141,17 +139,35 @@ class ExitingModel:
 
     def reads_default(self, exit_layer: int) -> bool:
         """Whether the model reads the same features at `exit_layer` as at the default exit: at the default exit itself
-        and, if `vision_feature_layer` is a list, at deeper ones."""
-        return self._exit_settings[exit_layer] == self._exit_settings[self.default_exit]
+        and, unless `vision_feature_layer` is a single layer, at deeper ones."""
+        return exit_layer >= self.default_exit and not self.exit_settings(exit_layer)
+
+    @property
+    def global_blocks(self) -> list[torch.nn.Module]:
+        """Llama 3.2 Vision's blocks that run after the encoder; none in other models."""
+        return global_blocks(self.base_model)
+
+    @property
+    def image_cache_layers(self) -> frozenset[int]:
+        """Layers of the language model's cache that hold image states, of one width, instead of text states."""
+        return frozenset(getattr(self.text_config, "cross_attention_layers", None) or ())
+
+    def num_image_states(self, media: Mapping[str, Tensor]) -> int:
+        """The number of states that one prompt's images take in each of these layers."""
+        if not self.image_cache_layers or not media:
+            return 0
+        _, num_images, num_tiles, _, height, width = media["pixel_values"].shape
+        patch = self.base_model.config.vision_config.patch_size
+        return int(num_images * num_tiles * ((height // patch) * (width // patch) + 1))  # each with a class token
 
     @property
     def projector(self) -> torch.nn.Module:
         """The module that maps image features into the language model, token by token.
 
         Raises:
-            ModelError: If the family's projector does not read the features of an exit as they are.
+            ModelError: If the language model reads features of several blocks.
         """
-        return find_projector(self.base_model, self.family_row)
+        return find_projector(self.base_model, self.encoder)
 
     @property
     def text_config(self) -> PretrainedConfig:
@@ -160,7 +176,20 @@ class ExitingModel:
     @property
     def context_length(self) -> int:
         """The language model's context in tokens: prompt, images and answer together."""
-        return int(self.text_config.max_position_embeddings)
+        return int(getattr(self.text_config, "max_position_embeddings", None) or sys.maxsize)
 
-    language_model_pattern = LINEAR_LAYERS
-    """Regular expression for PEFT's `target_modules`: the language model's linear layers, never the encoder's."""
+    @property
+    def linear_layers(self) -> list[str]:
+        """The names of the language model's linear layers, for PEFT's `target_modules`; never the encoder's."""
+        names = {module: name for name, module in self.base_model.named_modules()}
+        inside = {module for block in self.encoder_blocks for module in block.modules()}
+        return [
+            names[module]
+            for module in self.base_model.get_decoder().modules()
+            if isinstance(module, torch.nn.Linear) and module not in inside and ".lora_" not in names[module]
+        ]
+
+
+def bare_model(model: Any) -> MultimodalModel:
+    """The Hugging Face model without the PEFT wrapper (its layers stay adapted)."""
+    return cast("MultimodalModel", model.get_base_model() if isinstance(model, PeftModel) else model)

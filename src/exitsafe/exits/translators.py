@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from exitsafe.errors import InputError, ModelError
 
 if TYPE_CHECKING:
-    from exitsafe.exits.families import Family
+    from exitsafe.exits.encoder import Encoder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,14 +72,14 @@ class Translators:
         return translate
 
 
-def find_projector(model: nn.Module, family: Family) -> nn.Module:
-    """The model's projector, if it reads an exit's features as they are; raises ModelError otherwise."""
-    if family.projector is None:
+def find_projector(model: nn.Module, encoder: Encoder) -> nn.Module:
+    """The module that reads an exit's features as they are; raises ModelError if there is none."""
+    if encoder.projector is None:
         raise ModelError(
-            f"{family.name} cannot be translated: after an exit its features pass through global blocks, and the "
-            "projector reads states of several blocks side by side; repair its exits with exitsafe align"
+            "this model cannot be translated: its language model reads states of several blocks, or its projector is "
+            "not a module of its own; repair its exits with exitsafe align"
         )
-    return model.get_submodule(family.projector)
+    return model.get_submodule(encoder.projector)
 
 
 def merge_translator(linear: nn.Linear, translator: Translator) -> tuple[Tensor, Tensor]:

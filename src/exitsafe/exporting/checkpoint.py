@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from exitsafe.engine.vlm import VLM
-    from exitsafe.exits.huggingface import ImageTextModel
+    from exitsafe.exits.huggingface import MultimodalModel
 
 _FIRST_LINEAR = "linear_1"  # in LLaVA's and LLaVA-NeXT's projectors, the only ones that translators fit
 
 
-def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> ImageTextModel:
+def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> MultimodalModel:
     """The model whose encoder ends at `exit_layer`, to be saved but not run.
 
     Args:
@@ -53,7 +53,7 @@ def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> 
     return slim
 
 
-def name_as_on_the_hub(model: ImageTextModel) -> None:
+def name_as_on_the_hub(model: MultimodalModel) -> None:
     """Make `save_pretrained` write the tensor names of this architecture's checkpoints on the Hub.
 
     Every transformers version and other engines read those (`vision_tower.vision_model.embeddings...`). A model that
@@ -85,7 +85,7 @@ def slim_config(vlm: VLM, *, exit_layer: int, skip_global: bool) -> PretrainedCo
     for _, name, value in vlm.exit_settings(exit_layer):
         # a single index becomes the last block; a list keeps its shallower entries
         setattr(config, name, -1 if isinstance(value, int) else list(value))
-    if vlm.family_row.global_blocks(vlm.base_model):
+    if vlm.global_blocks:
         # the states of dropped blocks equal the exit's own
         vision.intermediate_layers_indices = [
             min(index, exit_layer - 1) for index in whole.vision_config.intermediate_layers_indices
@@ -97,8 +97,7 @@ def slim_config(vlm: VLM, *, exit_layer: int, skip_global: bool) -> PretrainedCo
 def dropped_blocks(vlm: VLM, *, exit_layer: int, skip_global: bool) -> tuple[str, ...]:
     """The prefixes of the names of weights that an exit does not need."""
     names = {module: name for name, module in vlm.base_model.named_modules()}
-    gone = vlm.family_row.encoder_blocks(vlm.base_model)[exit_layer:]
-    gone += vlm.family_row.global_blocks(vlm.base_model) if skip_global else []
+    gone = [*vlm.encoder_blocks[exit_layer:], *(vlm.global_blocks if skip_global else ())]
     return tuple(f"{names[block]}." for block in gone)
 
 
@@ -118,13 +117,13 @@ def _translated(vlm: VLM, weights: dict[str, Tensor], *, exit_layer: int) -> dic
             f"the translator of exit {exit_layer} cannot be merged, since this projector has no bias: export without "
             "translators, or repair the exit with exitsafe align"
         )
-    prefix = f"{vlm.family_row.projector}.{_FIRST_LINEAR}"
+    prefix = f"{vlm.encoder.projector}.{_FIRST_LINEAR}"
     weight, bias = merge_translator(linear, translator)
     assert {f"{prefix}.weight", f"{prefix}.bias"} <= weights.keys()
     return {f"{prefix}.weight": weight.detach(), f"{prefix}.bias": bias.detach()}
 
 
-def _check_ties(model: ImageTextModel, slim: ImageTextModel) -> None:
+def _check_ties(model: MultimodalModel, slim: MultimodalModel) -> None:
     """Check that a head that shared its weights with the embeddings still equals them: saving would lose one."""
     if _head(model) is not _embeddings(model):
         return
@@ -136,12 +135,12 @@ def _check_ties(model: ImageTextModel, slim: ImageTextModel) -> None:
         )
 
 
-def _head(model: ImageTextModel) -> Tensor | None:
+def _head(model: MultimodalModel) -> Tensor | None:
     module = model.get_output_embeddings()
     return None if module is None else _base_weight(module)
 
 
-def _embeddings(model: ImageTextModel) -> Tensor:
+def _embeddings(model: MultimodalModel) -> Tensor:
     return _base_weight(model.get_input_embeddings())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,8 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
-from exitsafe.engine.load import as_vlm
+from exitsafe.engine.load import as_vlm, auto_class
 from exitsafe.errors import InputError, ModelError
 from exitsafe.exits.adapters import TRAINED_ON, load_adapter, trained_on_record
 from exitsafe.exits.finite import not_finite
@@ -97,7 +96,7 @@ def export(
     steps = _Steps(progress, ["measuring the whole model", "writing", "reloading", "hashing"])
     with whole_folder(out) as folder:
         steps.next()
-        inputs = probe_inputs(vlm, exit_layer=exit_layer)
+        inputs = probe_inputs(vlm)
         with vlm.exit_at(exit_layer, skip_global=skip_global):
             wanted = logits_of(vlm.model, inputs)
             if not wanted.isfinite().all():
@@ -118,12 +117,12 @@ def export(
             )
         steps.next()
         with vlm.offloaded():
-            slim = _load_again(folder, vlm)
+            slim = _load_again(folder, vlm, exit_layer=exit_layer)
             found = logits_of(slim.model, inputs)
             check = _compare(wanted, found, vlm, exit_layer=exit_layer, is_merged=is_merged, lost=lost)
             encoders = [*alone, *_encoders_ms([slim] if alone else [vlm, slim], inputs, is_merged=is_merged)]
             # the language model is not cut: its time is the same before and after
-            language_ms = language_model_ms(slim, inputs)
+            language_ms = language_model_ms(slim)
         is_cut = bool(dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global))
         before, after = (
             Latency(encoder_ms=encoder_ms, prefill_ms=round(encoder_ms + language_ms, 3))
@@ -180,8 +179,7 @@ def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bo
     slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=keep_adapter)
     name_as_on_the_hub(slim)
     slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    if vlm.processor is not None:
-        vlm.processor.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
     if keep_adapter:
         gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
         _save_adapter(vlm.model, folder / ADAPTER, base_name=name, gone=gone)
@@ -207,13 +205,13 @@ def _save_adapter(model: PeftModel, folder: Path, *, base_name: str, gone: tuple
         config.base_model_name_or_path = made_for
 
 
-def _load_again(folder: Path, vlm: VLM) -> VLM:
+def _load_again(folder: Path, vlm: VLM, *, exit_layer: int) -> VLM:
     """Load the checkpoint as with stock transformers, on the model's device and with its attention kernels."""
     from exitsafe.engine.vlm import VLM
 
     whole = vlm.base_model.config
     kernels = {name: getattr(whole, name)._attn_implementation for name in whole.sub_configs}
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = auto_class(whole).from_pretrained(
         folder,
         attn_implementation={"": whole._attn_implementation, **kernels},
         output_loading_info=True,
@@ -226,7 +224,8 @@ def _load_again(folder: Path, vlm: VLM) -> VLM:
         )
     if (folder / ADAPTER).is_dir():
         model = load_adapter(model, folder / ADAPTER)
-    return VLM(model.to(vlm.device).eval(), None, name=folder.name)
+    encoder = replace(vlm.encoder, num_layers=exit_layer, default_exit=exit_layer)
+    return VLM(model.to(vlm.device).eval(), vlm.processor, encoder=encoder, name=folder.name)
 
 
 def _encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor], *, is_merged: bool) -> list[float]:
@@ -281,7 +280,7 @@ def _sizes(vlm: VLM) -> dict[str, int]:
     weights = {tensor.data_ptr(): tensor for tensor in base_weights(vlm.model).values()}.values()
     return {
         "encoder_blocks": vlm.num_layers,
-        "global_blocks": len(vlm.family_row.global_blocks(vlm.base_model)),
+        "global_blocks": len(vlm.global_blocks),
         "parameters": sum(tensor.numel() for tensor in weights),
         "weight_bytes": sum(tensor.nbytes for tensor in weights),
     }

@@ -1,4 +1,4 @@
-"""A synthetic picture and prompt on which two models are compared: logits and milliseconds. Needs no processor."""
+"""A synthetic picture and prompt on which two models are compared: logits and milliseconds."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from exitsafe.engine.processor import noise_picture
+from exitsafe.engine.prompts import Row
+from exitsafe.exits.encoder import media_inputs, run_encoder
+from exitsafe.exits.features import compute_features, on_device
 
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
 
-_TEXT_TOKENS = 32
+_SIZE, _TEXT = (448, 448), "a picture " * 16
 _WARM_UPS, _TIMES = 2, 15
 _MOST_SECONDS = 15.0  # for all repeats; a large model on a CPU is slow enough to be timed once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Medians over warm repeats for one picture and 32 tokens of text, in milliseconds."""
+    """Medians over warm repeats for one picture of 448 by 448 pixels and 32 words, in milliseconds."""
 
     encoder_ms: float
     """From pixels to the language model's inputs."""
@@ -32,29 +34,14 @@ class Latency:
     """From pixels and prompt to the first token: the encoder's and the language model's time."""
 
 
-def probe_inputs(vlm: VLM, *, exit_layer: int) -> dict[str, Tensor]:
-    """A processor's output for one picture and a prompt, as the model's own `forward` takes it, on its device.
-
-    The picture is noise of the largest size that the model takes, the prompt is random tokens; the same every time.
-    """
-    generator = torch.Generator().manual_seed(0)
-    images = noise_picture(vlm, generator)
-    config = vlm.base_model.config
-    reads_across = bool(vlm.family_row.image_cache_layers(vlm.text_config))
-    num_image_tokens = 1 if reads_across else _num_features(vlm, images, exit_layer)
-    words = torch.randint(3, vlm.text_config.vocab_size, (_TEXT_TOKENS,), generator=generator)
-    words[words == config.image_token_id] = 3 if config.image_token_id != 3 else 4
-    tokens = torch.cat([words[:1], torch.full((num_image_tokens,), config.image_token_id), words[1:]])[None]
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **images}
-    if reads_across:
-        num_tiles = images["pixel_values"].shape[2]
-        inputs["cross_attention_mask"] = torch.ones(1, tokens.shape[1], 1, num_tiles, dtype=torch.long)
-        inputs["cross_attention_mask"][:, :1] = 0  # tokens before the picture do not see it
-    dtype = vlm.base_model.dtype
-    return {
-        name: tensor.to(vlm.device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in inputs.items()
-    }
+def probe_inputs(vlm: VLM) -> dict[str, Tensor]:
+    """A processor's output for a picture of noise and a prompt, as the model's own `forward` takes it, on its device;
+    the same every time."""
+    prompt = vlm.probe(vlm.encoder.modality, size=_SIZE, text=_TEXT)
+    tokens = prompt.input_ids[None]
+    texts = {name: tensor[None] for name, tensor in prompt.text_inputs.items()}
+    texts |= {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return {name: tensor.to(vlm.device) for name, tensor in texts.items()} | on_device(vlm.base_model, prompt.media)
 
 
 @torch.no_grad()
@@ -67,19 +54,20 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor]) -> list[float]:
     """Encoder times of models on one device, measured in turns, so that a busy moment affects all of them."""
-    images = {name: inputs[name] for name in vlms[0].family_row.image_inputs}
-    return _medians_ms([partial(vlm.family_row.features, vlm.base_model, images) for vlm in vlms], vlms[0].device)
+    modality = vlms[0].encoder.modality
+    media = media_inputs(vlms[0].base_model, inputs, modality)
+    return _medians_ms([partial(run_encoder, vlm.base_model, modality, media) for vlm in vlms], vlms[0].device)
 
 
 @torch.no_grad()
-def language_model_ms(vlm: VLM, inputs: Mapping[str, Tensor]) -> float:
+def language_model_ms(vlm: VLM) -> float:
     """The language model's time from image features and prompt to the first token."""
-    family = vlm.family_row
-    features = family.features(vlm.base_model, {name: inputs[name] for name in family.image_inputs})
-    text = {name: tensor for name, tensor in inputs.items() if name not in family.image_inputs}
+    prompt = vlm.probe(vlm.encoder.modality, size=_SIZE, text=_TEXT)
+    features = compute_features(vlm, prompt.media, (vlm.num_layers,), skip_global=False)[vlm.num_layers]
+    row = Row(prompt=prompt, exit_layer=vlm.num_layers, features=features)
 
     def prefill() -> object:
-        return vlm.model(**text, **family.feature_inputs([features]), use_cache=True, logits_to_keep=1)
+        return vlm.model(**vlm.inputs([row]), **vlm.only_last_logits, use_cache=True)
 
     return _medians_ms([prefill], vlm.device)[0]
 
@@ -107,9 +95,3 @@ def _time_ms(call: Callable[[], object], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _num_features(vlm: VLM, images: Mapping[str, Tensor], exit_layer: int) -> int:
-    """The number of image tokens of the picture."""
-    features = vlm.image_features(images, (exit_layer,))
-    return sum(image.shape[0] for image in features[exit_layer])

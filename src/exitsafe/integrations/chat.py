@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from PIL.Image import Image
 
 from exitsafe.data.images import open_image
-from exitsafe.engine.prompts import Prompt, given_processor, tokenise
+from exitsafe.engine.prompts import Prompt, given_processor, plainly, tokenise
 from exitsafe.engine.templates import TemplateRefusedError, render
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
@@ -57,7 +57,7 @@ def encode_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> Prompt:
     """
     text = render_chat(vlm, turns, prompt_id=prompt_id)
     images = [open_image(picture, prompt_id) for turn in turns for picture in turn.pictures]
-    return tokenise(text, images, vlm.processor, vlm.family_row, sample_id=prompt_id)
+    return tokenise(text, images, vlm.processor, sample_id=prompt_id)
 
 
 def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
@@ -133,5 +133,4 @@ def _is_complete(text: str, turns: Sequence[Turn], image_token: str) -> bool:
 def _render_plainly(vlm: VLM, turns: Sequence[Turn], prompt_id: str) -> str:
     if len(turns) > 1:
         raise InputError(f"{prompt_id}: this model has no chat template; give a single user turn")
-    images = (vlm.processor.image_token + "\n") * len(turns[0].pictures)
-    return vlm.family_row.plain_prompt.format(images=images, prompt="".join(turns[0].texts))
+    return plainly("".join(turns[0].texts), len(turns[0].pictures), vlm.placeholders)

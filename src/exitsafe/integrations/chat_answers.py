@@ -135,7 +135,6 @@ def _rows(vlm: VLM, requests: Sequence[ChatRequest], *, skip_global: bool) -> li
         features = vlm.prompt_features(
             [request.prompt for request in chunk],
             sorted({request.exit_layer for request in chunk}),
-            batch_size=ENCODED_AT_ONCE,
             skip_global=skip_global,
         )
         rows += [

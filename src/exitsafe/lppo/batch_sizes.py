@@ -13,15 +13,10 @@ from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.machine.memory import BatchSize
 
-ENCODER_BATCH = 16  # halved only when memory runs out: rounding may depend on what is encoded together
 NO_PASS = (
     "out of memory in a training pass over a single answer: set gradient_checkpointing: true, use fewer new tokens "
     "(max_new_tokens), or load with --quantization nf4; then rerun the same command to resume"
 )
-NO_PICTURE = (
-    "out of memory while encoding the images of a single sample: train fewer exit layers, or use a smaller dtype"
-)
-
 KeptSizes = dict[str, tuple[int, int]]
 """For a checkpoint: by name, the size that the settings ask for and the one that fits."""
 
@@ -32,19 +27,13 @@ class BatchSizes:
     Attributes:
         rollout: Rows generated at a time.
         microbatch: Padded tokens in a training pass.
-        encoder: Samples in an encoder pass.
     """
 
     def __init__(self, config: LPPOConfig, team: Team = ALONE) -> None:
         self._team = team
         self.rollout = _fixed_if_sharded("rollout_batch_size", config.rollout_batch_size, NO_ROW, team)
         self.microbatch = _fixed_if_sharded("microbatch_tokens", config.microbatch_tokens, NO_PASS, team)
-        self.encoder = BatchSize(ENCODER_BATCH, problem=NO_PICTURE)
-        self._sizes = {
-            "rollout_batch_size": self.rollout,
-            "microbatch_tokens": self.microbatch,
-            "the encoder's batch size": self.encoder,
-        }
+        self._sizes = {"rollout_batch_size": self.rollout, "microbatch_tokens": self.microbatch}
         self._asked = {name: size.most for name, size in self._sizes.items()}
         self._agreed = dict(self._asked)
 

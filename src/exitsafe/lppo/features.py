@@ -1,8 +1,7 @@
 """Image features of samples at exit layers. Encoder and projector are frozen, so each is computed once.
 
 If the features of all samples at all trained exits fit in memory, they are computed once for the whole run; otherwise
-once per step, for that step's samples at that step's exits, with equal results up to rounding. Either way, batches
-depend only on the samples and the schedule, never on what happens to be cached, so a resumed run gets the same bits.
+once per step, for that step's samples at that step's exits, with equal results.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ import torch
 
 from exitsafe.engine.prompts import Prompt, Row
 from exitsafe.engine.vlm import VLM
-from exitsafe.exits.features import Features
-from exitsafe.lppo.batch_sizes import ENCODER_BATCH, NO_PICTURE
+from exitsafe.exits.features import Features, moved, tensors_in
 from exitsafe.machine.memory import BatchSize
 from exitsafe.records import Sample
 
+_NO_MEMORY = "out of memory while encoding the images of a sample: train fewer exit layers, or use a smaller dtype"
 HOST = torch.device("cpu")
 _Key = tuple[str, int]  # sample and exit
 
@@ -31,7 +30,6 @@ class FeatureStore:
         samples: All samples of the run.
         exit_layers: All exits that may be requested.
         max_bytes: Host memory for the features of all samples at all exits.
-        batch_size: Samples in an encoder pass; halved when memory runs out.
     """
 
     def __init__(
@@ -41,11 +39,9 @@ class FeatureStore:
         exit_layers: Sequence[int],
         *,
         max_bytes: float,
-        batch_size: BatchSize | None = None,
     ) -> None:
         self._vlm = vlm
         self._samples = samples
-        self._batch_size = batch_size or BatchSize(ENCODER_BATCH, problem=NO_PICTURE)
         self._prompts: list[Prompt] = []
         self._kept: dict[_Key, Features | None] = {}
         self._is_complete = max_bytes > 0 and self._keep_all(exit_layers, max_bytes)
@@ -74,7 +70,7 @@ class FeatureStore:
         bare: dict[_Key, Row] = {}
         for place in places:
             row = rows[place]
-            if row.features is None and row.prompt.image_inputs:
+            if row.features is None and row.prompt.media:
                 bare[_key(row)] = row
         device = self._vlm.device
         found = {key: _moved(self._kept[key], device) for key in bare} if self._is_complete else self._computed(bare)
@@ -85,7 +81,7 @@ class FeatureStore:
         found: dict[_Key, Features | None] = {}
         for layer in sorted({row.exit_layer for row in bare.values()}):
             asked = [row for row in bare.values() if row.exit_layer == layer]
-            features = self._vlm.prompt_features([row.prompt for row in asked], (layer,), batch_size=self._batch_size)
+            features = self._encoded([row.prompt for row in asked], (layer,))
             found |= {_key(row): by_layer[layer] for row, by_layer in zip(asked, features, strict=True)}
         return found
 
@@ -93,21 +89,20 @@ class FeatureStore:
         """Keep the features of all samples in host memory; False if they and the pixels take more than `max_bytes`,
         which is known only after encoding because pictures differ in size."""
         size = 0
-        for start in range(0, len(self._samples), ENCODER_BATCH):
-            prompts = [self._vlm.encode_prompt(sample) for sample in self._samples[start : start + ENCODER_BATCH]]
-            features = self._vlm.prompt_features(prompts, exit_layers, batch_size=self._batch_size)
-            for prompt, by_layer in zip(prompts, features, strict=True):
-                tensors = [
-                    *prompt.image_inputs.values(),
-                    *(each for found in by_layer.values() for each in found or ()),
-                ]
-                size += sum(tensor.nbytes for tensor in tensors)
-                self._kept |= {(prompt.sample_id, layer): _moved(found, HOST) for layer, found in by_layer.items()}
+        for sample in self._samples:
+            prompt = self._vlm.encode_prompt(sample)
+            by_layer = self._encoded([prompt], exit_layers)[0]
+            size += sum(tensor.nbytes for tensor in tensors_in([prompt.media, by_layer]))
+            self._kept |= {(prompt.sample_id, layer): _moved(found, HOST) for layer, found in by_layer.items()}
             if size > max_bytes:
                 self._prompts, self._kept = [], {}
                 return False
-            self._prompts += prompts
+            self._prompts.append(prompt)
         return True
+
+    def _encoded(self, prompts: Sequence[Prompt], layers: Sequence[int]) -> list[dict[int, Features | None]]:
+        once = BatchSize(1, problem=_NO_MEMORY)
+        return once.run(lambda _: self._vlm.prompt_features(prompts, layers))
 
 
 def _key(row: Row) -> _Key:
@@ -115,4 +110,4 @@ def _key(row: Row) -> _Key:
 
 
 def _moved(features: Features | None, device: torch.device) -> Features | None:
-    return None if features is None else tuple(tensor.to(device) for tensor in features)
+    return None if features is None else moved(features, device)

@@ -26,7 +26,6 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError
 from exitsafe.lppo.config import LPPOConfig
 
-_WHOLE_LANGUAGE_MODEL = ("language_model", "lm_head")
 
 
 @contextmanager
@@ -107,7 +106,7 @@ class Policy:
 
     def _checkpointing(self) -> AbstractContextManager[None]:
         is_wanted = self.gradient_checkpointing and torch.is_grad_enabled()
-        return recomputed_blocks(self.vlm.base_model.model.language_model) if is_wanted else nullcontext()
+        return recomputed_blocks(self.vlm.base_model.get_decoder()) if is_wanted else nullcontext()
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -235,13 +234,19 @@ def _keep_unpacked(model: nn.Module) -> None:
 def _adapter_config(vlm: VLM, config: LPPOConfig) -> LoraConfig:
     if config.train == "full":
         # PEFT requires a target for LoRA; this name of its own means none
-        return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[*_WHOLE_LANGUAGE_MODEL])
+        return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=_whole_language_model(vlm))
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        target_modules=vlm.language_model_pattern,
+        target_modules=vlm.linear_layers,
     )
+
+
+def _whole_language_model(vlm: VLM) -> list[str]:
+    """The names of the language model's decoder and head."""
+    wanted = (vlm.base_model.get_decoder(), vlm.base_model.get_output_embeddings())
+    return [name for name, module in vlm.base_model.named_modules() if any(module is each for each in wanted)]
 
 
 def _remove_adapter(adapted: PeftModel, base: nn.Module) -> None:

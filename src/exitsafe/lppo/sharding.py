@@ -53,9 +53,9 @@ def shard(vlm: VLM, team: Team) -> None:
 
     This cannot be undone: from here on the model works only with all processes together, inside `in_step`.
     """
-    language_model = vlm.base_model.model.language_model
+    language_model: Any = vlm.base_model.get_decoder()
     # blocks that read images are skipped by texts without one
-    skipped = vlm.family_row.image_cache_layers(vlm.text_config)
+    skipped = vlm.image_cache_layers
     own_type = team.device.type
     mesh = init_device_mesh(own_type, (team.size,))
     settings: dict[str, Any] = {
@@ -89,4 +89,4 @@ def in_step(vlm: VLM, team: Team) -> Iterator[None]:
     token = torch.full((1, 1), vlm.pad_token_id, device=vlm.device)
     with torch.no_grad():
         while team.any(False):
-            inner.language_model(input_ids=token, use_cache=False)
+            vlm.base_model.get_decoder()(input_ids=token, use_cache=False)

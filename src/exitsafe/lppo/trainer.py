@@ -131,7 +131,7 @@ def align(
         gauge = Gauge(vlm.device)
         with stop.at_once():
             features = FeatureStore(
-                vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9, batch_size=sizes.encoder
+                vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9
             )
             state = TrainingState(
                 policy=policy,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from exitsafe.engine.vlm import VLM
-    from exitsafe.exits.huggingface import ImageTextProcessor
+    from exitsafe.exits.huggingface import MultimodalProcessor
 
 Settings = Mapping[str, Any]
 """A JSON object that is only read."""
@@ -172,7 +172,7 @@ def _attention(config: PretrainedConfig) -> dict[str, str]:
     return {name: str(part._attn_implementation) for name, part in {"model": config, **parts}.items()}
 
 
-def _processor(processor: ImageTextProcessor | None) -> JsonObject | None:
+def _processor(processor: MultimodalProcessor | None) -> JsonObject | None:
     """Classes, since backends resize differently, and hashes of settings, vocabulary and chat template."""
     if processor is None:
         return None

@@ -1,0 +1,106 @@
+"""What must hold before an encoder's exits can be trusted, measured on one prompt's media.
+
+A check that fails refuses the model; its name is in the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from exitsafe.errors import ModelError
+from exitsafe.exits.encoder import Encoder, find_encoder, media_inputs, other_chains, run_encoder
+from exitsafe.exits.features import compute_features, on_device, tensors_in
+from exitsafe.exits.model import ExitingModel
+
+if TYPE_CHECKING:
+    from exitsafe.exits.huggingface import MultimodalModel
+
+
+@torch.no_grad()
+def prove_exits(model: MultimodalModel, inputs: Mapping[str, Tensor], *, modality: str, name: str) -> Encoder:
+    """Find the encoder of a model, measure its default exit, and prove its exits.
+
+    Args:
+        model: The model, in evaluation mode.
+        inputs: A processor's output for one prompt with a picture, or with a recording.
+        modality: "image" or "audio".
+        name: The model, for messages.
+
+    Raises:
+        ModelError: If there is no encoder or more than one, or a check fails.
+    """
+    media = on_device(model, media_inputs(model, inputs, modality))
+    if not media:
+        raise ModelError(
+            f"{name} has no {modality} encoder: its processor makes nothing that {type(model).__name__} could encode"
+        )
+    encoder = find_encoder(model, media, modality=modality, name=name)
+    whole = run_encoder(model, modality, media)
+    vlm = ExitingModel(model, encoder=encoder, name=name)
+    exits = compute_features(vlm, media, vlm.exit_layers, skip_global=False)
+    if not _equal(exits[encoder.num_layers][modality], whole):
+        raise _failed(name, "default exit", f"with all {encoder.num_layers} blocks the features are not the model's own")
+    default = encoder.num_layers
+    while default > 1 and _equal(exits[default - 1][modality], whole):
+        default -= 1
+    if same := [layer for layer in range(1, default) if _equal(exits[layer][modality], exits[layer + 1][modality])]:
+        raise _failed(name, "distinct exits", f"exits {same[0]} and {same[0] + 1} give the same features")
+    vlm.default_exit = default
+    middle = (default + 1) // 2
+    with ExitStack() as hooks:
+        ran: list[nn.Module] = []
+        for block in vlm.encoder_blocks[middle:]:
+            for module in block.modules():
+                if module is not block:
+                    hooks.callback(module.register_forward_hook(lambda module, *_: ran.append(module)).remove)
+        with vlm.exit_at(middle):
+            short = run_encoder(model, modality, media)
+    if ran:
+        raise _failed(name, "skipped blocks", f"at exit {middle} a later block still computes")
+    if not _equal(exits[middle][modality], short):
+        raise _failed(name, "replay", f"the features of exit {middle} differ when its blocks are replayed")
+    if not _equal(run_encoder(model, modality, media), whole):
+        raise _failed(name, "restoring", "after an exit the model is not as it was")
+    _refuse_untouched_chains(vlm, media, modality, name=name)
+    return replace(encoder, default_exit=default)
+
+
+def _refuse_untouched_chains(vlm: ExitingModel, media: Mapping[str, Tensor], modality: str, *, name: str) -> None:
+    """Refuse a model with another list of blocks that an exit does not affect: an earlier stage, or a second tower."""
+
+    def run() -> None:
+        run_encoder(vlm.base_model, modality, media)
+
+    before = other_chains(vlm.base_model, vlm.encoder, run)
+    with vlm.exit_at(1):
+        after = other_chains(vlm.base_model, vlm.encoder, run)
+    for path, output in before.items():
+        if path in after and _equal(output, after[path]):
+            raise _failed(
+                name,
+                "one encoder",
+                f"{path} runs too, whatever the exit of {vlm.encoder.path}: an exit would be part of a stage or of one "
+                "of two towers",
+            )
+
+
+def _equal(one: object, other: object) -> bool:
+    """Whether the features are the same, in every bit; hidden states do not count."""
+    pairs = list(zip(_features(one), _features(other), strict=False))
+    return bool(pairs) and all(left.shape == right.shape and torch.equal(left, right) for left, right in pairs)
+
+
+def _features(output: object) -> Sequence[Tensor]:
+    if isinstance(output, Mapping):
+        return [tensor for name in ("pooler_output", "deepstack_features") for tensor in tensors_in(output.get(name))]
+    return list(tensors_in(output))
+
+
+def _failed(name: str, check: str, what: str) -> ModelError:
+    return ModelError(f"{name} fails the check of {check}: {what}; exitsafe cannot be used with this model")
