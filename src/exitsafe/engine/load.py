@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import date
@@ -17,12 +18,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMu
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from exitsafe.engine.checks import checks_key, keep_checks, kept_checks, run_checks
 from exitsafe.engine.generation import ignored_settings
 from exitsafe.engine.processor import check_processor, load_processor
 from exitsafe.engine.templates import check_template, prepare
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError, first_line
 from exitsafe.exits.adapters import check_folder, load_adapter, note_other_model, read_trained_on
+from exitsafe.exits.model import bare_model
 from exitsafe.exits.sources import check_adapter_source, check_model_source, unreachable
 from exitsafe.exits.translator_files import load_translators
 from exitsafe.machine.devices import check_quantization, find_device, find_dtype
@@ -48,6 +51,7 @@ def load_vlm(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     quantization: str | None = None,
+    encoder: str = "image",
     trust_remote_code: bool = False,
 ) -> VLM:
     """Load a vision-language model so that it can exit its encoder early.
@@ -61,6 +65,7 @@ def load_vlm(
         dtype: "auto" (as saved), or e.g. "bfloat16".
         device: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
         quantization: None, "nf4" or "int8" (bitsandbytes), or "torchao-int8"; the image encoder is not quantized.
+        encoder: Whose exits to use: "image" (video shares it), or "audio".
         trust_remote_code: Whether code from the checkpoint may run. Only safetensors are loaded either way.
 
     Returns:
@@ -109,13 +114,27 @@ def load_vlm(
     except _LOADING_ERRORS as error:
         raise ModelError(unreachable(source, error) or f"cannot load {name_or_path!s}: {first_line(error)}") from error
     check_template(processor, today=date.today().isoformat())
+    checkpoint_hash = hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None)
+    key = checks_key(
+        checkpoint_hash,
+        modality=encoder,
+        dtype=str(bare_model(model).dtype),
+        device=torch.device(where_to).type,
+        quantization=quantization,
+    )
+    known, since = kept_checks(key), time.perf_counter()
     vlm = VLM(
         model.eval(),
         processor,
         name=str(name_or_path),
-        checkpoint_hash=hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None),
+        encoder=None if known is None else known.encoder,
+        modality=encoder,
+        checkpoint_hash=checkpoint_hash,
         adapter_hash=None if adapter_folder is None else hash_files(adapter_folder),
     )
+    vlm.checks = known or run_checks(vlm, since=since)
+    if known is None:
+        keep_checks(key, vlm.checks)
     for remark in check_processor(vlm):
         warnings.warn(remark, stacklevel=2)
     if ignored := ignored_settings(vlm.base_model.generation_config):

@@ -29,6 +29,7 @@ PROBE_SIZE = (112, 84)
 """Pixels of the picture on which a model is measured, (width, height): small, and not square."""
 
 if TYPE_CHECKING:
+    from exitsafe.engine.checks import Checks
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 
@@ -48,6 +49,7 @@ class Reader(ExitingModel):
         translators: Translators | None = None,
     ) -> None:
         self.processor = processor
+        self.checks: Checks | None = None  # set by `load_vlm`
         self.today = date.today().isoformat()
         self.name = name
         if encoder is None:
@@ -249,8 +251,16 @@ class _Ready(nn.Module):
         super().__init__()
         self._hidden = hidden
 
-    def forward(self, *args: object, **kwargs: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)  # type: ignore[arg-type]
+    def forward(self, *args: object, **kwargs: object) -> _Output:
+        return _Output(last_hidden_state=self._hidden)  # type: ignore[arg-type]
+
+
+class _Output(BaseModelOutputWithPast):
+    """Last hidden states; what else an architecture's own output class holds is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def end_tokens(

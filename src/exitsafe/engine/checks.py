@@ -1,0 +1,193 @@
+"""The self-check of a model: its exits, and that our generation loop computes what transformers' `generate` computes.
+
+Paid for once per checkpoint: what was found is kept beside the Hub cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from huggingface_hub import constants
+from torch import Tensor
+from transformers import GenerationConfig
+
+from exitsafe.engine.prompts import Prompt, Row
+from exitsafe.errors import ModelError, first_line
+from exitsafe.exits.encoder import Encoder
+from exitsafe.exits.features import on_device
+from exitsafe.store.files import write_whole
+from exitsafe.version import __version__
+
+if TYPE_CHECKING:
+    from exitsafe.engine.vlm import VLM
+
+_NUM_TOKENS = 3
+_ALONE = 1e-5  # the same operations on the same numbers: more is another computation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What the self-check measured. Differences are relative to the size of the logits.
+
+    Args:
+        encoder: Where the encoder is.
+        exits: The exits at which the loop was compared.
+        alone: Largest difference from `generate` for one prompt at a time.
+        mixed: The same for prompts of different lengths and exits in one batch.
+        training: The same for the log-probabilities that training reads.
+        seconds: What the check cost.
+    """
+
+    encoder: Encoder
+    exits: tuple[int, ...]
+    alone: float
+    mixed: float
+    training: float
+    seconds: float = field(compare=False)
+
+
+def run_checks(vlm: VLM, *, since: float) -> Checks:
+    """Prove that our loop and training read what `generate` reads, at the default exit and one other.
+
+    Args:
+        vlm: The model, its encoder found.
+        since: `time.perf_counter()` when the check began with the encoder.
+
+    Raises:
+        ModelError: If they differ, or the model cannot be run as `generate` runs it.
+    """
+    exits = (vlm.default_exit, (vlm.default_exit + 1) // 2)
+    prompts = [vlm.probe(vlm.encoder.modality), vlm.probe(vlm.encoder.modality, text="what is in it, and what is not")]
+    epsilon = torch.finfo(vlm.base_model.dtype).eps
+    try:
+        wanted = [_stock(vlm, prompt, exit_layer) for prompt, exit_layer in zip(prompts, exits, strict=True)]
+        rows = [
+            Row(prompt=prompt, exit_layer=exit_layer, features=vlm.prompt_features([prompt], [exit_layer])[0][exit_layer])
+            for prompt, exit_layer in zip(prompts, exits, strict=True)
+        ]
+        alone = max(_difference(_own(vlm, [row])[0], logits) for row, (_, logits) in zip(rows, wanted, strict=True))
+        mixed = max(
+            _difference(own, logits) for own, (_, logits) in zip(_own(vlm, rows), wanted, strict=True)
+        )
+        training = max(
+            _difference(_trained_on(vlm, row, tokens), logits)
+            for row, (tokens, logits) in zip(rows, wanted, strict=True)
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{vlm.name} fails the check of generation: exitsafe's loop cannot run it ({type(error).__name__}: "
+            f"{first_line(error)}); exitsafe cannot be used with this model"
+        ) from error
+    for check, value, most in (
+        ("generation", alone, max(_ALONE, epsilon)),
+        ("mixed batches", mixed, epsilon**0.5),
+        ("training", training, epsilon**0.5),
+    ):
+        if not value <= most:
+            raise ModelError(
+                f"{vlm.name} fails the check of {check}: logits differ from those of transformers' generate by "
+                f"{value:.2g} of their size; exitsafe cannot be used with this model"
+            )
+    return Checks(
+        encoder=vlm.encoder,
+        exits=exits,
+        alone=alone,
+        mixed=mixed,
+        training=training,
+        seconds=round(time.perf_counter() - since, 2),
+    )
+
+
+def kept_checks(key: str) -> Checks | None:
+    """The result of an earlier check, or None."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(_place(key).read_text())
+        encoder = Encoder(**found.pop("encoder"))
+        return Checks(encoder=encoder, exits=tuple(found.pop("exits")), **found)
+    return None
+
+
+def keep_checks(key: str, checks: Checks) -> None:
+    """Keep a result for the next time; a cache that cannot be written is no reason to stop."""
+    with suppress(OSError):
+        _place(key).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(_place(key), json.dumps(asdict(checks), indent=1).encode() + b"\n")
+
+
+def checks_key(checkpoint_hash: str | None, **settings: str | None) -> str:
+    """What decides the result of a check: weights, code, and how they are loaded."""
+    versions = __version__, transformers.__version__, str(torch.__version__)
+    deciding = [checkpoint_hash, *versions, sorted(settings.items())]
+    return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+
+
+def _place(key: str) -> Path:
+    return Path(constants.HF_HOME) / "exitsafe" / "checks" / f"{key}.json"
+
+
+@torch.no_grad()
+def _stock(vlm: VLM, prompt: Prompt, exit_layer: int) -> tuple[Tensor, Tensor]:
+    """The tokens (T,) that transformers' `generate` answers inside an exit, and their logits (T, V)."""
+    model = vlm.base_model
+    text = {name: tensor[None].to(vlm.device) for name, tensor in prompt.text_inputs.items()}
+    tokens = prompt.input_ids[None].to(vlm.device)
+    never = list(vlm.eos_token_ids) or None  # without an end, both make as many tokens
+    plain = GenerationConfig(pad_token_id=vlm.pad_token_id, suppress_tokens=never)
+    before, model.generation_config = model.generation_config, plain
+    try:
+        with vlm.exit_at(exit_layer):
+            found = model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                **text,
+                **on_device(model, prompt.media),
+                max_new_tokens=_NUM_TOKENS,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+    finally:
+        model.generation_config = before
+    return found.sequences[0, -_NUM_TOKENS:], torch.stack([logits[0] for logits in found.logits])
+
+
+def _own(vlm: VLM, rows: Sequence[Row]) -> list[Tensor]:
+    """Our loop's logits for each row, (T, V)."""
+    steps: list[Tensor] = []
+    recorder = vlm.base_model.register_forward_hook(lambda module, args, output: steps.append(output.logits[:, -1]))
+    try:
+        answers = vlm.complete(
+            rows,
+            max_new_tokens=_NUM_TOKENS,
+            temperature=0.0,
+            seed=0,
+            batch_size=len(rows),
+            suppress=vlm.eos_token_ids,
+        )
+        _ = list(answers)
+    finally:
+        recorder.remove()
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].prompt.input_ids))
+    logits = torch.stack(steps, dim=1)  # (B, T, V)
+    return [logits[order.index(index)] for index in range(len(rows))]
+
+
+@torch.no_grad()
+def _trained_on(vlm: VLM, row: Row, tokens: Tensor) -> Tensor:
+    hidden, _, _ = vlm.response_states([row], [tokens])
+    return vlm.logits(hidden)[0]
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
