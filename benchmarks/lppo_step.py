@@ -115,7 +115,7 @@ def grpo_seconds(vlm: VLM, samples: Sequence[Sample]) -> tuple[float, float]:
             reward_funcs=reward,
             processing_class=vlm.processor,
             train_dataset=Dataset.from_list(rows),
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=vlm.language_model_pattern),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=vlm.linear_layers),
             callbacks=[Clock()],
             args=trl.GRPOConfig(
                 output_dir=folder,

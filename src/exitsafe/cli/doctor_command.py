@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitsafe.cli import console
@@ -24,12 +23,10 @@ _HARDLY = 0.1  # below this share of an answer an exit is no way to speed
 def doctor_command(spec: DoctorSpec, show: console.Show) -> None:
     """Say whether a model is supported, what it needs in memory and what early exit saves.
 
-    Reads the config and, if there is one, the processor, which goes through the check that starts every audit. No
-    weights are read or downloaded.
+    Reads the config and the processor, which go through the checks that start every audit. No weights are read or
+    downloaded.
     """
     blueprint = read_blueprint(spec.model, spec.loading)
-    if (problem := blueprint.processor_problem) is not None and not _is_out_of_reach(blueprint):
-        raise problem  # as the audit would
     document = examine(blueprint, spec)
     show(document, lambda: [_facts_table(document), _memory_table(document), *document["notes"]])
 
@@ -60,12 +57,11 @@ def examine(blueprint: Blueprint, spec: DoctorSpec) -> JsonObject:
         "model": spec.model,
         "supported": True,
         "family": blueprint.family,
-        "encoder": blueprint.family_row.vision,
+        "encoder": f"{blueprint.encoder.kind}, blocks {blueprint.encoder.path}",
         "num_layers": blueprint.num_layers,
         "default_exit": blueprint.default_exit,
         "dtype": str(blueprint.base_model.dtype).removeprefix("torch."),
         "quantization": blueprint.quantization,
-        "processor": blueprint.processor is not None,
         "chat_template": getattr(blueprint.processor, "chat_template", None) is not None,
         "prompt_tokens": {"longest": typical.num_prompt_tokens, "measured": typical.is_measured},
         "feature_bytes_per_exit": typical.feature_bytes,
@@ -107,26 +103,16 @@ def _notes(blueprint: Blueprint, typical: Typical, compute: dict[str, float], pl
         )
     if blueprint.base_model.dtype == torch.float16:
         notes.append("align refuses float16, in which small gradients vanish: use --dtype bfloat16.")
-    if blueprint.processor is None:
-        reason = blueprint.processor_problem or "There is no processor: save it beside the model before audit or align"
-        notes.append(f"{reason}. Only the config was read: prompts and image placeholders are not checked.")
-    else:
-        notes += [f"{remark}." for remark in blueprint.remarks]
-        notes.append("Processor, tokens and image placeholders passed the checks of an audit; weights were not read.")
-        if getattr(blueprint.processor, "chat_template", None) is None:
-            notes.append("The processor has no chat template: prompts are written in the family's plain format.")
+    notes += [f"{remark}." for remark in blueprint.remarks]
+    notes.append(
+        "Encoder, processor, tokens and image placeholders passed the checks that need no weights; the exits, and "
+        "generation at them, are proven when the weights are first loaded."
+    )
+    if blueprint.processor.chat_template is None:
+        notes.append("The processor has no chat template: prompts are written as pictures, then text.")
     if not typical.is_measured:
-        notes.append("Prompts are assumed to be one picture and 64 tokens of text; --suite measures yours.")
+        notes.append("Prompts are assumed to be one picture of 448 by 448 pixels and 64 words; --suite measures yours.")
     return notes
-
-
-def _is_out_of_reach(blueprint: Blueprint) -> bool:
-    """Whether the processor is on the Hub and was not read, so it could not be checked."""
-    problem = blueprint.processor_problem
-    from exitsafe.world.profile import is_organism
-
-    is_local = is_organism(blueprint.name) or Path(blueprint.name).is_dir()
-    return problem is not None and not is_local and isinstance(problem.__cause__, OSError)
 
 
 def _samples(spec: DoctorSpec) -> list[Sample]:
@@ -160,7 +146,6 @@ def _facts_table(document: JsonObject) -> Any:
             "family": f"{document['family']}, encoder {document['encoder']}",
             "exits": f"1 to {document['num_layers']}; the untouched model reads {document['default_exit']}",
             "weights": ", ".join(filter(None, [document["dtype"], document["quantization"]])),
-            "processor": "found" if document["processor"] else "missing",
             "chat template": "found" if document["chat_template"] else "missing",
             "longest prompt": f"{tokens['longest']} tokens" + ("" if tokens["measured"] else ", assumed"),
             "features": f"{readable(document['feature_bytes_per_exit'])} per prompt and exit",

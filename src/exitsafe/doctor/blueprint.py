@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
+from exitsafe.engine.load import auto_class
 from exitsafe.engine.processor import check_processor, load_processor
 from exitsafe.engine.templates import check_template
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError, first_line
-from exitsafe.exits.families import find_family
 from exitsafe.exits.sources import check_model_source, unreachable
 from exitsafe.machine.devices import check_quantization, find_dtype
 from exitsafe.world import model_folder
@@ -28,13 +29,11 @@ META = torch.device("meta")
 
 
 class Blueprint(VLM):
-    """A `VLM` of shapes."""
+    """A `VLM` of shapes. Its encoder is found, but nothing is proven without weights."""
 
     image_states: Tensor | None = None
-    """(rows, tokens, H), for families that read images by cross-attention."""
+    """(rows, tokens, H), for models that read images by cross-attention."""
     quantization: str | None = None
-    processor_problem: ModelError | None = None
-    """Why the processor is missing or does not fit: the error that `load_vlm` would raise."""
     remarks: Sequence[str] = ()
     """Warnings from `check_processor`."""
 
@@ -44,9 +43,8 @@ class Blueprint(VLM):
         images = {}
         if self.image_states is not None:
             images = {"cross_attention_states": self.image_states.expand(num_rows, -1, -1)}
-        outputs = self.base_model.model.language_model(
+        outputs = self.base_model.get_decoder()(
             inputs_embeds=torch.empty(num_rows, num_tokens, self.text_config.hidden_size, dtype=dtype, device=META),
-            attention_mask=torch.ones(num_rows, 1, num_tokens, num_tokens, dtype=torch.bool, device=META),
             position_ids=torch.zeros(num_rows, num_tokens, dtype=torch.long, device=META),
             use_cache=False,
             **images,
@@ -74,18 +72,20 @@ def load_blueprint(
     dtype: str = "auto",
     quantization: str | None = None,
     revision: str | None = None,
+    encoder: str = "image",
     trust_remote_code: bool = False,
 ) -> Blueprint:
-    """Read the config, and the processor if there is one, but no weights.
+    """Read the config and the processor, but no weights.
 
     Args:
-        name_or_path: As for `load_vlm`; a folder or repository with only a config is enough.
+        name_or_path: As for `load_vlm`; a folder or repository without weights is enough.
+        encoder: As for `load_vlm`.
         dtype, quantization: As for `load_vlm`.
         revision: Branch, tag or commit of a Hub model.
         trust_remote_code: Whether code from the checkpoint may run.
 
     Raises:
-        ModelError: If there is no config, or the family is not supported.
+        ModelError: If there is no config or processor, or no encoder can be found in it.
         InputError: If the number type or quantization is unknown.
     """
     as_type = find_dtype(dtype)
@@ -97,22 +97,17 @@ def load_blueprint(
         remote["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(source, **remote)
-        family = find_family(config)
         wanted = as_type or getattr(config, "dtype", None) or torch.float32
         with META:
-            model = AutoModelForImageTextToText.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code).eval()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = f"cannot read the config of {name_or_path!s}: {first_line(error)}"
         raise ModelError(unreachable(source, error) or reason) from error
-    blueprint = Blueprint(model.eval(), None, name=str(name_or_path))
+    processor = load_processor(source, config, **remote)
+    check_template(processor, today=date.today().isoformat())
+    blueprint = Blueprint(model, processor, name=str(name_or_path), modality=encoder)
     blueprint.quantization = quantization
-    try:
-        blueprint.processor = load_processor(source, config, family, **remote)
-        check_template(blueprint.processor, today=blueprint.today)
-        blueprint.remarks = [] if blueprint.processor is None else check_processor(blueprint)
-    except ModelError as error:
-        blueprint.processor = None
-        blueprint.processor_problem = error
+    blueprint.remarks = check_processor(blueprint)
     return blueprint
 
 
@@ -120,18 +115,15 @@ def weights_of(blueprint: Blueprint) -> Weights:
     """Bytes of the weights as loaded: with quantization, the language model's linear layers are quantized."""
     model = blueprint.base_model
     parts = dict.fromkeys(("encoder", "language_model", "rest"), 0)
-    encoder = blueprint.family_row.blocks.rpartition(".encoder.")[0] or "model.vision"
-    quantized: dict[str, nn.Linear] = {}
+    decoder = set(model.get_decoder().parameters()) | set(model.get_decoder().buffers())
+    tower = set(blueprint.tower.parameters()) | set(blueprint.tower.buffers())
+    quantized: dict[Tensor, nn.Linear] = {}
     if blueprint.quantization is not None:
-        quantized = {
-            f"{name}.weight": module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith("model.language_model.")
-        }
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        part = "language_model" if name.startswith("model.language_model.") else "rest"
-        part = "encoder" if name.startswith(("model.vision", encoder)) else part
-        linear = quantized.get(name)
+        linears = (model.get_submodule(name) for name in blueprint.linear_layers)
+        quantized = {module.weight: module for module in linears if isinstance(module, nn.Linear)}
+    for tensor in (*model.parameters(), *model.buffers()):
+        part = "language_model" if tensor in decoder else "encoder" if tensor in tower else "rest"
+        linear = quantized.get(tensor)
         parts[part] += tensor.nbytes if linear is None else quantized_bytes(linear, str(blueprint.quantization))
     return Weights(**parts)
 

@@ -50,7 +50,7 @@ def make_plan(
     weights = weights_of(blueprint)
     num_tokens = typical.num_prompt_tokens + max_new_tokens
     images = ImageStates(
-        num_layers=len(blueprint.family_row.image_cache_layers(blueprint.text_config)),
+        num_layers=len(blueprint.image_cache_layers),
         per_row=0 if typical.image_states is None else typical.image_states.shape[1],
     )
     text_config, dtype = blueprint.text_config, blueprint.base_model.dtype

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from exitsafe.doctor.blueprint import Blueprint, weights_of
 from exitsafe.doctor.prompts import Typical
+from exitsafe.exits.encoder import MODALITIES, media_inputs, run_encoder
 from exitsafe.results.costs import Savings
 
 NUM_ANSWER_TOKENS = 64
@@ -54,17 +55,16 @@ def count_savings(
 def _by_exit(
     blueprint: Blueprint, typical: Typical, exit_layers: Sequence[int], *, skip_global: bool
 ) -> dict[int, int]:
-    """All blocks are alike: the first and the last exit tell what each costs."""
-    first, last = (_encoder(blueprint, typical, layer, skip_global=skip_global) for layer in (1, blueprint.num_layers))
-    per_block, rest = divmod(last - first, max(1, blueprint.num_layers - 1))
-    assert rest == 0, "the encoder's blocks differ"
-    return {layer: first + (layer - 1) * per_block for layer in exit_layers}
+    """Each exit by itself: blocks may differ, for example in the windows that they attend to."""
+    return {layer: _encoder(blueprint, typical, layer, skip_global=skip_global) for layer in exit_layers}
 
 
 def _encoder(blueprint: Blueprint, typical: Typical, exit_layer: int, *, skip_global: bool) -> int:
     with FlopCounterMode(display=False) as counter, blueprint.exit_at(exit_layer, skip_global=skip_global):
-        if typical.image_inputs:
-            blueprint.family_row.features(blueprint.base_model, typical.image_inputs)
+        for modality in MODALITIES:
+            media = media_inputs(blueprint.base_model, typical.media, modality)
+            if media:
+                run_encoder(blueprint.base_model, modality, media)
     return int(counter.get_total_flops())
 
 
@@ -76,6 +76,5 @@ def _language_model(blueprint: Blueprint, num_tokens: int) -> int:
 
 def _dropped_bytes(blueprint: Blueprint, exit_layer: int, *, skip_global: bool) -> int:
     """Bytes of the blocks that an exit drops; the encoder is never quantized."""
-    family, model = blueprint.family_row, blueprint.base_model
-    dropped = family.encoder_blocks(model)[exit_layer:] + (family.global_blocks(model) if skip_global else [])
+    dropped = [*blueprint.encoder_blocks[exit_layer:], *(blueprint.global_blocks if skip_global else ())]
     return sum(tensor.nbytes for block in dropped for tensor in (*block.parameters(), *block.buffers()))

@@ -71,13 +71,15 @@ def run_checks(vlm: VLM, *, since: float) -> Checks:
     try:
         wanted = [_stock(vlm, prompt, exit_layer) for prompt, exit_layer in zip(prompts, exits, strict=True)]
         rows = [
-            Row(prompt=prompt, exit_layer=exit_layer, features=vlm.prompt_features([prompt], [exit_layer])[0][exit_layer])
+            Row(
+                prompt=prompt,
+                exit_layer=exit_layer,
+                features=vlm.prompt_features([prompt], [exit_layer])[0][exit_layer],
+            )
             for prompt, exit_layer in zip(prompts, exits, strict=True)
         ]
         alone = max(_difference(_own(vlm, [row])[0], logits) for row, (_, logits) in zip(rows, wanted, strict=True))
-        mixed = max(
-            _difference(own, logits) for own, (_, logits) in zip(_own(vlm, rows), wanted, strict=True)
-        )
+        mixed = max(_difference(own, logits) for own, (_, logits) in zip(_own(vlm, rows), wanted, strict=True))
         training = max(
             _difference(_trained_on(vlm, row, tokens), logits)
             for row, (tokens, logits) in zip(rows, wanted, strict=True)

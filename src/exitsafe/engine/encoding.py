@@ -11,6 +11,7 @@ from exitsafe.exits.features import Features, compute_features, tensors_in
 from exitsafe.exits.finite import not_finite
 from exitsafe.exits.model import ExitingModel
 
+
 def features_by_prompt(
     vlm: ExitingModel, prompts: Sequence[Prompt], exit_layers: Sequence[int], *, skip_global: bool
 ) -> list[dict[int, Features | None]]:

@@ -168,7 +168,7 @@ class _Batch:
         index = torch.tensor(keep, device=self.tokens.device)
         mask = self.attention_mask[index]
         unused = int(mask.long().argmax(dim=1).min()) if self.can_join else 0
-        self.cache.reorder_cache(index)
+        self.cache.reorder_cache(cast(torch.LongTensor, index))
         for number, layer in enumerate(_layers(self.cache) if unused else ()):
             if layer.is_initialized and number not in self.image_layers:
                 layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
@@ -201,9 +201,7 @@ class _Batch:
             tokens=_stack_right(self.tokens, other.tokens, dim=-1),
             lengths=self.lengths + other.lengths,
             draws=torch.cat([self.draws, other.draws]),
-            text_inputs={
-                name: torch.cat([mine, other.text_inputs[name]]) for name, mine in self.text_inputs.items()
-            },
+            text_inputs={name: torch.cat([mine, other.text_inputs[name]]) for name, mine in self.text_inputs.items()},
             image_layers=self.image_layers,
             seconds=self.seconds + other.seconds,
         )

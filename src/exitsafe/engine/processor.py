@@ -65,7 +65,7 @@ def _take_settings(processor: MultimodalProcessor, config: PretrainedConfig) -> 
     if hasattr(processor, "num_additional_image_tokens"):
         has_class_token = getattr(vision, "model_type", "") == "clip_vision_model"
         processor.num_additional_image_tokens = int(has_class_token)
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     if hasattr(images, "image_grid_pinpoints") and hasattr(config, "image_grid_pinpoints"):
         images.image_grid_pinpoints = config.image_grid_pinpoints
 

@@ -127,8 +127,8 @@ def find_placeholders(processor: MultimodalProcessor | None, *, today: str) -> d
         return {}
     found: dict[str, str] = {}
     for modality in MODALITIES:
-        usual = [getattr(processor, name, None) for name in (f"{modality}_token", "boi_token", "boa_token")]
-        usual = [token for token in usual if isinstance(token, str)]
+        names = (f"{modality}_token", "boi_token", "boa_token")
+        usual = [str(getattr(processor, name)) for name in names if getattr(processor, name, None)]
         if processor.chat_template is None:
             found |= {modality: usual[0]} if usual and hasattr(processor, f"{modality}_token") else {}
             continue
@@ -222,16 +222,15 @@ def _expanded(processor: MultimodalProcessor) -> list[str]:
     return [token for token in tokens if isinstance(token, str)]
 
 
-def _messages(system: str, prompt: str, media: Mapping[str, int]) -> list[dict[str, object]]:
+def _messages(system: str, prompt: str, media: Mapping[str, int]) -> list[Mapping[str, object]]:
     """A conversation of one turn, media first, with a system prompt if there is one."""
     content = [{"type": modality} for modality in MODALITIES for _ in range(media.get(modality, 0))]
-    user = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
-    return [{"role": "system", "content": [{"type": "text", "text": system}]}, user] if system else [user]
+    user: Mapping[str, object] = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
+    before: Mapping[str, object] = {"role": "system", "content": [{"type": "text", "text": system}]}
+    return [before, user] if system else [user]
 
 
-def _render(
-    sample: Sample, processor: MultimodalProcessor, placeholders: Mapping[str, str], *, today: str
-) -> str:
+def _render(sample: Sample, processor: MultimodalProcessor, placeholders: Mapping[str, str], *, today: str) -> str:
     if processor.chat_template is None:
         warnings.warn("the processor has no chat template; prompts are written as pictures, then text", stacklevel=2)
         return plainly(sample.prompt, len(sample.images), placeholders)

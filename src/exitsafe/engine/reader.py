@@ -29,8 +29,9 @@ PROBE_SIZE = (112, 84)
 """Pixels of the picture on which a model is measured, (width, height): small, and not square."""
 
 if TYPE_CHECKING:
-    from exitsafe.engine.checks import Checks
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+    from exitsafe.engine.checks import Checks
 
 
 class Reader(ExitingModel):
@@ -173,10 +174,12 @@ class Reader(ExitingModel):
     @cached_property
     def has_plain_head(self) -> bool:
         """Whether the model's logits are its head's output; some scale them, or cap them."""
-        head = self.base_model.get_output_embeddings()
-        if head is not getattr(self.base_model, "lm_head", None):
+        head: Any = self.base_model.get_output_embeddings()
+        if head is None or head is not getattr(self.base_model, "lm_head", None):
             return False
-        hidden = torch.linspace(-4, 4, head.weight.shape[-1], dtype=self.base_model.dtype, device=self.device)[None, None]
+        hidden = torch.linspace(-4, 4, head.weight.shape[-1], dtype=self.base_model.dtype, device=self.device)[
+            None, None
+        ]
         with torch.no_grad():
             return torch.equal(self.base_model.lm_head(hidden), self._through_own_head(hidden))
 
@@ -252,7 +255,7 @@ class _Ready(nn.Module):
         self._hidden = hidden
 
     def forward(self, *args: object, **kwargs: object) -> _Output:
-        return _Output(last_hidden_state=self._hidden)  # type: ignore[arg-type]
+        return _Output(last_hidden_state=self._hidden)
 
 
 class _Output(BaseModelOutputWithPast):

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from exitsafe.errors import ModelError
 
@@ -132,7 +133,9 @@ def find_encoder(model: MultimodalModel, media: Mapping[str, Tensor], *, modalit
     blocks = chains[path]
     returned = calls[blocks[0]][0].returned
     if not isinstance(returned, Tensor | tuple):
-        raise ModelError(f"{name}: a block of {path} returns {type(returned).__name__}, and only tensors can be skipped")
+        raise ModelError(
+            f"{name}: a block of {path} returns {type(returned).__name__}, and only tensors can be skipped"
+        )
     _refuse_second_tower(model, path, blocks, calls, name=name)
     parent = model.get_submodule(path.rpartition(".")[0])
     is_sliced = bool(getattr(parent, "deepstack_visual_indexes", None))
@@ -203,15 +206,13 @@ def _chains(model: nn.Module, calls: _Calls) -> Iterator[tuple[str, list[nn.Modu
         if len(blocks) < 2 or any(len(calls.get(block, ())) != 1 for block in blocks):
             continue
         ran = [calls[block][0] for block in blocks]
-        in_order = all(one.output is not None and one.output is two.given for one, two in zip(ran, ran[1:], strict=False))
+        in_order = all(one.output is not None and one.output is two.given for one, two in pairwise(ran))
         shapes = {None if each is None else each.shape for call in ran for each in (call.given, call.output)}
         if in_order and len(shapes) == 1 and all(any(True for _ in block.parameters()) for block in blocks):
             yield path, blocks
 
 
-def _refuse_second_tower(
-    model: nn.Module, path: str, blocks: Sequence[nn.Module], calls: _Calls, *, name: str
-) -> None:
+def _refuse_second_tower(model: nn.Module, path: str, blocks: Sequence[nn.Module], calls: _Calls, *, name: str) -> None:
     """Refuse a model that has blocks of the encoder's class elsewhere, which this medium did not reach."""
     kinds = {type(block) for block in blocks}
     for other, module in model.named_modules():
@@ -254,7 +255,7 @@ def _kind(model: MultimodalModel, path: str) -> str:
     """The model type in the config of the module that owns the blocks."""
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
-        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
-        if config is not None and getattr(config, "model_type", ""):
-            return str(config.model_type)
+        config: object = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        if found := str(getattr(config, "model_type", "")):
+            return found
     return str(model.config.model_type)

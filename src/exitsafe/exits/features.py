@@ -10,11 +10,12 @@ Features stay the model's own objects: some language models read more of them th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from exitsafe.errors import InputError
 from exitsafe.exits.cut import replay_patch
@@ -50,10 +51,8 @@ def compute_features(
     for modality in MODALITIES:
         media = on_device(model, media_inputs(model, inputs, modality))
         if media:
-            by_exit = _at_exits(
-                vlm, modality, exit_layers, lambda m=modality, x=media: run_encoder(model, m, x), skip_global=skip_global
-            )
-            for exit_layer, output in by_exit.items():
+            read = partial(run_encoder, model, modality, media)
+            for exit_layer, output in _at_exits(vlm, exit_layers, read, skip_global=skip_global).items():
                 found[exit_layer][modality] = _read(output)
     if not all(found.values()):
         raise InputError("inputs have no pixel_values and no sound: pass the processor's output for pictures")
@@ -77,7 +76,7 @@ def projector_inputs(vlm: ExitingModel, inputs: Mapping[str, Tensor], exit_layer
             recorder.remove()
         return received.pop().flatten(0, -2)
 
-    return _at_exits(vlm, modality, exit_layers, read, skip_global=False)
+    return _at_exits(vlm, exit_layers, read, skip_global=False)
 
 
 def tensors_in(features: object) -> Iterator[Tensor]:
@@ -190,7 +189,7 @@ def on_device(model: MultimodalModel, media: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _at_exits(
-    vlm: ExitingModel, modality: str, exit_layers: Sequence[int], read: Callable[[], T], *, skip_global: bool
+    vlm: ExitingModel, exit_layers: Sequence[int], read: Callable[[], T], *, skip_global: bool
 ) -> dict[int, T]:
     """The result of `read` inside every exit, from one encoder pass."""
     for exit_layer in exit_layers:

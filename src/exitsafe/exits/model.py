@@ -148,6 +148,13 @@ class ExitingModel:
         return global_blocks(self.base_model)
 
     @property
+    def tower(self) -> torch.nn.Module:
+        """The largest module around the encoder's blocks without the language model."""
+        decoder, parts = self.base_model.get_decoder(), self.encoder.path.split(".")
+        around = (self.base_model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
+        return next(module for module in around if decoder not in set(module.modules()))
+
+    @property
     def image_cache_layers(self) -> frozenset[int]:
         """Layers of the language model's cache that hold image states, of one width, instead of text states."""
         return frozenset(getattr(self.text_config, "cross_attention_layers", None) or ())

@@ -27,7 +27,6 @@ from exitsafe.errors import InputError, ModelError
 from exitsafe.lppo.config import LPPOConfig
 
 
-
 @contextmanager
 def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
     """Put a fresh adapter on the language model; on leaving, everything is restored, torch's random state too.

@@ -130,9 +130,7 @@ def align(
             shard(vlm, team)
         gauge = Gauge(vlm.device)
         with stop.at_once():
-            features = FeatureStore(
-                vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9
-            )
+            features = FeatureStore(vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
             state = TrainingState(
                 policy=policy,
                 samples=samples,

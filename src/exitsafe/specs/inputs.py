@@ -64,6 +64,9 @@ class Loading(Spec):
     revision: Annotated[str | None, Key("Branch, tag or commit of a Hub model; by default its newest commit.")] = None
     dtype: Annotated[DType, Flag("auto (as saved), float32, bfloat16 or float16.", "DTYPE")] = "auto"
     device: Annotated[str, Flag("auto (the first GPU, else the CPU), cpu or cuda:N.", "DEVICE")] = "auto"
+    encoder: Annotated[
+        Literal["image", "audio"], Flag("Whose exits: the image encoder's (video shares it) or the audio encoder's.")
+    ] = "image"
     trust_remote_code: TrustRemoteCode = False
 
 
