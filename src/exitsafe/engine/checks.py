@@ -44,6 +44,7 @@ class Checks:
         alone: Largest difference from `generate` for one prompt at a time.
         mixed: The same for prompts of different lengths and exits in one batch.
         training: The same for the log-probabilities that training reads.
+        can_pad: Whether prompts of different lengths share a batch; padding changes what a few models compute.
         seconds: What the check cost.
     """
 
@@ -52,6 +53,7 @@ class Checks:
     alone: float
     mixed: float
     training: float
+    can_pad: bool
     seconds: float = field(compare=False)
 
 
@@ -69,21 +71,17 @@ def run_checks(vlm: VLM, *, since: float) -> Checks:
     prompts = [vlm.probe(vlm.encoder.modality), vlm.probe(vlm.encoder.modality, text="what is in it, and what is not")]
     epsilon = torch.finfo(vlm.base_model.dtype).eps
     try:
-        wanted = [_stock(vlm, prompt, exit_layer) for prompt, exit_layer in zip(prompts, exits, strict=True)]
-        rows = [
-            Row(
-                prompt=prompt,
-                exit_layer=exit_layer,
-                features=vlm.prompt_features([prompt], [exit_layer])[0][exit_layer],
-            )
-            for prompt, exit_layer in zip(prompts, exits, strict=True)
-        ]
-        alone = max(_difference(_own(vlm, [row])[0], logits) for row, (_, logits) in zip(rows, wanted, strict=True))
-        mixed = max(_difference(own, logits) for own, (_, logits) in zip(_own(vlm, rows), wanted, strict=True))
-        training = max(
-            _difference(_trained_on(vlm, row, tokens), logits)
-            for row, (tokens, logits) in zip(rows, wanted, strict=True)
-        )
+        asked = [_Asked.of(vlm, prompt, exit_layer) for prompt, exit_layer in zip(prompts, exits, strict=True)]
+        alone = max(_difference(_own(vlm, [each])[0], each.logits) for each in asked)
+        _refuse(vlm, "generation", alone, most=max(_ALONE, epsilon))
+        mixed = _mixed(vlm, asked)
+        if not mixed <= epsilon**0.5:  # padding on the left changes what this model computes
+            vlm.can_pad = False
+            asked = [_Asked.of(vlm, prompts[0], exit_layer) for exit_layer in exits]
+            mixed = _mixed(vlm, asked)
+        _refuse(vlm, "mixed batches", mixed, most=epsilon**0.5)
+        training = max(_difference(_trained_on(vlm, each), each.logits) for each in asked)
+        _refuse(vlm, "training", training, most=epsilon**0.5)
     except ModelError:
         raise
     except Exception as error:
@@ -91,24 +89,43 @@ def run_checks(vlm: VLM, *, since: float) -> Checks:
             f"{vlm.name} fails the check of generation: exitsafe's loop cannot run it ({type(error).__name__}: "
             f"{first_line(error)}); exitsafe cannot be used with this model"
         ) from error
-    for check, value, most in (
-        ("generation", alone, max(_ALONE, epsilon)),
-        ("mixed batches", mixed, epsilon**0.5),
-        ("training", training, epsilon**0.5),
-    ):
-        if not value <= most:
-            raise ModelError(
-                f"{vlm.name} fails the check of {check}: logits differ from those of transformers' generate by "
-                f"{value:.2g} of their size; exitsafe cannot be used with this model"
-            )
     return Checks(
         encoder=vlm.encoder,
         exits=exits,
         alone=alone,
         mixed=mixed,
         training=training,
+        can_pad=vlm.can_pad,
         seconds=round(time.perf_counter() - since, 2),
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """A row, and what transformers' `generate` answers to it: tokens (T,) and their logits (T, V)."""
+
+    row: Row
+    tokens: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, vlm: VLM, prompt: Prompt, exit_layer: int) -> _Asked:
+        tokens, logits = _stock(vlm, prompt, exit_layer)
+        features = vlm.prompt_features([prompt], [exit_layer])[0][exit_layer]
+        return cls(row=Row(prompt=prompt, exit_layer=exit_layer, features=features), tokens=tokens, logits=logits)
+
+
+def _refuse(vlm: VLM, check: str, value: float, *, most: float) -> None:
+    if not value <= most:
+        raise ModelError(
+            f"{vlm.name} fails the check of {check}: logits differ from those of transformers' generate by "
+            f"{value:.2g} of their size; exitsafe cannot be used with this model"
+        )
+
+
+def _mixed(vlm: VLM, asked: Sequence[_Asked]) -> float:
+    found = _own(vlm, asked)
+    return max(_difference(logits, each.logits) for logits, each in zip(found, asked, strict=True))
 
 
 def kept_checks(key: str) -> Checks | None:
@@ -164,8 +181,9 @@ def _stock(vlm: VLM, prompt: Prompt, exit_layer: int) -> tuple[Tensor, Tensor]:
     return found.sequences[0, -_NUM_TOKENS:], torch.stack([logits[0] for logits in found.logits])
 
 
-def _own(vlm: VLM, rows: Sequence[Row]) -> list[Tensor]:
-    """Our loop's logits for each row, (T, V)."""
+def _own(vlm: VLM, asked: Sequence[_Asked]) -> list[Tensor]:
+    """Our loop's logits for each row, (T, V), all in one batch."""
+    rows = [each.row for each in asked]
     steps: list[Tensor] = []
     recorder = vlm.base_model.register_forward_hook(lambda module, args, output: steps.append(output.logits[:, -1]))
     try:
@@ -186,8 +204,8 @@ def _own(vlm: VLM, rows: Sequence[Row]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _trained_on(vlm: VLM, row: Row, tokens: Tensor) -> Tensor:
-    hidden, _, _ = vlm.response_states([row], [tokens])
+def _trained_on(vlm: VLM, asked: _Asked) -> Tensor:
+    hidden, _, _ = vlm.response_states([asked.row], [asked.tokens])
     return vlm.logits(hidden)[0]
 
 

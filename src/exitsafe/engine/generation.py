@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from exitsafe.engine.prompts import TEXT_INPUTS, Row, of_next_token
+from exitsafe.engine.prompts import TEXT_INPUTS, Row
 from exitsafe.engine.reader import Reader
 from exitsafe.errors import InputError
 from exitsafe.exits.finite import check_finite
@@ -134,11 +134,13 @@ class _Batch:
     text_inputs: dict[str, Tensor]  # (B, 1, ...): of the next token
     image_layers: frozenset[int]  # layers of the cache that hold image states
     seconds: list[float]
+    can_pad: bool
 
     @property
     def can_join(self) -> bool:
-        """Whether another batch's cache can be joined to this one: only layers that grow by a token at a time."""
-        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        """Whether another batch's cache can be joined to this one: only layers that grow by a token at a time, of a
+        model that can be padded."""
+        return self.can_pad and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def decode(self, vlm: Reader, rows: Sequence[Row], sampling: Sampling) -> None:
         """Generate one more token for every row."""
@@ -184,6 +186,7 @@ class _Batch:
             text_inputs={name: tensor[index] for name, tensor in self.text_inputs.items()},
             image_layers=self.image_layers,
             seconds=[self.seconds[place] for place in keep],
+            can_pad=self.can_pad,
         )
 
     def join(self, other: _Batch) -> _Batch:
@@ -204,6 +207,7 @@ class _Batch:
             text_inputs={name: torch.cat([mine, other.text_inputs[name]]) for name, mine in self.text_inputs.items()},
             image_layers=self.image_layers,
             seconds=self.seconds + other.seconds,
+            can_pad=self.can_pad,
         )
 
 
@@ -234,7 +238,7 @@ def _prefill(vlm: Reader, rows: Sequence[Row], indices: list[int], sampling: Sam
     outputs = vlm.model(**inputs)
     logits, cache, mask = outputs.logits[:, -1], outputs.past_key_values, given["attention_mask"]
     positions = given["position_ids"][..., -1]
-    text_inputs = {name: of_next_token(name, given[name][:, -1:]) for name in TEXT_INPUTS if name in given}
+    text_inputs = vlm.of_next_token({name: given[name] for name in TEXT_INPUTS if name in given})
     if len(different) < len(chosen_rows):
         index = torch.tensor(places, device=vlm.device)
         logits, mask, positions = logits[index], mask[index], positions[..., index]
@@ -253,6 +257,7 @@ def _prefill(vlm: Reader, rows: Sequence[Row], indices: list[int], sampling: Sam
         text_inputs=text_inputs,
         image_layers=vlm.image_cache_layers,
         seconds=[0.0] * len(indices),
+        can_pad=vlm.can_pad,
     )
 
 

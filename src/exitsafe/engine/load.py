@@ -133,6 +133,7 @@ def load_vlm(
         adapter_hash=None if adapter_folder is None else hash_files(adapter_folder),
     )
     vlm.checks = known or run_checks(vlm, since=since)
+    vlm.can_pad = vlm.checks.can_pad
     if known is None:
         keep_checks(key, vlm.checks)
     for remark in check_processor(vlm):

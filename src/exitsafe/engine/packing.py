@@ -32,7 +32,11 @@ def packed_states(
     outputs = vlm.base_model.model(
         **{name: tensor.to(vlm.device) for name, tensor in batch.items()},
         attention_mask=tree_mask(branch.to(vlm.device), additive=None if takes_bool else vlm.base_model.dtype),
-        **handed_over(vlm.base_model, [row.features for row in first_rows if row.features is not None]),
+        **handed_over(
+            vlm.base_model,
+            [row.features for row in first_rows if row.features is not None],
+            batch["input_ids"].to(vlm.device),
+        ),
         use_cache=False,
     )
     return outputs.last_hidden_state.flatten(0, 1)[reads.to(vlm.device)], tokens, mask

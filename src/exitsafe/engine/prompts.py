@@ -6,7 +6,7 @@ Every sample goes through the processor by itself, so that its inputs never depe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -175,8 +175,21 @@ def too_long(sample_id: str, num_tokens: int, max_new_tokens: int, *, context_le
     )
 
 
-def collate(prompts: Sequence[Prompt], responses: Sequence[Tensor] | None, *, pad_token_id: int) -> dict[str, Tensor]:
+def collate(
+    prompts: Sequence[Prompt],
+    responses: Sequence[Tensor] | None,
+    *,
+    pad_token_id: int,
+    of_next_token: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
     """Left-pad prompts, append the responses and right-pad them.
+
+    Args:
+        prompts: One per row.
+        responses: Token ids, (length,) each; None for prompts alone.
+        pad_token_id: Fills masked positions.
+        of_next_token: Maps text inputs, (B, S, ...), to those of the token after them, (B, 1, ...); needed where
+            prompts have text inputs and responses follow.
 
     Returns:
         `input_ids` and `attention_mask`, (B, P + T), and the prompts' text inputs, (B, P + T, ...).
@@ -200,15 +213,10 @@ def collate(prompts: Sequence[Prompt], responses: Sequence[Tensor] | None, *, pa
         attention_mask[row, start:end] = 1
         for name, tensor in prompt.text_inputs.items():
             text_inputs[name][row, start:longest] = tensor
-            if tail:
-                text_inputs[name][row, longest:] = of_next_token(name, tensor[-1:])
+    if of_next_token is not None and text_inputs:
+        for name, column in of_next_token({name: each[:, :longest] for name, each in text_inputs.items()}).items():
+            text_inputs[name][:, longest:] = column
     return {"input_ids": input_ids, "attention_mask": attention_mask, **text_inputs}
-
-
-def of_next_token(name: str, last: Tensor) -> Tensor:
-    """A text input's entry for the token after the last one, as transformers' `generate` continues it: a generated
-    token is text, and sees the pictures that the last token sees."""
-    return torch.zeros_like(last) if name in ("mm_token_type_ids", "moe_mm_token_type_ids") else last
 
 
 def opens_itself(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:

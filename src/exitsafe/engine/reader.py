@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from exitsafe.engine.prompts import Prompt, Row, collate, encode, find_placeholders, given_processor, too_long
 from exitsafe.engine.templates import check_template, tokens_after_turn
@@ -51,6 +52,7 @@ class Reader(ExitingModel):
     ) -> None:
         self.processor = processor
         self.checks: Checks | None = None  # set by `load_vlm`
+        self.can_pad = True
         self.today = date.today().isoformat()
         self.name = name
         if encoder is None:
@@ -108,27 +110,38 @@ class Reader(ExitingModel):
         return check_template(self.processor, today=self.today)
 
     def batch_key(self, prompt: Prompt) -> object:
-        """Prompts may share a batch if their keys are equal, which they always are without cross-attention: there, text
-        before the first image attends evenly to all image slots, and an empty slot beside a row with more images would
-        change that row's logits."""
-        if not reads_across(self.base_model):
-            return None
-        return prompt.media["pixel_values"].shape[1] if prompt.media else 0
+        """Prompts may share a batch if their keys are equal: always, except
+
+        - where the self-check found that padding changes a model's logits: there, lengths must be equal;
+        - with cross-attention, the number of images: text before the first image attends evenly to all image slots,
+          and an empty slot beside a row with more images would change that row's logits.
+        """
+        num_images = prompt.media["pixel_values"].shape[1] if reads_across(self.base_model) and prompt.media else 0
+        return num_images, None if self.can_pad else len(prompt.input_ids)
 
     def inputs(self, rows: Sequence[Row], responses: Sequence[Tensor] | None = None) -> dict[str, Any]:
-        """Keyword arguments of the model's `forward` for these prompts, followed by responses if there are any.
+        """What `prepare_inputs_for_generation` takes for these prompts, followed by responses if there are any.
 
         Positions are the model's own. Everything is on the model's device; rows are padded on the left, responses on
         the right.
         """
         prompts = [row.prompt for row in rows]
-        batch = collate(prompts, responses, pad_token_id=self.pad_token_id)
+        batch = collate(prompts, responses, pad_token_id=self.pad_token_id, of_next_token=self.of_next_token)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         batch["position_ids"] = self.base_model._prepare_position_ids_for_generation(
             batch["input_ids"], batch | self._sizes(prompts)
         )
-        given = handed_over(self.base_model, [row.features for row in rows if row.features is not None])
-        return batch | given
+        features = [row.features for row in rows if row.features is not None]
+        return batch | handed_over(self.base_model, features, batch["input_ids"])
+
+    def of_next_token(self, text_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The text inputs of the token after the last one, (B, 1, ...), as `generate` continues them."""
+        if not text_inputs:
+            return {}
+        longer = self.base_model._update_model_kwargs_for_generation(
+            ModelOutput(), dict(text_inputs), is_encoder_decoder=False
+        )
+        return {name: longer[name][:, -1:] for name in text_inputs}
 
     @cached_property
     def only_last_logits(self) -> dict[str, int]:
@@ -161,27 +174,45 @@ class Reader(ExitingModel):
         num_tokens = max(len(response) for response in responses)
         tokens = inputs["input_ids"][:, -num_tokens:]
         mask = inputs["attention_mask"][:, -num_tokens:].bool()
-        outputs = self.base_model.model(**inputs, use_cache=False)
-        return outputs.last_hidden_state[:, -num_tokens - 1 : -1], tokens, mask
+        prepared = self.base_model.prepare_inputs_for_generation(is_first_iteration=True, use_cache=False, **inputs)
+        return self._last_hidden_states(prepared)[:, -num_tokens - 1 : -1], tokens, mask
+
+    def _last_hidden_states(self, inputs: dict[str, Any]) -> Tensor:
+        """What the language model's head reads, (B, S, H)."""
+        if isinstance(inner := getattr(self.base_model, "model", None), nn.Module):
+            found: Tensor = inner(**inputs).last_hidden_state
+            return found
+        # a model without such a part: run it whole, with a head that only remembers
+        head: Any = self.base_model.get_output_embeddings()
+        seen: list[Tensor] = []
+
+        def remember(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return hidden[..., :1]
+
+        head.forward = remember
+        try:
+            self.base_model(**inputs)
+        finally:
+            del head.forward
+        return seen[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The language-model head, float32: (..., H) -> (..., V)."""
         if not self.has_plain_head:
             return self._through_own_head(hidden).float()
-        logits: Tensor = self.base_model.lm_head(hidden)
+        logits: Tensor = self.base_model.get_output_embeddings()(hidden)
         return logits.float()
 
     @cached_property
     def has_plain_head(self) -> bool:
         """Whether the model's logits are its head's output; some scale them, or cap them."""
         head: Any = self.base_model.get_output_embeddings()
-        if head is None or head is not getattr(self.base_model, "lm_head", None):
-            return False
-        hidden = torch.linspace(-4, 4, head.weight.shape[-1], dtype=self.base_model.dtype, device=self.device)[
-            None, None
-        ]
+        if not isinstance(getattr(self.base_model, "model", None), nn.Module):
+            return True  # the self-check compares what it gives
+        hidden = torch.linspace(-4, 4, head.weight.shape[-1], dtype=self.base_model.dtype, device=self.device)
         with torch.no_grad():
-            return torch.equal(self.base_model.lm_head(hidden), self._through_own_head(hidden))
+            return torch.equal(head(hidden), self._through_own_head(hidden))
 
     def _through_own_head(self, hidden: Tensor) -> Tensor:
         """What the model's `forward` makes of last hidden states, with a stand-in for what computes them."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exitsafe.errors import ModelError
-from exitsafe.exits.encoder import Encoder, find_encoder, media_inputs, other_chains, run_encoder
+from exitsafe.exits.encoder import Encoder, embeddings_in, find_encoder, media_inputs, other_chains, run_encoder
 from exitsafe.exits.features import compute_features, on_device, tensors_in
 from exitsafe.exits.model import ExitingModel
 
@@ -35,6 +35,8 @@ def prove_exits(model: MultimodalModel, inputs: Mapping[str, Tensor], *, modalit
     Raises:
         ModelError: If there is no encoder or more than one, or a check fails.
     """
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder model, whose answers exitsafe cannot generate")
     media = on_device(model, media_inputs(model, inputs, modality))
     if not media:
         raise ModelError(
@@ -110,7 +112,7 @@ def _equal(one: object, other: object) -> bool:
 
 def _features(output: object) -> Sequence[Tensor]:
     if isinstance(output, Mapping):
-        return [tensor for name in ("pooler_output", "deepstack_features") for tensor in tensors_in(output.get(name))]
+        return [*tensors_in(embeddings_in(output)), *tensors_in(output.get("deepstack_features"))]
     return list(tensors_in(output))
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def media_inputs(model: MultimodalModel, inputs: Mapping[str, Tensor], modality:
     if reads_across(model):
         names = ["pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"] if modality == "image" else []
     else:
-        path = getattr(model, f"get_{modality}_features", None)
+        path = _feature_path(model, modality)
         names = [] if path is None else list(signature(path).parameters)
     found = {name: inputs[name] for name in names if name in inputs}
     return found if _MAIN_INPUTS & set(found) else {}
@@ -76,8 +76,23 @@ def run_encoder(model: MultimodalModel, modality: str, media: Mapping[str, Tenso
         states = model.get_submodule("model.vision_model")(**media).last_hidden_state
         projected = model.get_submodule("model.multi_modal_projector")(states)  # (B, images, tiles, patches, H)
         return BaseModelOutputWithPooling(pooler_output=projected.flatten(0, 2))  # (images * tiles, patches, H)
-    found: ModelOutput = getattr(model, f"get_{modality}_features")(**media, return_dict=True)
+    path = _feature_path(model, modality)
+    assert path is not None
+    found: ModelOutput = path(**media, return_dict=True)
     return found
+
+
+def embeddings_in(output: Mapping[str, Any]) -> Any:
+    """What the language model reads of a feature path's output: a tensor or one for each picture, (..., H)."""
+    return output["pooler_output"] if output.get("pooler_output") is not None else output["last_hidden_state"]
+
+
+def _feature_path(model: MultimodalModel, modality: str) -> Callable[..., ModelOutput] | None:
+    """The innermost `get_image_features`, as `generate` calls it; an outer one may hide what it takes."""
+    owners = (getattr(model, "model", None), model)
+    paths = (getattr(owner, f"get_{modality}_features", None) for owner in owners)
+    named = [path for path in paths if path is not None and _MAIN_INPUTS & set(signature(path).parameters)]
+    return named[0] if named else None
 
 
 def block_list(model: nn.Module, path: str) -> list[nn.Module]:
@@ -242,7 +257,7 @@ def _projector(model: MultimodalModel, blocks: Sequence[nn.Module], calls: _Call
 
 def _pooled(output: ModelOutput) -> Tensor:
     """The features of all pictures, (tokens, H)."""
-    pooled = output["pooler_output"]
+    pooled = embeddings_in(output)
     parts = list(pooled) if isinstance(pooled, list | tuple) else [pooled]
     return torch.cat([part.flatten(0, -2) for part in parts])
 

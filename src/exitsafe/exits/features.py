@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from exitsafe.errors import InputError
 from exitsafe.exits.cut import replay_patch
-from exitsafe.exits.encoder import MODALITIES, media_inputs, reads_across, run_encoder
+from exitsafe.exits.encoder import MODALITIES, embeddings_in, media_inputs, reads_across, run_encoder
 from exitsafe.exits.layers import check_exit_layer
 from exitsafe.exits.model import ExitingModel
 
@@ -30,7 +31,6 @@ T = TypeVar("T")
 Features = Mapping[str, ModelOutput]
 """What the language model reads from one prompt's media at one exit, by modality: the object that the model's feature
 path returned, without its hidden states. Its `pooler_output` holds the embeddings, (tokens, H) in all."""
-_UNREAD = ("last_hidden_state", "hidden_states", "attentions")
 SIZES = ("_thw", "_hws", "_sizes", "_shapes", "_sizes_videos")
 _BY_LAYER = "deepstack_features"
 """The one field whose outer list is over the language model's layers, not over pictures."""
@@ -90,7 +90,7 @@ def tensors_in(features: object) -> Iterator[Tensor]:
 
 def num_tokens(features: Features) -> int:
     """Tokens that the features take among the prompt's."""
-    pooled = (tensor for output in features.values() for tensor in tensors_in(output["pooler_output"]))
+    pooled = (tensor for output in features.values() for tensor in tensors_in(embeddings_in(output)))
     return sum(tensor.numel() // tensor.shape[-1] for tensor in pooled)
 
 
@@ -99,10 +99,16 @@ def moved(features: Features, device: torch.device) -> Features:
     return {modality: _mapped(output, lambda tensor: tensor.to(device)) for modality, output in features.items()}
 
 
-def handed_over(model: MultimodalModel, features: Sequence[Features]) -> dict[str, Any]:
+def handed_over(model: MultimodalModel, features: Sequence[Features], input_ids: Tensor) -> dict[str, Any]:
     """Keyword arguments that pass the features of a batch's rows to the model's `forward`.
 
-    Always new objects: `generate` with several return sequences changes them in place.
+    Always new objects: `generate` with several return sequences changes them in place. Models that do not take encoder
+    outputs, mostly those that hear, are given the prompt's embeddings with the features in them.
+
+    Args:
+        model: The model.
+        features: Of the rows that have any, in order.
+        input_ids: (B, S), of all rows.
     """
     joined: dict[str, ModelOutput] = {}
     for modality in MODALITIES:
@@ -113,7 +119,14 @@ def handed_over(model: MultimodalModel, features: Sequence[Features]) -> dict[st
         return {}
     if reads_across(model):
         return {"cross_attention_states": joined["image"]["pooler_output"]}
-    return {"mm_encoder_outputs": joined}
+    if "mm_encoder_outputs" in signature(model.forward).parameters:
+        return {"mm_encoder_outputs": joined}
+    embeds = model.get_input_embeddings()(input_ids)
+    for modality, output in joined.items():
+        pooled = torch.cat([tensor.flatten(0, -2) for tensor in tensors_in(embeddings_in(output))])
+        places = input_ids == getattr(model.config, f"{modality}_token_id")
+        embeds = embeds.masked_scatter(places[..., None], pooled.to(embeds.dtype))
+    return {"inputs_embeds": embeds}
 
 
 def _joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
@@ -146,7 +159,7 @@ def _joined_layers(values: Sequence[Any], outputs: Sequence[ModelOutput]) -> Any
             if value is not None and level < len(value):
                 parts.append(value[level])
             else:
-                parts.append(_mapped(output["pooler_output"], torch.zeros_like))
+                parts.append(_mapped(embeddings_in(output), torch.zeros_like))
         layers.append(_joined_level(parts))
     return layers
 
@@ -173,8 +186,11 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _read(output: ModelOutput) -> ModelOutput:
-    """The output without what no language model reads: the encoder's hidden states, most of its size."""
-    return type(output)(**{name: value for name, value in output.items() if name not in _UNREAD})
+    """The output without what the language model does not read: the encoder's hidden states, most of its size."""
+    unread = {"hidden_states", "attentions"} | (
+        {"last_hidden_state"} if output.get("pooler_output") is not None else set()
+    )
+    return type(output)(**{name: value for name, value in output.items() if name not in unread})
 
 
 def on_device(model: MultimodalModel, media: Mapping[str, Tensor]) -> dict[str, Tensor]:

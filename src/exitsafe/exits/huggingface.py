@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         _weight_conversions: object
         prepare_inputs_for_generation: Callable[..., dict[str, Any]]
         _prepare_position_ids_for_generation: Callable[..., Tensor]
+        _update_model_kwargs_for_generation: Callable[..., dict[str, Any]]
 
     class MultimodalProcessor(ProcessorMixin):
         """What turns text and media into inputs of such a model."""
