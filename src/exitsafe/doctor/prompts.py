@@ -45,7 +45,7 @@ def typical_prompt(blueprint: Blueprint, samples: Sequence[Sample] = ()) -> Typi
         likely = sorted(samples, key=lambda sample: (-len(sample.images), -len(sample.prompt)))[:_PROBES]
         prompts = [blueprint.encode_prompt(sample) for sample in likely]
     else:
-        prompts = [blueprint.probe(blueprint.encoder.modality, size=_SIZE, text="a picture " * (TEXT_TOKENS // 2))]
+        prompts = [blueprint.probe(size=_SIZE, text="a picture " * (TEXT_TOKENS // 2))]
     prompt = max(prompts, key=lambda prompt: len(prompt.input_ids))
     model, media = blueprint.base_model, on_device(blueprint.base_model, prompt.media)
     features = compute_features(blueprint, media, (1,), skip_global=False)[1] if media else {}

@@ -68,7 +68,7 @@ def run_checks(vlm: VLM, *, since: float) -> Checks:
         ModelError: If they differ, or the model cannot be run as `generate` runs it.
     """
     exits = (vlm.default_exit, (vlm.default_exit + 1) // 2)
-    prompts = [vlm.probe(vlm.encoder.modality), vlm.probe(vlm.encoder.modality, text="what is in it, and what is not")]
+    prompts = [vlm.probe(), vlm.probe(text="what is in it, and what is not")]
     epsilon = torch.finfo(vlm.base_model.dtype).eps
     try:
         asked = [_Asked.of(vlm, prompt, exit_layer) for prompt, exit_layer in zip(prompts, exits, strict=True)]

@@ -20,8 +20,8 @@ from exitsafe.engine.prompts import Prompt, Row, collate, encode, find_placehold
 from exitsafe.engine.templates import check_template, tokens_after_turn
 from exitsafe.errors import InputError, ModelError, first_line
 from exitsafe.exits.checks import prove_exits
-from exitsafe.exits.encoder import MODALITIES, Encoder, reads_across
-from exitsafe.exits.features import SIZES, handed_over
+from exitsafe.exits.encoder import MAIN_INPUTS, MODALITIES, Encoder, reads_across
+from exitsafe.exits.features import handed_over
 from exitsafe.exits.model import ExitingModel, bare_model
 from exitsafe.exits.translators import Translators
 from exitsafe.records import Sample
@@ -67,8 +67,15 @@ class Reader(ExitingModel):
             translators=translators,
         )
 
-    def probe(self, modality: str = "image", *, size: tuple[int, int] = PROBE_SIZE, text: str = "a picture") -> Prompt:
-        """A prompt with a picture of noise, (width, height), always the same.
+    def probe(
+        self, modality: str | None = None, *, size: tuple[int, int] = PROBE_SIZE, text: str = "a picture"
+    ) -> Prompt:
+        """A prompt with a picture of noise, always the same.
+
+        Args:
+            modality: "image" or "audio"; None is the encoder's.
+            size: The picture's, (width, height) in pixels.
+            text: The prompt.
 
         Raises:
             ModelError: If the processor is missing, or cannot make a prompt.
@@ -148,14 +155,14 @@ class Reader(ExitingModel):
         """The keyword argument with which `forward` computes the last token's logits only, where the model has it."""
         return {"logits_to_keep": 1} if "logits_to_keep" in signature(self.base_model.forward).parameters else {}
 
-    def _sizes(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """The sizes of the prompts' media, from which some models make positions: the media that are whole numbers."""
-        found: dict[str, list[Tensor]] = {}
+    def _sizes(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What the prompts' media are beside pixels and sound, joined: sizes, grids and masks, from which some models
+        make positions."""
+        found: dict[str, list[Any]] = {}
         for prompt in prompts:
-            for name, tensor in prompt.media.items():
-                if isinstance(tensor, Tensor) and name.endswith(SIZES):
-                    found.setdefault(name, []).append(tensor)
-        return {name: torch.cat(tensors) for name, tensors in found.items()}
+            for name in prompt.media.keys() - MAIN_INPUTS:
+                found.setdefault(name, []).append(prompt.media[name])
+        return {name: _joined(values) for name, values in found.items()}
 
     def response_states(self, rows: Sequence[Row], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced last hidden states at the positions that predict the response tokens.
@@ -276,6 +283,18 @@ class Reader(ExitingModel):
             num_tokens = len(row.prompt.input_ids)
             if num_tokens + num_new > self.context_length:
                 raise too_long(row.prompt.sample_id, num_tokens, num_new, context_length=self.context_length)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Tensors along the batch, zero-padded on the right; lists one after the other."""
+    if not isinstance(values[0], Tensor):
+        return [each for value in values for each in value]
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    pads = [
+        [pad for most, size in zip(shape[::-1], value.shape[:0:-1], strict=True) for pad in (0, most - size)]
+        for value in values
+    ]
+    return torch.cat([nn.functional.pad(value, pad) for value, pad in zip(values, pads, strict=True)])
 
 
 class _Ready(nn.Module):

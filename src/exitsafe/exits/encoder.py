@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exitsafe.exits.huggingface import MultimodalModel
 
 MODALITIES = ("image", "video", "audio")
-_MAIN_INPUTS = {"pixel_values", "pixel_values_images", "pixel_values_videos", "input_features", "input_values"}
+MAIN_INPUTS = {"pixel_values", "pixel_values_images", "pixel_values_videos", "input_features", "input_values"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def media_inputs(model: MultimodalModel, inputs: Mapping[str, Tensor], modality:
         path = _feature_path(model, modality)
         names = [] if path is None else list(signature(path).parameters)
     found = {name: inputs[name] for name in names if name in inputs}
-    return found if _MAIN_INPUTS & set(found) else {}
+    return found if MAIN_INPUTS & set(found) else {}
 
 
 def run_encoder(model: MultimodalModel, modality: str, media: Mapping[str, Tensor]) -> ModelOutput:
@@ -84,14 +84,17 @@ def run_encoder(model: MultimodalModel, modality: str, media: Mapping[str, Tenso
 
 def embeddings_in(output: Mapping[str, Any]) -> Any:
     """What the language model reads of a feature path's output: a tensor or one for each picture, (..., H)."""
-    return output["pooler_output"] if output.get("pooler_output") is not None else output["last_hidden_state"]
+    for name in ("pooler_output", "last_hidden_state"):
+        if output.get(name) is not None:
+            return output[name]
+    return output["deepstack_features"][0][1]  # Granite 4 Vision adds each tap at a layer of its own
 
 
 def _feature_path(model: MultimodalModel, modality: str) -> Callable[..., ModelOutput] | None:
     """The innermost `get_image_features`, as `generate` calls it; an outer one may hide what it takes."""
     owners = (getattr(model, "model", None), model)
     paths = (getattr(owner, f"get_{modality}_features", None) for owner in owners)
-    named = [path for path in paths if path is not None and _MAIN_INPUTS & set(signature(path).parameters)]
+    named = [path for path in paths if path is not None and MAIN_INPUTS & set(signature(path).parameters)]
     return named[0] if named else None
 
 
@@ -141,7 +144,7 @@ def find_encoder(model: MultimodalModel, media: Mapping[str, Tensor], *, modalit
     """
     outputs: list[ModelOutput] = []
     calls = _watch(model, lambda: outputs.append(run_encoder(model, modality, media)))
-    chains = dict(_chains(model, calls))
+    chains = {path: blocks for path, blocks in _chains(model, calls) if blocks != global_blocks(model)}
     if not chains:
         raise ModelError(f"{name} has no {modality} encoder: none of its lists of blocks runs in order, block by block")
     path = max(chains, key=lambda each: len(chains[each]))

@@ -102,8 +102,8 @@ def moved(features: Features, device: torch.device) -> Features:
 def handed_over(model: MultimodalModel, features: Sequence[Features], input_ids: Tensor) -> dict[str, Any]:
     """Keyword arguments that pass the features of a batch's rows to the model's `forward`.
 
-    Always new objects: `generate` with several return sequences changes them in place. Models that do not take encoder
-    outputs, mostly those that hear, are given the prompt's embeddings with the features in them.
+    Always new objects: `generate` with several return sequences changes them in place. Sound, which no model takes as
+    an encoder's output, is handed over as the prompt's embeddings with the features in them.
 
     Args:
         model: The model.
@@ -119,14 +119,17 @@ def handed_over(model: MultimodalModel, features: Sequence[Features], input_ids:
         return {}
     if reads_across(model):
         return {"cross_attention_states": joined["image"]["pooler_output"]}
-    if "mm_encoder_outputs" in signature(model.forward).parameters:
-        return {"mm_encoder_outputs": joined}
-    embeds = model.get_input_embeddings()(input_ids)
-    for modality, output in joined.items():
-        pooled = torch.cat([tensor.flatten(0, -2) for tensor in tensors_in(embeddings_in(output))])
-        places = input_ids == getattr(model.config, f"{modality}_token_id")
-        embeds = embeds.masked_scatter(places[..., None], pooled.to(embeds.dtype))
-    return {"inputs_embeds": embeds}
+    takes_outputs = "mm_encoder_outputs" in signature(model.forward).parameters
+    seen = {modality: output for modality, output in joined.items() if takes_outputs and modality != "audio"}
+    given: dict[str, Any] = {"mm_encoder_outputs": seen} if seen else {}
+    if len(seen) < len(joined):
+        embeds = model.get_input_embeddings()(input_ids)
+        for modality in joined.keys() - seen.keys():
+            pooled = torch.cat([tensor.flatten(0, -2) for tensor in tensors_in(embeddings_in(joined[modality]))])
+            places = input_ids == getattr(model.config, f"{modality}_token_id")
+            embeds = embeds.masked_scatter(places[..., None], pooled.to(embeds.dtype))
+        given["inputs_embeds"] = embeds
+    return given
 
 
 def _joined(outputs: Sequence[ModelOutput]) -> ModelOutput:

@@ -37,7 +37,7 @@ class Latency:
 def probe_inputs(vlm: VLM) -> dict[str, Tensor]:
     """A processor's output for a picture of noise and a prompt, as the model's own `forward` takes it, on its device;
     the same every time."""
-    prompt = vlm.probe(vlm.encoder.modality, size=_SIZE, text=_TEXT)
+    prompt = vlm.probe(size=_SIZE, text=_TEXT)
     tokens = prompt.input_ids[None]
     texts = {name: tensor[None] for name, tensor in prompt.text_inputs.items()}
     texts |= {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -62,7 +62,7 @@ def encoders_ms(vlms: Sequence[VLM], inputs: Mapping[str, Tensor]) -> list[float
 @torch.no_grad()
 def language_model_ms(vlm: VLM) -> float:
     """The language model's time from image features and prompt to the first token."""
-    prompt = vlm.probe(vlm.encoder.modality, size=_SIZE, text=_TEXT)
+    prompt = vlm.probe(size=_SIZE, text=_TEXT)
     features = compute_features(vlm, prompt.media, (vlm.num_layers,), skip_global=False)[vlm.num_layers]
     row = Row(prompt=prompt, exit_layer=vlm.num_layers, features=features)
 
