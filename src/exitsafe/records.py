@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from exitsafe.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from PIL.Image import Image
 
 Kind = Literal["harmful", "borderline", "benign", "vqa"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+ImageSource: TypeAlias = "Image | Path | bytes"
+VideoSource: TypeAlias = "Path | bytes | tuple[ImageSource, ...]"
+AudioSource: TypeAlias = "Path | bytes | tuple[npt.NDArray[np.floating], int]"
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, note)` during long work."""
@@ -25,29 +31,38 @@ class Sample:
 
     Args:
         id: Unique within a run.
-        prompt: What the user writes, without image placeholders.
+        prompt: What the user writes, without placeholders for images, videos or audios.
         images: Pictures in order; may be empty.
         kind: `harmful` should be refused; `borderline` looks harmful and should be answered; `benign` should
             be answered; `vqa` has reference `answers`.
         category: Free-form label to group results by.
         answers: Reference answers for `vqa` (one or ten per sample), or what a rule compares with.
         source: The suite that the sample comes from.
+        system: The system prompt; empty for none.
+        videos: Videos in order, each a file (path or encoded bytes) or a sequence of frames.
+        audios: Recordings in order, each a file (path or encoded bytes) or a pair of a float array (S,), one channel
+            from -1 to 1, and its sampling rate in Hz.
 
     Raises:
-        InputError: On an empty id, ids or answers that are not text, an unknown kind, or a `vqa` sample without
-            answers.
+        InputError: On an empty id, ids or answers that are not text, an unknown kind, a `vqa` sample without answers,
+            or a video or audio of another form.
     """
 
     id: str
     prompt: str
-    images: tuple[Image | Path | bytes, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     kind: Kind
     category: str = ""
     answers: tuple[str, ...] = ()
     source: str = ""
+    system: str = ""
+    videos: tuple[VideoSource, ...] = ()
+    audios: tuple[AudioSource, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(self.images))
+        object.__setattr__(self, "videos", tuple(self._checked_video(video) for video in self.videos))
+        object.__setattr__(self, "audios", tuple(self._checked_audio(audio) for audio in self.audios))
         answers: object = self.answers
         if isinstance(answers, str):  # nobody means a tuple of its letters
             raise InputError(f"sample {self.id}: answers is a single string; give a list of strings")
@@ -61,6 +76,35 @@ class Sample:
             raise InputError(f"sample {self.id}: kind {self.kind!r} is unknown; choose {', '.join(KINDS)}")
         if self.kind == "vqa" and not self.answers:
             raise InputError(f"sample {self.id}: a vqa sample needs at least one entry in answers")
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether there is nothing for an encoder to read."""
+        return not (self.images or self.videos or self.audios)
+
+    def _checked_video(self, video: object) -> object:
+        if isinstance(video, list | tuple) and video:
+            return tuple(video)
+        if not isinstance(video, Path | bytes):  # often the frames of one video, which would be several videos
+            raise InputError(
+                f"sample {self.id}: videos contains {_named(video)}; give each video as a Path, as bytes or as a list "
+                "of its frames"
+            )
+        return video
+
+    def _checked_audio(self, audio: object) -> object:
+        if isinstance(audio, list | tuple) and len(audio) == 2 and getattr(audio[0], "ndim", None) == 1:
+            return tuple(audio)
+        if not isinstance(audio, Path | bytes):
+            raise InputError(
+                f"sample {self.id}: audios contains {_named(audio)}; give each audio as a Path, as bytes or as a pair "
+                "of a one-dimensional array and its sampling rate"
+            )
+        return audio
+
+
+def _named(value: object) -> str:
+    return "an empty list" if isinstance(value, list | tuple) and not value else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from exitsafe.data import KNOWN_SUITES, KnownSuite
+from tests.data.recordings import mp4, wav
 
 NUM_ROWS = 3
 
@@ -29,6 +31,10 @@ def png(color: str = "red", *, mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
+ENDINGS = {"image": ".png", "video": ".mp4", "audio": ".wav"}
+CONTENT: dict[str, Callable[[], bytes]] = {"image": png, "video": mp4, "audio": wav}
+
+
 def rows_of(suite: KnownSuite) -> list[dict[str, Any]]:
     """Rows with all columns that the entry reads, and one that it does not."""
     labels = [""] if isinstance(suite.kind, str) else list(suite.kind)
@@ -38,8 +44,9 @@ def rows_of(suite: KnownSuite) -> list[dict[str, Any]]:
         row |= {suite.id: number + 10} if suite.id else {}
         row |= {suite.category: f"category {number % 2}"} if suite.category else {}
         row |= {suite.kind_column: labels[number % len(labels)]} if suite.kind_column else {}
-        row |= {suite.image: {"bytes": png(), "path": "0.png"}} if suite.image else {}
-        row |= {suite.image_path: f"figures/{number}.png"} if suite.image_path else {}
+        for field, column in suite.media.items():
+            name = f"figures/{number}{ENDINGS[field]}"
+            row[column] = name if suite.is_by_path else {"bytes": CONTENT[field](), "path": name}
         row |= {suite.answers: [{"answer": "red", "answer_id": 1}, {"answer": "dark red"}]} if suite.answers else {}
         rows.append(row)
     return rows
@@ -59,8 +66,17 @@ def write_copy(name: str, folder: Path) -> Path:
         lines += [f"- config_name: {config}", "  data_files:"]
         lines += [f"  - split: {suite.split}", f"    path: {config}/{suite.split}.parquet"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
-    if suite.image_path:
-        write_pictures(folder / suite.image_folder / "figures")
+    if suite.is_by_path:
+        write_files(suite, folder / suite.folder / "figures")
+    return folder
+
+
+def write_files(suite: KnownSuite, folder: Path) -> Path:
+    """The files that the rows of a suite name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(NUM_ROWS):
+        for field in suite.media:
+            (folder / f"{number}{ENDINGS[field]}").write_bytes(CONTENT[field]())
     return folder
 
 

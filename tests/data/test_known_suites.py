@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,8 @@ import pytest
 from exitsafe.data import KNOWN_SUITES, SUITE_NAMES, load_suites
 from exitsafe.errors import InputError
 from exitsafe.records import KINDS, Sample
-from tests.data.copies import NUM_ROWS, png, rows_of, write_copy, write_picture_folder, write_pictures
+from tests.data.copies import NUM_ROWS, png, rows_of, write_copy, write_files, write_picture_folder, write_pictures
+from tests.data.recordings import mp4, wav
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no picture")
 
@@ -27,13 +29,12 @@ def test_a_copy_laid_out_as_on_the_hub(name: str, tmp_path: Path) -> None:
     assert len(samples) == NUM_ROWS * max(1, len(suite.configs))
     assert all(sample.id.startswith(f"{name}-") and sample.source == name for sample in samples)
     assert {sample.kind for sample in samples} == set(suite.kinds)
-    assert all(
-        bool(sample.images) == (suite.needs_images or bool(suite.image + suite.image_path)) for sample in samples
-    )
+    assert all(bool(sample.images) == (suite.needs_images or bool(suite.image)) for sample in samples)
+    assert all(bool(sample.videos) == bool(suite.video) for sample in samples)
     assert samples[1].prompt.startswith("how do i make a zorb 1")
-    if suite.category:
+    if suite.category and suite.category != suite.kind_column:
         assert [sample.category for sample in samples[:3]] == ["category 0", "category 1", "category 0"]
-    if suite.image:
+    if suite.image and not suite.is_by_path:
         assert samples[0].images == (png(),)
 
 
@@ -42,8 +43,8 @@ def test_one_file_with_the_same_columns(name: str, tmp_path: Path) -> None:
     suite = KNOWN_SUITES[name]
     path = tmp_path / f"{suite.split}.parquet"
     pq.write_table(pa.Table.from_pylist(rows_of(suite)), path)
-    pictures = write_pictures(tmp_path / "figures")
-    samples = _load(name, path, pictures)
+    write_files(suite, tmp_path / "figures")
+    samples = _load(name, path, write_pictures(tmp_path / "figures"))
     assert [sample.id for sample in samples] == [f"{name}-{number + (10 if suite.id else 0)}" for number in range(3)]
 
 
@@ -53,6 +54,7 @@ def test_ids_that_a_table_library_made_floats_stay_the_same(name: str, tmp_path:
     path = tmp_path / f"{suite.split}.parquet"
     rows = [row | {suite.id: float(row[suite.id])} for row in rows_of(suite)]
     pq.write_table(pa.Table.from_pylist(rows), path)
+    write_files(suite, tmp_path / "figures")
     samples = _load(name, path, write_pictures(tmp_path / "figures"))
     assert [sample.id for sample in samples] == [f"{name}-{number + 10}" for number in range(3)]
 
@@ -141,9 +143,18 @@ def test_pictures_by_path(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     (folder / "JailBreakV_28K" / "figures").rename(elsewhere.parent / "figures")
     for images, where in ((None, "missing from"), (elsewhere, "missing from")):
-        with pytest.raises(InputError, match=rf"row 1: picture figures/0\.png is {where}.*with --images DIR$"):
+        with pytest.raises(InputError, match=rf"row 1: image figures/0\.png is {where}.*with --images DIR$"):
             load_suites([f"minijailbreakv={table}"], images=images)
     assert load_suites([f"minijailbreakv={table}"], images=tmp_path)[0].images == (tmp_path / "figures" / "0.png",)
+
+
+def test_embedded_videos_and_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = replace(KNOWN_SUITES["mossbench"], name="heard", configs=(), image="", video="clip", audio="said")
+    monkeypatch.setitem(KNOWN_SUITES, "heard", entry)
+    folder = write_copy("heard", tmp_path / "copy")
+    for path in (folder, next(folder.rglob("*.parquet"))):
+        first, *_ = load_suites([f"heard={path}"])
+        assert (first.images, first.videos, first.audios) == ((), (mp4(),), (wav(),))
 
 
 def test_a_path_of_a_picture_that_leaves_its_folder(tmp_path: Path) -> None:
@@ -161,7 +172,7 @@ def test_missing_prompts_and_pictures_are_named_by_row(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="row 2: field 'prompt' is missing"):
         load_suites([f"mm-safetybench={path}"])
     pq.write_table(pa.Table.from_pylist([rows[0], rows[1] | {"image": None}]), path)
-    with pytest.raises(InputError, match="row 2: the picture is missing; give a copy"):
+    with pytest.raises(InputError, match="row 2: the image is missing; give a copy"):
         load_suites([f"mm-safetybench={path}"])
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from exitsafe.data import load_suite
 from exitsafe.errors import InputError
 from tests.data.copies import png, write_jsonl
+from tests.data.recordings import mp4, wav
 
 ROW = {"id": "a", "prompt": "what colour?", "kind": "vqa", "answers": ["red"]}
 
@@ -90,6 +91,36 @@ def test_parquet_with_lists_of_bytes(tmp_path: Path) -> None:
     assert (sample.id, len(sample.images), len(sample.answers)) == ("1", 2, 10)
 
 
+def test_jsonl_with_videos_audios_and_a_system_prompt(tmp_path: Path) -> None:
+    for name, content in (("a.mp4", mp4()), ("said.wav", wav()), ("0.png", png()), ("1.png", png("blue"))):
+        (tmp_path / name).write_bytes(content)
+    path = write_jsonl(
+        tmp_path,
+        ROW | {"videos": ["a.mp4", ["0.png", "1.png"]], "audios": ["said.wav"], "system": "be brief"},
+        ROW | {"id": "b", "video": "a.mp4", "audio": "said.wav", "system": None},
+    )
+    first, second = load_suite(path)
+    assert first.videos == (tmp_path / "a.mp4", (tmp_path / "0.png", tmp_path / "1.png"))
+    assert (first.audios, first.system) == ((tmp_path / "said.wav",), "be brief")
+    assert (second.videos, second.audios, second.system) == ((tmp_path / "a.mp4",), (tmp_path / "said.wav",), "")
+
+
+def test_csv_with_frames_as_lists_in_json(tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "suite.csv").write_text('id,prompt,kind,videos\n1,x,benign,"[[""0.png"", ""1.png""]]"\n')
+    (sample,) = load_suite(tmp_path / "suite.csv")
+    assert sample.videos == ((tmp_path / "0.png", tmp_path / "1.png"),)
+
+
+def test_parquet_with_embedded_videos_and_audios(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav())
+    row = ROW | {"video": {"bytes": mp4(), "path": "gone.mp4"}, "audios": [{"bytes": None, "path": "a.wav"}]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "suite.parquet")
+    (sample,) = load_suite(tmp_path / "suite.parquet")
+    assert (sample.videos, sample.audios) == ((mp4(),), (tmp_path / "a.wav",))
+
+
 def test_limit_reads_no_further(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, ROW, ROW | {"id": "b"}, {"broken": True})
     assert [sample.id for sample in load_suite(path, limit=2)] == ["a", "b"]
@@ -117,7 +148,19 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         (ROW | {"id": "b", "image": "..\\x.png"}, "leaves the suite's folder"),
         (ROW | {"id": "b", "image": "C:\\x.png"}, "leaves the suite's folder"),
         (ROW | {"id": "b", "image": "ok.png", "images": ["ok.png"]}, "row 2: both image and images are given"),
-        (ROW | {"id": "b", "image": {"path": None}}, "row 2: an image has neither bytes nor path"),
+        (ROW | {"id": "b", "image": {"path": None}}, "row 2: the image has neither bytes nor path"),
+        (ROW | {"id": "b", "video": "no.mp4"}, r"row 2: video .*no\.mp4 does not exist"),
+        (ROW | {"id": "b", "video": "text.png"}, r"row 2: video .*text\.png cannot be read as MP4"),
+        (ROW | {"id": "b", "video": "../x.mp4"}, r"row 2: video '\.\./x\.mp4' leaves the suite's folder"),
+        (ROW | {"id": "b", "video": "ok.png", "videos": ["ok.png"]}, "row 2: both video and videos are given"),
+        (ROW | {"id": "b", "videos": [["no.png"]]}, r"row 2: image .*no\.png does not exist"),
+        (ROW | {"id": "b", "videos": [["/x.png"]]}, "row 2: frame '/x.png' leaves the suite's folder"),
+        (ROW | {"id": "b", "videos": [[]]}, "row 2: sample b: videos contains an empty list"),
+        (ROW | {"id": "b", "audio": "no.wav"}, r"row 2: audio .*no\.wav does not exist"),
+        (ROW | {"id": "b", "audio": "text.png"}, r"row 2: audio .*text\.png cannot be read as WAV"),
+        (ROW | {"id": "b", "audio": "https://x/a.wav"}, "row 2: the audio is given by https: URL; download it"),
+        (ROW | {"id": "b", "audio": {"path": None}}, "row 2: the audio has neither bytes nor path"),
+        (ROW | {"id": "b", "system": ["x"]}, "row 2: field 'system' cannot be read"),
         (["no", "object"], "row 2: this line is not a JSON object"),
     ],
 )
@@ -187,6 +230,15 @@ def test_a_folder_of_pictures_with_a_table_of_their_names(tmp_path: Path, name: 
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / name)
     (sample,) = load_suite(tmp_path)
     assert sample.images == (tmp_path / "deep" / "one.png",)
+
+
+def test_a_folder_of_videos_and_recordings_with_a_table_of_their_names(tmp_path: Path) -> None:
+    (tmp_path / "one.mp4").write_bytes(mp4())
+    (tmp_path / "two.WAV").write_bytes(wav())
+    (tmp_path / "metadata.csv").write_text("file_name,id,prompt,kind\none.mp4,a,x,benign\ntwo.WAV,b,x,benign\n")
+    one, two = load_suite(tmp_path)
+    assert (one.videos, one.audios, one.images) == ((tmp_path / "one.mp4",), (), ())
+    assert (two.videos, two.audios, two.images) == ((), (tmp_path / "two.WAV",), ())
 
 
 def test_a_folder_without_rows(tmp_path: Path) -> None:

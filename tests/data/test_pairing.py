@@ -47,6 +47,12 @@ def test_samples_with_pictures_keep_them(tmp_path: Path) -> None:
         pair_with_images([sample], tmp_path / "nowhere", seed=0)
 
 
+def test_samples_with_videos_or_audios_get_no_picture(tmp_path: Path) -> None:
+    """And a folder without pictures will do, if none are needed: it may be that of the videos."""
+    samples = [replace(_samples(1)[0], videos=(b"own",)), replace(_samples(1)[0], audios=(b"own",))]
+    assert pair_with_images(samples, tmp_path, seed=0) == samples
+
+
 def test_only_pictures_count_in_any_depth(tmp_path: Path) -> None:
     write_pictures(tmp_path / "deep" / "er", count=1)
     write_pictures(tmp_path / "b", count=1)

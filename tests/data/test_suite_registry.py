@@ -99,7 +99,7 @@ def test_pictures_that_are_left_out_are_not_checked(tmp_path: Path) -> None:
 
 def test_text_only_samples_get_pictures_or_a_warning(tmp_path: Path) -> None:
     path = _file(tmp_path / "mine.jsonl", "a", "b")
-    with pytest.warns(UserWarning, match="2 of 2 samples have no picture, so that their answers are the same at every"):
+    with pytest.warns(UserWarning, match="2 of 2 samples have no picture, video or audio, so that their"):
         plain = load_suites([path])
     pictures = write_pictures(tmp_path / "pictures", count=5)
     with warnings.catch_warnings():

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
-from exitsafe.store.fingerprint import canonical_json, data_fingerprint, differences, pin_today, sample_info
+from exitsafe.store.fingerprint import (
+    canonical_json,
+    data_fingerprint,
+    differences,
+    media_digests,
+    pin_today,
+    request_digest,
+    sample_info,
+    trained_on_among,
+)
 from tests.fake_vlm import FakeVLM
 
 SAMPLE = Sample(id="a", prompt="how", kind="benign", images=(Image.new("RGB", (4, 4), "red"),), source="mine")
@@ -44,10 +56,64 @@ def test_differences_are_readable_and_see_what_came_and_went() -> None:
         replace(SAMPLE, images=(Image.new("RGB", (4, 4), "blue"),)),
         replace(SAMPLE, images=(Image.new("RGB", (2, 8), "red"),)),
         replace(SAMPLE, images=SAMPLE.images * 2),
+        replace(SAMPLE, system="be brief"),
+        replace(SAMPLE, videos=(b"video",)),
+        replace(SAMPLE, audios=(b"audio",)),
     ],
 )
 def test_the_digest_covers_what_is_asked(changed: Sample) -> None:
     assert sample_info(changed).digest != sample_info(SAMPLE).digest
+
+
+def test_digests_of_pictures_are_those_of_older_runs() -> None:
+    asked = ["how", "benign", [], [hashlib.sha256(b"bytes").hexdigest()]]
+    expected = hashlib.sha256(json.dumps(asked, separators=(",", ":")).encode()).hexdigest()
+    assert sample_info(replace(SAMPLE, images=(b"bytes",))).digest == expected
+
+
+def test_digests_tell_apart_what_the_same_content_is() -> None:
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    tone = np.zeros(4, np.float32)
+    plain = replace(SAMPLE, images=())
+    asked: list[dict[str, Any]] = [
+        {"images": (b"x",)},
+        {"videos": (b"x",)},
+        {"audios": (b"x",)},
+        {"videos": ((red,),)},
+        {"videos": ((red, blue),)},
+        {"videos": ((red,), (blue,))},
+        {"videos": ((blue, red),)},
+        {"audios": ((tone, 16_000),)},
+        {"audios": ((tone, 8_000),)},
+        {"audios": ((tone + 1, 16_000),)},
+        {"system": "x"},
+    ]
+    samples = [plain, *(replace(plain, **given) for given in asked)]
+    for digest in (lambda sample: sample_info(sample).digest, request_digest):
+        assert len({digest(sample) for sample in samples}) == len(samples)
+
+
+def test_samples_with_the_video_or_recording_of_a_training_count_as_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    trained = replace(SAMPLE, videos=(tmp_path / "a.mp4",), audios=(b"audio",))
+    digests = {request_digest(trained), *media_digests(trained)}
+    assert len(digests) == 4
+    plain = replace(SAMPLE, prompt="other", images=())
+    others = [
+        replace(plain, videos=(b"video",)),
+        replace(plain, audios=(b"audio",)),
+        replace(plain, videos=(b"audio 2",)),
+        replace(trained, id="renamed"),
+        plain,
+    ]
+    assert trained_on_among(others, digests) == {"samples": 3, "of": 5}
+
+
+def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"sample a: video .*gone\.mp4 cannot be read .*; check the path"):
+        sample_info(replace(SAMPLE, videos=(tmp_path / "gone.mp4",)))
+    with pytest.raises(InputError, match=r"sample a: audio .*gone\.wav cannot be read .*; check the path"):
+        sample_info(replace(SAMPLE, audios=(tmp_path / "gone.wav",)))
 
 
 def test_the_digest_leaves_names_aside_but_the_data_hash_does_not() -> None:

@@ -26,7 +26,7 @@ from exitsafe.exits.translator_files import MAPS, RECORD, model_record, read_rec
 from exitsafe.exits.translators import Translator, Translators, tensors_of
 from exitsafe.records import Progress, Sample
 from exitsafe.store.files import write_whole, writing
-from exitsafe.store.fingerprint import Settings, canonical_json, differences, picture_digests, sample_info
+from exitsafe.store.fingerprint import Settings, canonical_json, differences, media_digests, sample_info
 from exitsafe.version import __version__
 
 HELD_OUT = 5  # every fifth picture is held out, to choose the ridge strength and measure R²
@@ -177,6 +177,6 @@ def _save(folder: Path, maps: dict[int, Translator], pictures: Iterable[Sample],
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / MAPS, safetensors.torch.save(tensors_of(maps)))
-    digests = (digest for picture in pictures for digest in picture_digests(picture))
+    digests = (digest for picture in pictures for digest in media_digests(picture))
     write_whole(folder / TRAINED_ON, trained_on_record(digests))
     write_whole(folder / RECORD, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")

@@ -64,7 +64,7 @@ def describe(suite: KnownSuite) -> JsonObject:
         },
         "columns": {
             field: facts[field]
-            for field in ("id", "prompt", "context", "category", "kind_column", "image", "image_path", "answers")
+            for field in ("id", "prompt", "context", "category", "kind_column", "image", "video", "audio", "answers")
             if facts[field]
         },
         "instruction": suite.instruction,
@@ -94,7 +94,7 @@ def _needs(suite: KnownSuite) -> list[str]:
     needs = []
     if suite.is_gated:
         needs.append("hf auth login")
-    if suite.needs_images or suite.image_path:
+    if suite.needs_images or suite.is_by_path:
         needs.append("--images DIR")
     if suite.is_large:
         needs.append("--limit N")

@@ -30,7 +30,7 @@ HubRow = tuple[str, int, Values]
 
 
 def hub_rows(suite: KnownSuite, *, folder: Path | None = None, is_limited: bool = False) -> Iterator[HubRow]:
-    """Configuration, index and values of every row; pictures stay encoded.
+    """Configuration, index and values of every row; pictures, videos and recordings stay encoded.
 
     Args:
         suite: The suite to load.
@@ -52,8 +52,9 @@ def hub_rows(suite: KnownSuite, *, folder: Path | None = None, is_limited: bool 
                 dataset = _load_from_folder(library, suite, config, folder)
             if dataset.column_names:  # unknown before the first row of some streams
                 check_columns(suite, dataset.column_names, where=where)
-            if suite.image:
-                dataset = dataset.cast_column(suite.image, library.Image(decode=False))
+            for field, column in suite.media.items() if not suite.is_by_path else ():
+                feature = {"image": library.Image, "video": library.Video, "audio": library.Audio}[field]
+                dataset = dataset.cast_column(column, feature(decode=False))
             for index, values in enumerate(dataset):
                 if index == 0:
                     check_columns(suite, list(values), where=where)

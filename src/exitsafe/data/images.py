@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from exitsafe.errors import InputError
+from exitsafe.records import Sample
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -26,11 +27,11 @@ _TURNS = {  # by EXIF orientation; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 _OPAQUE = {"RGBA": "RGB", "RGBa": "RGB", "RGBX": "RGB", "P": "RGB", "PA": "RGB", "1": "L", "LA": "L"}
-_MAX_ASPECT_RATIO = 200  # processors scale the short side to some hundred pixels, and the long one with it
+MAX_ASPECT_RATIO = 200  # processors scale the short side to some hundred pixels, and the long one with it
 
 
-def path_inside(folder: Path, name: str, *, where: str) -> Path:
-    """The path of an image that a row names.
+def path_inside(folder: Path, name: str, *, where: str, medium: str = "image") -> Path:
+    """The path of an image, video or audio that a row names.
 
     Raises:
         InputError: If it is a URL or absolute, or leaves the folder by `..` or a link: a suite from elsewhere must not
@@ -38,17 +39,19 @@ def path_inside(folder: Path, name: str, *, where: str) -> Path:
     """
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", name):
         scheme = name.split(":", 1)[0]
-        raise InputError(f"{where}: an image is given by {scheme}: URL; download it first and give its path")
+        raise InputError(f"{where}: the {medium} is given by {scheme}: URL; download it first and give its path")
     is_absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
     if is_absolute or ".." in PurePosixPath(name.replace("\\", "/")).parts:
-        raise InputError(f"{where}: image {name!r} leaves the suite's folder; give a path inside it")
+        raise InputError(f"{where}: {medium} {name!r} leaves the suite's folder; give a path inside it")
     path = folder / name
     try:
         is_inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # circular links, a null character
-        raise InputError(f"{where}: image {name!r} is not a valid path; give one inside the suite's folder") from error
+        raise InputError(
+            f"{where}: {medium} {name!r} is not a valid path; give one inside the suite's folder"
+        ) from error
     if not is_inside:
-        raise InputError(f"{where}: image {name!r} links to a file outside the suite's folder; put a copy there")
+        raise InputError(f"{where}: {medium} {name!r} links to a file outside the suite's folder; put a copy there")
     return path
 
 
@@ -60,7 +63,7 @@ def check_image(image: Path | bytes, *, where: str) -> None:
             decoded.
     """
     name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
-    if isinstance(image, Path) and _is_pipe(image):  # opening it would wait for a writer
+    if isinstance(image, Path) and is_pipe(image):  # opening it would wait for a writer
         raise InputError(f"{where}: image {name} is not a regular file; give the path of one")
     try:
         with warnings.catch_warnings():
@@ -79,7 +82,7 @@ def check_image(image: Path | bytes, *, where: str) -> None:
         raise InputError(f"{where}: image {name} has implausibly many pixels; scale it down") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{where}: image {name} cannot be read ({error}); replace it or remove the row") from error
-    if long > _MAX_ASPECT_RATIO * short:
+    if long > MAX_ASPECT_RATIO * short:
         raise InputError(f"{where}: image {name} is {long // short} times as long as wide; crop it")
 
 
@@ -91,6 +94,15 @@ def open_image(source: Image.Image | Path | str | bytes, sample_id: str) -> Imag
     """
     with _opened(source, sample_id) as image:
         return as_seen(image)
+
+
+def open_images(sample: Sample) -> list[Image.Image]:
+    """The pictures of a sample, in order, each as `open_image` returns it.
+
+    Raises:
+        InputError: If one cannot be opened or decoded.
+    """
+    return [open_image(image, sample.id) for image in sample.images]
 
 
 def num_pixels(source: Image.Image | Path | str | bytes, sample_id: str) -> int:
@@ -176,7 +188,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return image.convert("RGBA").convert("RGB") if image.has_transparency_data else image.convert("RGB")
 
 
-def _is_pipe(path: Path) -> bool:
+def is_pipe(path: Path) -> bool:
     """Whether a path is a pipe, socket or device."""
     try:
         return path.exists() and not (path.is_file() or path.is_dir())

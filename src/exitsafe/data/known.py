@@ -28,8 +28,8 @@ class KnownSuite:
         category: The column of the category; without one, the configuration if there are several.
         context: A column to put before the prompt, where it exists.
         instruction: Text appended to every prompt.
-        image: The column of an embedded picture.
-        image_path: The column of a picture's path, relative to `image_folder` in the set.
+        image, video, audio: The column of a picture, a video or a recording.
+        is_by_path: Whether these columns hold paths, relative to `folder` in the set, instead of the files themselves.
         answers: The column of the reference answers, a list of texts or of records with `answer`.
         needs_images: Whether the suite needs the user's own pictures.
         is_large: Whether it is read row by row from the Hub, and only with a limit.
@@ -54,8 +54,10 @@ class KnownSuite:
     context: str = ""
     instruction: str = ""
     image: str = ""
-    image_path: str = ""
-    image_folder: str = ""
+    video: str = ""
+    audio: str = ""
+    is_by_path: bool = False
+    folder: str = ""
     answers: str = ""
     needs_images: bool = False
     is_large: bool = False
@@ -64,21 +66,26 @@ class KnownSuite:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of its samples."""
-        return (self.kind,) if isinstance(self.kind, str) else tuple(self.kind.values())
+        return (self.kind,) if isinstance(self.kind, str) else tuple(dict.fromkeys(self.kind.values()))
+
+    @property
+    def media(self) -> dict[str, str]:
+        """The columns of pictures, videos and recordings, by field of a sample: `image`, `video`, `audio`."""
+        columns = {"image": self.image, "video": self.video, "audio": self.audio}
+        return {field: column for field, column in columns.items() if column}
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that every row must have."""
-        named = (self.id, self.prompt, self.category, self.kind_column, self.image, self.image_path, self.answers)
+        named = (self.id, self.prompt, self.category, self.kind_column, *self.media.values(), self.answers)
         return tuple(dict.fromkeys(filter(None, named)))
 
     @property
     def pictures(self) -> str:
-        """Where its samples' pictures come from."""
-        if self.image:
-            return "in the set"
-        if self.image_path:
-            return "by path"
+        """Where its samples' pictures, videos or recordings come from."""
+        others = "".join(f"{field}s " for field in self.media if field != "image")
+        if self.media:
+            return others + ("by path" if self.is_by_path else "in the set")
         return "yours" if self.needs_images else "none, or yours"
 
     @property
@@ -128,8 +135,9 @@ _ENTRIES = (
         prompt="jailbreak_query",
         category="policy",
         kind="harmful",
-        image_path="image_path",
-        image_folder="JailBreakV_28K",
+        image="image_path",
+        is_by_path=True,
+        folder="JailBreakV_28K",
         note="The Hub has only some of the pictures; its page says how to request all of them from the authors.",
     ),
     KnownSuite(

@@ -1,8 +1,8 @@
 """A custom suite: a JSONL, CSV or Parquet file, or a folder laid out for the Hub, in; samples out.
 
 Everything is checked before a model is loaded, and every error names the file and the row and says what to do. A row
-has the fields of `Sample`: id, prompt and kind, and optionally images, category, answers and source (the file's name by
-default); other columns are ignored.
+has the fields of `Sample`: id, prompt and kind, and optionally images, videos, audios, system, category, answers and
+source (the file's name by default); other columns are ignored.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from exitsafe.data.audios import ENDINGS as AUDIO_ENDINGS
 from exitsafe.data.rows import Row, read_rows
 from exitsafe.data.samples import FIELDS, Keep, read_samples
+from exitsafe.data.videos import ENDINGS as VIDEO_ENDINGS
 from exitsafe.errors import InputError
 from exitsafe.records import Sample
 
+_MEDIA = dict.fromkeys(VIDEO_ENDINGS, "video") | dict.fromkeys(AUDIO_ENDINGS, "audio")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -24,15 +27,15 @@ def load_suite(path: str | Path, *, limit: int | None = None) -> list[Sample]:
     """Read and check a suite.
 
     Args:
-        path: A .jsonl, .csv or .parquet file, or a folder: with Parquet files, or with pictures and a metadata.jsonl,
-            metadata.csv or metadata.parquet whose column file_name names them. Images are paths relative to that
-            file, or encoded bytes in Parquet. In CSV a field with several values is a JSON list. A warning lists
-            fields that a sample does not have.
+        path: A .jsonl, .csv or .parquet file, or a folder: with Parquet files, or with pictures, videos or audios and a
+            metadata.jsonl, metadata.csv or metadata.parquet whose column file_name names them. Images, videos and
+            audios are paths relative to that file, or encoded bytes in Parquet; a video may also be a list of frames.
+            In CSV a field with several values is a JSON list. A warning lists fields that a sample does not have.
         limit: Keep the first `limit` rows; later ones are not read.
 
     Raises:
-        InputError: If a file cannot be read or has no rows, a row is not a sample, an image is missing, unreadable or
-            outside the file's folder, or an id occurs twice.
+        InputError: If a file cannot be read or has no rows, a row is not a sample, an image, video or audio is missing,
+            unreadable or outside the file's folder, or an id occurs twice.
     """
     return list(islice(read_suite(Path(path), keep=lambda category: True), limit))
 
@@ -80,6 +83,7 @@ def _rows(file: Path, unread: set[str]) -> Iterator[Row]:
     """The rows of a file; columns that a sample does not have are added to `unread`."""
     for number, values in read_rows(file):
         if file.name in _METADATA and "file_name" in values:
-            values["image"] = values.pop("file_name")
+            name = values.pop("file_name")
+            values[_MEDIA.get(Path(str(name)).suffix.lower(), "image")] = name
         unread |= values.keys() - set(FIELDS)
         yield number, values

@@ -23,7 +23,7 @@ def read_known_suite(
     Args:
         suite: Its entry.
         path: A copy on disk: a folder laid out as on the Hub, or a file with the same columns. None is the Hub.
-        images: The folder of pictures that rows name by path, if they are not in the copy.
+        images: The folder of the files that rows name by path, if they are not in the copy.
         is_limited: Whether the caller will stop early.
         keep: Called with the category of every row.
 
@@ -34,7 +34,7 @@ def read_known_suite(
         found = hub_rows(suite, folder=path, is_limited=is_limited)
     else:
         found = _file_rows(suite, path)
-    folders = _image_folders(suite, path, images)
+    folders = _folders(suite, path, images)
     rows = _to_fields(suite, found, folders)
     name = f"{suite.name} ({path or suite.hub_id})"
     yield from read_samples(rows, name=name, folder=Path(), source=suite.name, ids=set(), keep=keep)
@@ -54,7 +54,10 @@ def _to_fields(suite: KnownSuite, rows: Iterator[HubRow], folders: list[Path]) -
                 "kind": _kind(suite, values, where),
                 "category": None if is_missing(category) else _as_text(category),
                 "answers": _answers(values[suite.answers]) if suite.answers else None,
-                "image": _image(suite, values, folders, where),
+                **{
+                    field: _medium(suite, field, values[column], folders, where)
+                    for field, column in suite.media.items()
+                },
             },
         )
 
@@ -88,36 +91,35 @@ def _answers(references: Any) -> list[object] | None:
     return [reference["answer"] if isinstance(reference, dict) else reference for reference in references]
 
 
-def _image(suite: KnownSuite, values: Values, folders: list[Path], where: str) -> object:
-    if suite.image_path:
-        return _find_by_path(suite, _as_text(values[suite.image_path]), folders, where)
-    image = values[suite.image] if suite.image else None
-    if suite.image and image is None:
-        raise InputError(f"{where}: the picture is missing; give a copy of {suite.hub_id} that has it")
-    if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
-        return Path(image["path"])  # where datasets saved the file
-    return image
+def _medium(suite: KnownSuite, field: str, value: object, folders: list[Path], where: str) -> object:
+    if value is None:
+        raise InputError(f"{where}: the {field} is missing; give a copy of {suite.hub_id} that has it")
+    if suite.is_by_path:
+        return _find_by_path(suite, field, _as_text(value), folders, where)
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+        return Path(value["path"])  # where datasets saved the file
+    return value
 
 
-def _find_by_path(suite: KnownSuite, name: str, folders: list[Path], where: str) -> Path:
+def _find_by_path(suite: KnownSuite, field: str, name: str, folders: list[Path], where: str) -> Path:
     for folder in folders:
-        path = path_inside(folder, name, where=where)
+        path = path_inside(folder, name, where=where, medium=field)
         if path.is_file():
             return path
     searched = f" from {' and '.join(map(str, folders))}" if folders else ""
     raise InputError(
-        f"{where}: picture {name} is missing{searched}; get the pictures as {suite.page} describes and pass their "
+        f"{where}: {field} {name} is missing{searched}; get the {field}s as {suite.page} describes and pass their "
         "folder with --images DIR"
     )
 
 
-def _image_folders(suite: KnownSuite, path: Path | None, images: Path | None) -> list[Path]:
+def _folders(suite: KnownSuite, path: Path | None, images: Path | None) -> list[Path]:
     copy = None if path is None else path if path.is_dir() else path.parent
     return [
         folder
         for root in (copy, images)
         if root is not None
-        for folder in (root / suite.image_folder, root)
+        for folder in dict.fromkeys((root / suite.folder, root))
         if folder.is_dir()
     ]
 

@@ -1,4 +1,4 @@
-"""Pairs samples that have no picture with benign ones; a folder and a seed determine the pairs."""
+"""Pairs samples of text alone with benign pictures; a folder and a seed determine the pairs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from exitsafe.records import Sample
 
 
 def pair_with_images(samples: Sequence[Sample], folder: Path, *, seed: int) -> list[Sample]:
-    """Give every sample without a picture one from the folder.
+    """Give every sample without a picture, video or audio a picture from the folder.
 
     Which one depends only on the seed, the sample's id and the sorted names of the folder's pictures: adding, removing
     or reordering samples changes no pair.
 
     Raises:
-        InputError: If the folder has no pictures, or one that is used cannot be read.
+        InputError: If the folder does not exist, has none of the pictures needed, or one that is used cannot be read.
     """
-    names = list_images(folder)
+    _check_folder(folder)
+    names = list_images(folder) if any(sample.is_text_only for sample in samples) else []
     checked: set[str] = set()
     paired = []
     for sample in samples:
-        if not sample.images:
+        if sample.is_text_only:
             name = names[_draw(seed, sample.id, len(names))]
             if name not in checked:
                 check_image(folder / name, where=f"--images {folder}")
@@ -41,8 +42,7 @@ def list_images(folder: Path) -> list[str]:
     Raises:
         InputError: If it is not a folder or has none.
     """
-    if not folder.is_dir():
-        raise InputError(f"--images {folder} is not a folder; give one with benign pictures, e.g. COCO val2017")
+    _check_folder(folder)
     try:
         paths = [path for path in folder.rglob("*") if _is_picture(path.relative_to(folder)) and path.is_file()]
     except OSError as error:
@@ -50,6 +50,11 @@ def list_images(folder: Path) -> list[str]:
     if not paths:
         raise InputError(f"--images {folder} contains no pictures; put {', '.join(ENDINGS)} files there")
     return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"--images {folder} is not a folder; give one with benign pictures, e.g. COCO val2017")
 
 
 def _is_picture(path: Path) -> bool:

@@ -44,7 +44,8 @@ def load_suites(
         seed: Seed for the organism's pictures and phrasings, and for pairing with `images`.
         limit: Keep the first `limit` samples of each suite.
         organism: The organism whose suites to use: `organism` or `organism:text`.
-        images: A folder of benign pictures: every sample without a picture gets one of them.
+        images: A folder of benign pictures: every sample without a picture, video or audio gets one of them. Also where
+            to look for files that a known suite names by path.
         categories: Keep only samples of these categories.
         hub: The result of an earlier `resolve_suites`, to read the same commits again. Only commits are taken from it:
             the location of a known suite is defined here.
@@ -188,13 +189,13 @@ def _draw_organism(
 
 def _warn(suites: Mapping[str, Sequence[Sample]]) -> None:
     for name, samples in suites.items():
-        bare = sum(not sample.images for sample in samples)
+        bare = sum(sample.is_text_only for sample in samples)
         if not samples:
             warnings.warn(f"{name} has no sample of these categories and is left out", stacklevel=3)
         elif bare and name not in SUITE_NAMES:
             warnings.warn(
-                f"{name}: {bare} of {len(samples)} samples have no picture, so that their answers are the same at "
-                "every exit layer; --images DIR pairs each with one of your pictures",
+                f"{name}: {bare} of {len(samples)} samples have no picture, video or audio, so that their answers "
+                "are the same at every exit layer; --images DIR pairs each with one of your pictures",
                 stacklevel=3,
             )
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from exitsafe.data.audios import check_audio
 from exitsafe.data.images import check_image, path_inside
 from exitsafe.data.rows import Row, as_integer
+from exitsafe.data.videos import check_video
 from exitsafe.errors import InputError
 from exitsafe.records import KINDS, Kind, Sample
 
+_T = TypeVar("_T")
 # control and format characters, lone surrogates, line and paragraph separators
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
@@ -26,19 +30,19 @@ Keep = Callable[[str], bool]
 def read_samples(
     rows: Iterable[Row], *, name: str, folder: Path, source: str, ids: set[str], keep: Keep
 ) -> Iterator[Sample]:
-    """Rows with the fields of `Sample` -> samples; images of rows that are not kept are not checked.
+    """Rows with the fields of `Sample` -> samples; files of rows that are not kept are not checked.
 
     Args:
         rows: Numbered from 1.
         name: Name of the file or set, for errors.
-        folder: The folder that image paths are relative to.
+        folder: The folder that the paths of images, videos and audios are relative to.
         source: The source of samples that name none.
         ids: Ids already in use; new ones are added.
         keep: Called with the category of every row.
 
     Raises:
-        InputError: On a row that is not a sample, an image that is missing, unreadable or outside the folder, or an id
-            that occurs twice.
+        InputError: On a row that is not a sample, an image, video or audio that is missing, unreadable or outside the
+            folder, or an id that occurs twice.
     """
     checked: set[Path] = set()
     for number, values in rows:
@@ -79,7 +83,7 @@ def _as_id(value: object) -> object:
 
 
 class _Embedded(BaseModel):
-    """An image as the Hub's Image feature stores it."""
+    """A file as the Hub's Image, Video and Audio features store it."""
 
     content: bytes | None = Field(default=None, alias="bytes")
     path: str | None = None
@@ -87,7 +91,9 @@ class _Embedded(BaseModel):
 
 _Text = Annotated[str, BeforeValidator(as_integer)]
 # only loaders make a Path, never the text in a file
-_Image = _Embedded | Path | bytes | str
+_File = _Embedded | Path | bytes | str
+_Files = Annotated[list[_File], BeforeValidator(_as_list)]
+_Videos = Annotated[list[_File | list[_File]], BeforeValidator(_as_list)]  # a list is a video's frames
 
 
 class _Row(BaseModel):
@@ -96,8 +102,13 @@ class _Row(BaseModel):
     id: Annotated[str, Field(min_length=1), BeforeValidator(_as_id)]
     prompt: str = Field(min_length=1)
     kind: Kind
-    images: Annotated[list[_Image], BeforeValidator(_as_list)] = []
-    image: Annotated[list[_Image], BeforeValidator(_as_list)] = []
+    images: _Files = []
+    image: _Files = []
+    videos: _Videos = []
+    video: _Videos = []
+    audios: _Files = []
+    audio: _Files = []
+    system: str = ""
     category: _Text = ""
     answers: Annotated[list[str], BeforeValidator(_as_texts)] = []
     source: _Text = ""
@@ -112,8 +123,9 @@ def _parse(values: Mapping[str, object], where: str) -> _Row:
         row = _Row.model_validate(given)
     except ValidationError as error:
         raise InputError(f"{where}: {_explain(error)}") from error
-    if row.images and row.image:
-        raise InputError(f"{where}: both image and images are given; keep one of them")
+    for one, several in (("image", "images"), ("video", "videos"), ("audio", "audios")):
+        if getattr(row, one) and getattr(row, several):
+            raise InputError(f"{where}: both {one} and {several} are given; keep one of them")
     for name, text in (("id", row.id), ("category", row.category), ("source", row.source)):
         # tables print these, and a character that moves the cursor or reverses the text could falsify a table
         if any(unicodedata.category(character) in _UNPRINTABLE for character in text):
@@ -138,12 +150,18 @@ def _explain(error: ValidationError) -> str:
 
 
 def _to_sample(row: _Row, *, folder: Path, where: str, source: str, checked: set[Path]) -> Sample:
-    images = tuple(_find_image(image, folder=folder, where=where) for image in row.images or row.image)
-    for image in images:
-        if isinstance(image, bytes) or image not in checked:
-            check_image(image, where=where)
-        if isinstance(image, Path):
-            checked.add(image)
+    def find(file: _File, medium: str) -> Path | bytes:
+        return _find(file, medium, folder=folder, where=where)
+
+    images = tuple(find(image, "image") for image in row.images or row.image)
+    videos = tuple(
+        tuple(find(frame, "frame") for frame in video) if isinstance(video, list) else find(video, "video")
+        for video in row.videos or row.video
+    )
+    audios = tuple(find(audio, "audio") for audio in row.audios or row.audio)
+    _check_new(images, partial(check_image, where=where), checked)
+    _check_new(videos, partial(check_video, where=where), checked)
+    _check_new(audios, partial(check_audio, where=where), checked)
     try:
         return Sample(
             id=row.id,
@@ -153,15 +171,27 @@ def _to_sample(row: _Row, *, folder: Path, where: str, source: str, checked: set
             category=row.category,
             answers=tuple(row.answers),
             source=row.source or source,
+            system=row.system,
+            videos=videos,
+            audios=audios,
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
-def _find_image(image: _Image, *, folder: Path, where: str) -> Path | bytes:
-    if isinstance(image, _Embedded):
-        found = image.content if image.content is not None else image.path
+def _find(file: _File, medium: str, *, folder: Path, where: str) -> Path | bytes:
+    if isinstance(file, _Embedded):
+        found = file.content if file.content is not None else file.path
         if found is None:
-            raise InputError(f"{where}: an image has neither bytes nor path")
-        image = found
-    return path_inside(folder, image, where=where) if isinstance(image, str) else image
+            raise InputError(f"{where}: the {medium} has neither bytes nor path; add one of them")
+        file = found
+    return path_inside(folder, file, where=where, medium=medium) if isinstance(file, str) else file
+
+
+def _check_new(media: Iterable[_T], check: Callable[[_T], None], checked: set[Path]) -> None:
+    """Check each file once, however many rows name it."""
+    for medium in media:
+        if not isinstance(medium, Path) or medium not in checked:
+            check(medium)
+        if isinstance(medium, Path):
+            checked.add(medium)

@@ -35,14 +35,14 @@ class Typical:
 
 
 def typical_prompt(blueprint: Blueprint, samples: Sequence[Sample] = ()) -> Typical:
-    """The largest prompt among the samples with the most pictures and longest texts; without samples, one picture and
+    """The largest prompt among the samples with the most videos, pictures and text; without samples, one picture and
     `TEXT_TOKENS` words.
 
     Raises:
         InputError: If a sample cannot be read.
     """
     if samples:
-        likely = sorted(samples, key=lambda sample: (-len(sample.images), -len(sample.prompt)))[:_PROBES]
+        likely = sorted(samples, key=_size, reverse=True)[:_PROBES]
         prompts = [blueprint.encode_prompt(sample) for sample in likely]
     else:
         prompts = [blueprint.probe(size=_SIZE, text="a picture " * (TEXT_TOKENS // 2))]
@@ -57,3 +57,7 @@ def typical_prompt(blueprint: Blueprint, samples: Sequence[Sample] = ()) -> Typi
         media=media,
         is_measured=bool(samples),
     )
+
+
+def _size(sample: Sample) -> tuple[int, ...]:
+    return len(sample.videos), len(sample.images), len(sample.audios), len(sample.prompt)

@@ -48,7 +48,7 @@ class Samples(Spec):
 
     suites: Suites = ()
     images: Annotated[
-        Path | None, Flag("A folder of benign pictures: every sample that has none gets one of them.", "DIR")
+        Path | None, Flag("A folder of benign pictures: every text-only sample gets one of them.", "DIR")
     ] = None
     categories: Annotated[
         tuple[str, ...] | None, Key("Keep only samples of these categories (a list).", "category")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from exitsafe.data.images import open_image
 from exitsafe.errors import InputError
-from exitsafe.records import Sample
+from exitsafe.records import AudioSource, ImageSource, Sample, VideoSource
 from exitsafe.store.tables import SampleInfo
 from exitsafe.untrusted import JsonObject, read_json
 
@@ -89,53 +89,78 @@ def today_of(settings: Settings) -> str | None:
 
 
 def sample_info(sample: Sample) -> SampleInfo:
-    """What a run records of a sample; the digest covers prompt, images, kind and answers, but no names.
+    """What a run records of a sample; the digest covers all that is asked and how it is judged, but no names.
 
     Raises:
-        InputError: If an image file cannot be read.
+        InputError: If a file cannot be read.
     """
-    images = [_image_digest(image, sample.id) for image in sample.images]
-    asked = [sample.prompt, sample.kind, list(sample.answers), images]
+    asked = [sample.prompt, sample.kind, list(sample.answers), *_beside_prompt(sample, _media(sample))]
     return SampleInfo(
         id=sample.id,
         kind=sample.kind,
         category=sample.category,
         source=sample.source,
-        digest=hashlib.sha256(canonical_json(asked).encode()).hexdigest(),
+        digest=_digest(asked),
     )
 
 
 def request_digest(sample: Sample) -> str:
-    """Digest of what a model reads, prompt and pictures, regardless of the sample's id and scoring.
+    """Digest of what a model reads, regardless of the sample's id and scoring.
 
     Raises:
-        InputError: If an image file cannot be read.
+        InputError: If a file cannot be read.
     """
-    return _request_digest(sample.prompt, picture_digests(sample))
+    return _request_digest(sample, _media(sample))
 
 
-def picture_digests(sample: Sample) -> list[str]:
-    """Digest of each picture.
+def media_digests(sample: Sample) -> list[str]:
+    """Digest of each picture, video and recording.
 
     Raises:
-        InputError: If an image file cannot be read.
+        InputError: If a file cannot be read.
     """
-    return [_image_digest(image, sample.id) for image in sample.images]
+    return _flat(_media(sample))
 
 
 def trained_on_among(samples: Sequence[Sample], digests: Collection[str]) -> dict[str, int] | None:
-    """The number of samples on which, or on whose pictures, a repair was trained; None if that is unknown."""
+    """The number of samples on which, or on whose pictures, videos or recordings, a repair was trained; None if that is
+    unknown."""
     if not digests:
         return None
     found = 0
     for sample in samples:
-        pictures = picture_digests(sample)
-        found += any(digest in digests for digest in (_request_digest(sample.prompt, pictures), *pictures))
+        media = _media(sample)
+        found += any(digest in digests for digest in (_request_digest(sample, media), *_flat(media)))
     return {"samples": found, "of": len(samples)}
 
 
-def _request_digest(prompt: str, pictures: list[str]) -> str:
-    return hashlib.sha256(canonical_json([prompt, pictures]).encode()).hexdigest()
+def _media(sample: Sample) -> dict[str, list[str]]:
+    """The digests of what a sample has for encoders to read."""
+    return {
+        "images": [_image_digest(image, sample.id) for image in sample.images],
+        "videos": [_video_digest(video, sample.id) for video in sample.videos],
+        "audios": [_audio_digest(audio, sample.id) for audio in sample.audios],
+    }
+
+
+def _flat(media: Mapping[str, list[str]]) -> list[str]:
+    return [digest for digests in media.values() for digest in digests]
+
+
+def _beside_prompt(sample: Sample, media: Mapping[str, list[str]]) -> list[object]:
+    """The pictures' digests, and a record of what else a model reads where there is more: digests of samples with
+    pictures alone are older than the other fields, and must remain valid."""
+    more = {"videos": media["videos"], "audios": media["audios"], "system": sample.system}
+    given = {name: value for name, value in more.items() if value}
+    return [media["images"], *([given] if given else [])]
+
+
+def _request_digest(sample: Sample, media: Mapping[str, list[str]]) -> str:
+    return _digest([sample.prompt, *_beside_prompt(sample, media)])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def differences(old: Settings, new: Settings) -> list[str]:
@@ -188,15 +213,32 @@ def _processor(processor: MultimodalProcessor | None) -> JsonObject | None:
     }
 
 
-def _image_digest(image: Image.Image | Path | bytes, sample_id: str) -> str:
+def _image_digest(image: ImageSource, sample_id: str) -> str:
     """Digest of the encoded bytes if available, else of the pixels as a model sees them."""
     if isinstance(image, Image.Image):
         seen = open_image(image, sample_id)  # an opened file is decoded here
         return hashlib.sha256(f"{seen.mode} {seen.size}".encode() + seen.tobytes()).hexdigest()
+    return _file_digest(image, f"sample {sample_id}: image")
+
+
+def _video_digest(video: VideoSource, sample_id: str) -> str:
+    if isinstance(video, tuple):
+        return _digest([_image_digest(frame, sample_id) for frame in video])
+    return _file_digest(video, f"sample {sample_id}: video")
+
+
+def _audio_digest(audio: AudioSource, sample_id: str) -> str:
+    if isinstance(audio, tuple):
+        values, rate = audio
+        return hashlib.sha256(f"{values.dtype} {rate} ".encode() + values.tobytes()).hexdigest()
+    return _file_digest(audio, f"sample {sample_id}: audio")
+
+
+def _file_digest(file: Path | bytes, what: str) -> str:
+    if isinstance(file, bytes):
+        return hashlib.sha256(file).hexdigest()
     try:
-        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        with Path(file).open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(
-            f"sample {sample_id}: image {image!s} cannot be read ({error.strerror or error}); check the path"
-        ) from error
-    return hashlib.sha256(content).hexdigest()
+        raise InputError(f"{what} {file!s} cannot be read ({error.strerror or error}); check the path") from error

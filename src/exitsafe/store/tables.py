@@ -20,9 +20,9 @@ from exitsafe.untrusted import UnreadableError, parquet_batches, to_python
 
 @dataclass(frozen=True, kw_only=True)
 class SampleInfo:
-    """What a run records of a sample: enough to group, pair and compare, but neither prompt nor images.
+    """What a run records of a sample: enough to group, pair and compare, but nothing of what it asks.
 
-    `digest` is a hash of prompt, images, kind and answers: samples with the same digest ask the same.
+    `digest` is a hash of all that it asks, and of kind and answers: samples with the same digest ask the same.
     """
 
     id: str
