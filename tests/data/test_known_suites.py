@@ -148,6 +148,36 @@ def test_pictures_by_path(tmp_path: Path) -> None:
     assert load_suites([f"minijailbreakv={table}"], images=tmp_path)[0].images == (tmp_path / "figures" / "0.png",)
 
 
+def test_the_combinations_of_holisafe_are_its_categories_and_decide_the_kind(tmp_path: Path) -> None:
+    row, path = rows_of(KNOWN_SUITES["holisafe"])[0], tmp_path / "test.parquet"
+    types = ["SSS", "SSU", "SUU", "USU", "UUU"]
+    pq.write_table(
+        pa.Table.from_pylist([row | {"id": number, "type": name} for number, name in enumerate(types)]), path
+    )
+    samples = load_suites([f"holisafe={path}"])
+    assert [(sample.category, sample.kind) for sample in samples] == [
+        (name, "borderline" if name == "SSS" else "harmful") for name in types
+    ]
+
+
+@pytest.mark.parametrize("name", ["video-safetybench", "video-safetybench-benign"])
+def test_videos_by_path_from_the_copy_or_a_folder_of_yours(name: str, tmp_path: Path) -> None:
+    suite = KNOWN_SUITES[name]
+    first, *_ = load_suites([f"{name}={write_copy(name, tmp_path / 'copy')}"])
+    assert first.videos == (tmp_path / "copy" / "figures" / "0.mp4",)
+    assert (first.kind, first.images) == ("harmful", ())
+    path = tmp_path / "rows" / "rows.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows_of(suite)), path)
+    with pytest.raises(InputError, match=r"row 1: video figures/0\.mp4 is missing from .*; get the videos as https"):
+        load_suites([f"{name}={path}"])
+    unpacked = write_files(suite, tmp_path / "unpacked" / "figures").parent
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the folder has no pictures, and none are needed
+        first, *_ = load_suites([f"{name}={path}"], images=unpacked)
+    assert first.videos == (unpacked / "figures" / "0.mp4",)
+
+
 def test_embedded_videos_and_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = replace(KNOWN_SUITES["mossbench"], name="heard", configs=(), image="", video="clip", audio="said")
     monkeypatch.setitem(KNOWN_SUITES, "heard", entry)

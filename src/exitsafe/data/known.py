@@ -107,6 +107,14 @@ _JBB = (
     "Datasets and Benchmarks, arXiv:2404.01318"
 )
 
+_VIDEO_SAFETYBENCH = (
+    "Liu, Li, He, Li, Xia, Cui, Huang, Yang, He: Video-SafetyBench: A Benchmark for Safety Evaluation of Video LVLMs. "
+    "NeurIPS 2025 Datasets and Benchmarks, arXiv:2505.11842"
+)
+_VIDEOS = (
+    "The Hub has the videos as video.tar.gz: unpack it in your copy, or anywhere and give that folder as --images."
+)
+
 _ENTRIES = (
     KnownSuite(
         name="redteam2k",
@@ -298,6 +306,66 @@ _ENTRIES = (
         kind="borderline",
         image="image",
         note="The licence is that of its GitHub repository; its card on the Hub only says cc.",
+    ),
+    # columns as lmms-eval reads them, November 2026
+    KnownSuite(
+        name="holisafe",
+        title="HoliSafe-Bench",
+        size=4031,
+        licence="CC-BY-NC-4.0",
+        is_gated=True,
+        citation="Lee, Kim, Park, Jung, Jang, Lee, Lee, Hwang: HoliSafe: Holistic Safety Benchmarking and Modeling for "
+        "Vision-Language Model. 2025, arXiv:2506.04704",
+        hub_id="etri-vilab/holisafe-bench",
+        split="test",
+        revision=None,
+        id="id",
+        prompt="query",
+        # picture, text and both together: safe (S) or unsafe (U)
+        category="type",
+        kind_column="type",
+        kind={"SSS": "borderline", "SSU": "harmful", "SUU": "harmful", "USU": "harmful", "UUU": "harmful"},
+        image="image",
+        note="The categories are its combinations: picture, text and both together, each safe (S) or unsafe (U). "
+        "Pictures from other sets keep their own licences.",
+    ),
+    # columns as its authors' FlagEvalMM reads them, November 2026
+    KnownSuite(
+        name="video-safetybench",
+        title="Video-SafetyBench, harmful queries",
+        size=1132,
+        licence="CC-BY-NC-SA-4.0",
+        is_gated=True,
+        citation=_VIDEO_SAFETYBENCH,
+        hub_id="BAAI/Video-SafetyBench",
+        split="harmful",
+        revision="b04daeb5f6c185df47e2aacb4d30b87912c51114",
+        id="question_id",
+        prompt="question",
+        category="category",
+        kind="harmful",
+        video="video_path",
+        is_by_path=True,
+        note=_VIDEOS,
+    ),
+    KnownSuite(
+        name="video-safetybench-benign",
+        title="Video-SafetyBench, benign queries",
+        size=1132,
+        licence="CC-BY-NC-SA-4.0",
+        is_gated=True,
+        citation=_VIDEO_SAFETYBENCH,
+        hub_id="BAAI/Video-SafetyBench",
+        split="benign",
+        revision="b04daeb5f6c185df47e2aacb4d30b87912c51114",
+        id="question_id",
+        prompt="question",
+        category="category",
+        # the paper counts an answer to these as a successful attack too
+        kind="harmful",
+        video="video_path",
+        is_by_path=True,
+        note="The queries are harmless by themselves, and harmful together with the videos. " + _VIDEOS,
     ),
     KnownSuite(
         name="vqav2",
