@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from exitsafe.records import Sample
     from exitsafe.results.run import AuditRun
 
-_MUST_AGREE = ("model.checkpoint ", "model.adapter ", "model.translators ", "model.family ", "model.num_layers ")
+_MUST_AGREE = tuple(
+    f"model.{name} " for name in ("checkpoint", "adapter", "translators", "family", "encoder", "num_layers")
+)
 
 
 def model_of(run: AuditRun) -> str:

@@ -83,7 +83,9 @@ class Answering:
 
     def chunks(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
         """The tasks in chunks whose features fit in memory; `answer` measures the size for the next chunk."""
-        queue = sorted(tasks, key=lambda task: (len(task.sample.images), len(task.sample.prompt)))
+        queue = sorted(
+            tasks, key=lambda task: (len(task.sample.videos), len(task.sample.images), len(task.sample.prompt))
+        )
         if queue and not self._num_samples:
             self._num_samples = max(1, min(_FIRST_ROWS, self.rows.most) // len(queue[0].exit_layers))
         while queue:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,9 @@ from transformers import GenerationConfig
 
 from exitsafe.engine.prompts import Prompt, Row
 from exitsafe.errors import ModelError, first_line
+from exitsafe.exits.checks import Checks
 from exitsafe.exits.encoder import Encoder
 from exitsafe.exits.features import on_device
-from exitsafe.store.files import write_whole
 from exitsafe.version import __version__
 
 if TYPE_CHECKING:
@@ -32,29 +33,6 @@ if TYPE_CHECKING:
 
 _NUM_TOKENS = 3
 _ALONE = 1e-5  # the same operations on the same numbers: more is another computation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checks:
-    """What the self-check measured. Differences are relative to the size of the logits.
-
-    Args:
-        encoder: Where the encoder is.
-        exits: The exits at which the loop was compared.
-        alone: Largest difference from `generate` for one prompt at a time.
-        mixed: The same for prompts of different lengths and exits in one batch.
-        training: The same for the log-probabilities that training reads.
-        can_pad: Whether prompts of different lengths share a batch; padding changes what a few models compute.
-        seconds: What the check cost.
-    """
-
-    encoder: Encoder
-    exits: tuple[int, ...]
-    alone: float
-    mixed: float
-    training: float
-    can_pad: bool
-    seconds: float = field(compare=False)
 
 
 def run_checks(vlm: VLM, *, since: float) -> Checks:
@@ -140,8 +118,11 @@ def kept_checks(key: str) -> Checks | None:
 def keep_checks(key: str, checks: Checks) -> None:
     """Keep a result for the next time; a cache that cannot be written is no reason to stop."""
     with suppress(OSError):
-        _place(key).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(_place(key), json.dumps(asdict(checks), indent=1).encode() + b"\n")
+        place = _place(key)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(asdict(checks), indent=1) + "\n")
+        part.replace(place)
 
 
 def checks_key(checkpoint_hash: str | None, **settings: str | None) -> str:

@@ -123,7 +123,7 @@ def spread(samples: Sequence[Sample], number: int) -> list[Sample]:
     Raises:
         InputError: If none has a picture.
     """
-    pictured = [sample for sample in samples if sample.images]
+    pictured = [sample for sample in samples if sample.images or sample.videos or sample.audios]
     if not pictured:
         raise InputError("no sample has a picture, so every exit takes the same time; use a suite with pictures")
     number = min(number, len(pictured))

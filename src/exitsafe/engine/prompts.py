@@ -8,13 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from exitsafe.data.audios import open_audios
 from exitsafe.data.images import open_image
+from exitsafe.data.videos import open_videos
 from exitsafe.engine.templates import TemplateRefusedError, render
 from exitsafe.errors import InputError, ModelError
 from exitsafe.exits.encoder import MODALITIES
@@ -72,8 +73,36 @@ def encode(
     """
     processor = given_processor(processor)
     text = written(sample, processor, placeholders, today=today)
-    images = [open_image(image, sample.id) for image in sample.images]
-    return tokenise(text, images, processor, sample_id=sample.id)
+    return tokenise(text, open_media(sample, processor), processor, sample_id=sample.id)
+
+
+Media = Mapping[str, Any]
+"""Keyword arguments of a processor for what a prompt holds beside text."""
+
+
+def open_media(sample: Sample, processor: MultimodalProcessor) -> Media:
+    """A sample's pictures, videos and recordings, as its processor takes them.
+
+    Raises:
+        InputError: If one cannot be read, or the processor has no sampling rate.
+    """
+    media: dict[str, Any] = {}
+    if sample.images:
+        media["images"] = [open_image(image, sample.id) for image in sample.images]
+    if sample.videos:
+        videos = open_videos(sample)
+        media["videos"] = [video.frames for video in videos]
+        media["video_metadata"] = [
+            {"fps": video.fps, "total_num_frames": len(video.frames), "frames_indices": list(range(len(video.frames)))}
+            for video in videos
+        ]
+        media["do_sample_frames"] = False  # `open_videos` has chosen them
+    if sample.audios:
+        rate = getattr(getattr(processor, "feature_extractor", None), "sampling_rate", None)
+        if rate is None:
+            raise InputError(f"sample {sample.id}: this model's processor takes no sound; leave the sample out")
+        media |= {"audio": open_audios(sample, rate), "sampling_rate": rate}
+    return media
 
 
 def given_processor(processor: MultimodalProcessor | None) -> MultimodalProcessor:
@@ -93,27 +122,36 @@ def written(
     """
     processor = given_processor(processor)
     for token in {*placeholders.values(), *_expanded(processor)}:
-        if token in sample.prompt:
+        if token in sample.prompt or token in sample.system:
             raise InputError(
-                f"sample {sample.id}: the prompt contains the image placeholder {token!r}; remove it and give images "
-                "in `images`"
+                f"sample {sample.id}: the prompt contains the placeholder {token!r}; remove it and give images, videos "
+                "and audios in fields of their own"
             )
-    try:
-        sample.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"sample {sample.id}: the prompt contains a lone surrogate; save it as valid Unicode"
-        ) from error
+    for text in (sample.prompt, sample.system):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"sample {sample.id}: the prompt contains a lone surrogate; save it as valid Unicode"
+            ) from error
+    for modality, given in _counts(sample).items():
+        if given and modality not in placeholders:
+            raise InputError(f"sample {sample.id}: this model's prompts take no {modality}; leave the sample out")
     text = _render(sample, processor, placeholders, today=today)
     if sample.prompt.strip() not in text:
         raise ModelError(f"sample {sample.id}: the chat template leaves out the prompt; use another template")
-    num_written = text.count(placeholders["image"]) if "image" in placeholders else 0
-    if num_written != len(sample.images):
-        raise ModelError(
-            f"sample {sample.id}: the chat template writes {num_written} image placeholders for "
-            f"{len(sample.images)} images; use another template"
-        )
+    for modality, given in _counts(sample).items():
+        num_written = text.count(placeholders[modality]) if modality in placeholders else 0
+        if num_written != given:
+            raise ModelError(
+                f"sample {sample.id}: the chat template writes {num_written} {modality} placeholders for {given} "
+                f"{modality}s; use another template"
+            )
     return text
+
+
+def _counts(sample: Sample) -> dict[str, int]:
+    return {"image": len(sample.images), "video": len(sample.videos), "audio": len(sample.audios)}
 
 
 def find_placeholders(processor: MultimodalProcessor | None, *, today: str) -> dict[str, str]:
@@ -145,15 +183,11 @@ def find_placeholders(processor: MultimodalProcessor | None, *, today: str) -> d
     return found
 
 
-def tokenise(text: str, images: Sequence[Image.Image], processor: MultimodalProcessor, *, sample_id: str) -> Prompt:
-    """Tokenise a rendered prompt, which has one placeholder per image."""
+def tokenise(text: str, media: Media, processor: MultimodalProcessor, *, sample_id: str) -> Prompt:
+    """Tokenise a rendered prompt, which has one placeholder per image, video and recording."""
     inputs = processor(
-        text=[text],
-        images=list(images) or None,
-        return_tensors="pt",
-        add_special_tokens=not opens_itself(text, processor.tokenizer),
+        text=[text], return_tensors="pt", add_special_tokens=not opens_itself(text, processor.tokenizer), **media
     )
-    has_media = bool(images)
     return Prompt(
         sample_id=sample_id,
         input_ids=inputs["input_ids"][0],
@@ -161,7 +195,7 @@ def tokenise(text: str, images: Sequence[Image.Image], processor: MultimodalProc
         media={
             name: tensor
             for name, tensor in inputs.items()
-            if has_media and name not in (*TEXT_INPUTS, "input_ids", "attention_mask")
+            if media and name not in (*TEXT_INPUTS, "input_ids", "attention_mask")
         },
     )
 
@@ -230,24 +264,43 @@ def _expanded(processor: MultimodalProcessor) -> list[str]:
     return [token for token in tokens if isinstance(token, str)]
 
 
-def _messages(system: str, prompt: str, media: Mapping[str, int]) -> list[Mapping[str, object]]:
-    """A conversation of one turn, media first, with a system prompt if there is one."""
+def _messages(
+    system: str, prompt: str, media: Mapping[str, int], *, is_text: bool = False
+) -> list[Mapping[str, object]]:
+    """A conversation of one turn, media first, with a system prompt if there is one: a list of parts, or text."""
     content = [{"type": modality} for modality in MODALITIES for _ in range(media.get(modality, 0))]
     user: Mapping[str, object] = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
-    before: Mapping[str, object] = {"role": "system", "content": [{"type": "text", "text": system}]}
+    before: Mapping[str, object] = {
+        "role": "system",
+        "content": system if is_text else [{"type": "text", "text": system}],
+    }
     return [before, user] if system else [user]
 
 
 def _render(sample: Sample, processor: MultimodalProcessor, placeholders: Mapping[str, str], *, today: str) -> str:
     if processor.chat_template is None:
+        if sample.system:
+            raise InputError(
+                f"sample {sample.id}: this model has no chat template, which a system prompt needs; save one with its "
+                "processor"
+            )
         warnings.warn("the processor has no chat template; prompts are written as pictures, then text", stacklevel=2)
-        return plainly(sample.prompt, len(sample.images), placeholders)
-    try:
-        return render(processor, _messages("", sample.prompt, {"image": len(sample.images)}), today=today)
-    except TemplateRefusedError as refusal:
-        raise InputError(f"sample {sample.id}: {refusal}; use another template") from refusal
+        return plainly(sample.prompt, _counts(sample), placeholders)
+    refusal: TemplateRefusedError | None = None
+    for is_text in (False, True) if sample.system else (False,):  # some templates take a system prompt as text
+        try:
+            messages = _messages(sample.system, sample.prompt, _counts(sample), is_text=is_text)
+            text = render(processor, messages, today=today)
+        except TemplateRefusedError as error:
+            refusal = error
+            continue
+        if sample.system.strip() in text and "{'type'" not in text.replace(sample.prompt, ""):
+            return text
+    complaint = refusal or "the chat template leaves out the system prompt"
+    raise InputError(f"sample {sample.id}: {complaint}; use another template") from refusal
 
 
-def plainly(prompt: str, num_images: int, placeholders: Mapping[str, str]) -> str:
-    """A prompt for a model without a chat template: its pictures, then the text."""
-    return (placeholders.get("image", "") + "\n") * num_images + prompt
+def plainly(prompt: str, counts: Mapping[str, int], placeholders: Mapping[str, str]) -> str:
+    """A prompt for a model without a chat template: its pictures, videos and recordings, then the text."""
+    media = [placeholders.get(modality, "") + "\n" for modality, count in counts.items() for _ in range(count)]
+    return "".join(media) + prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from exitsafe.data.images import num_pixels
@@ -40,8 +40,9 @@ class ReadAhead:
 def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
     """Render and tokenise all texts, and check that they leave room for an answer.
 
-    Image tokens are estimated from the images with the most pixels; only samples that may be too long by that estimate
-    are fully encoded. Others that turn out to be too long are found when they are answered.
+    Image tokens are estimated from the images with the most pixels, those of videos and recordings from the first few;
+    only samples that may be too long by that estimate are fully encoded. Others that turn out to be too long are found
+    when they are answered.
 
     Args:
         vlm: The model.
@@ -82,27 +83,32 @@ def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | 
 
 def _longest(vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int], *, room: int) -> tuple[int, int]:
     """The index and length of the longest prompt; the length is exact if it may not fit, else an upper bound."""
-    per_image = _tokens_per_image(vlm, samples, lengths)
-    likely = [length + per_image * len(sample.images) for sample, length in zip(samples, lengths, strict=True)]
+    likely = list(lengths)
+    for media in (lambda sample: sample.images, lambda sample: sample.videos, lambda sample: sample.audios):
+        each = _tokens_per_medium(vlm, samples, lengths, media)
+        likely = [length + each * len(media(sample)) for length, sample in zip(likely, samples, strict=True)]
     found = (0, 0)
     for place in sorted(range(len(samples)), key=lambda place: -likely[place])[:_MOST_ENCODED]:
         if likely[place] <= found[1]:
             break
-        is_exact = likely[place] <= room or not samples[place].images
+        is_exact = likely[place] <= room or likely[place] == lengths[place]
         num_tokens = likely[place] if is_exact else len(vlm.encode_prompt(samples[place]).input_ids)
         found = max(found, (place, num_tokens), key=lambda pair: pair[1])
     return found
 
 
-def _tokens_per_image(vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int]) -> int:
-    """The most tokens that an image adds to its placeholder, among the samples with the largest images."""
-    pictured = {
-        place: max(num_pixels(image, sample.id) for image in sample.images)
+def _tokens_per_medium(
+    vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int], media: Callable[[Sample], Sequence[object]]
+) -> int:
+    """The most tokens that one of these media adds to its placeholder: measured on the samples with the largest images,
+    and on the first with videos or recordings."""
+    sizes = {
+        place: max((num_pixels(image, sample.id) for image in sample.images), default=0)
         for place, sample in enumerate(samples)
-        if sample.images
+        if media(sample)
     }
     added = [
-        -(-(len(vlm.encode_prompt(samples[place]).input_ids) - lengths[place]) // len(samples[place].images))
-        for place in sorted(pictured, key=lambda place: -pictured[place])[:_MEASURED]
+        -(-(len(vlm.encode_prompt(samples[place]).input_ids) - lengths[place]) // len(media(samples[place])))
+        for place in sorted(sizes, key=lambda place: -sizes[place])[:_MEASURED]
     ]
     return max(added, default=0)

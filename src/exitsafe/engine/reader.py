@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 from exitsafe.engine.prompts import Prompt, Row, collate, encode, find_placeholders, given_processor, too_long
 from exitsafe.engine.templates import check_template, tokens_after_turn
 from exitsafe.errors import InputError, ModelError, first_line
-from exitsafe.exits.checks import prove_exits
+from exitsafe.exits.checks import Checks, prove_exits
 from exitsafe.exits.encoder import MAIN_INPUTS, MODALITIES, Encoder, reads_across
 from exitsafe.exits.features import handed_over
 from exitsafe.exits.model import ExitingModel, bare_model
@@ -28,11 +28,11 @@ from exitsafe.records import Sample
 
 PROBE_SIZE = (112, 84)
 """Pixels of the picture on which a model is measured, (width, height): small, and not square."""
+PROBE_RATE = 16_000
+"""Sampling rate in Hz of the recording on which a model is measured, which lasts a second."""
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-
-    from exitsafe.engine.checks import Checks
 
 
 class Reader(ExitingModel):
@@ -70,7 +70,7 @@ class Reader(ExitingModel):
     def probe(
         self, modality: str | None = None, *, size: tuple[int, int] = PROBE_SIZE, text: str = "a picture"
     ) -> Prompt:
-        """A prompt with a picture of noise, always the same.
+        """A prompt with a picture, or a recording, of noise, always the same.
 
         Args:
             modality: "image" or "audio"; None is the encoder's.
@@ -80,8 +80,13 @@ class Reader(ExitingModel):
         Raises:
             ModelError: If the processor is missing, or cannot make a prompt.
         """
-        pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        sample = Sample(id="probe", prompt=text, images=(Image.fromarray(pixels),), kind="benign")
+        noise = np.random.default_rng(0)
+        media: dict[str, Any] = {}
+        if (modality or self.encoder.modality) == "audio":
+            media["audios"] = ((noise.uniform(-0.5, 0.5, PROBE_RATE).astype(np.float32), PROBE_RATE),)
+        else:
+            media["images"] = (Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)),)
+        sample = Sample(id="probe", prompt=text, kind="benign", **media)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # issued when real prompts are made
             try:
@@ -90,7 +95,7 @@ class Reader(ExitingModel):
                 raise ModelError(f"{self.name}: {str(error).removeprefix('sample probe: ')}") from error
             except Exception as error:
                 raise ModelError(
-                    f"the processor of {self.name} does not fit the model: it cannot encode a picture with text "
+                    f"the processor of {self.name} does not fit the model: it cannot encode a prompt with media "
                     f"({first_line(error)}): use the processor files of the original checkpoint"
                 ) from error
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,29 @@ from exitsafe.exits.model import ExitingModel
 
 if TYPE_CHECKING:
     from exitsafe.exits.huggingface import MultimodalModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What the self-check measured. Differences are relative to the size of the logits.
+
+    Args:
+        encoder: Where the encoder is.
+        exits: The exits at which the loop was compared.
+        alone: Largest difference from `generate` for one prompt at a time.
+        mixed: The same for prompts of different lengths and exits in one batch.
+        training: The same for the log-probabilities that training reads.
+        can_pad: Whether prompts of different lengths share a batch; padding changes what a few models compute.
+        seconds: What the check cost.
+    """
+
+    encoder: Encoder
+    exits: tuple[int, ...]
+    alone: float
+    mixed: float
+    training: float
+    can_pad: bool
+    seconds: float = field(compare=False)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _MUST_AGREE = (
     "family",
+    "encoder",
     "num_layers",
     "default_exit",
     "checkpoint",

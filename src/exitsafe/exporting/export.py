@@ -290,6 +290,7 @@ def _base(vlm: VLM) -> Base:
     return Base(
         name=public_name(vlm.name),
         family=vlm.family,
+        encoder=vlm.encoder.modality,
         num_layers=vlm.num_layers,
         default_exit=vlm.default_exit,
         checkpoint=vlm.checkpoint_hash,

@@ -31,6 +31,7 @@ class Base(_Record):
 
     name: str
     family: str
+    encoder: str
     num_layers: int
     default_exit: int
     checkpoint: str | None

@@ -57,7 +57,7 @@ def encode_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> Prompt:
     """
     text = render_chat(vlm, turns, prompt_id=prompt_id)
     images = [open_image(picture, prompt_id) for turn in turns for picture in turn.pictures]
-    return tokenise(text, images, vlm.processor, sample_id=prompt_id)
+    return tokenise(text, {"images": images} if images else {}, vlm.processor, sample_id=prompt_id)
 
 
 def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
@@ -133,4 +133,4 @@ def _is_complete(text: str, turns: Sequence[Turn], image_token: str) -> bool:
 def _render_plainly(vlm: VLM, turns: Sequence[Turn], prompt_id: str) -> str:
     if len(turns) > 1:
         raise InputError(f"{prompt_id}: this model has no chat template; give a single user turn")
-    return plainly("".join(turns[0].texts), len(turns[0].pictures), vlm.placeholders)
+    return plainly("".join(turns[0].texts), {"image": len(turns[0].pictures)}, vlm.placeholders)

@@ -23,7 +23,12 @@ from exitsafe.store.reading import Judges
 from exitsafe.store.scores import ScoreTable
 from exitsafe.untrusted import JsonObject
 
-_MUST_AGREE = {"family": "families", "num_layers": "encoder depths", "default_exit": "default exits"}
+_MUST_AGREE = {
+    "family": "families",
+    "encoder": "encoders",
+    "num_layers": "encoder depths",
+    "default_exit": "default exits",
+}
 _MODEL = {
     "checkpoint": "base checkpoint",
     "name": "model name",
@@ -35,7 +40,7 @@ _MODEL = {
 _REPAIR = {"adapter": "adapter", "translators": "translators"}
 _REPORTED_ELSEWHERE = (
     *(f"{prefix}{name}{end}" for name in (*_MODEL, *_REPAIR) for prefix in ("", "model.") for end in (" ", ".")),
-    "model.family ", "model.num_layers ", "model.default_exit ",
+    "model.family ", "model.encoder ", "model.num_layers ", "model.default_exit ",
     "data.", "trained_on", "exit_layers ", "judges ",
 )  # fmt: skip
 

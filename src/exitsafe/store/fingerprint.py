@@ -58,6 +58,7 @@ def model_fingerprint(vlm: VLM) -> JsonObject:
     return translators | {
         "name": vlm.name,
         "family": vlm.family,
+        "encoder": vlm.encoder.modality,
         "num_layers": vlm.num_layers,
         "default_exit": vlm.default_exit,
         "checkpoint": vlm.checkpoint_hash,

@@ -62,6 +62,7 @@ class _Closed(BaseModel):
 class _Model(_Open):
     name: _Text
     family: _Text
+    encoder: Literal["image", "audio"]
     num_layers: _Layer
     default_exit: _Layer
     checkpoint: _Text | None
