@@ -14,11 +14,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from exitsafe.errors import ModelError
 from exitsafe.exits.translators import Translator, merge_translator
+from exitsafe.exporting.edits import slim_config
 from exitsafe.exporting.merging import base_weights, merged_weights
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from exitsafe.engine.vlm import VLM
     from exitsafe.exits.huggingface import MultimodalModel
 
@@ -44,9 +43,13 @@ def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> 
     gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(gone)}
     weights |= _translated(vlm, weights, exit_layer=exit_layer)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    config = slim_config(vlm, shapes, exit_layer=exit_layer, skip_global=skip_global)
     with torch.device("meta"):
-        slim = type(model)(slim_config(vlm, exit_layer=exit_layer, skip_global=skip_global))
-    slim.load_state_dict(weights, assign=True)  # strict: no name may be missing or extra
+        slim = type(model)(config)
+    names = slim.state_dict().keys()
+    # strict: no name may be missing or extra
+    slim.load_state_dict({name: weights[name] for name in names}, assign=True)
     _check_ties(model, slim)
     slim.tie_weights()
     slim.generation_config = copy.deepcopy(model.generation_config)
@@ -74,24 +77,6 @@ def check_can_be_cut(vlm: VLM) -> None:
             f"{vlm.name} is quantized, but a slim checkpoint has plain weights: load it without quantization, and "
             "quantize the slim one"
         )
-
-
-def slim_config(vlm: VLM, *, exit_layer: int, skip_global: bool) -> PretrainedConfig:
-    """The config with which the stock class is the model at this exit."""
-    whole = vlm.base_model.config
-    config = copy.deepcopy(whole)
-    vision = config.vision_config
-    vision.num_hidden_layers = exit_layer
-    for _, name, value in vlm.exit_settings(exit_layer):
-        # a single index becomes the last block; a list keeps its shallower entries
-        setattr(config, name, -1 if isinstance(value, int) else list(value))
-    if vlm.global_blocks:
-        # the states of dropped blocks equal the exit's own
-        vision.intermediate_layers_indices = [
-            min(index, exit_layer - 1) for index in whole.vision_config.intermediate_layers_indices
-        ]
-        vision.num_global_layers = 0 if skip_global else whole.vision_config.num_global_layers
-    return config
 
 
 def dropped_blocks(vlm: VLM, *, exit_layer: int, skip_global: bool) -> tuple[str, ...]:

@@ -177,8 +177,12 @@ class _Steps:
 
 def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, keep_adapter: bool) -> None:
     slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=keep_adapter)
+    own_names = slim._weight_conversions
     name_as_on_the_hub(slim)
     slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    if _loading_problems(folder, vlm):  # part of a larger checkpoint on the Hub, such as Qwen2.5-Omni's thinker
+        slim._weight_conversions = own_names
+        slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     vlm.processor.save_pretrained(folder)
     if keep_adapter:
         gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
@@ -203,6 +207,14 @@ def _save_adapter(model: PeftModel, folder: Path, *, base_name: str, gone: tuple
         config.save_pretrained(str(folder))
     finally:
         config.base_model_name_or_path = made_for
+
+
+def _loading_problems(folder: Path, vlm: VLM) -> list[str]:
+    """What transformers misses or does not expect when it reads the checkpoint; only names are compared."""
+    loaded: Any = auto_class(vlm.base_model.config).from_pretrained(
+        folder, output_loading_info=True, device_map="meta", trust_remote_code=False
+    )
+    return [kind for kind, names in loaded[1].items() if names]
 
 
 def _load_again(folder: Path, vlm: VLM, *, exit_layer: int) -> VLM:
