@@ -6,12 +6,14 @@ The smaller model shares its weights' memory with the whole one; both stay usabl
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from exitsafe.engine.load import auto_class
 from exitsafe.errors import ModelError
 from exitsafe.exits.translators import Translator, merge_translator
 from exitsafe.exporting.edits import slim_config
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
     from exitsafe.exits.huggingface import MultimodalModel
 
+SHARD_SIZE = "5GB"
 _FIRST_LINEAR = "linear_1"  # in LLaVA's and LLaVA-NeXT's projectors, the only ones that translators fit
 
 
@@ -56,14 +59,25 @@ def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> 
     return slim
 
 
-def name_as_on_the_hub(model: MultimodalModel) -> None:
-    """Make `save_pretrained` write the tensor names of this architecture's checkpoints on the Hub.
+def save(slim: MultimodalModel, folder: Path) -> None:
+    """Save a cut model with the tensor names of this architecture's checkpoints on the Hub.
 
     Every transformers version and other engines read those (`vision_tower.vision_model.embeddings...`). A model that
     `from_pretrained` did not make would be saved with only part of the reverse renaming: transformers leaves out
-    prefixes that its own module tree no longer has.
+    prefixes that its own module tree no longer has. Where the names on the Hub are those of a larger model, as for
+    Qwen2.5-Omni's thinker, the model's own are kept.
     """
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    slim._weight_conversions = get_model_conversion_mapping(slim, add_legacy=False)
+    slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    loaded: Any = auto_class(slim.config).from_pretrained(
+        folder,
+        output_loading_info=True,
+        device_map="meta",
+        trust_remote_code=False,  # otherwise transformers would ask on the terminal
+    )
+    if any(names for names in loaded[1].values()):
+        del slim._weight_conversions
+        slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def check_can_be_cut(vlm: VLM) -> None:

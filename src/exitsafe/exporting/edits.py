@@ -39,9 +39,15 @@ def slim_config(vlm: VLM, kept: Shapes, *, exit_layer: int, skip_global: bool) -
     Raises:
         ModelError: If no edit gives a model with these weights.
     """
-    for config in _candidates(vlm, exit_layer=exit_layer, skip_global=skip_global):
-        found: Shapes = {}
+    whole, path = vlm.base_model.config, _encoder_config(vlm)
+    depths = [name for name, value in _entries(_at(whole, path)) if value == vlm.num_layers and _DEPTH.search(name)]
+    for names in dict.fromkeys([tuple(depths), *((name,) for name in depths)]):  # all at once, then each alone
+        config, found = copy.deepcopy(whole), Shapes()
         with suppress(Exception):  # an edit that contradicts itself may raise anything
+            _shorten(_at(config, path), names, num_layers=vlm.num_layers, exit_layer=exit_layer)
+            _clamp_taps(config, num_layers=vlm.num_layers, exit_layer=exit_layer)
+            if vlm.global_blocks and skip_global:
+                _at(config, path).num_global_layers = 0
             found = shapes_of(vlm.base_model, config)
         missing = kept.keys() - found.keys()
         if vlm.encoder.is_sliced:  # the mergers of dropped blocks go with them
@@ -60,20 +66,6 @@ def shapes_of(model: MultimodalModel, config: PretrainedConfig) -> Shapes:
     with torch.device("meta"):
         slim = type(model)(copy.deepcopy(config))
     return {name: tuple(tensor.shape) for name, tensor in slim.state_dict().items()}
-
-
-def _candidates(vlm: VLM, *, exit_layer: int, skip_global: bool) -> Iterator[PretrainedConfig]:
-    """Configs to try: every number of blocks changed, then each alone."""
-    whole = vlm.base_model.config
-    path = _encoder_config(vlm)
-    depths = [name for name, value in _entries(_at(whole, path)) if value == vlm.num_layers and _DEPTH.search(name)]
-    for names in dict.fromkeys([tuple(depths), *((name,) for name in depths)]):
-        config = copy.deepcopy(whole)
-        _shorten(_at(config, path), names, num_layers=vlm.num_layers, exit_layer=exit_layer)
-        _clamp_taps(config, num_layers=vlm.num_layers, exit_layer=exit_layer)
-        if vlm.global_blocks and skip_global:
-            _at(config, path).num_global_layers = 0
-        yield config
 
 
 def _shorten(config: Any, depths: Collection[str], *, num_layers: int, exit_layer: int) -> None:

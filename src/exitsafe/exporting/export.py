@@ -26,7 +26,7 @@ from exitsafe.errors import InputError, ModelError
 from exitsafe.exits.adapters import TRAINED_ON, load_adapter, trained_on_record
 from exitsafe.exits.finite import not_finite
 from exitsafe.exporting.audited import audit_record, check_is_of
-from exitsafe.exporting.checkpoint import check_can_be_cut, cut, dropped_blocks, name_as_on_the_hub
+from exitsafe.exporting.checkpoint import check_can_be_cut, cut, dropped_blocks, save
 from exitsafe.exporting.folder import check_empty, whole_folder
 from exitsafe.exporting.manifest import ADAPTER, CARD, Base, Exported, write_manifest
 from exitsafe.exporting.merging import base_weights
@@ -41,7 +41,6 @@ from exitsafe.version import __version__
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
 
-SHARD_SIZE = "5GB"
 _PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -177,12 +176,7 @@ class _Steps:
 
 def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, keep_adapter: bool) -> None:
     slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=keep_adapter)
-    own_names = slim._weight_conversions
-    name_as_on_the_hub(slim)
-    slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    if _loading_problems(folder, vlm):  # part of a larger checkpoint on the Hub, such as Qwen2.5-Omni's thinker
-        slim._weight_conversions = own_names
-        slim.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    save(slim, folder)
     vlm.processor.save_pretrained(folder)
     if keep_adapter:
         gone = dropped_blocks(vlm, exit_layer=exit_layer, skip_global=skip_global)
@@ -207,14 +201,6 @@ def _save_adapter(model: PeftModel, folder: Path, *, base_name: str, gone: tuple
         config.save_pretrained(str(folder))
     finally:
         config.base_model_name_or_path = made_for
-
-
-def _loading_problems(folder: Path, vlm: VLM) -> list[str]:
-    """What transformers misses or does not expect when it reads the checkpoint; only names are compared."""
-    loaded: Any = auto_class(vlm.base_model.config).from_pretrained(
-        folder, output_loading_info=True, device_map="meta", trust_remote_code=False
-    )
-    return [kind for kind, names in loaded[1].items() if names]
 
 
 def _load_again(folder: Path, vlm: VLM, *, exit_layer: int) -> VLM:

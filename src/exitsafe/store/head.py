@@ -140,6 +140,7 @@ class _Loading(_Closed):
     revision: _Text | None = None
     dtype: _Text = "auto"
     device: _Text = "auto"
+    encoder: Literal["image", "audio"] = "image"
     quantization: _Text | None = None
     trust_remote_code: bool = False
 
