@@ -39,6 +39,18 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return content(out)
 
 
+def test_videos_and_recordings_are_part_of_what_makes_a_run(tmp_path: Path) -> None:
+    def audit(content: bytes) -> dict[str, Any]:
+        sample = replace(SAMPLES[0], videos=(content,), audios=(b"recording",))
+        return dict(audit_fake(tmp_path / "run", samples=[sample]).settings)
+
+    first = audit(b"video")
+    assert {"av", "soundfile", "scipy", "pillow"} <= first["versions"].keys()
+    assert audit(b"video") == first
+    with pytest.raises(RunError, match=r"data\.hash was .*, is now"):
+        audit(b"other")
+
+
 def test_numbers_by_hand(tmp_path: Path) -> None:
     vlm = FakeVLM()
     run = audit_fake(tmp_path, vlm)

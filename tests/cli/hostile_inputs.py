@@ -267,7 +267,7 @@ def _link_that_leaves_the_folder(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"images": ["bad.png"]})
 
 
-@_case("row 2: an image is given by http: URL; download it first and give its path")
+@_case("row 2: the image is given by http: URL; download it first and give its path")
 def _address_for_an_image(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"images": ["http://localhost/good.png"]})
 

@@ -16,6 +16,7 @@ from exitsafe.records import Sample
 from exitsafe.store.fingerprint import (
     canonical_json,
     data_fingerprint,
+    decoder_versions,
     differences,
     media_digests,
     pin_today,
@@ -107,6 +108,18 @@ def test_samples_with_the_video_or_recording_of_a_training_count_as_trained_on(t
         plain,
     ]
     assert trained_on_among(others, digests) == {"samples": 3, "of": 5}
+
+
+def test_versions_of_decoders_are_part_of_a_run_where_they_decode() -> None:
+    plain = replace(SAMPLE, videos=((Image.new("RGB", (4, 4)),),))
+    heard = replace(SAMPLE, audios=((np.zeros(4, np.float32), 16_000),))
+    assert decoder_versions([SAMPLE, plain]) == {}
+    assert list(decoder_versions([plain, heard])) == ["scipy"]
+    assert list(decoder_versions([SAMPLE, replace(SAMPLE, videos=(b"v",), audios=(b"a",))])) == [
+        "av",
+        "soundfile",
+        "scipy",
+    ]
 
 
 def test_files_that_are_missing_are_named(tmp_path: Path) -> None:

@@ -33,7 +33,14 @@ from exitsafe.results.run import AuditRun, load_run, trained_on_line
 from exitsafe.results.stopping import blocks_of, settle
 from exitsafe.specs.verbs import JudgePass, StopRule
 from exitsafe.store.directory import RunDirectory, check_folder
-from exitsafe.store.fingerprint import data_fingerprint, model_fingerprint, pin_today, sample_info, trained_on_among
+from exitsafe.store.fingerprint import (
+    data_fingerprint,
+    decoder_versions,
+    model_fingerprint,
+    pin_today,
+    sample_info,
+    trained_on_among,
+)
 from exitsafe.store.reading import judges_of
 from exitsafe.untrusted import JsonObject
 from exitsafe.version import __version__
@@ -142,6 +149,7 @@ def audit(
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "pillow": PIL.__version__,
+            **decoder_versions(samples),
         },
     }
     process = this_process()

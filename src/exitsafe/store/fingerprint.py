@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,14 @@ def data_fingerprint(samples: Sequence[SampleInfo]) -> JsonObject:
         "sources": dict(sorted(Counter(sample.source for sample in samples).items())),
         "hash": digest.hexdigest(),
     }
+
+
+def decoder_versions(samples: Sequence[Sample]) -> dict[str, str]:
+    """Versions of the packages that decode the samples' video and audio files and resample their audio."""
+    has_video_file = any(not isinstance(video, tuple) for sample in samples for video in sample.videos)
+    has_audio_file = any(not isinstance(audio, tuple) for sample in samples for audio in sample.audios)
+    needed = {"av": has_video_file, "soundfile": has_audio_file, "scipy": any(sample.audios for sample in samples)}
+    return {name: version(name) for name, is_needed in needed.items() if is_needed}
 
 
 def model_fingerprint(vlm: VLM) -> JsonObject:
