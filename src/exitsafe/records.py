@@ -40,12 +40,12 @@ class Sample:
         source: The suite that the sample comes from.
         system: The system prompt; empty for none.
         videos: Videos in order, each a file (path or encoded bytes) or a sequence of frames.
-        audios: Recordings in order, each a file (path or encoded bytes) or a pair of a float array (S,), one channel
+        audios: Audios in order, each a file (path or encoded bytes) or a pair of a float array (S,), one channel
             from -1 to 1, and its sampling rate in Hz.
 
     Raises:
-        InputError: On an empty id, ids or answers that are not text, an unknown kind, a `vqa` sample without answers,
-            or a video or audio of another form.
+        InputError: On an empty id, an id, system prompt or answers that are not text, an unknown kind, a `vqa` sample
+            without answers, or a video or audio of another form.
     """
 
     id: str
@@ -67,7 +67,8 @@ class Sample:
         if isinstance(answers, str):  # nobody means a tuple of its letters
             raise InputError(f"sample {self.id}: answers is a single string; give a list of strings")
         object.__setattr__(self, "answers", tuple(self.answers))
-        for name, text in (("id", self.id), *(("answers", answer) for answer in self.answers)):
+        texts = [("id", self.id), ("system", self.system), *(("answers", answer) for answer in self.answers)]
+        for name, text in texts:
             if not isinstance(text, str):  # pandas may turn 7 into 7.0, which no answer would equal
                 raise InputError(f"sample {self.id}: {name} contains a {type(text).__name__}; give strings only")
         if not self.id:

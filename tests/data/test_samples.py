@@ -138,3 +138,5 @@ def test_samples_in_python_hold_text() -> None:
         Sample(id="7", prompt="x", kind="vqa", answers="red")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"sample 7\.0: id contains a float; give strings only"):
         Sample(id=7.0, prompt="x", kind="benign")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="sample 7: system contains a NoneType; give strings only"):
+        Sample(id="7", prompt="x", kind="benign", system=None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Recordings: checked, and opened as one channel at the sampling rate that a model asks for."""
+"""Audio: checked, and opened as one channel at the sampling rate that a model asks for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Waveform = npt.NDArray[np.float32]
 
 
 def open_audios(sample: Sample, sampling_rate: int) -> list[Waveform]:
-    """The recordings of a sample, in order: one channel of floats (S,) each, from about -1 to 1.
+    """The audios of a sample, in order: one channel of floats (S,) each, from about -1 to 1.
 
     Channels are averaged; another sampling rate is converted by a polyphase filter.
 
@@ -34,7 +34,7 @@ def open_audios(sample: Sample, sampling_rate: int) -> list[Waveform]:
         sampling_rate: The rate to convert to, in Hz.
 
     Raises:
-        InputError: If a recording cannot be read, is empty, implausibly long or not finite, or if soundfile is not
+        InputError: If an audio cannot be read, is empty, implausibly long or not finite, or if soundfile is not
             installed.
     """
     where = f"sample {sample.id}"
@@ -42,7 +42,7 @@ def open_audios(sample: Sample, sampling_rate: int) -> list[Waveform]:
 
 
 def check_audio(audio: AudioSource, *, where: str) -> None:
-    """Decode a recording once and discard it, so that a broken file is found before the model is loaded.
+    """Decode an audio once and discard it, so that a broken file is found before the model is loaded.
 
     Raises:
         InputError: As `open_audios`.

@@ -124,7 +124,7 @@ def request_digest(sample: Sample) -> str:
 
 
 def media_digests(sample: Sample) -> list[str]:
-    """Digest of each picture, video and recording.
+    """Digest of each picture, video and audio.
 
     Raises:
         InputError: If a file cannot be read.
@@ -133,7 +133,7 @@ def media_digests(sample: Sample) -> list[str]:
 
 
 def trained_on_among(samples: Sequence[Sample], digests: Collection[str]) -> dict[str, int] | None:
-    """The number of samples on which, or on whose pictures, videos or recordings, a repair was trained; None if that is
+    """The number of samples on which, or on whose pictures, videos or audios, a repair was trained; None if that is
     unknown."""
     if not digests:
         return None
