@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
 from exitsafe.data.audios import open_audios
-from exitsafe.data.images import open_image
+from exitsafe.data.images import open_images
 from exitsafe.data.videos import open_videos
 from exitsafe.engine.templates import TemplateRefusedError, render
 from exitsafe.errors import InputError, ModelError
@@ -88,12 +89,14 @@ def open_media(sample: Sample, processor: MultimodalProcessor) -> Media:
     """
     media: dict[str, Any] = {}
     if sample.images:
-        media["images"] = [open_image(image, sample.id) for image in sample.images]
+        media["images"] = open_images(sample)
     if sample.videos:
         videos = open_videos(sample)
         media["videos"] = [video.frames for video in videos]
         media["video_metadata"] = [
-            {"fps": video.fps, "total_num_frames": len(video.frames), "frames_indices": list(range(len(video.frames)))}
+            VideoMetadata(
+                total_num_frames=len(video.frames), fps=video.fps, frames_indices=list(range(len(video.frames)))
+            )
             for video in videos
         ]
         media["do_sample_frames"] = False  # `open_videos` has chosen them

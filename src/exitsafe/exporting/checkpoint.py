@@ -6,15 +6,20 @@ The smaller model shares its weights' memory with the whole one; both stay usabl
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from exitsafe.engine.load import auto_class
 from exitsafe.errors import ModelError
+from exitsafe.exits.encoder import media_inputs, run_encoder
+from exitsafe.exits.features import on_device
 from exitsafe.exits.translators import Translator, merge_translator
 from exitsafe.exporting.edits import slim_config
 from exitsafe.exporting.merging import base_weights, merged_weights
@@ -24,7 +29,6 @@ if TYPE_CHECKING:
     from exitsafe.exits.huggingface import MultimodalModel
 
 SHARD_SIZE = "5GB"
-_FIRST_LINEAR = "linear_1"  # in LLaVA's and LLaVA-NeXT's projectors, the only ones that translators fit
 
 
 def cut(vlm: VLM, *, exit_layer: int, skip_global: bool, keep_adapter: bool) -> MultimodalModel:
@@ -105,7 +109,12 @@ def _translated(vlm: VLM, weights: dict[str, Tensor], *, exit_layer: int) -> dic
     if vlm.translators is None or vlm.reads_default(exit_layer):
         return {}
     translator: Translator = vlm.translators.maps[exit_layer].to(vlm.device)
-    linear = vlm.projector.get_submodule(_FIRST_LINEAR)
+    name, linear = _first_layer(vlm)
+    if linear is None:
+        raise ModelError(
+            f"the translator of exit {exit_layer} cannot be merged, since this projector does not begin with a linear "
+            "layer: export without translators, or repair the exit with exitsafe align"
+        )
     if type(linear) is not nn.Linear:
         raise ModelError(
             f"the translator of exit {exit_layer} cannot be merged into an adapted projector: merge the adapter first, "
@@ -116,10 +125,32 @@ def _translated(vlm: VLM, weights: dict[str, Tensor], *, exit_layer: int) -> dic
             f"the translator of exit {exit_layer} cannot be merged, since this projector has no bias: export without "
             "translators, or repair the exit with exitsafe align"
         )
-    prefix = f"{vlm.encoder.projector}.{_FIRST_LINEAR}"
     weight, bias = merge_translator(linear, translator)
-    assert {f"{prefix}.weight", f"{prefix}.bias"} <= weights.keys()
-    return {f"{prefix}.weight": weight.detach(), f"{prefix}.bias": bias.detach()}
+    assert {f"{name}.weight", f"{name}.bias"} <= weights.keys()
+    return {f"{name}.weight": weight.detach(), f"{name}.bias": bias.detach()}
+
+
+@torch.no_grad()
+def _first_layer(vlm: VLM) -> tuple[str, nn.Module | None]:
+    """The name and module of the linear layer that reads the projector's input as it is; None if there is none."""
+    given: list[Tensor] = []
+    found: list[tuple[str, nn.Module]] = []
+
+    def look(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args and args[0] is given[-1]:
+            found.append((name, module))
+
+    model, prompt = vlm.base_model, vlm.probe()
+    with ExitStack() as hooks:
+        first = vlm.projector.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        hooks.callback(first.remove)
+        for name, module in model.named_modules():
+            is_linear = isinstance(module, nn.Linear | BaseTunerLayer)
+            if is_linear and name.startswith(f"{vlm.encoder.projector}"):
+                hooks.callback(module.register_forward_pre_hook(partial(look, name)).remove)
+        modality = vlm.encoder.modality
+        run_encoder(model, modality, on_device(model, media_inputs(model, prompt.media, modality)))
+    return found[0] if found else ("", None)
 
 
 def _check_ties(model: MultimodalModel, slim: MultimodalModel) -> None:
