@@ -1,35 +1,40 @@
-"""A model's blueprint: shapes and types of all weights, from its config alone.
+"""A model's blueprint: what can be known of it without its weights.
 
-A Hub id, a folder or an organism in; a `VLM` on torch's meta device out, on which every operation gives shapes instead
-of numbers.
+A Hub id, a folder or an organism in; a `VLM` out whose encoder and projector have random weights, so that they can be
+run, and whose language model is on torch's meta device, on which every operation gives shapes instead of numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from exitsafe.engine.load import auto_class
+from exitsafe.engine.load import auto_class, outside_decoder
 from exitsafe.engine.processor import check_processor, load_processor
 from exitsafe.engine.templates import check_template
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError, first_line
 from exitsafe.exits.sources import check_model_source, unreachable
 from exitsafe.machine.devices import check_quantization, find_dtype
+from exitsafe.machine.memory import SHARE, free_memory
 from exitsafe.world import model_folder
 from exitsafe.world.profile import is_organism
+
+if TYPE_CHECKING:
+    from exitsafe.exits.huggingface import MultimodalModel
 
 META = torch.device("meta")
 
 
 class Blueprint(VLM):
-    """A `VLM` of shapes. Its encoder is found, but nothing is proven without weights."""
+    """A `VLM` without its weights. Its exits are proven on random ones; generation is not."""
 
     image_states: Tensor | None = None
     """(rows, tokens, H), for models that read images by cross-attention."""
@@ -45,6 +50,7 @@ class Blueprint(VLM):
             images = {"cross_attention_states": self.image_states.expand(num_rows, -1, -1)}
         outputs = self.base_model.get_decoder()(
             inputs_embeds=torch.empty(num_rows, num_tokens, self.text_config.hidden_size, dtype=dtype, device=META),
+            attention_mask=torch.ones(num_rows, 1, num_tokens, num_tokens, dtype=torch.bool, device=META),
             position_ids=torch.zeros(num_rows, num_tokens, dtype=torch.long, device=META),
             use_cache=False,
             **images,
@@ -100,6 +106,7 @@ def load_blueprint(
         wanted = as_type or getattr(config, "dtype", None) or torch.float32
         with META:
             model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code).eval()
+        _make_encoder(model, name=str(name_or_path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = f"cannot read the config of {name_or_path!s}: {first_line(error)}"
         raise ModelError(unreachable(source, error) or reason) from error
@@ -109,6 +116,48 @@ def load_blueprint(
     blueprint.quantization = quantization
     blueprint.remarks = check_processor(blueprint)
     return blueprint
+
+
+@torch.no_grad()
+def _make_encoder(model: MultimodalModel, *, name: str) -> None:
+    """Give everything but the language model random weights in main memory.
+
+    Raises:
+        ModelError: If they do not fit there.
+    """
+    parts = [model.get_submodule(path) for path in outside_decoder(model)]
+    head = model.get_output_embeddings()
+    parts = [part for part in parts if part is not head]
+    size = sum(tensor.nbytes for part in parts for tensor in part.parameters())
+    if size > SHARE * free_memory(torch.device("cpu")):
+        raise ModelError(f"{name}: its encoder takes {size / 1e9:.1f} GB, which do not fit in main memory")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for part in parts:
+            part.to_empty(device="cpu")
+            for buffer in part.buffers():
+                buffer.zero_()
+            _initialise(part, model._init_weights)
+            for parameter in part.parameters():
+                if parameter.dim() > 1:
+                    torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+                else:
+                    parameter.fill_(0.5)
+
+    own = [module for module in model.modules() if model.get_decoder() in set(module.children())]
+    for module in own:  # a model's own weights beside its parts, such as a separator of rows
+        for name, parameter in module.named_parameters(recurse=False):
+            made = torch.randn(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(made, requires_grad=False))
+
+
+def _initialise(module: nn.Module, initialise: Callable[[nn.Module], None]) -> None:
+    """Set a module's buffers (positions, rotary frequencies) as transformers does for those that a checkpoint lacks."""
+    if isinstance(module, PreTrainedModel):
+        initialise = cast("Callable[[nn.Module], None]", module._init_weights)
+    for child in module.children():
+        _initialise(child, initialise)
+    initialise(module)
 
 
 def weights_of(blueprint: Blueprint) -> Weights:

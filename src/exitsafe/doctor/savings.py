@@ -7,6 +7,7 @@ drops every block after the exit, including those that the default exit never re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,9 +41,11 @@ def count_savings(
     blueprint.image_states = typical.image_states
     prefill = _language_model(blueprint, typical.num_prompt_tokens)
     longer = _language_model(blueprint, typical.num_prompt_tokens + num_answer_tokens)
+    whole = _by_exit(blueprint, typical, skip_global=False)
+    encoder = _by_exit(blueprint, typical, skip_global=True) if skip_global else whole
     return Savings(
-        default_encoder=_encoder(blueprint, typical, blueprint.default_exit, skip_global=False),
-        encoder=_by_exit(blueprint, typical, exit_layers, skip_global=skip_global),
+        default_encoder=whole[blueprint.default_exit],
+        encoder={layer: encoder[layer] for layer in exit_layers},
         prefill=prefill,
         answer=longer - prefill,
         num_answer_tokens=num_answer_tokens,
@@ -52,25 +55,42 @@ def count_savings(
     )
 
 
-def _by_exit(
-    blueprint: Blueprint, typical: Typical, exit_layers: Sequence[int], *, skip_global: bool
-) -> dict[int, int]:
-    """Each exit by itself: blocks may differ, for example in the windows that they attend to."""
-    return {layer: _encoder(blueprint, typical, layer, skip_global=skip_global) for layer in exit_layers}
+def _by_exit(blueprint: Blueprint, typical: Typical, *, skip_global: bool) -> dict[int, int]:
+    """Operations at every exit, from one pass: blocks may differ, for example in the windows that they attend to.
 
+    What runs between two blocks (a deepstack merger) counts with the first of them.
+    """
+    reached: list[int] = []  # before each block, and after the last
+    with ExitStack() as stack:
+        counter = stack.enter_context(FlopCounterMode(display=False))
 
-def _encoder(blueprint: Blueprint, typical: Typical, exit_layer: int, *, skip_global: bool) -> int:
-    with FlopCounterMode(display=False) as counter, blueprint.exit_at(exit_layer, skip_global=skip_global):
+        def note(*_: object) -> None:
+            reached.append(int(counter.get_total_flops()))
+
+        for block in blueprint.encoder_blocks:
+            stack.callback(block.register_forward_pre_hook(note).remove)
+        stack.callback(blueprint.encoder_blocks[-1].register_forward_hook(note).remove)
+        stack.enter_context(blueprint.exit_at(blueprint.num_layers, skip_global=skip_global))
         for modality in MODALITIES:
             media = media_inputs(blueprint.base_model, typical.media, modality)
             if media:
                 run_encoder(blueprint.base_model, modality, media)
-    return int(counter.get_total_flops())
+    total, runs = int(counter.get_total_flops()), len(reached) // (blueprint.num_layers + 1)
+    found = dict.fromkeys(blueprint.exit_layers, total)
+    for run in range(runs):  # pictures and videos pass by themselves
+        marks = reached[run * (blueprint.num_layers + 1) :][: blueprint.num_layers + 1]
+        for layer in blueprint.exit_layers:
+            found[layer] -= marks[-1] - marks[layer]
+    return found
 
 
 def _language_model(blueprint: Blueprint, num_tokens: int) -> int:
+    """Operations of the language model for this many tokens; two a weight and token where it does not run on shapes."""
     with FlopCounterMode(display=False) as counter:
-        blueprint.read_tokens(1, num_tokens)
+        try:
+            blueprint.read_tokens(1, num_tokens)
+        except Exception:  # noqa: BLE001 - masks and routers that look at values, in any way
+            return 2 * num_tokens * sum(weight.numel() for weight in blueprint.base_model.get_decoder().parameters())
     return int(counter.get_total_flops())
 
 

@@ -82,7 +82,6 @@ def check_processor(vlm: Reader) -> list[str]:
     Raises:
         ModelError: If the processor's prompts or pictures do not fit the model, or its chat template fails.
     """
-    _check_image_token(vlm)
     size = _fixed_size(vlm) or 112
     # wide and tall: pictures that are not square reveal a missing crop and exercise tiling
     for width, height in ((size * 3 // 2, size), (size, size * 2)):
@@ -100,17 +99,6 @@ def _fixed_size(vlm: Reader) -> int | None:
     """The size of the square pictures that the encoder reads; None if it reads several sizes, or tiles."""
     size = getattr(getattr(vlm.base_model.config, "vision_config", None), "image_size", None)
     return size if isinstance(size, int) else None
-
-
-def _check_image_token(vlm: Reader) -> None:
-    wanted = getattr(vlm.base_model.config, "image_token_id", None)
-    given = getattr(vlm.processor, "image_token_id", None)
-    if None not in (wanted, given) and wanted != given:
-        raise _misfit(
-            vlm,
-            f"its image token is {vlm.processor.image_token!r} with id {given}, but the model's has id {wanted}: use "
-            "the tokenizer files of this checkpoint",
-        )
 
 
 def _check_tokens(vlm: Reader, prompt: Prompt) -> None:
@@ -139,6 +127,13 @@ def _check_placeholders(vlm: Reader, prompt: Prompt) -> None:
     if (token := getattr(vlm.base_model.config, "image_token_id", None)) is None:
         return
     count, wanted = int((prompt.input_ids == token).sum()), 1 if reads_across(vlm.base_model) else num_tokens(features)
+    given = getattr(vlm.processor, "image_token_id", None)
+    if count == 0 and given != token:
+        raise _misfit(
+            vlm,
+            f"its image token is {vlm.processor.image_token!r} with id {given}, but the model's has id {token}: use "
+            "the tokenizer files of this checkpoint",
+        )
     if count != wanted:
         reason = (
             f"a prompt has {count} image placeholders, but the model makes {wanted} features: use the chat template "

@@ -18,7 +18,7 @@ from exitsafe.data.audios import open_audios
 from exitsafe.data.images import open_images
 from exitsafe.data.videos import open_videos
 from exitsafe.engine.templates import TemplateRefusedError, render
-from exitsafe.errors import InputError, ModelError
+from exitsafe.errors import InputError, ModelError, first_line
 from exitsafe.exits.encoder import MODALITIES
 from exitsafe.exits.features import Features
 from exitsafe.records import Sample
@@ -188,9 +188,13 @@ def find_placeholders(processor: MultimodalProcessor | None, *, today: str) -> d
 
 def tokenise(text: str, media: Media, processor: MultimodalProcessor, *, sample_id: str) -> Prompt:
     """Tokenise a rendered prompt, which has one placeholder per image, video and recording."""
-    inputs = processor(
-        text=[text], return_tensors="pt", add_special_tokens=not opens_itself(text, processor.tokenizer), **media
-    )
+    add_special_tokens = not opens_itself(text, processor.tokenizer)
+    try:
+        inputs = processor(text=[text], return_tensors="pt", add_special_tokens=add_special_tokens, **media)
+    except (ValueError, TypeError) as error:  # for example a prompt without a picture, which PaliGemma cannot read
+        raise InputError(
+            f"sample {sample_id}: the model's processor cannot read it ({first_line(error)}); leave it out"
+        ) from error
     return Prompt(
         sample_id=sample_id,
         input_ids=inputs["input_ids"][0],

@@ -57,7 +57,15 @@ class Reader(ExitingModel):
         self.name = name
         if encoder is None:
             bare = bare_model(model)
-            encoder = prove_exits(bare, self.probe(modality).media, modality=modality, name=name)
+            try:
+                encoder = prove_exits(bare, self.probe(modality).media, modality=modality, name=name)
+            except ModelError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"{name} cannot be run on a prompt of its own processor ({type(error).__name__}: "
+                    f"{first_line(error)}): use the processor files of the original checkpoint"
+                ) from error
         super().__init__(
             model,
             encoder=encoder,

@@ -66,8 +66,6 @@ def prove_exits(model: MultimodalModel, inputs: Mapping[str, Tensor], *, modalit
             f"{name} has no {modality} encoder: its processor makes nothing that {type(model).__name__} could encode"
         )
     encoder = find_encoder(model, media, modality=modality, name=name)
-    if model.device.type == "meta":
-        return replace(encoder, default_exit=_default_by_config(model, encoder.num_layers))
     whole = run_encoder(model, modality, media)
     vlm = ExitingModel(model, encoder=encoder, name=name)
     exits = compute_features(vlm, media, vlm.exit_layers, skip_global=False)
@@ -98,14 +96,6 @@ def prove_exits(model: MultimodalModel, inputs: Mapping[str, Tensor], *, modalit
         raise _failed(name, "restoring", "after an exit the model is not as it was")
     _refuse_untouched_chains(vlm, media, modality, name=name)
     return replace(encoder, default_exit=default)
-
-
-def _default_by_config(model: MultimodalModel, num_layers: int) -> int:
-    """The default exit where there are no weights to measure it with."""
-    wanted: int | Sequence[int] | None = getattr(model.config, "vision_feature_layer", None)
-    layers = [] if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
-    absolute = [layer if layer >= 0 else num_layers + 1 + layer for layer in layers]
-    return max(absolute, default=num_layers)
 
 
 def _refuse_untouched_chains(vlm: ExitingModel, media: Mapping[str, Tensor], modality: str, *, name: str) -> None:

@@ -200,10 +200,12 @@ def on_device(model: MultimodalModel, media: Mapping[str, Tensor]) -> dict[str, 
     """Media on the model's device, pixels and sound in its number type. Grids and sizes stay on the CPU: the model
     reads their values to choose shapes."""
     moved: dict[str, Tensor] = {}
+    # a model without weights has only its encoder on a device
+    device = next((each.device for each in model.parameters() if not each.is_meta), torch.device("meta"))
     for name, tensor in media.items():
         is_size = not tensor.is_floating_point() and name.endswith(SIZES)
         dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
-        moved[name] = tensor if is_size else tensor.to(torch.device(model.device), dtype)
+        moved[name] = tensor if is_size else tensor.to(device, dtype)
     return moved
 
 

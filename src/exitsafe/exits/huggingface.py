@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         get_input_embeddings: Callable[[], nn.Embedding]
         get_decoder: Callable[[], nn.Module]
         _weight_conversions: object
+        _init_weights: Callable[[nn.Module], None]
         prepare_inputs_for_generation: Callable[..., dict[str, Any]]
         _prepare_position_ids_for_generation: Callable[..., Tensor]
         _update_model_kwargs_for_generation: Callable[..., dict[str, Any]]
