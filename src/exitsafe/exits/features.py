@@ -146,7 +146,9 @@ def _joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
 def _joined_pictures(values: Sequence[Any]) -> Any:
     present = [value for value in values if value is not None]
     if isinstance(present[0], Tensor):
-        return torch.cat(present) if present[0].dim() else present[0]
+        if len({value.shape[1:] for value in present}) > 1:  # videos of different lengths
+            return torch.cat([value.flatten(0, -2) for value in present])[None]
+        return torch.cat(present)
     if isinstance(present[0], list | tuple):
         return [each for value in present for each in value]
     return present[0]
