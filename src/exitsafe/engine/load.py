@@ -132,12 +132,14 @@ def load_vlm(
         checkpoint_hash=checkpoint_hash,
         adapter_hash=None if adapter_folder is None else hash_files(adapter_folder),
     )
+    for remark in check_processor(vlm):
+        warnings.warn(remark, stacklevel=2)
     vlm.checks = known or run_checks(vlm, since=since)
     vlm.can_pad = vlm.checks.can_pad
     if known is None:
         keep_checks(key, vlm.checks)
-    for remark in check_processor(vlm):
-        warnings.warn(remark, stacklevel=2)
+        if quantization == "nf4":
+            vlm.model.state_dict()  # bitsandbytes then undoes what the check made it repack on a CPU
     if ignored := ignored_settings(vlm.base_model.generation_config):
         warnings.warn(
             f"{name_or_path!s}: exitsafe ignores these generation settings of the checkpoint, which would change "

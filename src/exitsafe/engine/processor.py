@@ -16,6 +16,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from exitsafe.engine.prompts import Prompt
 from exitsafe.engine.reader import Reader
 from exitsafe.errors import ModelError, first_line
+from exitsafe.exits.checks import fixed_size, wrong_size
 from exitsafe.exits.encoder import reads_across
 from exitsafe.exits.features import compute_features, num_tokens
 
@@ -82,7 +83,7 @@ def check_processor(vlm: Reader) -> list[str]:
     Raises:
         ModelError: If the processor's prompts or pictures do not fit the model, or its chat template fails.
     """
-    size = _fixed_size(vlm) or 112
+    size = fixed_size(vlm.base_model) or 112
     # wide and tall: pictures that are not square reveal a missing crop and exercise tiling
     for width, height in ((size * 3 // 2, size), (size, size * 2)):
         prompt = vlm.probe(size=(width, height))
@@ -93,12 +94,6 @@ def check_processor(vlm: Reader) -> list[str]:
             f"{vlm.name} has no end-of-sequence token: every answer runs to max_new_tokens, and it cannot be trained"
         ]
     return []
-
-
-def _fixed_size(vlm: Reader) -> int | None:
-    """The size of the square pictures that the encoder reads; None if it reads several sizes, or tiles."""
-    size = getattr(getattr(vlm.base_model.config, "vision_config", None), "image_size", None)
-    return size if isinstance(size, int) else None
 
 
 def _check_tokens(vlm: Reader, prompt: Prompt) -> None:
@@ -112,17 +107,11 @@ def _check_tokens(vlm: Reader, prompt: Prompt) -> None:
 
 
 def _check_placeholders(vlm: Reader, prompt: Prompt) -> None:
-    size = _fixed_size(vlm)
-    height, width = prompt.media["pixel_values"].shape[-2:] if "pixel_values" in prompt.media else (0, 0)
-    is_other_size = size is not None and prompt.media["pixel_values"].dim() > 3 and (height, width) != (size, size)
-    other_size = (
-        f"it makes pictures of {width}x{height} pixels, but the image encoder reads {size}x{size}: set the image "
-        "processor's size and crop_size to that"
-    )
+    other_size = wrong_size(vlm.base_model, prompt.media)
     try:
         features = compute_features(vlm, prompt.media, (1,), skip_global=False)[1]
     except Exception as error:
-        reason = other_size if is_other_size else f"the model cannot read its pictures ({first_line(error)})"
+        reason = other_size or f"the model cannot read its pictures ({first_line(error)})"
         raise _misfit(vlm, reason) from error
     if (token := getattr(vlm.base_model.config, "image_token_id", None)) is None:
         return
@@ -139,7 +128,7 @@ def _check_placeholders(vlm: Reader, prompt: Prompt) -> None:
             f"a prompt has {count} image placeholders, but the model makes {wanted} features: use the chat template "
             "and the processor files of the original checkpoint"
         )
-        raise _misfit(vlm, other_size if is_other_size else reason)
+        raise _misfit(vlm, other_size or reason)
 
 
 def _misfit(vlm: Reader, reason: str) -> ModelError:

@@ -138,7 +138,8 @@ def written(
                 f"sample {sample.id}: the prompt contains a lone surrogate; save it as valid Unicode"
             ) from error
     for modality, given in _counts(sample).items():
-        if given and modality not in placeholders:
+        takes_images = modality == "image" and hasattr(processor, "image_processor")  # see what its template says
+        if given and modality not in placeholders and not takes_images:
             raise InputError(f"sample {sample.id}: this model's prompts take no {modality}; leave the sample out")
     text = _render(sample, processor, placeholders, today=today)
     if sample.prompt.strip() not in text:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from exitsafe.errors import ModelError
+from exitsafe.errors import ModelError, first_line
 from exitsafe.exits.encoder import Encoder, embeddings_in, find_encoder, media_inputs, other_chains, run_encoder
 from exitsafe.exits.features import compute_features, on_device, tensors_in
 from exitsafe.exits.model import ExitingModel
@@ -65,7 +65,13 @@ def prove_exits(model: MultimodalModel, inputs: Mapping[str, Tensor], *, modalit
         raise ModelError(
             f"{name} has no {modality} encoder: its processor makes nothing that {type(model).__name__} could encode"
         )
-    encoder = find_encoder(model, media, modality=modality, name=name)
+    try:
+        encoder = find_encoder(model, media, modality=modality, name=name)
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = wrong_size(model, media) or f"the model cannot read its {modality}s ({first_line(error)})"
+        raise ModelError(f"the processor of {name} does not fit the model: {reason}") from error
     whole = run_encoder(model, modality, media)
     vlm = ExitingModel(model, encoder=encoder, name=name)
     exits = compute_features(vlm, media, vlm.exit_layers, skip_global=False)
@@ -96,6 +102,24 @@ def prove_exits(model: MultimodalModel, inputs: Mapping[str, Tensor], *, modalit
         raise _failed(name, "restoring", "after an exit the model is not as it was")
     _refuse_untouched_chains(vlm, media, modality, name=name)
     return replace(encoder, default_exit=default)
+
+
+def fixed_size(model: MultimodalModel) -> int | None:
+    """The size of the square pictures that the encoder reads; None if it reads several sizes, or tiles."""
+    size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
+    return size if isinstance(size, int) else None
+
+
+def wrong_size(model: MultimodalModel, media: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with pictures that do not have the size that the encoder reads; None if they have it."""
+    size, pixels = fixed_size(model), media.get("pixel_values")
+    if size is None or pixels is None or pixels.dim() < 4 or pixels.shape[-2:] == (size, size):
+        return None
+    height, width = pixels.shape[-2:]
+    return (
+        f"it makes pictures of {width}x{height} pixels, but the image encoder reads {size}x{size}: set the image "
+        "processor's size and crop_size to that"
+    )
 
 
 def _refuse_untouched_chains(vlm: ExitingModel, media: Mapping[str, Tensor], modality: str, *, name: str) -> None:
