@@ -7,7 +7,7 @@ separate sequences take G (P + R). Nothing else about the model changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ def packed_states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The implementation of `VLM.packed_response_states`."""
     groups = sibling_groups(rows, group_size)
-    batch, branch, reads = collate_packed(rows, responses, groups, pad_token_id=vlm.pad_token_id)
+    batch, branch, reads = collate_packed(
+        rows, responses, groups, pad_token_id=vlm.pad_token_id, of_next_token=vlm.of_next_token
+    )
     first_rows = [rows[group[0]] for group in groups]
     takes_bool = vlm.text_config._attn_implementation == "sdpa"
     tokens = pad_sequence(list(responses), batch_first=True, padding_value=vlm.pad_token_id).to(vlm.device)
@@ -59,6 +61,7 @@ def collate_packed(
     groups: Sequence[Sequence[int]],
     *,
     pad_token_id: int,
+    of_next_token: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Left-pad the groups' prompts, append their concatenated responses and right-pad them.
 
@@ -67,6 +70,7 @@ def collate_packed(
         responses: Token ids, (length,) each.
         groups: Indices of the rows that share a sequence; every index once, in order.
         pad_token_id: Fills masked positions.
+        of_next_token: As in `collate`.
 
     Returns:
         The batch that `collate` makes of one row per group, with the siblings' positions and no `attention_mask`;
@@ -74,7 +78,8 @@ def collate_packed(
         int64 indices into the (groups * S) hidden states of the positions that predict its tokens, 0 past its end.
     """
     packed = [torch.cat([torch.as_tensor(responses[place]) for place in group]) for group in groups]
-    batch = collate([rows[group[0]].prompt for group in groups], packed, pad_token_id=pad_token_id)
+    prompts = [rows[group[0]].prompt for group in groups]
+    batch = collate(prompts, packed, pad_token_id=pad_token_id, of_next_token=of_next_token)
     batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     num_groups, width = batch["input_ids"].shape
     prompt_end = width - max(len(tokens) for tokens in packed)
