@@ -17,7 +17,15 @@ from exitsafe.store.integrity import settings_hash
 from exitsafe.store.scores import score_table
 from exitsafe.store.tables import SampleInfo
 
-MODEL = {"name": "m", "family": "llava", "num_layers": 3, "default_exit": 2, "checkpoint": None, "adapter": None}
+MODEL = {
+    "name": "m",
+    "family": "llava",
+    "encoder": "image",
+    "num_layers": 3,
+    "default_exit": 2,
+    "checkpoint": None,
+    "adapter": None,
+}
 
 
 def run_settings(samples: Sequence[SampleInfo], **changes: Any) -> dict[str, Any]:

@@ -260,6 +260,7 @@ def test_judges_are_never_mixed(tmp_path: Path) -> None:
     [
         ("num_layers", 8, "encoder depths 3 and 8"),
         ("family", "qwen2_vl", "families llava and qwen2_vl"),
+        ("encoder", "audio", "encoders audio and image"),
         ("default_exit", 3, "default exits 2 and 3"),
     ],
 )

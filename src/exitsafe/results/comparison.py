@@ -369,7 +369,7 @@ def check_comparable(runs: Sequence[AuditRun]) -> None:
         InputError: If they are of different families, encoder depths or default exits.
     """
     for name, what in _MUST_AGREE.items():
-        found = sorted({str(run.summary.get(name)) for run in runs})
+        found = sorted({str(run.settings["model"].get(name)) for run in runs})
         if len(found) > 1:
             raise InputError(
                 f"these runs have the {what} {' and '.join(found)}: their exits are not comparable; "
