@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from PIL import ImageFile
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what the models' self-checks find for this session: its workers and subprocesses share it, users do not."""
+    if not hasattr(config, "workerinput"):
+        own = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+        os.environ.setdefault("HF_HUB_CACHE", str(own / "hub"))
+        home = tempfile.TemporaryDirectory(prefix="exitsafe-tests-")
+        config.add_cleanup(home.cleanup)
+        os.environ["HF_HOME"] = home.name
 
 
 @pytest.fixture(autouse=True)

@@ -34,8 +34,8 @@ def clock(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     monkeypatch.setattr(latency, "_now", lambda vlm: clock.now)
     language = vlm.base_model.model.language_model.layers
     blocks = {
-        "encoder": vlm.family_row.encoder_blocks(vlm.base_model),
-        "global": vlm.family_row.global_blocks(vlm.base_model),
+        "encoder": list(vlm.encoder_blocks),
+        "global": vlm.global_blocks,
         "language": list(language),
     }
     handles = [
@@ -55,7 +55,7 @@ def moving(clock: Clock, seconds: float) -> Any:
 
 def test_each_part_has_its_own_time(vlm: VLM, samples: list[Sample], clock: Clock) -> None:
     found = measure_latency(vlm, samples, (1, 3, 6), num_samples=2, repeats=1, new_tokens=4)
-    num_global = len(vlm.family_row.global_blocks(vlm.base_model))
+    num_global = len(vlm.global_blocks)
     num_language = len(vlm.base_model.model.language_model.layers)
     for exit_layer, passes in {**found.exits, vlm.default_exit: found.default}.items():
         assert len(passes) == 2
@@ -67,7 +67,7 @@ def test_each_part_has_its_own_time(vlm: VLM, samples: list[Sample], clock: Cloc
 
 
 def test_without_global_blocks_the_default_still_has_them(vlm: VLM, samples: list[Sample], clock: Clock) -> None:
-    if not vlm.family_row.global_blocks(vlm.base_model):
+    if not vlm.global_blocks:
         with pytest.raises(InputError, match="no global blocks"):
             measure_latency(vlm, samples, (3,), num_samples=1, repeats=1, skip_global=True)
         return

@@ -93,7 +93,7 @@ def test_neighbours_that_ask_the_same_are_grouped_up_to_the_size(vlm: VLM, sampl
     assert sibling_groups(rows, 2) == [[0, 1], [2], [3, 4], [5]]
     assert sibling_groups(rows, 1) == [[0], [1], [2], [3], [4], [5]]
     assert sibling_groups([rows[0], rows[3], rows[1]], 3) == [[0], [1], [2]]
-    other_features = replace(rows[1], features=tuple(tensor + 1 for tensor in rows[1].features or ()))
+    other_features = replace(rows[1], features={**(rows[1].features or {})})
     assert sibling_groups([rows[0], other_features], 3) == [[0], [1]]
     other_exit = replace(rows[1], exit_layer=5)
     assert sibling_groups([rows[0], other_exit, rows[5]], 3) == [[0], [1], [2]]
@@ -144,7 +144,7 @@ def test_attention_that_takes_no_tree_mask_is_not_packed(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
     monkeypatch.setattr(vlm.text_config, name, value, raising=False)
-    assert not vlm.can_pack
+    assert not VLM(vlm.model, vlm.processor, encoder=vlm.encoder, name="again").can_pack
 
 
 def test_siblings_are_read_once_and_answered_as_if_alone(vlm: VLM, samples: list[Sample]) -> None:

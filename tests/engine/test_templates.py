@@ -101,7 +101,8 @@ def test_a_template_may_refuse_some_conversations() -> None:
     ],
 )
 def test_what_a_template_leaves_out_is_an_error(template: str, message: str) -> None:
-    vlm = VLM(tiny_model("llava"), with_template(template), name="tiny")
+    vlm = VLM(tiny_model("llava"), tiny_processor("llava"), name="tiny")
+    vlm.processor.chat_template = template
     with pytest.raises((InputError, ModelError), match=message):
         vlm.encode_prompt(Sample(id="s", prompt="what is", images=(noise_image(0),), kind="benign"))
 

@@ -19,7 +19,7 @@ from exitsafe.engine.load import load_vlm
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError
 from exitsafe.exits import adapters
-from tests.tiny_models import save_tiny, tiny_model
+from tests.tiny_models import save_tiny, tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def make_adapter(model: Path, folder: Path, *, seed: int, **changes: Any) -> Pat
     """A PEFT folder with random weights, as `align` makes them."""
     base = tiny_model(model.name)
     torch.manual_seed(seed)  # the model has drawn its own weights from a seed of its own
-    pattern = VLM(base, None, name="memory").linear_layers
+    pattern = VLM(base, tiny_processor(model.name), name="memory").linear_layers
     settings: dict[str, Any] = {"r": 4, "target_modules": pattern, "init_lora_weights": False}
     adapted = get_peft_model(base, LoraConfig(**settings | changes))
     adapted.peft_config["default"].base_model_name_or_path = model.name

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from exitsafe.engine.vlm import VLM
-from exitsafe.errors import ExitLayerError, InputError, ModelError
+from exitsafe.errors import ExitLayerError, InputError
+from exitsafe.exits.features import Features, tensors_in
 from exitsafe.records import Sample
 from tests.tiny_models import (
     NUM_LAYERS,
@@ -28,6 +29,12 @@ def stock_inputs(vlm: VLM, num_images: int = 1) -> dict[str, Tensor]:
     text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = [noise_image(n, (28 + 20 * n, 50)) for n in range(num_images)]
     return dict(vlm.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False))
+
+
+def same(first: Features, second: Features) -> bool:
+    """Whether the embeddings are the same, in every bit."""
+    one, other = ([*tensors_in(features["image"]["pooler_output"])] for features in (first, second))
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @torch.no_grad()
@@ -82,7 +89,7 @@ def test_skip_global_equals_a_model_without_global_blocks() -> None:
 
 
 def test_skip_global_is_refused_where_there_are_no_global_blocks() -> None:
-    vlm = VLM(tiny_llava(), None, name="tiny")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="tiny")
     with pytest.raises(InputError, match="no global blocks"), vlm.exit_at(2, skip_global=True):
         pass
 
@@ -91,7 +98,7 @@ def count_attention(vlm: VLM, run: Any) -> list[int]:
     """How often each encoder block's attention ran. Hooks on a skipped block itself would still fire."""
     counts = [0] * vlm.num_layers
     handles = []
-    for index, block in enumerate(vlm.family_row.encoder_blocks(vlm.base_model)):
+    for index, block in enumerate(vlm.encoder_blocks):
 
         def count(*_: object, index: int = index) -> None:
             counts[index] += 1
@@ -170,12 +177,12 @@ def test_nested_exits_of_a_list_of_layers() -> None:
         with vlm.exit_at(5):
             assert torch.equal(logits(vlm, inputs), expected)
     for exit_layer in (4, 5):
-        assert torch.equal(inside[exit_layer][0], alone[exit_layer][0])
+        assert same(inside[exit_layer], alone[exit_layer])
 
 
 def test_an_instance_forward_of_somebody_else_survives() -> None:
     vlm = VLM(tiny_llava(), tiny_processor("llava"), name="tiny")
-    block = vlm.family_row.encoder_blocks(vlm.model)[-1]
+    block = vlm.encoder_blocks[-1]
     wrapped = block.forward
     block.forward = wrapped
     with vlm.exit_at(1):
@@ -185,8 +192,8 @@ def test_an_instance_forward_of_somebody_else_survives() -> None:
 
 @pytest.mark.parametrize(("vision_feature_layer", "default"), [(-2, 5), (-1, 6), (4, 4), ([1, 3, -2], 5), ([0, 6], 6)])
 def test_default_exit_from_the_config(vision_feature_layer: int | list[int], default: int) -> None:
-    for make in (tiny_llava, tiny_llava_next):
-        vlm = VLM(make(vision_feature_layer=vision_feature_layer), None, name="tiny")
+    for make, family in ((tiny_llava, "llava"), (tiny_llava_next, "llava_next")):
+        vlm = VLM(make(vision_feature_layer=vision_feature_layer), tiny_processor(family), name="tiny")
         assert vlm.default_exit == default
 
 
@@ -200,13 +207,13 @@ def test_a_list_of_layers_keeps_its_shallower_entries() -> None:
     found = vlm.image_features(inputs, vlm.exit_layers)
     for exit_layer in vlm.exit_layers:
         with vlm.exit_at(exit_layer), torch.no_grad():
-            alone = vlm.model.get_image_features(inputs["pixel_values"]).pooler_output
-        assert all(torch.equal(a, b) for a, b in zip(found[exit_layer], alone, strict=True))
+            alone = vlm.model.get_image_features(inputs["pixel_values"])
+        assert same(found[exit_layer], {"image": alone})
 
 
 @pytest.mark.parametrize("exit_layer", [0, -1, 7, True, 2.0])
 def test_exit_layer_out_of_range(exit_layer: Any) -> None:
-    vlm = VLM(tiny_llava(), None, name="tiny")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="tiny")
     with (
         pytest.raises(ExitLayerError, match="this encoder has 6 blocks: choose 1 to 6"),
         vlm.exit_at(exit_layer),
@@ -221,14 +228,3 @@ def test_stock_generate_inside_an_exit(vlm: VLM) -> None:
     sample = Sample(id="a", prompt="what colour is the left", images=(noise_image(0, (28, 50)),), kind="benign")
     response = vlm.generate([sample], 2, max_new_tokens=6)[0]
     assert vlm.decode(tokens[0, inputs["input_ids"].shape[1] :].tolist()) == response.text
-
-
-def test_unknown_family_names_the_supported_ones() -> None:
-    class Config:
-        model_type = "nosuch"
-
-    class Model:
-        config = Config()
-
-    with pytest.raises(ModelError, match=r"'nosuch'.*these types: llava .*mllama"):
-        VLM(Model(), None, name="tiny")

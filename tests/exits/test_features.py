@@ -7,13 +7,9 @@ import torch
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
-from exitsafe.exits.features import Features
+from exitsafe.exits.encoder import media_inputs, run_encoder
 from exitsafe.records import Sample
-from tests.exits.test_cut import count_attention, stock_inputs
-
-
-def same(first: Features, second: Features) -> bool:
-    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+from tests.exits.test_cut import count_attention, same, stock_inputs
 
 
 def test_one_pass_equals_one_exit_at_a_time(vlm: VLM) -> None:
@@ -39,23 +35,22 @@ def test_skip_global_reaches_the_features() -> None:
     skipped = vlm.image_features(inputs, (2, 6), skip_global=True)
     for exit_layer in (2, 6):
         with vlm.exit_at(exit_layer, skip_global=True):
-            alone = vlm.family_row.features(vlm.model, {k: inputs[k] for k in vlm.family_row.image_inputs})
-        assert same(skipped[exit_layer], alone)
+            alone = run_encoder(vlm.model, "image", media_inputs(vlm.model, inputs, "image"))
+        assert same(skipped[exit_layer], {"image": alone})
     assert not same(skipped[2], vlm.image_features(inputs, (2, 6))[2])
 
 
 def test_by_prompt_equals_alone(vlm: VLM, samples: list[Sample]) -> None:
     prompts = [vlm.encode_prompt(sample) for sample in samples]
-    together = vlm.prompt_features(prompts, (2, 5), batch_size=4)
+    together = vlm.prompt_features(prompts, (2, 5))
     for prompt, found in zip(prompts, together, strict=True):
         alone = vlm.prompt_features([prompt], (2, 5))[0]
         for exit_layer in (2, 5):
             left, right = found[exit_layer], alone[exit_layer]
             if left is None or right is None:
-                assert left is right is None and not prompt.image_inputs
+                assert left is right is None and not prompt.media
                 continue
-            for a, b in zip(left, right, strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+            assert same(left, right)
 
 
 def test_inputs_without_an_image_are_refused(vlm: VLM) -> None:
