@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from exitsafe.doctor import Blueprint, count_savings, load_blueprint, typical_prompt
 from exitsafe.doctor.savings import NUM_ANSWER_TOKENS
 from exitsafe.engine.load import load_vlm
+from exitsafe.exits.encoder import run_encoder
 from tests.tiny_models import save_tiny
 
 LAYERS = (1, 3, 5, 6)
@@ -98,7 +99,7 @@ def test_every_exit_is_as_if_counted_by_itself(
     savings = count_savings(blueprint, typical, LAYERS, skip_global=skip_global)
     for layer in LAYERS:
         with FlopCounterMode(display=False) as counter, blueprint.exit_at(layer, skip_global=skip_global):
-            blueprint.family_row.features(blueprint.base_model, typical.image_inputs)
+            run_encoder(blueprint.base_model, "image", typical.media)
         assert savings.encoder[layer] == counter.get_total_flops()
 
 
