@@ -44,7 +44,7 @@ def test_the_map_of_an_exit_equals_one_fitted_picture_by_picture(family: str, tm
     folder = fit_translators(vlm, samples, exit_layers=(2, vlm.default_exit), out=tmp_path / "maps")
     fitted, held_out = Moments(32), Moments(32)
     for number, sample in enumerate(samples):
-        inputs = dict(vlm.encode_prompt(sample).image_inputs)
+        inputs = dict(vlm.encode_prompt(sample).media)
         found = {layer: projector_inputs(vlm, inputs, (layer,))[layer] for layer in (2, vlm.default_exit)}
         (held_out if number % 5 == 4 else fitted).add(found[2], found[vlm.default_exit])
     ridge, r2 = choose_ridge(fitted, held_out)
@@ -69,7 +69,7 @@ def test_translated_features_are_closer_to_the_default_exits_on_new_pictures(tmp
     vlm = make_vlm()
     plain = make_vlm()
     vlm.translators = load_translators(vlm, fit_translators(vlm, pictures(60), out=tmp_path / "maps"))
-    inputs = vlm.family_row.collate_images([vlm.encode_prompt(s).image_inputs for s in pictures(8, first=500)])
+    inputs = {"pixel_values": torch.cat([vlm.encode_prompt(s).media["pixel_values"] for s in pictures(8, first=500)])}
     layers = (4, vlm.default_exit)
     before, after = projector_inputs(plain, inputs, layers), projector_inputs(vlm, inputs, layers)
     target = before[vlm.default_exit]

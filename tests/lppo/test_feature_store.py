@@ -10,6 +10,7 @@ import torch
 
 from exitsafe.engine.prompts import Prompt, Row
 from exitsafe.engine.vlm import VLM
+from exitsafe.exits.features import tensors_in
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.records import Sample
 from tests.lppo.conftest import make_vlm
@@ -20,7 +21,7 @@ PLACES = ([3, 3, 3, 0, 7, 5, 5, 3], [1, 1, 1, 5, 3, 1, 1, 5])  # sample 0 has no
 
 
 def bits(rows: list[Row]) -> list[tuple[torch.Tensor, ...]]:
-    return [(row.prompt.input_ids, *row.prompt.image_inputs.values(), *(row.features or ())) for row in rows]
+    return [(row.prompt.input_ids, *tensors_in([row.prompt.media, row.features])) for row in rows]
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "mllama"])
@@ -42,7 +43,7 @@ def test_siblings_are_encoded_once(vlm: VLM, samples: list[Sample], monkeypatch:
     prompt_features = VLM.prompt_features
 
     def count(self: VLM, prompts: Sequence[Prompt], exit_layers: Sequence[int], **settings: Any) -> Any:
-        encoded.extend((prompt.sample_id, layer) for prompt in prompts for layer in exit_layers if prompt.image_inputs)
+        encoded.extend((prompt.sample_id, layer) for prompt in prompts for layer in exit_layers if prompt.media)
         return prompt_features(self, prompts, exit_layers, **settings)
 
     monkeypatch.setattr(VLM, "prompt_features", count)
@@ -58,8 +59,7 @@ def test_a_budget_that_is_too_small_is_not_used() -> None:
     store = FeatureStore(vlm, samples, EXITS, max_bytes=1e9)
     every = [store.rows([index] * len(EXITS), EXITS) for index in range(len(samples))]
     sizes = [
-        sum(tensor.nbytes for row in rows for tensor in row.features or ())
-        + sum(tensor.nbytes for tensor in rows[0].prompt.image_inputs.values())
+        sum(tensor.nbytes for tensor in tensors_in([rows[0].prompt.media, *(row.features for row in rows)]))
         for rows in every
     ]
     assert max(sizes[20:]) > max(sizes[:20])

@@ -30,10 +30,10 @@ def blends(vlm: VLM, samples: list[Sample]) -> dict[tuple[str, int], Tensor]:
     found = {}
     for sample in samples:
         prompt = vlm.encode_prompt(sample)
-        if "pixel_values" not in prompt.image_inputs:
+        if "pixel_values" not in prompt.media:
             continue
         with torch.no_grad():
-            tower = vlm.model.model.vision_tower(prompt.image_inputs["pixel_values"], output_hidden_states=True)
+            tower = vlm.model.model.vision_tower(prompt.media["pixel_values"], output_hidden_states=True)
         for exit_layer in vlm.exit_layers:
             states = [tower.hidden_states[min(index, exit_layer)][:, 1:] for index in LAYERS]
             found[sample.id, exit_layer] = torch.cat(states, dim=-1)[0]

@@ -90,6 +90,7 @@ def test_packed_and_separate_agree_in_all_outputs_and_all_gradients(
 def test_logits_are_made_at_response_positions_only(vlm: VLM, samples: list[Sample]) -> None:
     rows = grouped_rows(vlm, samples)
     sizes: list[torch.Size] = []
+    assert vlm.has_plain_head  # found out once, by running it
     with attached_policy(vlm, tiny_config(group_size=4)) as policy:
         handle = vlm.base_model.lm_head.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
         policy.evaluate(rows, RESPONSES)

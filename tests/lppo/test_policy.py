@@ -101,7 +101,7 @@ def stock_logprobs(vlm: VLM, sample: Sample, exit_layer: int, response: Tensor, 
     prompt = vlm.encode_prompt(sample)
     ids = torch.cat([prompt.input_ids, response])[None]
     with torch.no_grad(), vlm.exit_at(exit_layer):
-        logits = vlm.model(input_ids=ids, **prompt.image_inputs).logits.float()[0]
+        logits = vlm.model(input_ids=ids, **prompt.media).logits.float()[0]
     logits = logits[len(prompt.input_ids) - 1 : -1] / temperature
     logits[:, list(vlm.special_token_ids)] = -torch.inf
     logprobs: Tensor = logits.log_softmax(-1)
@@ -196,7 +196,7 @@ def test_the_saved_adapter_loads_and_merges_to_the_same_logits(
 ) -> None:
     vlm = make_vlm("llava")
     prompt = vlm.encode_prompt(samples[1])
-    inputs = {"input_ids": prompt.input_ids[None], **prompt.image_inputs}
+    inputs = {"input_ids": prompt.input_ids[None], **prompt.media}
     start = {name: weight.clone() for name, weight in vlm.model.state_dict().items()}
     with attached_policy(vlm, tiny_config(train=train)) as policy:
         perturb(policy)

@@ -147,13 +147,13 @@ def test_a_resumed_run_starts_with_the_halved_sizes_and_ends_the_same(
 
 def test_a_size_that_the_settings_change_is_taken_from_them() -> None:
     before = BatchSizes(tiny_config(microbatch_tokens=64, rollout_batch_size=8))
-    for size in (before.microbatch, before.rollout, before.encoder):
+    for size in (before.microbatch, before.rollout):
         size.most //= 2
-    with pytest.warns(RuntimeWarning, match="rollout_batch_size is now 4 and microbatch_tokens is now 32 and the enc"):
+    with pytest.warns(RuntimeWarning, match="rollout_batch_size is now 4 and microbatch_tokens is now 32"):
         before.agree(3)
     after = BatchSizes(tiny_config(microbatch_tokens=48, rollout_batch_size=8))
     after.load_state(before.state())
-    assert (after.microbatch.most, after.rollout.most, after.encoder.most) == (48, 4, 8)
+    assert (after.microbatch.most, after.rollout.most) == (48, 4)
 
 
 def test_fine_tuning_halves_warns_and_resumes_alike(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
