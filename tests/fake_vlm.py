@@ -19,6 +19,7 @@ from exitsafe.engine.prompts import Prompt, Row
 from exitsafe.engine.read_ahead import ReadAhead
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
+from exitsafe.exits.encoder import Encoder
 from exitsafe.machine.memory import BatchSize, as_batch_size
 from exitsafe.records import KINDS, Response, Sample
 
@@ -29,6 +30,7 @@ SAMPLES = [
     )
     for number in range(12)
 ]
+ENCODER = Encoder(modality="image", path="blocks", num_layers=6, default_exit=5)
 NUM_ROWS = len(SAMPLES) * 6
 
 
@@ -40,6 +42,7 @@ class FakeVLM:
     family: str = "llava"
     num_layers: int = 6
     default_exit: int = 5
+    encoder: Encoder = ENCODER
     checkpoint_hash: str | None = "c0ffee"
     adapter_hash: str | None = None
     translators: None = None
@@ -84,10 +87,10 @@ class FakeVLM:
 
     def encode_prompt(self, sample: Sample) -> Prompt:
         self.num_encoded += 1
-        return Prompt(sample_id=sample.id, input_ids=torch.zeros(len(sample.prompt)), image_inputs={})
+        return Prompt(sample_id=sample.id, input_ids=torch.zeros(len(sample.prompt)))
 
     def prompt_features(
-        self, prompts: Sequence[Prompt], exit_layers: Sequence[int], *, batch_size: int, skip_global: bool
+        self, prompts: Sequence[Prompt], exit_layers: Sequence[int], *, skip_global: bool
     ) -> list[dict[int, Any]]:
         return [{layer: (torch.zeros(4),) for layer in exit_layers} for _ in prompts]
 

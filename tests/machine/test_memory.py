@@ -64,8 +64,8 @@ def test_a_model_counts_the_states_that_its_encoder_gives(monkeypatch: pytest.Mo
     for prompt in prompts:
         vlm.rows_that_fit([prompt], max_new_tokens=4)
     vlm.rows_that_fit(prompts, max_new_tokens=4)
-    states = [features[1] for features in vlm.prompt_features(prompts, (1,), batch_size=4)]
-    wanted = [0 if each is None else sum(tensor.flatten(0, 1).shape[0] for tensor in each) for each in states]
+    states = [features[1] for features in vlm.prompt_features(prompts, (1,))]
+    wanted = [0 if each is None else each["image"]["pooler_output"].flatten(0, 1).shape[0] for each in states]
     assert [each.per_row for each in found] == [*wanted, max(wanted)]
     assert found[0].num_layers == len(vlm.text_config.cross_attention_layers)
 
