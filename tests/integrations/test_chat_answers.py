@@ -94,10 +94,9 @@ def test_log_likelihoods_are_those_of_a_plain_forward_inside_the_exit(family: st
     found = log_likelihoods(vlm, list(zip(prompts, said, strict=True)), 2, batch_size=2)
     for prompt, text, (logprob, is_greedy) in zip(prompts, said, found, strict=True):
         token_ids = vlm.tokenizer(text, add_special_tokens=False).input_ids
-        inputs = {"input_ids": torch.cat([prompt.input_ids, torch.tensor(token_ids)])[None], **prompt.image_inputs}
-        if prompt.cross_attention_mask is not None:
-            tail = prompt.cross_attention_mask[-1:].expand(len(token_ids), -1, -1)
-            inputs["cross_attention_mask"] = torch.cat([prompt.cross_attention_mask, tail])[None]
+        inputs = {"input_ids": torch.cat([prompt.input_ids, torch.tensor(token_ids)])[None], **prompt.media}
+        if (mask := prompt.text_inputs.get("cross_attention_mask")) is not None:
+            inputs["cross_attention_mask"] = torch.cat([mask, mask[-1:].expand(len(token_ids), -1, -1)])[None]
         with vlm.exit_at(2), torch.no_grad():
             logits = vlm.model(**inputs).logits[0, -len(token_ids) - 1 : -1].float()
         expected = logits.log_softmax(-1)[range(len(token_ids)), token_ids].sum().item()

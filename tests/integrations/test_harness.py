@@ -72,7 +72,7 @@ def test_each_exit_gives_its_own_answers() -> None:
         assert config["exitsafe_model"].startswith(f"organism@L{layer}#")
     assert own_answers(1) != own_answers(7)
     # and the model is as it was
-    assert not any("forward" in block.__dict__ for block in organism().family_row.encoder_blocks(organism().base_model))
+    assert not any("forward" in block.__dict__ for block in organism().encoder_blocks)
     assert organism().tokenizer.padding_side == "left"
 
 

@@ -63,7 +63,7 @@ def trainer(vlm: VLM, folder: Path, callbacks: list[Any], **arguments: Any) -> T
         batch = collate(prompts, responses, pad_token_id=vlm.pad_token_id)
         labels = batch["input_ids"].clone()
         labels[:, : -len(responses[0])] = -100
-        images = vlm.family_row.collate_images([prompt.image_inputs for prompt in prompts])
+        images = {"pixel_values": torch.cat([prompt.media["pixel_values"] for prompt in prompts])}
         return {**batch, **images, "labels": labels}
 
     for module in vlm.model.modules():
