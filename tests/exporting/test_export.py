@@ -57,7 +57,7 @@ def test_stock_transformers_loads_each_exit_and_computes_it_bit_for_bit(family: 
 @pytest.mark.parametrize("family", ("llava", "llava_next"))
 def test_it_equals_what_stock_transformers_calls_vision_feature_layer(family: str, tmp_path: Path) -> None:
     whole = tiny_model(family)
-    out = exitsafe.export(VLM(whole, None, name=family), exit_layer=4, out=tmp_path / "slim")
+    out = exitsafe.export(VLM(whole, tiny_processor(family), name=family), exit_layer=4, out=tmp_path / "slim")
     inputs = real_inputs(family)
     with torch.no_grad():
         wanted = whole(**inputs, vision_feature_layer=4).logits
@@ -68,7 +68,7 @@ def test_it_equals_what_stock_transformers_calls_vision_feature_layer(family: st
 
 @pytest.mark.parametrize("exit_layer", (1, 3, 6))
 def test_global_blocks_go_too_where_asked(exit_layer: int, tmp_path: Path) -> None:
-    vlm = VLM(tiny_mllama(), None, name="mllama")
+    vlm = VLM(tiny_mllama(), tiny_processor("mllama"), name="mllama")
     out = exitsafe.export(vlm, exit_layer=exit_layer, out=tmp_path / "slim", skip_global=True)
     assert difference(vlm, out, exit_layer=exit_layer, family="mllama", skip_global=True) == 0.0
     assert difference(vlm, out, exit_layer=exit_layer, family="mllama") > 0.01, "global blocks must matter here"
@@ -85,8 +85,8 @@ def test_lists_of_feature_layers(
     make: Any, layers: list[int], exit_layer: int, written: list[int], tmp_path: Path
 ) -> None:
     model = make(vision_feature_layer=layers)
-    vlm = VLM(model, None, name="list")
     family = str(model.config.model_type)
+    vlm = VLM(model, tiny_processor(family), name="list")
     out = exitsafe.export(vlm, exit_layer=exit_layer, out=tmp_path / "slim")
     assert load_stock(out).config.vision_feature_layer == written
     assert difference(vlm, out, exit_layer=exit_layer, family=family) == 0.0
@@ -179,7 +179,7 @@ def test_the_dtype_is_kept_and_merging_in_it_is_near_enough(tmp_path: Path) -> N
 
 
 def test_the_command_on_the_card_names_the_very_commit() -> None:
-    vlm = VLM(tiny_llava(), None, name="org/model", checkpoint_hash="0123abcd")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="org/model", checkpoint_hash="0123abcd")
     facts = {"adapter": None, "exit_layer": 3, "skip_global": False, "audit": None}
     assert (
         _command(vlm, facts, out="slim")
@@ -192,7 +192,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
     model.tie_weights()
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    vlm = VLM(model, None, name="tied")
+    vlm = VLM(model, tiny_processor("llava"), name="tied")
     out = exitsafe.export(vlm, exit_layer=2, out=tmp_path / "slim")
     names = load_file(out / "model.safetensors").keys()
     assert "language_model.model.embed_tokens.weight" in names and "language_model.lm_head.weight" not in names
@@ -202,6 +202,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert read_manifest(out).sizes["after"]["parameters"] == sum(parameters.values())
     assert difference(vlm, out, exit_layer=2, family="llava") == 0.0
     model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
     save_adapter(tmp_path / "model", tmp_path / "adapter", target_modules=["lm_head"])
     adapted = load_vlm(tmp_path / "model", adapter=tmp_path / "adapter")
     with pytest.raises(ModelError, match="changes embeddings and head differently"):
@@ -212,6 +213,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 def test_checkpoints_in_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llava().save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    tiny_processor("llava").save_pretrained(tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     monkeypatch.setattr("exitsafe.exporting.export.SHARD_SIZE", "40KB")
     vlm = load_vlm(tmp_path / "model")
@@ -306,21 +308,8 @@ def test_the_organism(exit_layer: int, tmp_path: Path) -> None:
         assert [response.text for response in again.generate(samples, 7, max_new_tokens=24)] == wanted
 
 
-def test_without_a_processor(tmp_path: Path) -> None:
-    tiny_llava().save_pretrained(tmp_path / "model")
-    out = exitsafe.export(load_vlm(tmp_path / "model"), exit_layer=2, out=tmp_path / "slim")
-    assert sorted(path.name for path in out.iterdir()) == [
-        "README.md",
-        "config.json",
-        "exitsafe.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
-    assert load_vlm(out).processor is None
-
-
 def test_inside_an_exit_and_more_than_once(tmp_path: Path) -> None:
-    vlm = VLM(tiny_llava(), None, name="llava")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="llava")
     first = exitsafe.export(vlm, exit_layer=2, out=tmp_path / "one")
     with vlm.exit_at(4):
         second = exitsafe.export(vlm, exit_layer=2, out=tmp_path / "two")
@@ -330,7 +319,7 @@ def test_inside_an_exit_and_more_than_once(tmp_path: Path) -> None:
 
 
 def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
-    vlm = VLM(tiny_llava(), None, name="llava")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="llava")
     out = tmp_path / "slim"
     with pytest.raises(ExitLayerError, match="choose 1 to 6"):
         exitsafe.export(vlm, exit_layer=7, out=out)
@@ -345,7 +334,7 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_only_a_new_or_empty_folder(tmp_path: Path) -> None:
-    vlm = VLM(tiny_llava(), None, name="llava")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="llava")
     (tmp_path / "empty").mkdir()
     exitsafe.export(vlm, exit_layer=2, out=tmp_path / "empty")
     with pytest.raises(RunError, match="already exists and is not empty"):
@@ -355,7 +344,7 @@ def test_only_a_new_or_empty_folder(tmp_path: Path) -> None:
 def test_a_checkpoint_that_does_not_repeat_the_exit_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vlm = VLM(tiny_llava(), None, name="llava")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="llava")
     wrong = {
         "a block too few": lambda *args, **settings: cut(*args, **settings | {"exit_layer": 2}),
         "a changed weight": lambda *args, **settings: _nudge(cut(*args, **settings)),
@@ -394,7 +383,7 @@ def test_an_adapter_that_does_less_than_rounding_may_is_not_lost_either(
 
 
 def test_progress_and_what_an_interrupt_leaves(tmp_path: Path) -> None:
-    vlm = VLM(tiny_llava(), None, name="llava")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="llava")
     calls: list[tuple[int, int]] = []
 
     def interrupt(done: int, total: int, note: str) -> None:
@@ -422,7 +411,7 @@ def _nudge(model: Any) -> Any:
 def test_relative_paths_and_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    vlm = VLM(tiny_llava(), None, name="llava")
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="llava")
     assert load_stock(exitsafe.export(vlm, exit_layer=1, out="slim/deep/er")) is not None
     shutil.rmtree(tmp_path / "slim")
     assert read_manifest(exitsafe.export(vlm, exit_layer=1, out=Path("here"))).command.endswith("--out here")
@@ -433,7 +422,7 @@ def test_a_model_whose_numbers_are_not_finite_is_not_exported(tmp_path: Path) ->
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.inf
     with pytest.raises(ModelError, match="exit 2: logits are NaN or infinite in float32"):
-        exitsafe.export(VLM(model, None, name="llava"), exit_layer=2, out=tmp_path / "slim")
+        exitsafe.export(VLM(model, tiny_processor("llava"), name="llava"), exit_layer=2, out=tmp_path / "slim")
     assert list(tmp_path.iterdir()) == []
 
 

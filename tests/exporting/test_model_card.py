@@ -179,7 +179,16 @@ def _header(text: str) -> ModelCardData:
     return found
 
 
-BASE = Base(name="model", family="llava", num_layers=6, default_exit=5, checkpoint="c0", adapter="a0", translators=None)
+BASE = Base(
+    name="model",
+    family="llava",
+    encoder="image",
+    num_layers=6,
+    default_exit=5,
+    checkpoint="c0",
+    adapter="a0",
+    translators=None,
+)
 _SIZES = {"encoder_blocks": 6, "global_blocks": 0, "parameters": 10, "weight_bytes": 40}
 EXPORTED = Exported(
     exitsafe="0",
