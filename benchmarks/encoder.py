@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from benchmarks.timing import best_seconds
 from exitsafe.engine.vlm import VLM
+from exitsafe.exits.checks import prove_exits
 
 NUM_LAYERS = 12
 WIDTH = 1024
@@ -70,14 +71,16 @@ def _wide_encoder() -> VLM:
         eos_token_id=2,
     )
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3))
-    return VLM(model.eval(), None, name="wide encoder")
+    inputs = {"pixel_values": torch.randn(1, 3, 336, 336)}
+    encoder = prove_exits(model.eval(), inputs, modality="image", name="wide encoder")
+    return VLM(model, None, encoder=encoder, name="wide encoder")
 
 
 def _with_real_projector(vlm: VLM) -> VLM:
     model: Any = copy.deepcopy(vlm.model)
     projector = model.model.multi_modal_projector
     projector.linear_1, projector.linear_2 = nn.Linear(WIDTH, 4096), nn.Linear(4096, 4096)
-    return VLM(model, None, name="wide encoder and projector")
+    return VLM(model, None, encoder=vlm.encoder, name="wide encoder and projector")
 
 
 if __name__ == "__main__":
