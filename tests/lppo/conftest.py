@@ -63,7 +63,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_config(**changes: object) -> LPPOConfig:
     settings: dict[str, object] = {
-        "num_steps": 6,
+        "num_steps": 4,
         "batch_size": 8,
         "minibatch_size": 4,
         "microbatch_tokens": 10_000,

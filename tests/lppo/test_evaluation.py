@@ -170,14 +170,12 @@ def test_an_evaluation_moves_no_training_and_leaves_numbers_only(
 
     trained, held_out = split
     align(vlm, trained, reward=draws, config=tiny_config(), out=tmp_path / "alone")
-    evaluation = Evaluation(samples=held_out, judge=Scripted(0.5, 0.5, 0.5, 0.4), every=2)
+    evaluation = Evaluation(samples=held_out, judge=Scripted(0.5, 0.5, 0.4), every=2)
     align(vlm, trained, reward=draws, config=tiny_config(), evaluation=evaluation, out=tmp_path / "evaluated")
     assert_same_run(tmp_path / "alone", tmp_path / "evaluated")
     results = evaluations_of(tmp_path / "evaluated")
-    assert [result["step"] for result in results] == [0, 2, 4, 6]
-    assert [result["kl"] for result in results[1:]] == [
-        metrics_of(tmp_path / "alone")[step]["kl"] for step in (1, 3, 5)
-    ]
+    assert [result["step"] for result in results] == [0, 2, 4]
+    assert [result["kl"] for result in results[1:]] == [metrics_of(tmp_path / "alone")[step]["kl"] for step in (1, 3)]
 
     def check(value: Any) -> None:
         for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -187,7 +185,7 @@ def test_an_evaluation_moves_no_training_and_leaves_numbers_only(
     check(results)
     assert list(results[0]["exits"]) == ["1", "2", "3", "4", "5", "6"]
     result = result_of(tmp_path / "alone")
-    assert result | {"steps": 6, "adapter_step": 6, "why": "the last step", "learnt": True} == result
+    assert result | {"steps": 4, "adapter_step": 4, "why": "the last step", "learnt": True} == result
 
 
 def test_the_best_step_becomes_the_adapter(
@@ -196,13 +194,13 @@ def test_the_best_step_becomes_the_adapter(
     trained, held_out = split
     judge = Scripted(0.9, 0.6, 0.2, 0.2)
     align(vlm, trained, reward=count_red, config=tiny_config(), out=tmp_path / "run",
-          evaluation=Evaluation(samples=held_out, judge=judge, every=2))  # fmt: skip
-    assert [result["best_step"] for result in evaluations_of(tmp_path / "run")] == [0, 2, 4, 4]  # the earlier of equals
+          evaluation=Evaluation(samples=held_out, judge=judge, every=1))  # fmt: skip
+    assert [result["best_step"] for result in evaluations_of(tmp_path / "run")] == [0, 2, 3, 3]  # the earlier of equals
     result = result_of(tmp_path / "run")
-    assert (result["adapter_step"], result["steps"], result["stopped_early"]) == (4, 6, False)
+    assert (result["adapter_step"], result["steps"], result["stopped_early"]) == (3, 4, False)
     assert result["why"].endswith("of 4 evaluations")
     checkpoints = Path(shutil.copytree(alone / "checkpoints", tmp_path / "checkpoints"))
-    right, found = weights_after(4, checkpoints), adapter_of(tmp_path / "run")
+    right, found = weights_after(3, checkpoints), adapter_of(tmp_path / "run")
     assert right.keys() == found.keys()
     assert all(torch.equal(right[name], found[name]) for name in right)
     assert not all(torch.equal(adapter_of(alone)[name], found[name]) for name in found)
@@ -214,7 +212,7 @@ def test_it_ends_when_the_curve_falls_no_more(
     trained, held_out = split
     evaluation = Evaluation(samples=held_out, judge=Scripted(0.9, 0.1, 0.3, None), every=1, patience=2)
     # the first step trains the value head alone: nothing to evaluate
-    align(vlm, trained, reward=count_red, config=tiny_config(), evaluation=evaluation, out=tmp_path / "run")
+    align(vlm, trained, reward=count_red, config=tiny_config(num_steps=5), evaluation=evaluation, out=tmp_path / "run")
     assert [result["step"] for result in evaluations_of(tmp_path / "run")] == [0, 2, 3, 4]
     assert evaluations_of(tmp_path / "run")[-1]["objective"] is None
     assert len(metrics_of(tmp_path / "run")) == 4
@@ -227,14 +225,14 @@ def test_only_steps_within_the_budget_may_win(
 ) -> None:
     trained, held_out = split
     kl = [line["kl"] for line in metrics_of(alone)]
-    rates = (0.9, 0.8, 0.5, 0.1)  # after steps 0, 2, 4, 6
-    assert kl[5] > max(0.0, kl[1], kl[3])
+    rates = (0.9, 0.8, 0.5, 0.1)  # after steps 0, 2, 3, 4
+    assert kl[3] > max(0.0, kl[1], kl[2])
     evaluation = Evaluation(
-        samples=held_out, judge=Scripted(*rates), every=2, max_kl=(kl[5] + max(0.0, kl[1], kl[3])) / 2
+        samples=held_out, judge=Scripted(*rates), every=1, max_kl=(kl[3] + max(0.0, kl[1], kl[2])) / 2
     )
     align(vlm, trained, reward=count_red, config=tiny_config(), evaluation=evaluation, out=tmp_path / "run")
     assert [result["within_budget"] for result in evaluations_of(tmp_path / "run")] == [True, True, True, False]
-    assert result_of(tmp_path / "run")["adapter_step"] == 4
+    assert result_of(tmp_path / "run")["adapter_step"] == 3
     assert "with a KL of at most" in result_of(tmp_path / "run")["why"]
 
 
@@ -260,7 +258,7 @@ RATES = (0.9, 0.3, 0.4, 0.5, 0.1)
 
 
 def evaluated(vlm: VLM, trained: Sequence[Sample], held_out: Sequence[Sample], judge: Scripted, out: Path) -> Path:
-    evaluation = Evaluation(samples=held_out, judge=judge, every=2, patience=2)
+    evaluation = Evaluation(samples=held_out, judge=judge, every=1, patience=2)
     align(vlm, trained, reward=count_red, config=tiny_config(checkpoint_every=99), evaluation=evaluation, out=out)
     return out
 
@@ -280,12 +278,12 @@ def test_an_interrupted_evaluation_is_repeated_and_the_run_ends_the_same(
     assert result_of(uninterrupted)["adapter_step"] == 2
     with pytest.raises(KeyboardInterrupt):
         evaluated(vlm, *split, Scripted(*RATES, event=interrupt, at=at), cut)
-    assert len(metrics_of(cut)) == 2 * at if at else not (cut / "metrics.jsonl").read_bytes()
+    assert len(metrics_of(cut)) == at + 1 if at else not (cut / "metrics.jsonl").read_bytes()
     evaluated(vlm, *split, Scripted(*RATES[at:]), cut)
     assert_same_run(uninterrupted, cut)
     assert evaluations_of(cut) == evaluations_of(uninterrupted)
     assert result_of(cut) == result_of(uninterrupted)
-    with pytest.raises(RunError, match=r"evaluation\.every was 2, is now 3"):
+    with pytest.raises(RunError, match=r"evaluation\.every was 1, is now 3"):
         align(vlm, trained, reward=count_red, config=tiny_config(checkpoint_every=99), out=cut,
               evaluation=Evaluation(samples=held_out, judge=Scripted(), every=3, patience=2))  # fmt: skip
 

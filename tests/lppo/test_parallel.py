@@ -88,7 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "kl_target": 0.01, "calibration_samples": 8,
     },
     # two groups for three processes: one has nothing to answer
-    "grpo": {"algorithm": "grpo", "group_size": 4, "num_steps": 3, "feature_cache_gb": 0.0, "minibatch_size": 8},
+    "grpo": {"algorithm": "grpo", "group_size": 4, "num_steps": 2, "feature_cache_gb": 0.0, "minibatch_size": 8},
 }  # fmt: skip
 
 
@@ -131,9 +131,7 @@ def test_an_evaluation_of_two_processes_sees_what_one_sees(vlm: VLM, tmp_path: P
     evaluation = Evaluation(samples=held_out, judge=Fickle(), every=2, patience=None)
 
     def train(out: str) -> None:
-        align(
-            vlm, trained, reward=count_red, config=tiny_config(num_steps=4), evaluation=evaluation, out=tmp_path / out
-        )
+        align(vlm, trained, reward=count_red, config=tiny_config(), evaluation=evaluation, out=tmp_path / out)
 
     train("one")
     together(2, lambda number: train("two"))
@@ -264,7 +262,7 @@ def test_killed_on_two_processes_it_goes_on_with_the_same_bits_and_on_one_with_r
     vlm: VLM, tmp_path: Path
 ) -> None:
     def train(out: str, reward: Reward) -> Callable[[int], None]:
-        config = tiny_config(kl_target=0.01, num_steps=5)
+        config = tiny_config(kl_target=0.01)
 
         def work(number: int) -> None:
             align(vlm, make_samples(), reward=reward, config=config, out=tmp_path / out)
@@ -308,7 +306,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(vlm: VLM, tmp_path
     calls: list[int] = []
 
     def work(number: int) -> None:
-        with pytest.raises(KeyboardInterrupt, match="resume from step 2 of 6"):
+        with pytest.raises(KeyboardInterrupt, match="resume from step 2 of 4"):
             align(vlm, make_samples(), reward=reward, config=tiny_config(checkpoint_every=100), out=tmp_path / "run")
 
     together(2, work)

@@ -28,7 +28,7 @@ def test_fsdp2_gives_the_adapter_of_one_process(
     vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reshard: str
 ) -> None:
     def train(out: str) -> None:
-        align(vlm, make_samples(), reward=picky, config=tiny_config(num_steps=4), out=tmp_path / out)
+        align(vlm, make_samples(), reward=picky, config=tiny_config(num_steps=3), out=tmp_path / out)
 
     def work(number: int) -> None:
         told: list[bool] = []

@@ -62,8 +62,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     config = tiny_config(train=train, feature_cache_gb=0.0 if train == "lora" else 1.0, microbatch_tokens=40)
     align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        align(vlm, samples, reward=CountRed(5, interrupt), config=config, out=tmp_path / "broken")
-    assert len(metrics_of(tmp_path / "broken")) == 5  # one step past the checkpoint of step 4: to be redone
+        align(vlm, samples, reward=CountRed(3, interrupt), config=config, out=tmp_path / "broken")
+    assert len(metrics_of(tmp_path / "broken")) == 3  # one step past the checkpoint of step 2: to be redone
     assert not (tmp_path / "broken" / "adapter").exists()
     align(make_vlm("llava"), samples, reward=CountRed(), config=config, out=tmp_path / "broken")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
@@ -71,13 +71,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_the_run_ends_the_same(
-    vlm: VLM, samples: list[Sample], config: LPPOConfig, whole_run: Path, tmp_path: Path
+    vlm: VLM, samples: list[Sample], whole_run: Path, tmp_path: Path
 ) -> None:
+    config = tiny_config(checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt):
-        align(vlm, samples, reward=CountRed(5, interrupt), config=config, out=tmp_path / "broken")
-    newest = tmp_path / "broken" / "checkpoints" / "step-000004.ckpt"
+        align(vlm, samples, reward=CountRed(3, interrupt), config=config, out=tmp_path / "broken")
+    newest = tmp_path / "broken" / "checkpoints" / "step-000003.ckpt"
     newest.write_bytes(newest.read_bytes()[:-100])
-    with pytest.warns(RuntimeWarning, match="step-000004.ckpt is truncated or corrupt"):
+    with pytest.warns(RuntimeWarning, match="step-000003.ckpt is truncated or corrupt"):
         align(vlm, samples, reward=CountRed(), config=config, out=tmp_path / "broken")
     assert_same_run(whole_run, tmp_path / "broken")
 
@@ -210,7 +211,7 @@ def test_the_reward_rises(samples: list[Sample], tmp_path: Path, train: str) -> 
     weights = {name: weight.clone() for name, weight in vlm.model.state_dict().items()}
     rate = {"lora": 1e-2, "full": 3e-3}[train]
     config = tiny_config(
-        train=train, num_steps=25, batch_size=32, minibatch_size=16, microbatch_tokens=1000, learning_rate=rate
+        train=train, num_steps=15, batch_size=32, minibatch_size=16, microbatch_tokens=1000, learning_rate=rate
     )
     seen: list[tuple[int, int]] = []
     align(
@@ -227,7 +228,7 @@ def test_the_reward_rises(samples: list[Sample], tmp_path: Path, train: str) -> 
     assert last > first + 0.5
     assert metrics[0]["kl"] == 0.0  # the policy is the reference
     assert metrics[-1]["kl"] > 0.1
-    assert seen == [(step, 25) for step in range(26)]
+    assert seen == [(step, 15) for step in range(16)]
     assert vlm.model.state_dict().keys() == weights.keys()
     assert all(torch.equal(weights[name], weight) for name, weight in vlm.model.state_dict().items())
     names = adapter_of(tmp_path / "run").keys()
@@ -283,7 +284,7 @@ def test_unscored_answers_are_left_out_and_counted(
 
 
 def test_scores_are_calibrated_on_the_untrained_model(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
-    config = tiny_config(calibration_samples=30)
+    config = tiny_config(calibration_samples=30, num_steps=2)
     asked: list[int] = []
 
     def shifted(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
@@ -291,7 +292,7 @@ def test_scores_are_calibrated_on_the_untrained_model(vlm: VLM, samples: list[Sa
         return [1000.0 + 100.0 * (response.exit_layer % 2) for response in responses]
 
     align(vlm, samples, reward=shifted, config=config, out=tmp_path / "run")
-    assert asked == [30] + [8] * 6  # once, before the first step
+    assert asked == [30] + [8] * 2  # once, before the first step
     for line in metrics_of(tmp_path / "run"):
         (mean,) = line["reward_parts"].values()
         assert 1000 <= mean <= 1100
@@ -335,17 +336,21 @@ def test_a_run_that_skips_everything_stops_before_its_end_also_when_resumed(
     vlm: VLM, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("exitsafe.lppo.update.MAX_RATIO", 0.5)
+    monkeypatch.setattr("exitsafe.lppo.metrics.PATIENCE_STEPS", 5)
     config = tiny_config(num_steps=100, max_new_tokens=2, batch_size=2, minibatch_size=2, num_epochs=1)
     for _ in range(2):
-        with pytest.raises(RunError, match=r"every minibatch of the last 2[01] steps was skipped"):
+        with pytest.raises(RunError, match=r"every minibatch of the last [56] steps was skipped"):
             align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
-    assert len(metrics_of(tmp_path / "run")) in (20, 21)
+    assert len(metrics_of(tmp_path / "run")) in (5, 6)
 
 
-def test_a_reward_that_never_varies_stops_the_run(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
-    sizes = {"batch_size": 32, "minibatch_size": 32, "microbatch_tokens": 1000, "max_new_tokens": 2}
-    config = tiny_config(num_steps=100, missing_eos_penalty=0.0, **sizes)
-    with pytest.raises(RunError, match="stopped after step 20 of 100: the final scores did not differ"):
+def test_a_reward_that_never_varies_stops_the_run(
+    vlm: VLM, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exitsafe.lppo.metrics.PATIENCE_STEPS", 3)
+    monkeypatch.setattr("exitsafe.lppo.metrics.PATIENCE_ANSWERS", 32)
+    config = tiny_config(num_steps=100, missing_eos_penalty=0.0)
+    with pytest.raises(RunError, match="stopped after step 4 of 100: the final scores did not differ"):
         align(vlm, samples, reward=always_one, config=config, out=tmp_path / "run")
 
 
@@ -370,10 +375,10 @@ def test_a_short_run_says_that_nothing_was_learnt(
 def test_a_healthy_run_says_what_it_skipped_and_could_not_score(whole_run: Path) -> None:
     result = result_of(whole_run)
     assert (result["learnt"], result["why_not"]) == (True, None)
-    assert (result["minibatches"], result["skipped_minibatches"]) == (6 * 2 * 2, 0)
-    assert (result["answers"], result["unscored_answers"]) == (48, 0)
+    assert (result["minibatches"], result["skipped_minibatches"]) == (4 * 2 * 2, 0)
+    assert (result["answers"], result["unscored_answers"]) == (32, 0)
     lines = metrics_of(whole_run)
-    assert result["constant_steps"] == sum(line["final_score_std"] == 0 for line in lines) < 6
+    assert result["constant_steps"] == sum(line["final_score_std"] == 0 for line in lines) < 4
 
 
 def test_the_line_of_a_step_tells_the_score_that_is_trained_on(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
@@ -440,7 +445,7 @@ def test_reward_models_are_calibrated_by_default_and_nothing_else_is(
 def test_the_kl_coefficient_moves_by_2_percent_a_step(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
     config = tiny_config(kl_target=1000.0)  # never reached
     align(vlm, samples, reward=count_red, config=config, out=tmp_path / "run")
-    assert metrics_of(tmp_path / "run")[-1]["kl_coef"] == pytest.approx(0.05 * 0.98**4)
+    assert metrics_of(tmp_path / "run")[-1]["kl_coef"] == pytest.approx(0.05 * 0.98**2)
 
 
 def completions_of(out: Path) -> list[dict[str, Any]]:
@@ -457,7 +462,7 @@ def test_completions_are_kept_on_request_and_a_resumed_run_has_none_twice(
     config = tiny_config(save_completions=4, missing_eos_penalty=0.5)
     align(vlm, samples, reward=most, config=config, out=tmp_path / "whole")
     kept = completions_of(tmp_path / "whole")
-    assert [row["step"] for row in kept] == [step for step in (0, 2, 4, 5) for _ in range(4)]
+    assert [row["step"] for row in kept] == [step for step in (0, 2, 3) for _ in range(4)]
     assert (tmp_path / "whole" / "completions.jsonl").stat().st_mode & 0o777 == 0o600
     assert {row["sample_id"] for row in kept} <= {sample.id for sample in samples}
     assert {row["exit_layer"] for row in kept} <= set(range(1, 7))
@@ -471,14 +476,14 @@ def test_completions_are_kept_on_request_and_a_resumed_run_has_none_twice(
     calls = iter(range(100))
 
     def breaking(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:
-        if next(calls) == 5:
+        if next(calls) == 3:
             raise KeyboardInterrupt
         return most(samples, responses)
 
     breaking.__qualname__ = most.__qualname__
     with pytest.raises(KeyboardInterrupt):
         align(vlm, samples, reward=breaking, config=config, out=tmp_path / "broken")
-    assert completions_of(tmp_path / "broken")[-1]["step"] == 4  # of the step that is done again
+    assert completions_of(tmp_path / "broken")[-1]["step"] == 2  # of the step that is done again
     align(vlm, samples, reward=most, config=config, out=tmp_path / "broken")
     assert completions_of(tmp_path / "broken") == kept
     assert not (tmp_path / "broken" / "completions.jsonl").stat().st_mode & 0o077
