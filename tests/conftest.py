@@ -60,6 +60,9 @@ def repeated_work_is_done_once() -> Iterator[None]:
             from exitsafe.engine.templates import _Renderer
 
             patch.setattr(_Renderer, "ask", _remembering(_Renderer.ask))
+            from transformers import PretrainedConfig
+
+            patch.setattr(PretrainedConfig, "__repr__", object.__repr__)  # written for a log that is off
         yield
 
 

@@ -23,6 +23,8 @@ from lm_eval.tasks import TaskManager
 
 from exitsafe.integrations import lm_eval_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_report_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

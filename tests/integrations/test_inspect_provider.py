@@ -50,6 +50,8 @@ from inspect_ai.tool import ToolInfo
 from exitsafe.integrations import inspect_model
 from exitsafe.integrations.shared_worker import SharedWorker
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import exitsafe
 from tests.integrations.worldly import organism, rows
 
+pytestmark = pytest.mark.slow
 PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ from lmms_eval.tasks import TaskManager
 
 from exitsafe.integrations.lmms_model import ExitsafeLMM
 
+pytestmark = pytest.mark.slow
 TASK = """
 task: world_vqa
 dataset_path: parquet

@@ -24,6 +24,7 @@ from exitsafe.world import organism_suites
 from tests.forks import together
 from tests.integrations.worldly import organism, samples
 
+pytestmark = pytest.mark.slow
 OPTIONS: dict[str, Any] = {"exit_layers": (1, 7), "max_new_tokens": 24}
 
 

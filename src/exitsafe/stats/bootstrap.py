@@ -7,6 +7,8 @@ before/after differences then share their noise, as in the experiment.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from exitsafe.stats.intervals import CONFIDENCE, constant_interval
 Floats = npt.NDArray[np.float64]
 RESAMPLES = 2000
 _CELLS_AT_ONCE = 4_000_000
+_CELLS_TO_KEEP = 1_000_000
 
 
 def resampled_layer_means(scores: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
@@ -35,11 +38,9 @@ def resampled_layer_means(scores: Floats, *, resamples: int = RESAMPLES, seed: i
         return np.full((resamples, num_layers), np.nan)
     is_scored = ~np.isnan(scores)
     filled = np.where(is_scored, scores, 0.0)
-    rng = np.random.default_rng(seed)
-    rows_at_once = max(1, _CELLS_AT_ONCE // max(1, num_samples))
     means = []
-    for start in range(0, resamples, rows_at_once):
-        weights = _draw_weights(rng, min(rows_at_once, resamples - start), num_samples)  # (r, S)
+    is_small = resamples * num_samples <= _CELLS_TO_KEEP
+    for weights in (_kept_weights if is_small else _draw_weights)(seed, resamples, num_samples):  # (r, S)
         totals, counts = weights @ filled, weights @ is_scored.astype(np.float64)  # (r, L)
         means.append(np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0))
     return np.concatenate(means)
@@ -92,10 +93,19 @@ def mean_over(columns: Floats) -> Floats:
     return means
 
 
-def _draw_weights(rng: np.random.Generator, num_rows: int, num_samples: int) -> Floats:
-    """How often each sample is drawn, (r, S): integers, so that sums of 0/1 scores stay exact."""
-    drawn = rng.integers(num_samples, size=(num_rows, num_samples))
-    drawn += np.arange(num_rows)[:, None] * num_samples
-    counts = np.bincount(drawn.ravel(), minlength=num_rows * num_samples)
-    weights: Floats = counts.reshape(num_rows, num_samples).astype(np.float64)
-    return weights
+def _draw_weights(seed: int, resamples: int, num_samples: int) -> Iterator[Floats]:
+    """How often each sample is drawn, (r, S) at a time: integers, so that sums of 0/1 scores stay exact."""
+    rng = np.random.default_rng(seed)
+    rows_at_once = max(1, _CELLS_AT_ONCE // num_samples)
+    for start in range(0, resamples, rows_at_once):
+        num_rows = min(rows_at_once, resamples - start)
+        drawn = rng.integers(num_samples, size=(num_rows, num_samples))
+        drawn += np.arange(num_rows)[:, None] * num_samples
+        counts = np.bincount(drawn.ravel(), minlength=num_rows * num_samples)
+        yield counts.reshape(num_rows, num_samples).astype(np.float64)
+
+
+@lru_cache(maxsize=8)
+def _kept_weights(seed: int, resamples: int, num_samples: int) -> tuple[Floats, ...]:
+    """Kept, since a summary resamples the same few numbers of samples dozens of times."""
+    return tuple(_draw_weights(seed, resamples, num_samples))
