@@ -55,7 +55,8 @@ def repeated_work_is_done_once() -> Iterator[None]:
         if "exitsafe.show.drawing" in sys.modules:
             import vl_convert
 
-            patch.setattr(vl_convert, "vegalite_to_svg", cache(vl_convert.vegalite_to_svg))
+            for name in ("vegalite_to_svg", "vegalite_to_png"):
+                patch.setattr(vl_convert, name, cache(getattr(vl_convert, name)))
         if "exitsafe.engine.templates" in sys.modules:
             from exitsafe.engine.templates import _Renderer
 

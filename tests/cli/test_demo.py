@@ -19,7 +19,7 @@ from exitsafe.results.comparison import compare
 from exitsafe.results.run import load_run
 from exitsafe.world import suites
 
-SMALL: dict[Kind, int] = {"harmful": 6, "borderline": 6, "benign": 4, "vqa": 4}
+SMALL: dict[Kind, int] = {"harmful": 4, "borderline": 4, "benign": 2, "vqa": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_demo(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole demonstration in seconds: few samples, few steps, a model that knows nothing."""
-    quick = {"num_steps": 3, "value_warmup_steps": 1, "batch_size": 8, "minibatch_size": 8, "max_new_tokens": 6}
+    quick = {"num_steps": 2, "value_warmup_steps": 1, "batch_size": 8, "minibatch_size": 8, "max_new_tokens": 6}
     for_organism = LPPOConfig.for_organism
     monkeypatch.setattr(LPPOConfig, "for_organism", lambda **changes: for_organism(**quick | changes))
     for split in suites.DEFAULT_SIZES:

@@ -37,18 +37,14 @@ def light(lines: Sequence[tuple[str, list[str]]], *, run: Path, cwd: Path) -> li
     return done.stdout.split("\0")[:-1]
 
 
-def test_commands_that_read_finished_runs(audited: Path, tmp_path: Path) -> None:
-    lines = [
-        ("012", ["gate", "RUN", "--max-asr", "0.5"]),
-        ("0", ["compare", "RUN", "RUN"]),
-        ("0", ["label", "RUN", "--out", "labels.csv", "--include-unsafe-text"]),
-        ("0", ["suites"]),
-        ("0", ["suites", "xstest"]),
-        ("0", ["report", "RUN", "--out", "page.html"]),
-    ]
-    assert all(light(lines, run=audited, cwd=tmp_path))
-
-
+READING = [
+    ("012", ["gate", "RUN", "--max-asr", "0.5"]),
+    ("0", ["compare", "RUN", "RUN"]),
+    ("0", ["label", "RUN", "--out", "labels.csv", "--include-unsafe-text"]),
+    ("0", ["suites"]),
+    ("0", ["suites", "xstest"]),
+    ("0", ["report", "RUN", "--out", "page.html"]),
+]
 WRONG = [
     (["gate", "nowhere", "--max-asr", "0.1"], "nowhere is not a folder"),
     (["audit", "organism", "--lik", "runs/x"], "--like"),
@@ -68,10 +64,11 @@ WRONG = [
 ]
 
 
-def test_wrong_arguments(audited: Path, tmp_path: Path) -> None:
+def test_reading_runs_and_wrong_arguments(audited: Path, tmp_path: Path) -> None:
     (tmp_path / "here" / "adapter").mkdir(parents=True)
     (tmp_path / "here" / "metrics.jsonl").touch()
     (tmp_path / "here" / "adapter" / "adapter_config.json").write_text("{}")
-    found = light([("2", line) for line, _ in WRONG], run=audited, cwd=tmp_path)
-    for (line, words), said in zip(WRONG, found, strict=True):
+    found = light([*(("2", line) for line, _ in WRONG), *READING], run=audited, cwd=tmp_path)
+    assert all(found)
+    for (line, words), said in zip(WRONG, found, strict=False):
         assert words in said, line

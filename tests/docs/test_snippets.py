@@ -12,9 +12,10 @@ import pytest
 
 import exitsafe
 from exitsafe.data.images import open_image
+from exitsafe.engine import latency
 from exitsafe.lppo import LPPOConfig
 from exitsafe.records import KINDS
-from exitsafe.world import organism_suites
+from exitsafe.world import organism_suites, suites
 from tests.docs.pages import PAGES, Block, blocks
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
 
@@ -32,6 +33,8 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     """What a page may take for granted: a model, samples, a file of samples, and a folder to write into."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LPPOConfig, "for_organism", staticmethod(brief))
+    monkeypatch.setitem(suites.DEFAULT_SIZES, "train", dict.fromkeys(KINDS, 8))
+    monkeypatch.setitem(latency.measure_latency.__kwdefaults__, "num_samples", 1)
     few = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 4))
     with Path("my.jsonl").open("w") as file:
         for sample in few:

@@ -114,10 +114,10 @@ def test_replies_become_verdicts_whatever_the_batch(name: str, folder: Callable[
     expected = VERDICTS[shape.guard.name]
     answers = [*expected, "", "round", f"{REFUSED} {UNSAFE} " * 8]
     pairs = [(ASK, answer) for answer in answers] + [("what is this", answer) for answer in answers]
-    alone, *batched = [
-        ask_judge(GuardJudge(shape.guard, str(path), batch_size=size), *conversation(*pairs)) for size in (1, 3, 16)
+    alone, batched = [
+        ask_judge(GuardJudge(shape.guard, str(path), batch_size=size), *conversation(*pairs)) for size in (1, 5)
     ]
-    assert all(found == alone for found in batched)
+    assert batched == alone
     assert {(verdict.judge, verdict.exit_layer) for verdict in alone} == {(f"{shape.guard.name}:{path}", 3)}
     for place, wanted in enumerate(expected.values()):
         own = [verdict for verdict in alone if verdict.sample_id == str(place)]
