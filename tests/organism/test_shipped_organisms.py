@@ -14,7 +14,7 @@ from exitsafe.organism.check import answer, table_by_exit
 from exitsafe.records import Kind
 from exitsafe.world import ORGANISMS, model_folder, organism_suites
 
-SIZES: dict[Kind, int] = {"harmful": 24, "borderline": 24, "benign": 24, "vqa": 40}
+SIZES: dict[Kind, int] = {"harmful": 48, "borderline": 48, "benign": 48, "vqa": 80}
 FRESH_SEED = 1234
 """Pictures and questions that no choice in the making of the weights has looked at."""
 
