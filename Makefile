@@ -25,6 +25,8 @@ $(DEV): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e ".[all]"
 	# It declares torchvision, of which there is no CPU build; what exitsafe's plugin needs does without.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps lmms-eval
+	# The tests' processors need it; they alone can import it beside a PyTorch for CPUs (tests/startup).
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/torchvision torchvision
 	touch $@
 
 demo: install

@@ -16,6 +16,14 @@ import pytest
 import typer
 from PIL import ImageFile
 
+import tests.startup.sitecustomize  # noqa: F401  # before anything imports torchvision
+
+# Many processors need torchvision. The Makefile installs it where only the tests and the processes that they start see
+# it: beside a PyTorch for CPUs it breaks transformers for everybody else.
+_TORCHVISION = [str(Path(__file__).parent / "startup"), str(Path(sys.prefix) / "torchvision")]
+sys.path += _TORCHVISION
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *_TORCHVISION]))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep what the models' self-checks find for this session: its workers and subprocesses share it, users do not."""

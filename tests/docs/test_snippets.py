@@ -34,7 +34,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LPPOConfig, "for_organism", staticmethod(brief))
     monkeypatch.setitem(suites.DEFAULT_SIZES, "train", dict.fromkeys(KINDS, 8))
-    monkeypatch.setitem(latency.measure_latency.__kwdefaults__, "num_samples", 1)
+    monkeypatch.setitem(latency.measure_latency.__kwdefaults__ or {}, "num_samples", 1)
     few = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 4))
     with Path("my.jsonl").open("w") as file:
         for sample in few:

@@ -90,4 +90,5 @@ def test_processor_survives_saving(processor: LlavaProcessor, tmp_path: Path) ->
     assert type(again) is LlavaProcessor
     assert again.tokenizer.padding_side == "left"
     assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    # where torchvision is installed AutoProcessor takes its image processor, which rounds in another order
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)

@@ -147,7 +147,7 @@ def find_encoder(model: MultimodalModel, media: Mapping[str, Tensor], *, modalit
     chains = {path: blocks for path, blocks in _chains(model, calls) if blocks != global_blocks(model)}
     if not chains:
         raise ModelError(f"{name} has no {modality} encoder: none of its lists of blocks runs in order, block by block")
-    path = max(chains, key=lambda each: len(chains[each]))
+    path = max(reversed(chains), key=lambda each: len(chains[each]))  # of two in sequence the later one
     blocks = chains[path]
     returned = calls[blocks[0]][0].returned
     if not isinstance(returned, Tensor | tuple):

@@ -1,0 +1,205 @@
+"""Checkpoint folders as users have them: a tiny random model, its real processor, a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.architectures import tiny_model
+from tests.shrunk_configs import FIRST_WORD, VOCAB_SIZE
+from tests.tiny_models import WORDS, save_tiny
+
+hf: Any = transformers
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ 'USER:' if m['role'] == 'user' else 'ASSISTANT:' }} "
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE {% elif c['type'] == 'video' %}VIDEO "
+    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+_SIZE = {"height": 32, "width": 32}
+_TILES = [[32, 64], [64, 32], [64, 64]]
+
+
+def kinds() -> tuple[str, ...]:
+    """The model types of which `save_tiny_folder` saves a folder."""
+    return (*_PROCESSORS, "llava", "mllama")
+
+
+def save_tiny_folder(kind: str, folder: Path) -> Path:
+    """Save a tiny model of the type `kind` with its processor, for pictures of 28 to 112 pixels."""
+    if kind not in _PROCESSORS:
+        return save_tiny(kind, folder)
+    model = tiny_model(kind)
+    # Several ends, so that answers differ in length.
+    model.generation_config.eos_token_id = [2, *range(FIRST_WORD, VOCAB_SIZE, 7)]
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    _PROCESSORS[kind](model.config).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(special: dict[str, tuple[str, int]], more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer whose special tokens have the ids of the config.
+
+    Args:
+        special: Names of the tokenizer's attributes ("image_token"), with their tokens and ids.
+        more: Further tokens that the processor writes into prompts.
+    """
+    tokens = {"<pad>": 0, "<s>": 1, "</s>": 2} | dict(special.values())
+    words = {word: FIRST_WORD + place for place, word in enumerate(WORDS)}
+    last = dict(zip(("<unk>", "USER:", "ASSISTANT:", *more), range(FIRST_WORD - 1, 0, -1), strict=False))
+    assert not set(tokens.values()) & set(last.values())
+    vocabulary = tokens | last | words
+    fillers = {f"<unused{i}>": i for i in range(VOCAB_SIZE) if i not in vocabulary.values()}
+    backend = Tokenizer(models.WordLevel(vocabulary | fillers, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([*tokens, *more])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={name: token for name, (token, _) in special.items()},
+    )
+
+
+def _template(image: str, video: str = "") -> str:
+    return _CHAT_TEMPLATE.replace("IMAGE", image).replace("VIDEO", video)
+
+
+def _qwen(name: str, video_processor: str) -> Callable[[Any], Any]:
+    def build(config: Any) -> Any:
+        tokens = {
+            "image_token": ("<|image_pad|>", config.image_token_id),
+            "video_token": ("<|video_pad|>", config.video_token_id),
+            "vision_start_token": ("<|vision_start|>", config.vision_start_token_id),
+            "vision_end_token": ("<|vision_end|>", config.vision_end_token_id),
+        }
+        grid = {"patch_size": 8, "size": {"shortest_edge": 16**2, "longest_edge": 64**2}}
+        start, end = "<|vision_start|>", "<|vision_end|>"
+        return getattr(hf, name)(
+            image_processor=hf.Qwen2VLImageProcessor(**grid),
+            tokenizer=_tokenizer(tokens),
+            video_processor=getattr(hf, video_processor)(**grid),
+            chat_template=_template(f"{start}<|image_pad|>{end}", f"{start}<|video_pad|>{end}"),
+        )
+
+    return build
+
+
+def _smolvlm(config: Any) -> Any:
+    places = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+    tokens = {"image_token": ("<image>", config.image_token_id)}
+    sizes = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+    return hf.SmolVLMProcessor(
+        image_processor=hf.SmolVLMImageProcessor(**sizes),
+        tokenizer=_tokenizer(tokens, ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places)),
+        video_processor=hf.SmolVLMVideoProcessor(**sizes, num_frames=4, fps=1),
+        image_seq_len=4,
+        chat_template=_template("<image>", "<video>"),
+    )
+
+
+def _gemma3(config: Any) -> Any:
+    tokens = {
+        "image_token": ("<image_soft_token>", config.image_token_id),
+        "boi_token": ("<start_of_image>", config.boi_token_index),
+        "eoi_token": ("<end_of_image>", config.eoi_token_index),
+    }
+    return hf.Gemma3Processor(
+        image_processor=hf.Gemma3ImageProcessorPil(size=_SIZE),
+        tokenizer=_tokenizer(tokens),
+        image_seq_length=config.mm_tokens_per_image,
+        chat_template=_template("<start_of_image>"),
+    )
+
+
+def _internvl(config: Any) -> Any:
+    tokens = {
+        "context_image_token": ("<IMG_CONTEXT>", config.image_token_id),
+        "start_image_token": ("<img>", 40),
+        "end_image_token": ("</img>", 41),
+        "video_token": ("<video>", 42),
+    }
+    return hf.InternVLProcessor(
+        image_processor=hf.GotOcr2ImageProcessor(size=_SIZE, max_patches=4),
+        tokenizer=_tokenizer(tokens),
+        video_processor=hf.InternVLVideoProcessor(size=_SIZE),
+        image_seq_length=4,
+        chat_template=_template("<IMG_CONTEXT>", "<video>"),
+    )
+
+
+def _llava_onevision(config: Any) -> Any:
+    tokens = {
+        "image_token": ("<image>", config.image_token_id),
+        "video_token": ("<video>", config.video_token_id),
+    }
+    return hf.LlavaOnevisionProcessor(
+        image_processor=hf.LlavaOnevisionImageProcessor(size=_SIZE, image_grid_pinpoints=_TILES),
+        tokenizer=_tokenizer(tokens),
+        video_processor=hf.LlavaOnevisionVideoProcessor(size=_SIZE),
+        num_image_tokens=16,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=_template("<image>", "<video>"),
+    )
+
+
+def _mistral3(config: Any) -> Any:
+    tokens = {"image_token": ("[IMG]", config.image_token_id)}
+    patch = {"height": 8, "width": 8}
+    return hf.PixtralProcessor(
+        image_processor=hf.PixtralImageProcessor(size={"longest_edge": 32}, patch_size=patch),
+        tokenizer=_tokenizer(tokens, ("[IMG_BREAK]", "[IMG_END]")),
+        patch_size=8,
+        spatial_merge_size=config.spatial_merge_size,
+        chat_template=_template("[IMG]"),
+    )
+
+
+def _paligemma(config: Any) -> Any:
+    images = hf.SiglipImageProcessorPil(size=_SIZE)
+    images.image_seq_length = 16
+    return hf.PaliGemmaProcessor(
+        image_processor=images,
+        tokenizer=_tokenizer({"image_token": ("<image>", config.image_token_id)}),
+        chat_template=_template("<image>").removeprefix("{{ bos_token }}"),  # the processor adds it after the pictures
+    )
+
+
+def _lfm2_vl(config: Any) -> Any:
+    tokens = {
+        "image_token": ("<image>", config.image_token_id),
+        "image_start_token": ("<|image_start|>", 30),
+        "image_end_token": ("<|image_end|>", 31),
+        "image_thumbnail_token": ("<|img_thumbnail|>", 32),
+    }
+    places = tuple(
+        f"<|img_row_{row}_col_{column}|>" for row, column in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2))
+    )
+    return hf.Lfm2VlProcessor(
+        image_processor=hf.Lfm2VlImageProcessor(
+            tile_size=32, encoder_patch_size=8, min_image_tokens=2, max_image_tokens=4, max_tiles=4, size=_SIZE
+        ),
+        tokenizer=_tokenizer(tokens, places),
+        chat_template=_template("<image>"),
+    )
+
+
+_PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "gemma3": _gemma3,
+    "internvl": _internvl,
+    "lfm2_vl": _lfm2_vl,
+    "llava_onevision": _llava_onevision,
+    "mistral3": _mistral3,
+    "paligemma": _paligemma,
+    "qwen2_5_vl": _qwen("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_5": _qwen("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+    "qwen3_vl": _qwen("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+    "smolvlm": _smolvlm,
+}
