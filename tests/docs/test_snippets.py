@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LPPOConfig, "for_organism", staticmethod(brief))
     monkeypatch.setitem(suites.DEFAULT_SIZES, "train", dict.fromkeys(KINDS, 8))
-    monkeypatch.setitem(latency.measure_latency.__kwdefaults__ or {}, "num_samples", 1)
+    monkeypatch.setattr(latency, "measure_latency", partial(latency.measure_latency, num_samples=1))
     few = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 4))
     with Path("my.jsonl").open("w") as file:
         for sample in few:
