@@ -144,7 +144,11 @@ def find_encoder(model: MultimodalModel, media: Mapping[str, Tensor], *, modalit
     """
     outputs: list[ModelOutput] = []
     calls = _watch(model, lambda: outputs.append(run_encoder(model, modality, media)))
-    chains = {path: blocks for path, blocks in _chains(model, calls) if blocks != global_blocks(model)}
+    found = (
+        {path: blocks for path, blocks in _chains(model, calls, num) if blocks != global_blocks(model)}
+        for num in (2, 1)
+    )
+    chains = next((each for each in found if each), {})  # a checkpoint exported at its first exit has one block
     if not chains:
         raise ModelError(f"{name} has no {modality} encoder: none of its lists of blocks runs in order, block by block")
     path = max(reversed(chains), key=lambda each: len(chains[each]))  # of two in sequence the later one
@@ -217,11 +221,12 @@ def _holds_list(module: nn.Module) -> bool:
     return any(isinstance(inner, nn.ModuleList | nn.Sequential) and len(inner) > 2 for inner in module.modules())
 
 
-def _chains(model: nn.Module, calls: _Calls) -> Iterator[tuple[str, list[nn.Module]]]:
-    """The lists of blocks that ran once each, in order, each on the output of the one before, in one shape."""
+def _chains(model: nn.Module, calls: _Calls, num_blocks: int = 2) -> Iterator[tuple[str, list[nn.Module]]]:
+    """The lists of so many blocks or more that ran once each, in order, each on the output of the one before, in one
+    shape."""
     for path, module in model.named_modules():
         blocks = list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else []
-        if len(blocks) < 2 or any(len(calls.get(block, ())) != 1 for block in blocks):
+        if len(blocks) < num_blocks or any(len(calls.get(block, ())) != 1 for block in blocks):
             continue
         ran = [calls[block][0] for block in blocks]
         in_order = all(one.output is not None and one.output is two.given for one, two in pairwise(ran))
