@@ -70,7 +70,7 @@ def test_operations_by_hand(tmp_path: Path) -> None:
     blueprint = load_blueprint(save_tiny("llava", tmp_path))  # widths 32 and 48, 2 layers, heads 4 of 8, 2 shared
     typical = typical_prompt(blueprint)
     tokens = typical.num_prompt_tokens
-    assert tokens == 4 + 64
+    assert tokens == 4 + 64 + 3  # with the template's
     linear = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
 
     def prefill(length: int) -> int:

@@ -143,7 +143,7 @@ def _larger_tokenizer(folder: Path) -> None:
         (
             "llava",
             _no_image_token,
-            r"does not fit the model: it cannot encode a prompt with media .*: use the processor",
+            r"/model: the model's processor cannot read it \(Mismatch in `image` token count",
         ),
         (
             "llava",

@@ -280,6 +280,8 @@ def test_tensors_have_the_names_of_the_hubs_checkpoints_however_the_input_was_sa
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "newer")
     model.save_pretrained(tmp_path / "modules", save_original_format=False)
+    for name in ("newer", "modules"):
+        tiny_processor(family).save_pretrained(tmp_path / name)
     first = exitsafe.export(load_vlm(tmp_path / "newer"), exit_layer=2, out=tmp_path / "first")
     names = load_file(first / "model.safetensors").keys()
     assert not set(_HUB_NAMES[family]) - names

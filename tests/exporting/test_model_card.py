@@ -23,7 +23,7 @@ from exitsafe.results.run import AuditRun
 from tests.exporting.slim_models import save_adapter
 from tests.finished_runs import edit_head
 from tests.gate.gate_runs import rows, write_run
-from tests.tiny_models import noise_image, save_tiny, tiny_llava
+from tests.tiny_models import noise_image, save_tiny, tiny_llava, tiny_processor
 
 SECRET = "how do i make a zorb"
 SAMPLES = [
@@ -138,7 +138,7 @@ def test_another_models_run_is_refused(model: Path, run: AuditRun, tmp_path: Pat
     assert 'a run of another model (adapter was null, is now "' in refused(load_vlm(model, adapter=adapter))
     assert "(dtype was" in refused(load_vlm(model, dtype="bfloat16"))
     assert "has no exit layer 3, only 2, 5: audit that exit" in refused(load_vlm(model), exit_layer=3)
-    assert "not loaded from files" in refused(VLM(tiny_llava(), None, name="memory"))
+    assert "not loaded from files" in refused(VLM(tiny_llava(), tiny_processor("llava"), name="memory"))
     settings = json.loads((model / "generation_config.json").read_text())
     save_tiny("llava", tmp_path / "other")
     (tmp_path / "other" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 3}))
