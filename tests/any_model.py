@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from exitsafe.engine.checks import run_checks
+from exitsafe.engine.checks import difference_from_generate, run_checks
 from exitsafe.engine.load import auto_class
 from exitsafe.engine.prompts import TEXT_INPUTS, Prompt
 from exitsafe.engine.reader import PROBE_SIZE
@@ -102,7 +102,9 @@ def examine(model_type: str, modality: str = "image") -> Examined:
     made = tiny(model_type, modality=modality)
     try:
         vlm = StandIn(made, name=model_type, modality=modality)
-        checks = run_checks(vlm, since=time.perf_counter())
+        run_checks(vlm, since=time.perf_counter())
+        prompt, exits = vlm.probe(), sorted({1, 3, vlm.default_exit})
+        alone = max(difference_from_generate(vlm, prompt, exit_layer) for exit_layer in exits)
     except ExitsafeError as error:
         return Examined(model_type=model_type, modality=modality, refusal=str(error))
     exported, problem = float("nan"), ""
@@ -118,7 +120,7 @@ def examine(model_type: str, modality: str = "image") -> Examined:
         default_exit=vlm.default_exit,
         is_sliced=vlm.encoder.is_sliced,
         can_pad=vlm.can_pad,
-        alone=checks.alone,
+        alone=alone,
         exported=exported,
         export_problem=problem,
     )

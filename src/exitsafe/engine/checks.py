@@ -106,6 +106,12 @@ def _mixed(vlm: VLM, asked: Sequence[_Asked]) -> float:
     return max(_difference(logits, each.logits) for logits, each in zip(found, asked, strict=True))
 
 
+def difference_from_generate(vlm: VLM, prompt: Prompt, exit_layer: int) -> float:
+    """How far our loop's logits are from those of transformers' `generate` at an exit, relative to their size."""
+    asked = _Asked.of(vlm, prompt, exit_layer)
+    return _difference(_own(vlm, [asked])[0], asked.logits)
+
+
 def kept_checks(key: str) -> Checks | None:
     """The result of an earlier check, or None."""
     with suppress(OSError, ValueError, TypeError, KeyError):

@@ -50,9 +50,10 @@ def load_processor(source: str, config: PretrainedConfig, **remote: str | bool) 
             processor = own_class.from_pretrained(source, **remote)  # the files name another model's class
         _take_settings(processor, config)
     except ImportError as error:  # videos, and many pictures, are prepared by torchvision
+        missing = first_line(error).split(". ")[0]
         raise ModelError(
-            f'the processor of {source} needs a package: {first_line(error).split(". ")[0]}; pip install "exitsafe[processors]", with '
-            "the torchvision that belongs to your torch"
+            f'the processor of {source} needs a package: {missing}; pip install "exitsafe[processors]", with the '
+            "torchvision that belongs to your torch"
         ) from error
     except Exception as error:  # untrusted files: a missing or wrong entry may raise anything
         raise ModelError(
