@@ -174,13 +174,12 @@ def find_encoder(model: MultimodalModel, media: Mapping[str, Tensor], *, modalit
 
 
 def other_chains(model: MultimodalModel, encoder: Encoder, run: Callable[[], object]) -> dict[str, Tensor]:
-    """The last outputs of the other lists of blocks that `run` goes through, by path."""
+    """The last outputs of the other lists of like blocks that `run` goes through, by path."""
     calls = _watch(model, run)
-    inside = (encoder.path, f"{encoder.path}.")
     return {
         path: output
         for path, blocks in _chains(model, calls)
-        if path != inside[0] and not path.startswith(inside[1])
+        if not f"{path}.".startswith(f"{encoder.path}.") and len({type(block) for block in blocks}) == 1
         if (output := calls[blocks[-1]][0].output) is not None
     }
 
