@@ -32,7 +32,12 @@ def load_model(model: str, loading: Loading = _DEFAULTS) -> VLM:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
     from exitsafe.engine.load import load_vlm
 
-    return load_vlm(model, **loading.model_dump())
+    vlm = load_vlm(model, **loading.model_dump())
+    if vlm.is_newly_checked and vlm.checks is not None:
+        console.note(
+            f"compared its exits and answers with transformers' in {vlm.checks.seconds:.1f} s, once for this model"
+        )
+    return vlm
 
 
 def announce(model: str, *, adapter: str | Path | None = None) -> None:

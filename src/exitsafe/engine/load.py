@@ -134,7 +134,7 @@ def load_vlm(
     )
     for remark in check_processor(vlm):
         warnings.warn(remark, stacklevel=2)
-    vlm.checks = known or run_checks(vlm, since=since)
+    vlm.checks, vlm.is_newly_checked = known or run_checks(vlm, since=since), known is None
     vlm.can_pad = vlm.checks.can_pad
     if known is None:
         keep_checks(key, vlm.checks)

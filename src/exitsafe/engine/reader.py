@@ -52,6 +52,7 @@ class Reader(ExitingModel):
     ) -> None:
         self.processor = processor
         self.checks: Checks | None = None  # set by `load_vlm`
+        self.is_newly_checked = False
         self.can_pad = True
         self.today = date.today().isoformat()
         self.name = name
