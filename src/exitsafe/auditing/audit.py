@@ -38,6 +38,7 @@ from exitsafe.store.fingerprint import (
     decoder_versions,
     model_fingerprint,
     pin_today,
+    processor_versions,
     sample_info,
     trained_on_among,
 )
@@ -149,6 +150,7 @@ def audit(
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "pillow": PIL.__version__,
+            **processor_versions(vlm),
             **decoder_versions(samples),
         },
     }

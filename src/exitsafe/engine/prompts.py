@@ -203,7 +203,7 @@ def tokenise(text: str, media: Media, processor: MultimodalProcessor, *, sample_
         media={
             name: tensor
             for name, tensor in inputs.items()
-            if media and name not in (*TEXT_INPUTS, "input_ids", "attention_mask")
+            if media and name not in (*TEXT_INPUTS, "input_ids", "attention_mask", "labels")
         },
     )
 

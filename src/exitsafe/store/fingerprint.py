@@ -60,6 +60,13 @@ def decoder_versions(samples: Sequence[Sample]) -> dict[str, str]:
     return {name: version(name) for name, is_needed in needed.items() if is_needed}
 
 
+def processor_versions(vlm: VLM) -> dict[str, str]:
+    """The version of torchvision where it prepares the model's pictures: its pixels differ from PIL's by rounding."""
+    preparing = (getattr(vlm.processor, name, None) for name in ("image_processor", "video_processor"))
+    uses_it = any(part is not None and not type(part).__name__.endswith("Pil") for part in preparing)
+    return {"torchvision": version("torchvision")} if uses_it else {}
+
+
 def model_fingerprint(vlm: VLM) -> JsonObject:
     """The model as loaded: everything about it that may change an answer."""
     # no entry without translators, so that runs made before translators existed can be resumed
