@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitsafe.doctor import Blueprint, count_savings, load_blueprint, typical_prompt
-from exitsafe.doctor.savings import NUM_ANSWER_TOKENS
+from exitsafe.doctor.savings import _CPU_ATTENTION, NUM_ANSWER_TOKENS
 from exitsafe.engine.load import load_vlm
 from exitsafe.exits.encoder import run_encoder
 from tests.tiny_models import save_tiny
@@ -98,7 +98,8 @@ def test_every_exit_is_as_if_counted_by_itself(
     typical = typical_prompt(blueprint)
     savings = count_savings(blueprint, typical, LAYERS, skip_global=skip_global)
     for layer in LAYERS:
-        with FlopCounterMode(display=False) as counter, blueprint.exit_at(layer, skip_global=skip_global):
+        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        with counter, blueprint.exit_at(layer, skip_global=skip_global):
             run_encoder(blueprint.base_model, "image", typical.media)
         assert savings.encoder[layer] == counter.get_total_flops()
 

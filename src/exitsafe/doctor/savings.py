@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from exitsafe.doctor.blueprint import Blueprint, weights_of
 from exitsafe.doctor.prompts import Typical
@@ -18,6 +18,14 @@ from exitsafe.exits.encoder import MODALITIES, media_inputs, run_encoder
 from exitsafe.results.costs import Savings
 
 NUM_ANSWER_TOKENS = 64
+
+
+def _count_attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+"""What torch leaves out of its count."""
 
 
 @torch.no_grad()
@@ -62,7 +70,7 @@ def _by_exit(blueprint: Blueprint, typical: Typical, *, skip_global: bool) -> di
     """
     reached: list[int] = []  # before each block, and after the last
     with ExitStack() as stack:
-        counter = stack.enter_context(FlopCounterMode(display=False))
+        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION))
 
         def note(*_: object) -> None:
             reached.append(int(counter.get_total_flops()))
