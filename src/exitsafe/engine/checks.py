@@ -26,6 +26,7 @@ from exitsafe.errors import ModelError, first_line
 from exitsafe.exits.checks import Checks
 from exitsafe.exits.encoder import Encoder
 from exitsafe.exits.features import on_device
+from exitsafe.exits.finite import check_finite
 from exitsafe.version import __version__
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ class _Asked:
     def of(cls, vlm: VLM, prompt: Prompt, exit_layer: int) -> _Asked:
         tokens, logits = _stock(vlm, prompt, exit_layer)
         features = vlm.prompt_features([prompt], [exit_layer])[0][exit_layer]
-        return cls(row=Row(prompt=prompt, exit_layer=exit_layer, features=features), tokens=tokens, logits=logits)
+        row = Row(prompt=prompt, exit_layer=exit_layer, features=features)
+        check_finite(logits[None], [row], what="logits", dtype=vlm.base_model.dtype)
+        return cls(row=row, tokens=tokens, logits=logits)
 
 
 def _refuse(vlm: VLM, check: str, value: float, *, most: float) -> None:
