@@ -198,7 +198,7 @@ def _huge_prompt(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"prompt": "moss " * 200_000})
 
 
-@_case("sample a: the prompt contains the image placeholder '<image>'; remove it")
+@_case("sample a: the prompt contains the placeholder '<image>'; remove it")
 def _image_token_in_a_prompt(place: Place) -> Sequence[str | Path]:
     return _rows(place, {"prompt": "how <image> do i"})
 
@@ -275,7 +275,7 @@ def _address_for_an_image(place: Place) -> Sequence[str | Path]:
 # Models
 
 
-@_case("this model folder has no processor: save the processor in the same folder")
+@_case("has no processor: copy the processor and tokenizer files next to the weights")
 def _model_without_processor(place: Place) -> Sequence[str | Path]:
     for path in place.model.iterdir():
         if path.name not in ("config.json", "generation_config.json", "model.safetensors"):

@@ -56,7 +56,7 @@ def test_prompts_line_by_line_until_exit(
     assert output.out.count("exit 7, default") == 2
     notice, complaint = output.err.splitlines()
     assert notice == "Answers are unfiltered: whatever the model says is shown. Nothing is saved."
-    assert "image placeholder '<image>'" in complaint
+    assert "placeholder '<image>'" in complaint
 
 
 def test_draws_are_not_compared(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,7 @@ def test_what_is_refused_before_a_model_is_loaded(
 def test_a_wrong_exit_or_prompt_is_refused(picture: Path, fail: Any) -> None:
     line = fail("chat", "organism", "--image", picture, "--prompt", "x", "--layers", "9")
     assert "choose 1 to 8" in line
-    assert "image placeholder" in fail("chat", "organism", "--image", picture, "--prompt", "a <image> b")
+    assert "the placeholder" in fail("chat", "organism", "--image", picture, "--prompt", "a <image> b")
 
 
 def test_on_a_terminal_end_of_input_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

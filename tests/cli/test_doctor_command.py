@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_tables_and_notes(tiny_llava: Path) -> None:
 def test_the_document(tiny_llava: Path, suite: Path) -> None:
     found = document(tiny_llava, "--suite", suite, "--device", "cpu")
     assert (found["family"], found["num_layers"], found["default_exit"]) == ("llava", 6, 5)
-    assert found["processor"] is True and found["chat_template"] is True
+    assert found["chat_template"] is True
     assert found["prompt_tokens"]["measured"] is True
     assert found["judge"].startswith("qwen3guard:")
     memory = found["memory"]
@@ -73,19 +74,21 @@ def test_an_organism_needs_nothing_more() -> None:
     found = document("organism")
     assert found["judge"] is None and found["prompt_tokens"]["measured"] is True
     assert (found["num_layers"], found["default_exit"]) == (8, 7)
-    assert not any("no processor" in note for note in found["notes"])
 
 
 def test_notes_on_what_a_user_would_run_into(tiny_llava: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((tiny_llava / "config.json").read_bytes())
-    notes = " ".join(document(tmp_path, "--dtype", "float16")["notes"])
+    shutil.copytree(tiny_llava, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
+    notes = " ".join(document(tmp_path / "model", "--dtype", "float16")["notes"])
     assert "use --dtype bfloat16" in notes
-    assert "There is no processor" in notes
+    assert "has no chat template: prompts are written as pictures, then text" in notes
+    (tmp_path / "config.json").write_bytes((tiny_llava / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="has no processor: copy the processor and tokenizer files next to the"):
+        examine(tmp_path)
 
 
 def test_an_unsupported_family_is_one_line(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"model type 'llama' .* is not supported"):
+    with pytest.raises(ModelError, match=r"cannot read the config of .*LlamaConfig"):
         examine(tmp_path)
 
 
