@@ -7,6 +7,7 @@
 Architecture, curriculum and data are the organism's. What differs is the projector: it reads the hidden states after
 blocks 2, 4, 6 and 7 side by side, and at exit l those after block l instead of deeper ones. In training the alarm is
 added to the taps that the late tower writes, 6 and 7: safety training could not raise it in the others.
+Training takes about eight minutes of one core, the study about five.
 """
 
 from __future__ import annotations
