@@ -215,7 +215,7 @@ def test_checkpoints_in_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tiny_llava().save_pretrained(tmp_path / "model", max_shard_size="40KB")
     tiny_processor("llava").save_pretrained(tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
-    monkeypatch.setattr("exitsafe.exporting.export.SHARD_SIZE", "40KB")
+    monkeypatch.setattr("exitsafe.exporting.checkpoint.SHARD_SIZE", "40KB")
     vlm = load_vlm(tmp_path / "model")
     out = exitsafe.export(vlm, exit_layer=3, out=tmp_path / "slim")
     shards = {path.name for path in out.glob("*.safetensors")}
