@@ -74,7 +74,9 @@ def projector_inputs(vlm: ExitingModel, inputs: Mapping[str, Tensor], exit_layer
             run_encoder(model, modality, media)
         finally:
             recorder.remove()
-        return received.pop().flatten(0, -2)
+        parts = [each.flatten(0, -2) for each in received]
+        received.clear()
+        return torch.cat(parts)
 
     return _at_exits(vlm, exit_layers, read, skip_global=False)
 
@@ -110,11 +112,13 @@ def handed_over(model: MultimodalModel, features: Sequence[Features], input_ids:
         features: Of the rows that have any, in order.
         input_ids: (B, S), of all rows.
     """
+    # a model that joins pictures' and videos' features by layer stops at the last layer that both have
+    depth = max((len(output.get(_BY_LAYER) or ()) for row in features for output in row.values()), default=0)
     joined: dict[str, ModelOutput] = {}
     for modality in MODALITIES:
         outputs = [row[modality] for row in features if modality in row]
         if outputs:
-            joined[modality] = _joined(outputs)
+            joined[modality] = _joined(outputs, depth=depth)
     if not joined:
         return {}
     if reads_across(model):
@@ -132,12 +136,12 @@ def handed_over(model: MultimodalModel, features: Sequence[Features], input_ids:
     return given
 
 
-def _joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
+def _joined(outputs: Sequence[ModelOutput], *, depth: int) -> ModelOutput:
     """The outputs of several prompts as one, as if their media had been encoded together."""
     first = outputs[0]
     fields = {name: [output.get(name) for output in outputs] for name in {key: None for out in outputs for key in out}}
     joined = {
-        name: _joined_layers(values, outputs) if name == _BY_LAYER else _joined_pictures(values)
+        name: _joined_layers(values, outputs, depth=depth) if name == _BY_LAYER else _joined_pictures(values)
         for name, values in fields.items()
     }
     return type(first)(**joined)
@@ -154,9 +158,8 @@ def _joined_pictures(values: Sequence[Any]) -> Any:
     return present[0]
 
 
-def _joined_layers(values: Sequence[Any], outputs: Sequence[ModelOutput]) -> Any:
+def _joined_layers(values: Sequence[Any], outputs: Sequence[ModelOutput], *, depth: int) -> Any:
     """Deepstack features by layer. A shallow exit has fewer: its tokens get zeros, which add nothing."""
-    depth = max(len(value or ()) for value in values)
     layers = []
     for level in range(depth):
         parts: list[Any] = []
@@ -230,6 +233,10 @@ def _at_exits(
         for recorder in recorders:
             recorder.remove()
     for exit_layer in shallower:
+        if len(stored) != deepest:  # the medium is another encoder's, or passes in parts: nothing to replay
+            with vlm.exit_at(exit_layer, skip_global=skip_global):
+                found[exit_layer] = read()
+            continue
         patch = replay_patch(
             vlm.base_model,
             vlm.encoder,
