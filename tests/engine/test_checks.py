@@ -160,15 +160,36 @@ def test_a_checkpoint_is_checked_once(counted: list[VLM], tmp_path: Path, monkey
     assert len(counted) == 1
     assert second.checks == first.checks and second.encoder == first.encoder
     (file,) = kept(tmp_path)
-    for damaged in ("", "[]", file.read_text().replace("can_pad", "can_fly")):
+    kept_text = file.read_text()
+    damages = (
+        "",
+        "[]",
+        "3",
+        kept_text.replace("can_pad", "can_fly"),
+        kept_text.replace('"num_layers": 6', '"num_layers": "6"'),
+        kept_text.replace('"default_exit": 5', '"default_exit": 7'),
+        kept_text.replace("vision_tower", "tower"),
+    )
+    for damaged in damages:
+        assert damaged != kept_text
         file.write_text(damaged)
         load_vlm(folder)
         assert load_vlm(folder).checks == first.checks
-    assert len(counted) == 4
+    assert len(counted) == 1 + len(damages)
     monkeypatch.setattr("transformers.__version__", "0.0")
     load_vlm(folder)
     load_vlm(folder, dtype="bfloat16")
-    assert len(counted) == 6 and len(kept(tmp_path)) == 3
+    assert len(counted) == 3 + len(damages) and len(kept(tmp_path)) == 3
+
+
+def test_weights_that_nothing_identifies_are_always_checked(
+    counted: list[VLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exitsafe.engine.load.hash_files", lambda folder: None)
+    folder = save_tiny("llava", tmp_path / "model")
+    load_vlm(folder)
+    load_vlm(folder)
+    assert len(counted) == 2 and not (tmp_path / "home").exists()
 
 
 def test_a_model_is_not_asked_what_was_kept(counted: list[VLM], tmp_path: Path) -> None:

@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 from huggingface_hub import constants
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import GenerationConfig
 
 from exitsafe.engine.prompts import Prompt, Row
 from exitsafe.errors import ModelError, first_line
 from exitsafe.exits.checks import Checks
-from exitsafe.exits.encoder import Encoder
 from exitsafe.exits.features import on_device
 from exitsafe.exits.finite import check_finite
 from exitsafe.version import __version__
 
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
+    from exitsafe.exits.huggingface import MultimodalModel
 
 _NUM_TOKENS = 3
 _ALONE = 1e-5  # the same operations on the same numbers: more is another computation
@@ -115,12 +116,14 @@ def difference_from_generate(vlm: VLM, prompt: Prompt, exit_layer: int) -> float
     return _difference(_own(vlm, [asked])[0], asked.logits)
 
 
-def kept_checks(key: str) -> Checks | None:
-    """The result of an earlier check, or None."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads(_place(key).read_text())
-        encoder = Encoder(**found.pop("encoder"))
-        return Checks(encoder=encoder, exits=tuple(found.pop("exits")), **found)
+def kept_checks(key: str, model: MultimodalModel) -> Checks | None:
+    """The result of an earlier check of this model; None if there is none, or the file is damaged."""
+    with suppress(OSError, ValueError, AttributeError):  # unreadable, not as written, or about other blocks
+        found = TypeAdapter(Checks).validate_json(_place(key).read_bytes(), strict=True)
+        encoder = found.encoder
+        num_blocks = len(list(model.get_submodule(encoder.path).children()))
+        if num_blocks == encoder.num_layers and 1 <= encoder.default_exit <= num_blocks:
+            return found
     return None
 
 

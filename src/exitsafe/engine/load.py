@@ -115,14 +115,18 @@ def load_vlm(
         raise ModelError(unreachable(source, error) or f"cannot load {name_or_path!s}: {first_line(error)}") from error
     check_template(processor, today=date.today().isoformat())
     checkpoint_hash = hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None)
+    bare = bare_model(model)
     key = checks_key(
         checkpoint_hash,
         modality=encoder,
-        dtype=str(bare_model(model).dtype),
+        code=f"{type(bare).__module__}.{type(bare).__qualname__}",  # the checkpoint's own, with trust_remote_code
+        attention=bare.config._attn_implementation,
+        dtype=str(bare.dtype),
         device=torch.device(where_to).type,
         quantization=quantization,
     )
-    known, since = kept_checks(key), time.perf_counter()
+    # weights that nothing identifies are checked every time
+    known, since = None if checkpoint_hash is None else kept_checks(key, bare), time.perf_counter()
     vlm = VLM(
         model.eval(),
         processor,
@@ -137,7 +141,8 @@ def load_vlm(
     vlm.checks, vlm.is_newly_checked = known or run_checks(vlm, since=since), known is None
     vlm.can_pad = vlm.checks.can_pad
     if known is None:
-        keep_checks(key, vlm.checks)
+        if checkpoint_hash is not None:
+            keep_checks(key, vlm.checks)
         if quantization == "nf4":
             vlm.model.state_dict()  # bitsandbytes then undoes what the check made it repack on a CPU
     if ignored := ignored_settings(vlm.base_model.generation_config):
