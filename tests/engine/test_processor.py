@@ -16,9 +16,12 @@ from exitsafe.cli.main import FAILED, run
 from exitsafe.doctor import load_blueprint
 from exitsafe.engine.generation import suppress_logits
 from exitsafe.engine.load import load_vlm
+from exitsafe.engine.processor import check_processor
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ModelError
 from exitsafe.records import Sample
+from tests.any_model import StandIn
+from tests.architectures import tiny
 from tests.tiny_models import VOCAB, noise_image, save_tiny, tiny_model, tiny_processor
 
 SAMPLES = [
@@ -227,3 +230,11 @@ def test_special_tokens_that_the_head_has_no_logit_for_are_left_alone() -> None:
     logits = torch.randn(2, 4)
     assert torch.equal(suppress_logits(logits, (4, 9)), logits)
     assert suppress_logits(logits, (1, 4)).isinf().sum(dim=0).tolist() == [0, 2, 0, 0]
+
+
+def test_placeholders_are_counted_of_the_encoder_in_question() -> None:
+    made = tiny("qwen2_5_omni_thinker", modality="audio")  # which has pictures too
+    vlm = StandIn(made, name="tiny", modality="audio")
+    vlm.processor.image_token_id = made.model.config.image_token_id
+    (remark,) = check_processor(vlm)
+    assert "no end-of-sequence token" in remark

@@ -1,8 +1,8 @@
 """Loads the processor of a model and checks that it fits: config and files in, a processor or a one-line error out.
 
 Processor files are often older than the library, or another model's. Settings that the model's config decides are taken
-from there, and synthetic pictures check the rest before work begins: a prompt must have as many image placeholders as
-the model makes features. `load_vlm` and `exitsafe doctor` run the same check, on weights or on shapes alone.
+from there, and synthetic media check the rest before work begins: a prompt must have as many placeholders as the model
+makes features. `load_vlm` and `exitsafe doctor` run the same check, on weights or on shapes alone.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _take_settings(processor: MultimodalProcessor, config: PretrainedConfig) -> 
 
 
 def check_processor(vlm: Reader) -> list[str]:
-    """Check that prompts can be made for this model, with synthetic pictures and one encoder block.
+    """Check that prompts can be made for this model, with synthetic pictures or sound and one encoder block.
 
     Args:
         vlm: A model with a processor, with weights or with shapes alone.
@@ -113,26 +113,27 @@ def _check_tokens(vlm: Reader, prompt: Prompt) -> None:
 
 
 def _check_placeholders(vlm: Reader, prompt: Prompt) -> None:
-    other_size = wrong_size(vlm.base_model, prompt.media)
+    modality, other_size = vlm.encoder.modality, wrong_size(vlm.base_model, prompt.media)
     try:
         features = compute_features(vlm, prompt.media, (1,), skip_global=False)[1]
     except Exception as error:
-        reason = other_size or f"the model cannot read its pictures ({first_line(error)})"
+        reason = other_size or f"the model cannot read its {modality}s ({first_line(error)})"
         raise _misfit(vlm, reason) from error
-    if (token := getattr(vlm.base_model.config, "image_token_id", None)) is None:
+    name = f"{modality}_token"
+    if (token := getattr(vlm.base_model.config, f"{name}_id", None)) is None:
         return
     count, wanted = int((prompt.input_ids == token).sum()), 1 if reads_across(vlm.base_model) else num_tokens(features)
-    given = getattr(vlm.processor, "image_token_id", None)
+    given = getattr(vlm.processor, f"{name}_id", None)
     if count == 0 and given != token:
         raise _misfit(
             vlm,
-            f"its image token is {vlm.processor.image_token!r} with id {given}, but the model's has id {token}: use "
-            "the tokenizer files of this checkpoint",
+            f"its {modality} token is {getattr(vlm.processor, name, None)!r} with id {given}, but the model's has id "
+            f"{token}: use the tokenizer files of this checkpoint",
         )
     if count != wanted:
         reason = (
-            f"a prompt has {count} image placeholders, but the model makes {wanted} features: use the chat template "
-            "and the processor files of the original checkpoint"
+            f"a prompt has {count} {modality} placeholders, but the model makes {wanted} features: use the chat "
+            "template and the processor files of the original checkpoint"
         )
         raise _misfit(vlm, other_size or reason)
 
