@@ -12,6 +12,7 @@ from PIL import Image
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
+from exitsafe.exits.encoder import Encoder
 from exitsafe.records import Sample
 from exitsafe.store.fingerprint import (
     canonical_json,
@@ -19,12 +20,15 @@ from exitsafe.store.fingerprint import (
     decoder_versions,
     differences,
     media_digests,
+    model_fingerprint,
     pin_today,
     request_digest,
     sample_info,
     trained_on_among,
 )
+from tests.architectures import tiny_model
 from tests.fake_vlm import FakeVLM
+from tests.tiny_models import tiny_llava, tiny_processor
 
 SAMPLE = Sample(id="a", prompt="how", kind="benign", images=(Image.new("RGB", (4, 4), "red"),), source="mine")
 
@@ -168,6 +172,22 @@ def test_a_date_that_cannot_be_read_is_left_to_the_one_who_opens_the_run(content
     (tmp_path / "run.json").write_text(content)
     pin_today(cast(VLM, vlm), tmp_path)
     assert vlm.today == FakeVLM.today
+
+
+def test_a_model_may_lack_an_encoder_that_its_class_has() -> None:
+    model = tiny_model("gemma4")
+    assert model.config.audio_config is None
+    encoder = Encoder(modality="image", path="model.vision_tower.encoder.layers", num_layers=6, default_exit=6)
+    attention = model_fingerprint(VLM(model, None, encoder=encoder, name="tiny"))["attention"]
+    assert attention.keys() == {"model", "text_config", "vision_config"}
+
+
+def test_a_processor_may_read_sound_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = VLM(tiny_llava(), tiny_processor("llava"), name="tiny")
+    plain = model_fingerprint(vlm)["processor"]
+    monkeypatch.delattr(vlm.processor, "image_processor")
+    assert model_fingerprint(vlm)["processor"]["image_processor"] is None
+    assert plain["image_processor"].startswith("CLIP")
 
 
 def test_the_data_fingerprint_counts_and_sees_the_order() -> None:

@@ -210,8 +210,8 @@ def _quantization(config: PretrainedConfig) -> JsonObject | None:
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
     """The attention implementations of the model and its parts."""
-    parts = {name: getattr(config, name) for name in config.sub_configs}
-    return {name: str(part._attn_implementation) for name, part in {"model": config, **parts}.items()}
+    parts = {"model": config} | {name: getattr(config, name) for name in config.sub_configs}
+    return {name: str(part._attn_implementation) for name, part in parts.items() if part is not None}
 
 
 def _processor(processor: MultimodalProcessor | None) -> JsonObject | None:
@@ -223,9 +223,10 @@ def _processor(processor: MultimodalProcessor | None) -> JsonObject | None:
         "vocabulary": canonical_json(processor.tokenizer.get_vocab()),
         "chat_template": canonical_json(processor.chat_template),
     }
+    images = getattr(processor, "image_processor", None)  # none, if it reads sound only
     return {
         "class": type(processor).__name__,
-        "image_processor": type(processor.image_processor).__name__,
+        "image_processor": None if images is None else type(images).__name__,
         **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in content.items()},
     }
 
