@@ -13,8 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
+from exitsafe.exits.encoder import Encoder
 from exitsafe.lppo import align
 from exitsafe.lppo.sharding import check_launch
+from tests.architectures import tiny_model
 from tests.forks import together
 from tests.lppo.conftest import count_red, make_samples, make_vlm, tiny_config
 from tests.lppo.test_parallel import assert_alike, picky
@@ -99,3 +101,13 @@ def test_fsdp2_is_supported_as_the_example_starts_it(vlm: VLM, monkeypatch: pyte
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
     check_launch(vlm, tiny_config())
+
+
+def test_a_decoder_that_contains_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(modality="image", path="vision_model.model.layers", num_layers=6, default_exit=6)
+    vlm = VLM(tiny_model("llama4"), None, encoder=encoder, name="tiny")
+    assert vlm.linear_layers and not any("lm_head" in name for name in vlm.linear_layers)
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="FSDP finds no blocks in the decoder of llama4"):
+        check_launch(vlm, tiny_config())

@@ -187,9 +187,11 @@ class ExitingModel:
 
     @property
     def linear_layers(self) -> list[str]:
-        """The names of the language model's linear layers, for PEFT's `target_modules`; never the encoder's."""
+        """The names of the language model's linear layers, for PEFT's `target_modules`; never the encoder's or the
+        head, which some decoders contain."""
         names = {module: name for name, module in self.base_model.named_modules()}
         inside = {module for block in self.encoder_blocks for module in block.modules()}
+        inside.add(self.base_model.get_output_embeddings())
         return [
             names[module]
             for module in self.base_model.get_decoder().modules()

@@ -46,6 +46,8 @@ def check_launch(vlm: VLM, config: LPPOConfig) -> None:
         raise InputError(
             "FSDP is for train='lora' on weights that are not quantised: otherwise use accelerate launch --multi_gpu"
         )
+    if not hasattr(vlm.base_model.get_decoder(), "layers"):
+        raise InputError(f"FSDP finds no blocks in the decoder of {vlm.family}: use accelerate launch --multi_gpu")
 
 
 def shard(vlm: VLM, team: Team) -> None:
