@@ -133,6 +133,7 @@ def test_what_cannot_be_verified(slim: Path, audited: Path, tiny_llava: Path, tm
     assert "has no exitsafe.json: give a folder that exitsafe export wrote" in fail(
         "verify", tiny_llava, "--against", audited
     )
+    assert "--encoder is recorded with the run" in fail("verify", slim, "--against", audited, "--encoder", "audio")
     other = exitsafe.export(load_vlm(tiny_llava), exit_layer=3, out=tmp_path / "other")
     assert "has no exit layer 3, only 1, 2, 5" in fail("verify", other, "--against", audited)
     copied = Path(shutil.copytree(audited, tmp_path / "run"))

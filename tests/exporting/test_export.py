@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,8 @@ def test_the_command_on_the_card_names_the_very_commit() -> None:
         _command(vlm, facts, out="slim")
         == "exitsafe export org/model --config revision=0123abcd --dtype float32 --exit-layer 3 --out slim"
     )
+    vlm.encoder = replace(vlm.encoder, modality="audio")
+    assert "org/model --config revision=0123abcd --encoder audio --dtype" in _command(vlm, facts, out="slim")
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:

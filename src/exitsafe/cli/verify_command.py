@@ -42,6 +42,7 @@ def verify_command(spec: VerifySpec, show: console.Show) -> None:
     if not spec.what.exists():
         raise InputError(f"{spec.what} does not exist; give a folder of exitsafe export or a finished run")
     given = spec.model_fields_set | spec.loading.model_fields_set
+    _refuse(given & {"encoder"}, "is recorded with the run and the checkpoint; leave it out")
     if spec.against is not None:
         _refuse(given & {"out"}, "is for repeating a run; leave it or --against out")
         _verify_slim(spec, spec.against, show)
@@ -72,7 +73,8 @@ def _verify_slim(spec: VerifySpec, against: Path, show: console.Show) -> None:
     record = check_files(slim, run)
     samples = read_samples_of(run)
     adapter = str(slim / ADAPTER) if record.adapter == "kept" else None
-    vlm = load_model(str(slim), FullLoading(adapter=adapter, **spec.loading.model_dump()))
+    loading = spec.loading.model_dump() | {"adapter": adapter, "encoder": record.base.encoder}
+    vlm = load_model(str(slim), FullLoading(**loading))
     with console.progress_bar("Verifying", unit="answer") as progress:
         found = verify(
             vlm,

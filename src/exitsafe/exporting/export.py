@@ -208,7 +208,8 @@ def _load_again(folder: Path, vlm: VLM, *, exit_layer: int) -> VLM:
     from exitsafe.engine.vlm import VLM
 
     whole = vlm.base_model.config
-    kernels = {name: getattr(whole, name)._attn_implementation for name in whole.sub_configs}
+    parts = {name: part for name in whole.sub_configs if (part := getattr(whole, name)) is not None}
+    kernels = {name: part._attn_implementation for name, part in parts.items()}
     loaded: Any = auto_class(whole).from_pretrained(
         folder,
         attn_implementation={"": whole._attn_implementation, **kernels},
@@ -302,6 +303,7 @@ def _command(vlm: VLM, facts: JsonObject, *, out: str) -> str:
     parts = ["exitsafe", "export", shlex.quote(public_name(vlm.name))]
     if is_hub_id(vlm.name) and _folder_of(vlm.name) is None and vlm.checkpoint_hash is not None:
         parts += ["--config", f"revision={vlm.checkpoint_hash}"]
+    parts += ["--encoder", vlm.encoder.modality] if vlm.encoder.modality != "image" else []
     parts += ["--dtype", str(vlm.base_model.dtype).removeprefix("torch.")]
     parts += ["--adapter", "ADAPTER"] if isinstance(vlm.model, PeftModel) else []
     parts += ["--keep-adapter"] if facts["adapter"] == "kept" else []

@@ -137,8 +137,8 @@ def _eval_results(audit: Audited) -> list[EvalResult]:
 def _what_it_is(exported: Exported) -> str:
     base = exported.base
     lines = [
-        f"`{base.name}` with the first {exported.exit_layer} of its {base.num_layers} image encoder blocks; the others "
-        f"are gone. The whole model reads the features behind block {base.default_exit}.",
+        f"`{base.name}` with the first {exported.exit_layer} of its {base.num_layers} {base.encoder} encoder blocks; "
+        f"the others are gone. The whole model reads the features behind block {base.default_exit}.",
     ]
     if exported.skip_global:
         lines.append("The global blocks behind the encoder are gone too.")
