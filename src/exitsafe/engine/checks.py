@@ -50,6 +50,9 @@ def run_checks(vlm: VLM, *, since: float) -> Checks:
     exits = (vlm.default_exit, (vlm.default_exit + 1) // 2)
     prompts = [vlm.probe(), vlm.probe(text="what is in it, and what is not")]
     epsilon = torch.finfo(vlm.base_model.dtype).eps
+    four_bit = [module for module in vlm.model.modules() if type(module).__name__ == "Linear4bit"]
+    for module in four_bit:  # in evaluation mode a CPU repacks their weights, through which no gradient flows
+        module.training = True
     try:
         asked = [_Asked.of(vlm, prompt, exit_layer) for prompt, exit_layer in zip(prompts, exits, strict=True)]
         alone = max(_difference(_own(vlm, [each])[0], each.logits) for each in asked)
@@ -69,6 +72,9 @@ def run_checks(vlm: VLM, *, since: float) -> Checks:
             f"{vlm.name} fails the check of generation: exitsafe's loop cannot run it ({type(error).__name__}: "
             f"{first_line(error)}); exitsafe cannot be used with this model"
         ) from error
+    finally:
+        for module in four_bit:
+            module.training = False
     return Checks(
         encoder=vlm.encoder,
         exits=exits,

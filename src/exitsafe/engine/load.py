@@ -140,11 +140,8 @@ def load_vlm(
         warnings.warn(remark, stacklevel=2)
     vlm.checks, vlm.is_newly_checked = known or run_checks(vlm, since=since), known is None
     vlm.can_pad = vlm.checks.can_pad
-    if known is None:
-        if checkpoint_hash is not None:
-            keep_checks(key, vlm.checks)
-        if quantization == "nf4":
-            vlm.model.state_dict()  # bitsandbytes then undoes what the check made it repack on a CPU
+    if known is None and checkpoint_hash is not None:
+        keep_checks(key, vlm.checks)
     if ignored := ignored_settings(vlm.base_model.generation_config):
         warnings.warn(
             f"{name_or_path!s}: exitsafe ignores these generation settings of the checkpoint, which would change "
