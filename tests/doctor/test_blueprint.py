@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -91,3 +92,17 @@ def test_what_cannot_be_planned_is_said_in_one_line(tmp_path: Path) -> None:
 
 def _num_states(typical: Typical) -> int | None:
     return None if typical.image_states is None else typical.image_states.shape[1]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 0}, {"hidden_size": -4}, {"patch_size": 0}, {"num_attention_heads": 3}]
+)
+def test_an_impossible_config_is_refused_in_one_line(changes: dict[str, int], tmp_path: Path) -> None:
+    folder = save_tiny("llava", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in (load_blueprint, load_vlm):
+        with pytest.raises(ModelError, match="cannot") as refusal:
+            load(folder)
+        assert "\n" not in str(refusal.value)

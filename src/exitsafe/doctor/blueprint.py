@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from exitsafe.engine.load import auto_class, outside_decoder
+from exitsafe.engine.load import LOADING_ERRORS, auto_class, outside_decoder
 from exitsafe.engine.processor import check_processor, load_processor
 from exitsafe.engine.templates import check_template
 from exitsafe.engine.vlm import VLM
@@ -107,7 +107,7 @@ def load_blueprint(
         with META:
             model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code).eval()
         _make_encoder(model, name=str(name_or_path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except LOADING_ERRORS as error:
         reason = f"cannot read the config of {name_or_path!s}: {first_line(error)}"
         raise ModelError(unreachable(source, error) or reason) from error
     processor = load_processor(source, config, **remote)

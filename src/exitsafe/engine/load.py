@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
@@ -38,8 +39,20 @@ if TYPE_CHECKING:
     from exitsafe.exits.huggingface import MultimodalModel
 
 _DECIDING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # code runs with trust_remote_code
-# What the libraries raise for corrupt files, missing parts and missing devices.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError, SafetensorError)
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What the libraries raise for corrupt files, impossible configs, missing parts and missing devices."""
 
 
 def load_vlm(
@@ -111,7 +124,7 @@ def load_vlm(
     except SafetensorError as error:
         reason = f"a weights file is truncated or corrupt ({first_line(error)}); save or download it again"
         raise ModelError(f"cannot load {name_or_path!s}: {reason}") from error
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ModelError(unreachable(source, error) or f"cannot load {name_or_path!s}: {first_line(error)}") from error
     check_template(processor, today=date.today().isoformat())
     checkpoint_hash = hash_files(where) if where.is_dir() else getattr(config, "_commit_hash", None)
@@ -198,7 +211,7 @@ def _adapter_folder(adapter: str | Path) -> Path:
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors"]))
-        except _LOADING_ERRORS as error:
+        except LOADING_ERRORS as error:
             reason = f"{adapter} is not a local folder, and the Hub did not provide it: {first_line(error)}"
             raise ModelError(f"adapter {unreachable(str(adapter), error) or reason}") from error
     check_folder(folder, name=str(adapter))
