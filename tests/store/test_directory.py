@@ -174,7 +174,7 @@ def test_loading_what_is_no_run(tmp_path: Path) -> None:
     [
         ("{", r"run\.json cannot be read"),
         ("[]", r"run\.json cannot be read \(it is not a JSON object\)"),
-        (json.dumps({"format": 99, "settings": {}}), r"run\.json is not in this version's format \(3\)"),
+        (json.dumps({"format": 99, "settings": {}}), r"run\.json is not in this version's format \(4\)"),
     ],
 )
 def test_a_damaged_head_is_one_line(tmp_path: Path, content: str, message: str) -> None:

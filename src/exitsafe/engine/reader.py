@@ -89,9 +89,12 @@ class Reader(ExitingModel):
         Raises:
             ModelError: If the processor is missing, or cannot make a prompt.
         """
-        noise = np.random.default_rng(0)
+        noise, modality = np.random.default_rng(0), modality or self.encoder.modality
+        if modality not in self.placeholders and (others := self.placeholders.keys() & {"image", "audio"}):
+            (other,) = others
+            raise ModelError(f"{self.name} has no {modality} encoder in its prompts; add --encoder {other}")
         media: dict[str, Any] = {}
-        if (modality or self.encoder.modality) == "audio":
+        if modality == "audio":
             media["audios"] = ((noise.uniform(-0.5, 0.5, PROBE_RATE).astype(np.float32), PROBE_RATE),)
         else:
             media["images"] = (Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)),)

@@ -88,8 +88,13 @@ def check_can_be_cut(vlm: VLM) -> None:
     """Check before the work what `cut` requires.
 
     Raises:
-        ModelError: If the weights are quantized.
+        ModelError: If the weights are quantized, or the model's class is not one of transformers.
     """
+    if not type(vlm.base_model).__module__.startswith("transformers."):
+        raise ModelError(
+            f"{vlm.name} runs code from its checkpoint, and an export must load in stock transformers: audit and align "
+            "work, export does not"
+        )
     if getattr(vlm.base_model.config, "quantization_config", None) is not None:
         raise ModelError(
             f"{vlm.name} is quantized, but a slim checkpoint has plain weights: load it without quantization, and "

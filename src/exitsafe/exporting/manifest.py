@@ -19,7 +19,7 @@ from exitsafe.store.files import write_whole
 MANIFEST, CARD = "exitsafe.json", "README.md"
 ADAPTER = "adapter"
 """The folder of an adapter that is kept separate."""
-FORMAT = 1
+FORMAT = 2
 
 
 class _Record(BaseModel):

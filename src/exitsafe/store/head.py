@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from exitsafe.judges import MEASURES
 from exitsafe.untrusted import JsonObject, UnreadableError
 
-FORMAT = 3
+FORMAT = 4
 RESULTS = ("responses.parquet", "verdicts.parquet", "summary.json")
 """The files of a finished run whose hashes are in run.json."""
 
