@@ -18,15 +18,15 @@ hf: Any = transformers
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ 'USER:' if m['role'] == 'user' else 'ASSISTANT:' }} "
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE {% elif c['type'] == 'video' %}VIDEO "
-    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{% elif c['type'] == 'audio' %}AUDIO {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 _SIZE = {"height": 32, "width": 32}
 _TILES = [[32, 64], [64, 32], [64, 64]]
 
 
 def kinds() -> tuple[str, ...]:
-    """The model types of which `save_tiny_folder` saves a folder."""
-    return (*_PROCESSORS, "llava", "mllama")
+    """The model types with an image encoder of which `save_tiny_folder` saves a folder; it saves `glmasr` too."""
+    return (*(kind for kind in _PROCESSORS if kind != "glmasr"), "llava", "mllama")
 
 
 def save_tiny_folder(kind: str, folder: Path) -> Path:
@@ -68,8 +68,16 @@ def _tokenizer(special: dict[str, tuple[str, int]], more: tuple[str, ...] = ()) 
     )
 
 
-def _template(image: str, video: str = "") -> str:
-    return _CHAT_TEMPLATE.replace("IMAGE", image).replace("VIDEO", video)
+def _template(image: str = "", video: str = "", audio: str = "") -> str:
+    return _CHAT_TEMPLATE.replace("IMAGE", image).replace("VIDEO", video).replace("AUDIO", audio)
+
+
+def _glmasr(config: Any) -> Any:
+    return hf.GlmAsrProcessor(
+        hf.WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins, chunk_length=2),
+        _tokenizer({"audio_token": ("<|pad|>", config.audio_token_id)}),
+        chat_template=_template(audio="<|pad|>"),
+    )
 
 
 def _qwen(name: str, video_processor: str) -> Callable[[Any], Any]:
@@ -192,6 +200,7 @@ def _lfm2_vl(config: Any) -> Any:
 
 
 _PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "glmasr": _glmasr,
     "gemma3": _gemma3,
     "internvl": _internvl,
     "lfm2_vl": _lfm2_vl,

@@ -3,10 +3,13 @@ are those of transformers' `generate`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import exitsafe
@@ -34,17 +37,52 @@ def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_whole_flow(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    suite, model = str(write_suite(tmp_path / "suite", num_samples=4)), str(folder)
+    _whole_flow(folder, write_suite(tmp_path / "suite", num_samples=4), tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "medium"),
+    [("glmasr", "audios"), ("qwen2_5_vl", "videos"), ("qwen3_vl", "videos"), ("llava_onevision", "videos")],
+)
+def test_the_whole_flow_with_sound_and_video(
+    kind: str, medium: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_folder(kind, tmp_path / "model")
+    rows = []
+    for number in range(4):
+        if medium == "audios":
+            name = f"{number}.wav"
+            sound = np.random.default_rng(number).uniform(-0.5, 0.5, 16_000 * (1 + number % 2))
+            soundfile.write(tmp_path / name, sound, 16_000)
+            media = [name]
+        else:
+            media = [f"{number}-{frame}.png" for frame in range(4)]
+            for frame, name in enumerate(media):
+                noise_image(10 * number + frame, (64, 48)).save(tmp_path / name)
+        prompt = "what is the shape" + " now" * number
+        row = {"id": f"s{number}", "kind": ("harmful", "benign")[number % 2], "prompt": prompt}
+        rows.append(json.dumps(row | {medium: media if medium == "audios" else [media]}))
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text("\n".join(rows) + "\n")
+    _whole_flow(folder, suite, tmp_path, capsys, "--encoder", "audio" if medium == "audios" else "image")
+
+
+def _whole_flow(
+    folder: Path, suite_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *encoder: str
+) -> None:
+    suite, model = str(suite_file), str(folder)
     before, trained, after, slim = (str(tmp_path / name) for name in ("before", "lppo", "after", "slim"))
     answers = ["--max-new-tokens", "3"]
     audit = ["audit", model, "--suite", suite, "--layers", "all", "--judge", "refusal-prefix", *answers]
     align = ["align", model, "--suite", suite, "--layers", "2,4,6", "--reward", "refusal-prefix", "--steps", "2"]
     adapter = ["--adapter", f"{trained}/adapter"]
-    assert run(["doctor", model]) == 0
+    audit, align = [*audit, *encoder], [*align, *encoder]
+    assert run(["doctor", model, *encoder]) == 0
     assert run([*audit, "--out", before]) == 0
     assert run([*align, "--config", "batch_size=4", *answers, "--out", trained]) == 0
-    assert run(["audit", model, *adapter, "--like", before, "--out", after]) == 0
-    assert run(["export", model, *adapter, "--exit-layer", "4", "--audit", after, "--out", slim]) == 0
+    assert run(["audit", model, *adapter, *encoder, "--like", before, "--out", after]) == 0
+    assert run(["export", model, *adapter, *encoder, "--exit-layer", "4", "--audit", after, "--out", slim]) == 0
     capsys.readouterr()
     assert run(["verify", slim, "--against", after]) == 0
     assert exitsafe.load_run(before).exit_layers == (1, 2, 3, 4, 5, 6)
