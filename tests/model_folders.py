@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.architectures import tiny_model
@@ -18,22 +19,29 @@ hf: Any = transformers
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ 'USER:' if m['role'] == 'user' else 'ASSISTANT:' }} "
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE {% elif c['type'] == 'video' %}VIDEO "
-    "{% elif c['type'] == 'audio' %}AUDIO {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{% elif c['type'] == 'audio' %}AUDIO {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+SOUND = ("glmasr", "qwen2_audio")
+"""The model types with sound of which `save_tiny_folder` saves a folder."""
 _SIZE = {"height": 32, "width": 32}
 _TILES = [[32, 64], [64, 32], [64, 64]]
 
 
 def kinds() -> tuple[str, ...]:
-    """The model types with an image encoder of which `save_tiny_folder` saves a folder; it saves `glmasr` too."""
-    return (*(kind for kind in _PROCESSORS if kind != "glmasr"), "llava", "mllama")
+    """The model types with pictures of which `save_tiny_folder` saves a folder."""
+    return (*(kind for kind in _PROCESSORS if kind not in SOUND), "llava", "mllama")
 
 
 def save_tiny_folder(kind: str, folder: Path) -> Path:
-    """Save a tiny model of the type `kind` with its processor, for pictures of 28 to 112 pixels."""
+    """Save a tiny model of a type with its processor, for pictures of 28 to 112 pixels or a second of sound."""
     if kind not in _PROCESSORS:
         return save_tiny(kind, folder)
     model = tiny_model(kind)
+    with torch.no_grad():
+        for name in ("image_token_id", "video_token_id", "audio_token_id"):
+            if (placeholder := getattr(model.config, name, None)) is not None:
+                model.get_output_embeddings().weight[placeholder] = 0.0  # no trained model answers with one either
     # Several ends, so that answers differ in length.
     model.generation_config.eos_token_id = [2, *range(FIRST_WORD, VOCAB_SIZE, 7)]
     model.generation_config.pad_token_id = 0
@@ -42,12 +50,16 @@ def save_tiny_folder(kind: str, folder: Path) -> Path:
     return folder
 
 
-def _tokenizer(special: dict[str, tuple[str, int]], more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    special: dict[str, tuple[str, int]], more: tuple[str, ...] = (), *, is_byte_level: bool = False
+) -> PreTrainedTokenizerFast:
     """A word-level tokenizer whose special tokens have the ids of the config.
 
     Args:
         special: Names of the tokenizer's attributes ("image_token"), with their tokens and ids.
         more: Further tokens that the processor writes into prompts.
+        is_byte_level: Whether transformers loads it as a byte-level one, whatever it was: only added tokens are still
+            words then, and are decoded without spaces.
     """
     tokens = {"<pad>": 0, "<s>": 1, "</s>": 2} | dict(special.values())
     words = {word: FIRST_WORD + place for place, word in enumerate(WORDS)}
@@ -58,6 +70,8 @@ def _tokenizer(special: dict[str, tuple[str, int]], more: tuple[str, ...] = ()) 
     backend = Tokenizer(models.WordLevel(vocabulary | fillers, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([*tokens, *more])
+    if is_byte_level:
+        backend.add_tokens([AddedToken(word, lstrip=True) for word in ("USER:", "ASSISTANT:", *WORDS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -72,14 +86,6 @@ def _template(image: str = "", video: str = "", audio: str = "") -> str:
     return _CHAT_TEMPLATE.replace("IMAGE", image).replace("VIDEO", video).replace("AUDIO", audio)
 
 
-def _glmasr(config: Any) -> Any:
-    return hf.GlmAsrProcessor(
-        hf.WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins, chunk_length=2),
-        _tokenizer({"audio_token": ("<|pad|>", config.audio_token_id)}),
-        chat_template=_template(audio="<|pad|>"),
-    )
-
-
 def _qwen(name: str, video_processor: str) -> Callable[[Any], Any]:
     def build(config: Any) -> Any:
         tokens = {
@@ -92,7 +98,7 @@ def _qwen(name: str, video_processor: str) -> Callable[[Any], Any]:
         start, end = "<|vision_start|>", "<|vision_end|>"
         return getattr(hf, name)(
             image_processor=hf.Qwen2VLImageProcessor(**grid),
-            tokenizer=_tokenizer(tokens),
+            tokenizer=_tokenizer(tokens, is_byte_level=config.model_type == "qwen3_5"),
             video_processor=getattr(hf, video_processor)(**grid),
             chat_template=_template(f"{start}<|image_pad|>{end}", f"{start}<|video_pad|>{end}"),
         )
@@ -199,15 +205,43 @@ def _lfm2_vl(config: Any) -> Any:
     )
 
 
+def _glmasr(config: Any) -> Any:
+    token = "<|pad|>"
+    return hf.GlmAsrProcessor(
+        feature_extractor=_whisper(config.audio_config),
+        tokenizer=_tokenizer({"audio_token": (token, config.audio_token_id)}),
+        chat_template=_template(audio=token),
+    )
+
+
+def _qwen2_audio(config: Any) -> Any:
+    tokens = {
+        "audio_token": ("<|AUDIO|>", config.audio_token_id),
+        "audio_bos_token": ("<|audio_bos|>", 40),
+        "audio_eos_token": ("<|audio_eos|>", 41),
+    }
+    return hf.Qwen2AudioProcessor(
+        feature_extractor=_whisper(config.audio_config),
+        tokenizer=_tokenizer(tokens),
+        chat_template=_template(audio="<|audio_bos|><|AUDIO|><|audio_eos|>"),
+    )
+
+
+def _whisper(audio: Any) -> Any:
+    """Features of 32 frames, the length of a second."""
+    return hf.WhisperFeatureExtractor(feature_size=audio.num_mel_bins, hop_length=500, chunk_length=1)
+
+
 _PROCESSORS: dict[str, Callable[[Any], Any]] = {
-    "glmasr": _glmasr,
     "gemma3": _gemma3,
+    "glmasr": _glmasr,
     "internvl": _internvl,
     "lfm2_vl": _lfm2_vl,
     "llava_onevision": _llava_onevision,
     "mistral3": _mistral3,
     "paligemma": _paligemma,
     "qwen2_5_vl": _qwen("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen2_audio": _qwen2_audio,
     "qwen3_5": _qwen("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
     "qwen3_vl": _qwen("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
     "smolvlm": _smolvlm,
