@@ -166,12 +166,14 @@ def _arguments(owner: Any, modality: str) -> dict[str, bool]:
 
 def _encoder_inputs(model: Any, modality: str) -> dict[str, Any]:
     model_type = model.config.model_type
-    if model_type == "mllama":
+    if model_type == "mllama" and modality == "image":
         return _mllama_inputs(model.config.vision_config)
     if model_type == "qwen2_audio" and modality == "audio":
         return _sound(model.config.audio_config, {"input_features", "feature_attention_mask"})
     names = set(_arguments(features_owner(model, modality), modality))
     if modality == "audio":
+        if getattr(model.config, "audio_config", model.config) is None:
+            raise LookupError("no encoder of sound")
         return _sound(_first(model.config, "audio_config", "encoder_config"), names)
     config = _first(model.config, "vlm_config", "thinker_config", "encoder") or model.config
     vision = _first(config, "vision_config") or config
@@ -252,9 +254,9 @@ def _mllama_inputs(vision: Any) -> dict[str, Any]:
 
 
 def _sound(audio: Any, names: set[str]) -> dict[str, Any]:
-    num_bins = next(
-        getattr(audio, name) for name in ("num_mel_bins", "input_dim", "feature_size") if hasattr(audio, name)
-    )
+    num_bins = _first(audio, "num_mel_bins", "input_dim", "feature_size")
+    if num_bins is None:
+        raise NotImplementedError("its sound is not a spectrogram")
     inputs = {"input_features": torch.randn(1, num_bins, _FRAMES)}
     masks = names & {"input_features_mask", "feature_attention_mask"}
     return inputs | {name: torch.ones(1, _FRAMES, dtype=torch.long) for name in masks}

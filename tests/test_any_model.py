@@ -24,7 +24,6 @@ _REFUSED = {
     "lfm3_vl": "check of generation",
     "minicpmv4_6": "no image encoder",
     "minicpmv4_7": "no image encoder",
-    "molmo2": "cannot be exported",
     "nemotron_h_omni": "check of generation",
     "t5gemma2": "encoder-decoder",
     "unlimited_ocr": "check of one encoder",

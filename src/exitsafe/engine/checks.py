@@ -160,7 +160,7 @@ def _stock(vlm: VLM, prompt: Prompt, exit_layer: int) -> tuple[Tensor, Tensor]:
     model = vlm.base_model
     text = {name: tensor[None].to(vlm.device) for name, tensor in prompt.text_inputs.items()}
     tokens = prompt.input_ids[None].to(vlm.device)
-    never = list(vlm.eos_token_ids) or None  # without an end, both make as many tokens
+    never = [*vlm.eos_token_ids, *vlm.special_token_ids] or None  # without an end, both make as many tokens
     plain = GenerationConfig(pad_token_id=vlm.pad_token_id, suppress_tokens=never)
     before, model.generation_config = model.generation_config, plain
     try:
@@ -192,7 +192,7 @@ def _own(vlm: VLM, asked: Sequence[_Asked]) -> list[Tensor]:
             temperature=0.0,
             seed=0,
             batch_size=len(rows),
-            suppress=vlm.eos_token_ids,
+            suppress=[*vlm.eos_token_ids, *vlm.special_token_ids],
         )
         _ = list(answers)
     finally:

@@ -96,6 +96,12 @@ def _clamp_taps(config: Any, *, num_layers: int, exit_layer: int) -> None:
         config.deepstack_layer_map = [[clamped(layer), of_decoder] for layer, of_decoder in pairs]
     if isinstance(layer := getattr(config, "spatial_vision_layer", None), int):
         config.spatial_vision_layer = clamped(layer)
+    for path, inner in _sub_configs(config, ()):
+        if path and isinstance(taps := getattr(inner, "vision_feature_layer", None), list | tuple):
+            # Molmo 2: 0 is the first block; from the end, as elsewhere, -1 is the last
+            inner.vision_feature_layer = [
+                clamped(layer) - exit_layer - 1 if layer < 0 else min(layer, exit_layer - 1) for layer in taps
+            ]
 
 
 def _encoder_config(vlm: VLM) -> tuple[str, ...]:
