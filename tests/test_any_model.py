@@ -21,7 +21,6 @@ _REFUSED = {
     "hunyuan_vl": "check of mixed batches",
     "inkling_mm_model": "no image encoder",
     "instructblip": "check of generation",
-    "lfm3_vl": "check of generation",
     "minicpmv4_6": "no image encoder",
     "minicpmv4_7": "no image encoder",
     "nemotron_h_omni": "check of generation",
