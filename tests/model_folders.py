@@ -22,7 +22,7 @@ _CHAT_TEMPLATE = (
     "{% elif c['type'] == 'audio' %}AUDIO {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-SOUND = ("glmasr", "qwen2_audio")
+SOUND = ("glmasr", "qwen2_5_omni_thinker", "qwen2_audio")
 """The model types with sound of which `save_tiny_folder` saves a folder."""
 _SIZE = {"height": 32, "width": 32}
 _TILES = [[32, 64], [64, 32], [64, 64]]
@@ -227,6 +227,35 @@ def _qwen2_audio(config: Any) -> Any:
     )
 
 
+def _omni(config: Any) -> Any:
+    vision = config.vision_config
+    sizes = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    tokens = {
+        "image_token": ("<|IMAGE|>", config.image_token_id),
+        "video_token": ("<|VIDEO|>", config.video_token_id),
+        "audio_token": ("<|AUDIO|>", config.audio_token_id),
+        "vision_bos_token": ("<|vision_bos|>", 40),
+        "vision_eos_token": ("<|vision_eos|>", 41),
+        "audio_bos_token": ("<|audio_bos|>", 42),
+        "audio_eos_token": ("<|audio_eos|>", 43),
+    }
+    return hf.Qwen2_5OmniProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(**sizes, min_pixels=28 * 28, max_pixels=64 * 64),
+        video_processor=hf.Qwen2VLVideoProcessor(**sizes),
+        feature_extractor=_whisper(config.audio_config),
+        tokenizer=_tokenizer(tokens),
+        chat_template=_template(
+            "<|vision_bos|><|IMAGE|><|vision_eos|>",
+            "<|vision_bos|><|VIDEO|><|vision_eos|>",
+            "<|audio_bos|><|AUDIO|><|audio_eos|>",
+        ),
+    )
+
+
 def _whisper(audio: Any) -> Any:
     """Features of 32 frames, the length of a second."""
     return hf.WhisperFeatureExtractor(feature_size=audio.num_mel_bins, hop_length=500, chunk_length=1)
@@ -240,6 +269,7 @@ _PROCESSORS: dict[str, Callable[[Any], Any]] = {
     "llava_onevision": _llava_onevision,
     "mistral3": _mistral3,
     "paligemma": _paligemma,
+    "qwen2_5_omni_thinker": _omni,
     "qwen2_5_vl": _qwen("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_audio": _qwen2_audio,
     "qwen3_5": _qwen("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),

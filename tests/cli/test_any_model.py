@@ -43,7 +43,13 @@ def test_the_whole_flow(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "medium"),
-    [("glmasr", "audios"), ("qwen2_5_vl", "videos"), ("qwen3_vl", "videos"), ("llava_onevision", "videos")],
+    [
+        ("glmasr", "audios"),
+        ("qwen2_5_omni_thinker", "audios"),
+        ("qwen2_5_vl", "videos"),
+        ("qwen3_vl", "videos"),
+        ("llava_onevision", "videos"),
+    ],
 )
 def test_the_whole_flow_with_sound_and_video(
     kind: str, medium: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
