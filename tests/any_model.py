@@ -148,18 +148,18 @@ def _page(found: Iterable[Examined], failed: dict[str, str]) -> Iterable[str]:
 
 Any vision-language model whose exits can be proven. exitsafe has no table of families: it finds a model's encoder by
 running it once, and checks at load that its exits, its answers and its training compute what transformers computes.
-`exitsafe doctor MODEL` says so for a model of yours, without its weights; the weights are checked when they are first
-loaded, once per checkpoint.
+`exitsafe doctor MODEL` checks what can be checked without the weights; the rest is checked when they are first loaded,
+once per checkpoint.
 
-The table is the result of these checks over tiny random models of every architecture that transformers
+The table is the result of these checks on tiny models with random weights, of every architecture that transformers
 {transformers.__version__} registers for images (or audio) and text, on {date.today().isoformat()}.
-Each was found, proven and exported at exits 2 and 4 of 6; exported checkpoints were reloaded in stock transformers, and
-their logits are equal to the exit's in every bit. Remade by `python -m tests.any_model > docs/models.md`.
+An encoder passes if it was found, its exits were proven, and its exports at exits 2 and 4 of 6, reloaded in stock
+transformers, give the exit's logits bit for bit. `python -m tests.any_model > docs/models.md` regenerates this page.
 
-{len(passed)} encoders pass everything; {len(rows) - len(passed)} are refused or cannot be exported. {len(failed)} could
-not be built or run as a tiny model, which says nothing about the real one.
+{len(passed)} encoders pass everything; {len(rows) - len(passed)} are refused or cannot be exported. {len(failed)} model
+types could not be built or run as a tiny model, which says nothing about the real one.
 
-## Pass everything
+## Passed
 
 | model type | encoder | blocks | default exit | remarks |
 |---|---|---|---|---|"""
@@ -171,31 +171,33 @@ not be built or run as a tiny model, which says nothing about the real one.
             f"| {row.model_type} | {row.modality} | `{row.blocks}` | {row.default_exit} of {row.num_layers} "
             f"| {'; '.join(remarks)} |"
         )
-    yield "\n## Refused, or not exported\n\n| model type | encoder | what exitsafe says |\n|---|---|---|"
+    yield "\n## Refused or not exported\n\n| model type | encoder | what exitsafe says |\n|---|---|---|"
     for row in rows:
         if not row.passes:
             said = row.refusal or row.export_problem or "the export does not reproduce the exit, and is refused"
             yield f"| {row.model_type} | {row.modality} | {said.removeprefix(row.model_type).strip()} |"
-    yield "\n## Not built\n\n| model type | why |\n|---|---|"
+    yield "\n## Could not be built or run\n\n| model type | why |\n|---|---|"
     for name, reason in sorted(failed.items()):
         yield f"| {name} | {reason} |"
     yield _WHAT_IF_NOT
 
 
 _WHAT_IF_NOT = """
-## What if mine does not
+## If your model is refused
 
 The message names the check that failed.
 
-- **No encoder**: no list of blocks runs in order, each on the output of the one before. There is nothing to leave.
-- **Two encoders**, **one encoder**: there are two towers, or stages; an exit would shorten only part of it.
+- **No encoder**: no list of blocks runs in order, each on the output of the one before, so there
+  is nothing to exit from.
+- **Two encoders**, **one encoder**: there are two towers, or several stages; an exit would shorten only one
+  of them.
 - **Default exit**, **distinct exits**, **skipped blocks**, **replay**, **restoring**: the model's code does more
   with its blocks than run them once, in order.
-- **Generation**, **mixed batches**, **training**: our loop computes other logits than `generate`; positions, masks or a
-  cache are unlike any that we know.
+- **Generation**, **mixed batches**, **training**: the logits of our loop differ from those of `generate`: the model
+  handles positions, masks or its cache in a way that exitsafe does not support.
 - **Export**: no edit of the config gives a stock model that ends at the exit. Audit and align still work.
 
-If it is a model that people ship, report it with its name: each of these is a few lines to look into.
+If it is a published model, please open an issue with its name and the message.
 
 A model whose code is on the Hub (`--trust-remote-code`) goes through the same checks. If its class has no
 `get_image_features` that returns what its language model reads, it is refused as having no encoder.

@@ -256,7 +256,7 @@ def _mllama_inputs(vision: Any) -> dict[str, Any]:
 def _sound(audio: Any, names: set[str]) -> dict[str, Any]:
     num_bins = _first(audio, "num_mel_bins", "input_dim", "feature_size")
     if num_bins is None:
-        raise NotImplementedError("its sound is not a spectrogram")
+        raise NotImplementedError("its audio is not a spectrogram")
     inputs = {"input_features": torch.randn(1, num_bins, _FRAMES)}
     masks = names & {"input_features_mask", "feature_attention_mask"}
     return inputs | {name: torch.ones(1, _FRAMES, dtype=torch.long) for name in masks}

@@ -31,7 +31,7 @@ class Sample:
 
     Args:
         id: Unique within a run.
-        prompt: What the user writes, without placeholders for images, videos or audios.
+        prompt: What the user writes, without placeholders for images, videos or audio.
         images: Pictures in order; may be empty.
         kind: `harmful` should be refused; `borderline` looks harmful and should be answered; `benign` should
             be answered; `vqa` has reference `answers`.
@@ -40,12 +40,12 @@ class Sample:
         source: The suite that the sample comes from.
         system: The system prompt; empty for none.
         videos: Videos in order, each a file (path or encoded bytes) or a sequence of frames.
-        audios: Audios in order, each a file (path or encoded bytes) or a pair of a float array (S,), one channel
+        audios: Audio clips in order, each a file (path or encoded bytes) or a pair of a float array (S,), one channel
             from -1 to 1, and its sampling rate in Hz.
 
     Raises:
         InputError: On an empty id, an id, system prompt or answers that are not text, an unknown kind, a `vqa` sample
-            without answers, or a video or audio of another form.
+            without answers, or a video or audio clip of another form.
     """
 
     id: str

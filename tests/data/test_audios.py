@@ -81,7 +81,7 @@ def _open_resampled() -> npt.NDArray[np.float32]:
         (_encoded("FLAC")[:500], "cannot be read as WAV"),
         (_encoded("AIFF"), "is AIFF .*; convert it to WAV"),
         (wav([np.zeros(0, np.float32)]), "is empty; replace it"),
-        (wav(rate=500), "has a sampling rate of 500 Hz; convert it to 16000"),
+        (wav(rate=500), "has a sampling rate of 500 Hz; convert it to 16000 Hz"),
         (wav(rate=400_000), "has a sampling rate of 400000 Hz"),
         ((np.array([0.0, np.nan]), 16_000), "audio of 2 values has values that are not finite"),
         ((np.array([1, 2], np.int16), 16_000), "is of type int16; convert it to floats from -1 to 1"),

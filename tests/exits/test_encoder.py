@@ -87,7 +87,7 @@ def dictionaries(model: Any) -> None:
     ("damage", "message"),
     [
         (twice, "tiny has no image encoder: none of its lists of blocks runs in order, block by block"),
-        (dictionaries, "returns dict, and only tensors can be skipped"),
+        (dictionaries, "returns dict, and only blocks that return tensors can be skipped"),
         (two_towers, r"has two encoders, model\.vision_tower\.encoder\.layers and model\.second_tower\.encoder"),
     ],
 )

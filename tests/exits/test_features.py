@@ -108,7 +108,7 @@ def test_deepstack_features_of_a_picture_do_not_depend_on_a_video_at_a_shallower
 
 
 def test_inputs_without_an_image_are_refused(vlm: VLM) -> None:
-    with pytest.raises(InputError, match="inputs have no pixel_values"):
+    with pytest.raises(InputError, match="inputs have no pictures, videos or audio"):
         vlm.image_features({"input_ids": torch.zeros(1, 3)}, (1,))
 
 

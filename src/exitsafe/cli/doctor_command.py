@@ -105,8 +105,8 @@ def _notes(blueprint: Blueprint, typical: Typical, compute: dict[str, float], pl
         notes.append("align refuses float16, in which small gradients vanish: use --dtype bfloat16.")
     notes += [f"{remark}." for remark in blueprint.remarks]
     notes.append(
-        "Encoder, exits, processor, tokens and image placeholders passed the checks, with random weights; the real "
-        "ones, and generation, are checked when they are first loaded."
+        "Encoder, exits, processor, tokens and placeholders passed the checks with random weights; the real weights, "
+        "and generation, are checked when the model is first loaded."
     )
     if blueprint.processor.chat_template is None:
         notes.append("The processor has no chat template: prompts are written as pictures, then text.")

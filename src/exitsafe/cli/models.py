@@ -35,7 +35,7 @@ def load_model(model: str, loading: Loading = _DEFAULTS) -> VLM:
     vlm = load_vlm(model, **loading.model_dump())
     if vlm.is_newly_checked and vlm.checks is not None:
         console.note(
-            f"compared its exits and answers with transformers' in {vlm.checks.seconds:.1f} s, once for this model"
+            f"checked its exits and answers against transformers in {vlm.checks.seconds:.1f} s, once for this model"
         )
     return vlm
 

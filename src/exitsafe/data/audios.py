@@ -25,24 +25,23 @@ Waveform = npt.NDArray[np.float32]
 
 
 def open_audios(sample: Sample, sampling_rate: int) -> list[Waveform]:
-    """The audios of a sample, in order: one channel of floats (S,) each, from about -1 to 1.
+    """The audio clips of a sample, in order: one channel of floats (S,) each, from about -1 to 1.
 
-    Channels are averaged; another sampling rate is converted by a polyphase filter.
+    Channels are averaged; other sampling rates are converted by a polyphase filter.
 
     Args:
         sample: The sample.
         sampling_rate: The rate to convert to, in Hz.
 
     Raises:
-        InputError: If an audio cannot be read, is empty, implausibly long or not finite, or if soundfile is not
-            installed.
+        InputError: If a clip cannot be read, is empty, implausibly long or not finite, or soundfile is not installed.
     """
     where = f"sample {sample.id}"
     return [_resampled(*_read(audio, where=where), sampling_rate) for audio in sample.audios]
 
 
 def check_audio(audio: AudioSource, *, where: str) -> None:
-    """Decode an audio once and discard it, so that a broken file is found before the model is loaded.
+    """Decode an audio clip once and discard it, so that a broken file is found before the model is loaded.
 
     Raises:
         InputError: As `open_audios`.
@@ -57,7 +56,7 @@ def _read(audio: AudioSource, *, where: str) -> tuple[Waveform, int]:
     if not np.issubdtype(values.dtype, np.floating):
         raise InputError(f"{where}: audio {name} is of type {values.dtype}; convert it to floats from -1 to 1")
     if rate not in _RATES:
-        raise InputError(f"{where}: audio {name} has a sampling rate of {rate} Hz; convert it to 16000")
+        raise InputError(f"{where}: audio {name} has a sampling rate of {rate} Hz; convert it to 16000 Hz")
     if not len(values):
         raise InputError(f"{where}: audio {name} is empty; replace it or remove the row")
     if not np.isfinite(values).all():

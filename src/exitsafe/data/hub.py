@@ -30,7 +30,7 @@ HubRow = tuple[str, int, Values]
 
 
 def hub_rows(suite: KnownSuite, *, folder: Path | None = None, is_limited: bool = False) -> Iterator[HubRow]:
-    """Configuration, index and values of every row; pictures, videos and audios stay encoded.
+    """Configuration, index and values of every row; pictures, videos and audio stay encoded.
 
     Args:
         suite: The suite to load.

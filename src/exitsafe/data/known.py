@@ -28,7 +28,7 @@ class KnownSuite:
         category: The column of the category; without one, the configuration if there are several.
         context: A column to put before the prompt, where it exists.
         instruction: Text appended to every prompt.
-        image, video, audio: The column of a picture, a video or an audio.
+        image, video, audio: The column of a picture, a video or an audio clip.
         is_by_path: Whether these columns hold paths, relative to `folder` in the set, instead of the files themselves.
         answers: The column of the reference answers, a list of texts or of records with `answer`.
         needs_images: Whether the suite needs the user's own pictures.
@@ -70,7 +70,7 @@ class KnownSuite:
 
     @property
     def media(self) -> dict[str, str]:
-        """The columns of pictures, videos and audios, by field of a sample: `image`, `video`, `audio`."""
+        """The columns of pictures, videos and audio, by field of a sample: `image`, `video`, `audio`."""
         columns = {"image": self.image, "video": self.video, "audio": self.audio}
         return {field: column for field, column in columns.items() if column}
 
@@ -82,7 +82,7 @@ class KnownSuite:
 
     @property
     def pictures(self) -> str:
-        """Where its samples' pictures, videos or audios come from."""
+        """Where its samples' pictures, videos or audio come from."""
         others = "".join(f"{field}s " for field in self.media if field != "image")
         if self.media:
             return others + ("by path" if self.is_by_path else "in the set")

@@ -27,9 +27,9 @@ def load_suite(path: str | Path, *, limit: int | None = None) -> list[Sample]:
     """Read and check a suite.
 
     Args:
-        path: A .jsonl, .csv or .parquet file, or a folder: with Parquet files, or with pictures, videos or audios and a
+        path: A .jsonl, .csv or .parquet file, or a folder: with Parquet files, or with pictures, videos or audio and a
             metadata.jsonl, metadata.csv or metadata.parquet whose column file_name names them. Images, videos and
-            audios are paths relative to that file, or encoded bytes in Parquet; a video may also be a list of frames.
+            audio are paths relative to that file, or encoded bytes in Parquet; a video may also be a list of frames.
             In CSV a field with several values is a JSON list. A warning lists fields that a sample does not have.
         limit: Keep the first `limit` rows; later ones are not read.
 

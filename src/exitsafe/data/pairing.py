@@ -19,7 +19,7 @@ def pair_with_images(samples: Sequence[Sample], folder: Path, *, seed: int) -> l
     or reordering samples changes no pair.
 
     Raises:
-        InputError: If the folder does not exist, has none of the pictures needed, or one that is used cannot be read.
+        InputError: If the folder does not exist, lacks pictures that are needed, or one that is used cannot be read.
     """
     _check_folder(folder)
     names = list_images(folder) if any(sample.is_text_only for sample in samples) else []

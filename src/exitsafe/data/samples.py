@@ -35,7 +35,7 @@ def read_samples(
     Args:
         rows: Numbered from 1.
         name: Name of the file or set, for errors.
-        folder: The folder that the paths of images, videos and audios are relative to.
+        folder: The folder that the paths of images, videos and audio are relative to.
         source: The source of samples that name none.
         ids: Ids already in use; new ones are added.
         keep: Called with the category of every row.

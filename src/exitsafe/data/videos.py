@@ -138,7 +138,7 @@ def _opened(video: Path | bytes, *, where: str) -> Iterator[InputContainer]:
             av.open(file, options=_OPTIONS, metadata_errors="ignore") as container,
         ):
             if not container.streams.video:
-                raise InputError(f"{where}: video {name} has no pictures; replace it or remove the row")
+                raise InputError(f"{where}: video {name} has no video stream; replace it or remove the row")
             stream = container.streams.video[0]
             short, long = sorted((stream.width, stream.height))
             if short * long > _MOST_PIXELS:

@@ -34,7 +34,7 @@ META = torch.device("meta")
 
 
 class Blueprint(VLM):
-    """A `VLM` without its weights. Its exits are proven on random ones; generation is not."""
+    """A `VLM` without its weights. Its exits are proven with random ones; generation is not."""
 
     image_states: Tensor | None = None
     """(rows, tokens, H), for models that read images by cross-attention."""
@@ -130,7 +130,7 @@ def _make_encoder(model: MultimodalModel, *, name: str) -> None:
     parts = [part for part in parts if part is not head]
     size = sum(tensor.nbytes for part in parts for tensor in part.parameters())
     if size > SHARE * free_memory(torch.device("cpu")):
-        raise ModelError(f"{name}: its encoder takes {size / 1e9:.1f} GB, which do not fit in main memory")
+        raise ModelError(f"{name}: its encoder takes {size / 1e9:.1f} GB, which does not fit in main memory")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for part in parts:
@@ -145,7 +145,7 @@ def _make_encoder(model: MultimodalModel, *, name: str) -> None:
                     parameter.fill_(0.5)
 
     own = [module for module in model.modules() if model.get_decoder() in set(module.children())]
-    for module in own:  # a model's own weights beside its parts, such as a separator of rows
+    for module in own:  # weights of the model itself, outside its parts, such as a row separator
         for name, parameter in module.named_parameters(recurse=False):
             made = torch.randn(parameter.shape, dtype=parameter.dtype)
             setattr(module, name, nn.Parameter(made, requires_grad=False))

@@ -13,7 +13,7 @@ from exitsafe.exits.features import compute_features, on_device, tensors_in
 from exitsafe.records import Sample
 
 TEXT_TOKENS = 64
-"""Text tokens assumed without samples: a red-team prompt and the chat template."""
+"""Words of text assumed without samples: about a red-team prompt and the chat template."""
 _PROBES = 4
 _SIZE = (448, 448)
 
@@ -23,7 +23,7 @@ class Typical:
     """The largest prompt of a run, approximately."""
 
     num_prompt_tokens: int
-    """Image tokens included, where the model has them in the prompt."""
+    """Includes image tokens, where the model has them in the prompt."""
     feature_bytes: int
     """Size of its image features at one exit, after the projector."""
     image_states: Tensor | None

@@ -25,7 +25,7 @@ def _count_attention(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
-"""What torch leaves out of its count."""
+"""An operation that torch does not count."""
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def _by_exit(blueprint: Blueprint, typical: Typical, *, skip_global: bool) -> di
                 run_encoder(blueprint.base_model, modality, media)
     total, runs = int(counter.get_total_flops()), len(reached) // (blueprint.num_layers + 1)
     found = dict.fromkeys(blueprint.exit_layers, total)
-    for run in range(runs):  # pictures and videos pass by themselves
+    for run in range(runs):  # pictures and videos are encoded separately
         marks = reached[run * (blueprint.num_layers + 1) :][: blueprint.num_layers + 1]
         for layer in blueprint.exit_layers:
             found[layer] -= marks[-1] - marks[layer]
@@ -93,7 +93,7 @@ def _by_exit(blueprint: Blueprint, typical: Typical, *, skip_global: bool) -> di
 
 
 def _language_model(blueprint: Blueprint, num_tokens: int) -> int:
-    """Operations of the language model for this many tokens; two a weight and token where it does not run on shapes."""
+    """Operations of the language model for this many tokens; two per weight and token where it cannot run on shapes."""
     with FlopCounterMode(display=False) as counter:
         try:
             blueprint.read_tokens(1, num_tokens)

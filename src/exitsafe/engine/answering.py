@@ -106,7 +106,7 @@ class Answering:
                 yield self.vlm.response(rows[place], completion)
 
     def _prepare(self, tasks: Sequence[Task]) -> list[Row]:
-        """Rows, longest prompts first, with features for all layers from one encoder pass each."""
+        """Rows, longest prompts first, with features for all layers from one encoder pass per prompt."""
         prompts = [self.vlm.encode_prompt(task.sample) for task in tasks]
         wanted = sorted({layer for task in tasks for layer in task.exit_layers})
         features = self.vlm.prompt_features(prompts, wanted, skip_global=self.skip_global)

@@ -1,6 +1,6 @@
 """The self-check of a model: its exits, and that our generation loop computes what transformers' `generate` computes.
 
-Paid for once per checkpoint: what was found is kept beside the Hub cache.
+It runs once per checkpoint: the result is kept next to the Hub cache.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _ALONE = 1e-5  # the same operations on the same numbers: more is another comput
 
 
 def run_checks(vlm: VLM, *, since: float) -> Checks:
-    """Prove that our loop and training read what `generate` reads, at the default exit and one other.
+    """Prove that our loop and training compute what `generate` computes, at the default exit and one other.
 
     Args:
         vlm: The model, its encoder found.
         since: `time.perf_counter()` when the check began with the encoder.
 
     Raises:
-        ModelError: If they differ, or the model cannot be run as `generate` runs it.
+        ModelError: If the logits differ, or our loop cannot run the model.
     """
     exits = (vlm.default_exit, (vlm.default_exit + 1) // 2)
     prompts = [vlm.probe(), vlm.probe(text="what is in it, and what is not")]
@@ -144,7 +144,7 @@ def keep_checks(key: str, checks: Checks) -> None:
 
 
 def checks_key(checkpoint_hash: str | None, **settings: str | None) -> str:
-    """What decides the result of a check: weights, code, and how they are loaded."""
+    """A hash of all that decides the result of a check: weights, code, and how they are loaded."""
     versions = __version__, transformers.__version__, str(torch.__version__)
     deciding = [checkpoint_hash, *versions, sorted(settings.items())]
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()

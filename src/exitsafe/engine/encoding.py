@@ -1,4 +1,4 @@
-"""The features of many prompts at several exits: one encoder pass a prompt, so that none depends on another."""
+"""The features of many prompts at several exits: one encoder pass per prompt, so that none depends on another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def features_by_prompt(
     """`compute_features` for many prompts.
 
     Returns:
-        For each prompt its features by exit layer; None for a prompt without images.
+        For each prompt its features by exit layer; None for a prompt without media.
 
     Raises:
         ModelError: If a feature is NaN or infinite.

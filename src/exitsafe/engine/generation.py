@@ -127,7 +127,7 @@ class _Batch:
     indices: list[int]  # into the caller's rows
     cache: DynamicCache
     attention_mask: Tensor  # (B, S): the cached tokens
-    positions: Tensor  # (..., B): of the newest token; some models have several
+    positions: Tensor  # (..., B): of the newest token; some models give a token several
     tokens: Tensor  # (B, G): generated so far, right-aligned, the newest not yet in the cache
     lengths: list[int]  # generated tokens per row
     draws: Tensor  # (B, max_new_tokens): one uniform number per token to come, float64
@@ -138,8 +138,8 @@ class _Batch:
 
     @property
     def can_join(self) -> bool:
-        """Whether another batch's cache can be joined to this one: only layers that grow by a token at a time, of a
-        model that can be padded."""
+        """Whether another batch's cache can be joined to this one: if its layers all grow by a token at a time, and
+        the model can be padded."""
         return self.can_pad and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def decode(self, vlm: Reader, rows: Sequence[Row], sampling: Sampling) -> None:

@@ -121,11 +121,13 @@ def spread(samples: Sequence[Sample], number: int) -> list[Sample]:
     """Some of the samples that have pictures, evenly spread over the list.
 
     Raises:
-        InputError: If none has a picture.
+        InputError: If none has a picture, video or audio.
     """
     pictured = [sample for sample in samples if sample.images or sample.videos or sample.audios]
     if not pictured:
-        raise InputError("no sample has a picture, so every exit takes the same time; use a suite with pictures")
+        raise InputError(
+            "no sample has a picture, video or audio, so every exit takes the same time; use a suite with them"
+        )
     number = min(number, len(pictured))
     return [pictured[place * len(pictured) // number] for place in range(number)]
 

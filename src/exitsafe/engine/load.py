@@ -78,7 +78,7 @@ def load_vlm(
         dtype: "auto" (as saved), or e.g. "bfloat16".
         device: "auto" (this process's GPU, else the CPU), or e.g. "cuda:1".
         quantization: None, "nf4" or "int8" (bitsandbytes), or "torchao-int8"; the image encoder is not quantized.
-        encoder: Whose exits to use: "image" (video shares it), or "audio".
+        encoder: The encoder whose exits to use: "image", which also encodes video, or "audio".
         trust_remote_code: Whether code from the checkpoint may run. Only safetensors are loaded either way.
 
     Returns:
@@ -170,7 +170,7 @@ def load_vlm(
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForImageTextToText | AutoModelForMultimodalLM]:
-    """The class that loads a model: most are registered for images and text, those that only hear for multimodal."""
+    """The class that loads a model: most are registered as image-text-to-text, audio-only ones as multimodal."""
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForMultimodalLM
@@ -245,7 +245,7 @@ def _quantization_config(
 
 
 def outside_decoder(model: MultimodalModel) -> list[str]:
-    """The names of the largest modules that are no part of the language model's decoder: encoder, projector, head."""
+    """The names of the largest modules outside the language model's decoder: encoder, projector, head."""
     decoder = model.get_decoder()
 
     def names(module: nn.Module, prefix: str) -> Iterator[str]:

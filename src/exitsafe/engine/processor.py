@@ -49,11 +49,11 @@ def load_processor(source: str, config: PretrainedConfig, **remote: str | bool) 
         if own_class is not None and not isinstance(processor, own_class) and is_stock:
             processor = own_class.from_pretrained(source, **remote)  # the files name another model's class
         _take_settings(processor, config)
-    except ImportError as error:  # videos, and many pictures, are prepared by torchvision
+    except ImportError as error:  # many processors prepare pictures or videos with torchvision
         missing = first_line(error).split(". ")[0]
         raise ModelError(
             f'the processor of {source} needs a package: {missing}; pip install "exitsafe[processors]", with the '
-            "torchvision that belongs to your torch"
+            "torchvision build that matches your torch"
         ) from error
     except Exception as error:  # untrusted files: a missing or wrong entry may raise anything
         raise ModelError(
@@ -78,7 +78,7 @@ def _take_settings(processor: MultimodalProcessor, config: PretrainedConfig) -> 
 
 
 def check_processor(vlm: Reader) -> list[str]:
-    """Check that prompts can be made for this model, with synthetic pictures or sound and one encoder block.
+    """Check that prompts can be made for this model, with synthetic pictures or audio and one encoder block.
 
     Args:
         vlm: A model with a processor, with weights or with shapes alone.

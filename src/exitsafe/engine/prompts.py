@@ -38,7 +38,7 @@ class Prompt:
     """One tokenised sample, on the CPU.
 
     `input_ids` is (P,); `text_inputs` are the processor's other tensors with an entry for each token, (P, ...);
-    `media` are its tensors for pictures, videos and sound, as it makes them, empty for a sample without any.
+    `media` are its tensors for pictures, videos and audio, as it makes them, empty for a sample without any.
     """
 
     sample_id: str
@@ -68,7 +68,7 @@ def encode(
     """Tokenise one sample.
 
     Raises:
-        InputError: If an image cannot be read, the prompt contains one of the model's placeholders, or the chat
+        InputError: If a file cannot be read, the prompt contains one of the model's placeholders, or the chat
             template does not accept it.
         ModelError: If there is no processor, or its chat template leaves something out.
     """
@@ -78,11 +78,11 @@ def encode(
 
 
 Media = Mapping[str, Any]
-"""Keyword arguments of a processor for what a prompt holds beside text."""
+"""Keyword arguments of a processor for what a prompt holds besides text."""
 
 
 def open_media(sample: Sample, processor: MultimodalProcessor) -> Media:
-    """A sample's pictures, videos and recordings, as its processor takes them.
+    """A sample's pictures, videos and audio, as the processor takes them.
 
     Raises:
         InputError: If one cannot be read, or the processor has no sampling rate.
@@ -103,7 +103,7 @@ def open_media(sample: Sample, processor: MultimodalProcessor) -> Media:
     if sample.audios:
         rate = getattr(getattr(processor, "feature_extractor", None), "sampling_rate", None)
         if rate is None:
-            raise InputError(f"sample {sample.id}: this model's processor takes no sound; leave the sample out")
+            raise InputError(f"sample {sample.id}: this model's processor takes no audio; leave the sample out")
         media |= {"audio": open_audios(sample, rate), "sampling_rate": rate}
     return media
 
@@ -118,7 +118,8 @@ def given_processor(processor: MultimodalProcessor | None) -> MultimodalProcesso
 def written(
     sample: Sample, processor: MultimodalProcessor | None, placeholders: Mapping[str, str], *, today: str
 ) -> str:
-    """The prompt as text: the sample in the chat template, with one placeholder per image. Opens no image.
+    """The prompt as text: the sample in the chat template, with one placeholder per image, video and audio
+    clip. Opens no file.
 
     Raises:
         InputError, ModelError: As `encode`.
@@ -128,7 +129,7 @@ def written(
         if token in sample.prompt or token in sample.system:
             raise InputError(
                 f"sample {sample.id}: the prompt contains the placeholder {token!r}; remove it and give images, videos "
-                "and audios in fields of their own"
+                "and audio in their own fields"
             )
     for text in (sample.prompt, sample.system):
         try:
@@ -138,7 +139,7 @@ def written(
                 f"sample {sample.id}: the prompt contains a lone surrogate; save it as valid Unicode"
             ) from error
     for modality, given in _counts(sample).items():
-        takes_images = modality == "image" and hasattr(processor, "image_processor")  # see what its template says
+        takes_images = modality == "image" and hasattr(processor, "image_processor")  # the template decides
         if given and modality not in placeholders and not takes_images:
             raise InputError(f"sample {sample.id}: this model's prompts take no {modality}; leave the sample out")
     text = _render(sample, processor, placeholders, today=today)
@@ -188,7 +189,7 @@ def find_placeholders(processor: MultimodalProcessor | None, *, today: str) -> d
 
 
 def tokenise(text: str, media: Media, processor: MultimodalProcessor, *, sample_id: str) -> Prompt:
-    """Tokenise a rendered prompt, which has one placeholder per image, video and recording."""
+    """Tokenise a rendered prompt, which has one placeholder per image, video and audio clip."""
     add_special_tokens = not opens_itself(text, processor.tokenizer)
     try:
         inputs = processor(text=[text], return_tensors="pt", add_special_tokens=add_special_tokens, **media)
@@ -309,6 +310,6 @@ def _render(sample: Sample, processor: MultimodalProcessor, placeholders: Mappin
 
 
 def plainly(prompt: str, counts: Mapping[str, int], placeholders: Mapping[str, str]) -> str:
-    """A prompt for a model without a chat template: its pictures, videos and recordings, then the text."""
+    """A prompt for a model without a chat template: its pictures, videos and audio, then the text."""
     media = [placeholders.get(modality, "") + "\n" for modality, count in counts.items() for _ in range(count)]
     return "".join(media) + prompt

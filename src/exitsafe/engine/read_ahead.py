@@ -40,7 +40,7 @@ class ReadAhead:
 def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
     """Render and tokenise all texts, and check that they leave room for an answer.
 
-    Image tokens are estimated from the images with the most pixels, those of videos and recordings from the first few;
+    Image tokens are estimated from the images with the most pixels, those of videos and audio from the first few;
     only samples that may be too long by that estimate are fully encoded. Others that turn out to be too long are found
     when they are answered.
 
@@ -101,7 +101,7 @@ def _tokens_per_medium(
     vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int], media: Callable[[Sample], Sequence[object]]
 ) -> int:
     """The most tokens that one of these media adds to its placeholder: measured on the samples with the largest images,
-    and on the first with videos or recordings."""
+    and on the first few with videos or audio."""
     sizes = {
         place: max((num_pixels(image, sample.id) for image in sample.images), default=0)
         for place, sample in enumerate(samples)

@@ -29,7 +29,7 @@ from exitsafe.records import Sample
 PROBE_SIZE = (112, 84)
 """Pixels of the picture on which a model is measured, (width, height): small, and not square."""
 PROBE_RATE = 16_000
-"""Sampling rate in Hz of the recording on which a model is measured, which lasts a second."""
+"""Sampling rate in Hz of the audio on which a model is measured, which lasts one second."""
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -79,11 +79,11 @@ class Reader(ExitingModel):
     def probe(
         self, modality: str | None = None, *, size: tuple[int, int] = PROBE_SIZE, text: str = "a picture"
     ) -> Prompt:
-        """A prompt with a picture, or a recording, of noise, always the same.
+        """A prompt with a picture or audio clip of noise, always the same.
 
         Args:
             modality: "image" or "audio"; None is the encoder's.
-            size: The picture's, (width, height) in pixels.
+            size: The picture's size, (width, height) in pixels.
             text: The prompt.
 
         Raises:
@@ -92,7 +92,7 @@ class Reader(ExitingModel):
         noise, modality = np.random.default_rng(0), modality or self.encoder.modality
         if modality not in self.placeholders and (others := self.placeholders.keys() & {"image", "audio"}):
             (other,) = others
-            raise ModelError(f"{self.name} has no {modality} encoder in its prompts; add --encoder {other}")
+            raise ModelError(f"{self.name} takes no {modality} in its prompts; add --encoder {other}")
         media: dict[str, Any] = {}
         if modality == "audio":
             media["audios"] = ((noise.uniform(-0.5, 0.5, PROBE_RATE).astype(np.float32), PROBE_RATE),)
@@ -173,7 +173,7 @@ class Reader(ExitingModel):
         return {"logits_to_keep": 1} if "logits_to_keep" in signature(self.base_model.forward).parameters else {}
 
     def _sizes(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What the prompts' media are beside pixels and sound, joined: sizes, grids and masks, from which some models
+        """What the prompts' media hold besides pixels and audio, joined: sizes, grids and masks, from which some models
         make positions."""
         found: dict[str, list[Any]] = {}
         for prompt in prompts:
@@ -230,7 +230,7 @@ class Reader(ExitingModel):
 
     @cached_property
     def has_plain_head(self) -> bool:
-        """Whether the model's logits are its head's output; some scale them, or cap them."""
+        """Whether the model's logits are its head's output; some models scale or cap them."""
         head: Any = self.base_model.get_output_embeddings()
         if not isinstance(getattr(self.base_model, "model", None), nn.Module):
             return True  # the self-check compares what it gives
@@ -326,7 +326,7 @@ class _Ready(nn.Module):
 
 
 class _Output(BaseModelOutputWithPast):
-    """Last hidden states; what else an architecture's own output class holds is None."""
+    """Last hidden states; every other field of an architecture's own output class is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -59,7 +59,7 @@ class VLM(Reader):
         """Image features at several exits from one encoder pass up to the deepest.
 
         Args:
-            inputs: The processor's output for one prompt; only its images, videos and sounds are read.
+            inputs: The processor's output for one prompt; only its images, videos and audio are read.
             exit_layers: The exits to compute.
             skip_global: As in `exit_at`.
 
@@ -132,7 +132,7 @@ class VLM(Reader):
         *,
         skip_global: bool = False,
     ) -> list[dict[int, Features | None]]:
-        """`image_features` of many prompts; None for prompts without images."""
+        """`image_features` of many prompts; None for prompts without media."""
         return features_by_prompt(self, prompts, tuple(exit_layers), skip_global=skip_global)
 
     def complete(
@@ -219,8 +219,8 @@ class VLM(Reader):
     @cached_property
     def can_pack(self) -> bool:
         """Whether the attention accepts a tree mask: flash attention only supports causal masks, and a custom mask
-        would replace that of a sliding window, or of images that attend to themselves. Linear attention has none, and
-        positions must be a single count."""
+        would replace that of a sliding window, or of images that attend to themselves. Linear attention takes no mask,
+        and each token must have a single position."""
         is_plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.text_config).layers)
         prompt = self.probe()
         has_one_position = self.inputs([Row(prompt=prompt, exit_layer=1, features=None)])["position_ids"].dim() == 2

@@ -31,9 +31,9 @@ class Checks:
         exits: The exits at which the loop was compared.
         alone: Largest difference from `generate` for one prompt at a time.
         mixed: The same for prompts of different lengths and exits in one batch.
-        training: The same for the log-probabilities that training reads.
+        training: The same for the logits that training computes, one row at a time.
         can_pad: Whether prompts of different lengths share a batch; padding changes what a few models compute.
-        seconds: What the check cost.
+        seconds: How long the check took.
     """
 
     encoder: Encoder
@@ -51,7 +51,7 @@ def prove_exits(model: MultimodalModel, inputs: Mapping[str, Tensor], *, modalit
 
     Args:
         model: The model, in evaluation mode.
-        inputs: A processor's output for one prompt with a picture, or with a recording.
+        inputs: A processor's output for one prompt with a picture or audio clip.
         modality: "image" or "audio".
         name: The model, for messages.
 
@@ -137,8 +137,8 @@ def _refuse_untouched_chains(vlm: ExitingModel, media: Mapping[str, Tensor], mod
             raise _failed(
                 name,
                 "one encoder",
-                f"{path} runs too, whatever the exit of {vlm.encoder.path}: an exit would be part of a stage or of one "
-                "of two towers",
+                f"{path} runs too, whatever the exit of {vlm.encoder.path}: an exit would shorten only one of several "
+                "stages or towers",
             )
 
 

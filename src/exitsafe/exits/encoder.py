@@ -1,7 +1,7 @@
 """Finds a model's encoder by running it once. There is no table of families.
 
 The encoder is the longest list of blocks in which each block's output *is* the next one's input. A model with a second
-tower, with stages, or without such a list is refused: an exit would leave part of its encoder whole.
+tower, with stages, or without such a list is refused: an exit would shorten only part of its encoder.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def media_inputs(model: MultimodalModel, inputs: Mapping[str, Tensor], modality:
 
 
 def run_encoder(model: MultimodalModel, modality: str, media: Mapping[str, Tensor]) -> ModelOutput:
-    """The model's own way from pixels or sound to what its language model reads."""
+    """The model's own path from pixels or audio to what its language model reads."""
     if reads_across(model):
         states = model.get_submodule("model.vision_model")(**media).last_hidden_state
         projected = model.get_submodule("model.multi_modal_projector")(states)  # (B, images, tiles, patches, H)
@@ -113,7 +113,7 @@ def global_blocks(model: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Call:
-    """A module's first tensor and what it returned. Kept alive, so that identity means something."""
+    """A module's first tensor and what it returned. Kept alive, so that tensors can be compared by identity."""
 
     given: Tensor | None
     returned: object
@@ -156,7 +156,8 @@ def find_encoder(model: MultimodalModel, media: Mapping[str, Tensor], *, modalit
     returned = calls[blocks[0]][0].returned
     if not isinstance(returned, Tensor | tuple):
         raise ModelError(
-            f"{name}: a block of {path} returns {type(returned).__name__}, and only tensors can be skipped"
+            f"{name}: a block of {path} returns {type(returned).__name__}, and only blocks that return "
+            "tensors can be skipped"
         )
     _refuse_second_tower(model, path, blocks, calls, name=name)
     parent = model.get_submodule(path.rpartition(".")[0])
@@ -221,8 +222,8 @@ def _holds_list(module: nn.Module) -> bool:
 
 
 def _chains(model: nn.Module, calls: _Calls, num_blocks: int = 2) -> Iterator[tuple[str, list[nn.Module]]]:
-    """The lists of so many blocks or more that ran once each, in order, each on the output of the one before, in one
-    shape."""
+    """The lists of at least `num_blocks` blocks that ran once each, in order, each on the output of the one before, all
+    of one shape."""
     for path, module in model.named_modules():
         blocks = list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else []
         if len(blocks) < num_blocks or any(len(calls.get(block, ())) != 1 for block in blocks):
@@ -247,7 +248,7 @@ def _refuse_second_tower(model: nn.Module, path: str, blocks: Sequence[nn.Module
 def _projector(model: MultimodalModel, blocks: Sequence[nn.Module], calls: _Calls, features: Tensor) -> str | None:
     """The outermost module after the blocks that maps features, by linear layers, to the language model's width."""
     width, of_encoder = features.shape[-1], _width(calls[blocks[-1]][0].output)
-    finished = list(calls)  # in the order in which they were done
+    finished = list(calls)  # in the order in which they finished
     found: list[nn.Module] = []
     for module in finished[finished.index(blocks[-1]) + 1 :]:
         given, output = calls[module][0].given, calls[module][0].output

@@ -55,7 +55,7 @@ def compute_features(
             for exit_layer, output in _at_exits(vlm, exit_layers, read, skip_global=skip_global).items():
                 found[exit_layer][modality] = _read(output)
     if not all(found.values()):
-        raise InputError("inputs have no pixel_values and no sound: pass the processor's output for pictures")
+        raise InputError("inputs have no pictures, videos or audio that the model reads: pass its processor's output")
     return dict(found)
 
 
@@ -104,7 +104,7 @@ def moved(features: Features, device: torch.device) -> Features:
 def handed_over(model: MultimodalModel, features: Sequence[Features], input_ids: Tensor) -> dict[str, Any]:
     """Keyword arguments that pass the features of a batch's rows to the model's `forward`.
 
-    Always new objects: `generate` with several return sequences changes them in place. Sound, which no model takes as
+    Always new objects: `generate` with several return sequences changes them in place. Audio, which no model takes as
     an encoder's output, is handed over as the prompt's embeddings with the features in them.
 
     Args:
@@ -202,7 +202,7 @@ def _read(output: ModelOutput) -> ModelOutput:
 
 
 def on_device(model: MultimodalModel, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Media on the model's device, pixels and sound in its number type. Grids and sizes stay on the CPU: the model
+    """Media on the model's device, pixels and audio in its number type. Grids and sizes stay on the CPU: the model
     reads their values to choose shapes."""
     moved: dict[str, Tensor] = {}
     # a model without weights has only its encoder on a device

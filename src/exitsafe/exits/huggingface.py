@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         generate: Callable[..., Any]
 
     class MultimodalModel(LanguageModel):
-        """A model that reads images or sound and writes text."""
+        """A model that reads images or audio and writes text."""
 
         model: Any  # its submodules differ between architectures
         lm_head: nn.Linear

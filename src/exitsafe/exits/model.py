@@ -33,7 +33,7 @@ class ExitingModel:
 
     Args:
         model: A Hugging Face model, or a PEFT model around one.
-        encoder: Where its encoder is, from `exitsafe.exits.checks.measure`.
+        encoder: Where its encoder is, from `exitsafe.exits.checks.prove_exits`.
         name: What the model was loaded from.
         checkpoint_hash: Identifies the weights, config and processor files.
         adapter_hash: Identifies the PEFT adapter, if there is one.
@@ -126,7 +126,7 @@ class ExitingModel:
 
     def exit_settings(self, exit_layer: int) -> list[ConfigEntry]:
         """The config entries with which the model reads the features of `exit_layer`: none up to the default exit,
-        where skipped blocks pass on the exit's; behind it, a single `vision_feature_layer` moves to the exit."""
+        where skipped blocks pass on the exit's; past it, a single `vision_feature_layer` moves to the exit."""
         if exit_layer <= self.default_exit or not isinstance(self._feature_layer, int):
             return []
         return [(self.base_model.config, "vision_feature_layer", exit_layer)]
@@ -172,7 +172,7 @@ class ExitingModel:
         """The module that maps image features into the language model, token by token.
 
         Raises:
-            ModelError: If the language model reads features of several blocks.
+            ModelError: If the language model reads states of several blocks, or no single module is the projector.
         """
         return find_projector(self.base_model, self.encoder)
 

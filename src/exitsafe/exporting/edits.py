@@ -1,4 +1,4 @@
-"""A model's config and an exit in, the config of the stock model that ends there out: searched, not looked up.
+"""A model's config and an exit in, the config of the stock model that ends there out: found by search, not in a table.
 
 An encoder's depth has no common name, so every plausible edit is made and the first one taken with which the stock
 class has exactly the weights that the exit keeps. `export` then proves it by logits.
@@ -32,9 +32,9 @@ def slim_config(vlm: VLM, kept: Shapes, *, exit_layer: int, skip_global: bool) -
 
     Args:
         vlm: The whole model.
-        kept: Names and shapes of the weights that the exit needs; where exits are slices, of which mergers may go.
+        kept: Names and shapes of the weights that the exit needs; where exits are slices, some of their mergers may go.
         exit_layer: Encoder blocks to keep.
-        skip_global: Whether the global blocks go, too.
+        skip_global: Whether the global blocks go too.
 
     Raises:
         ModelError: If no edit gives a model with these weights.
@@ -82,7 +82,7 @@ def _shorten(config: Any, depths: Collection[str], *, num_layers: int, exit_laye
 
 
 def _clamp_taps(config: Any, *, num_layers: int, exit_layer: int) -> None:
-    """Let connectors read what they read at the exit: one layer the last, several layers none behind it."""
+    """Let connectors read what they read at the exit: a single layer is the last, of several none is past it."""
 
     def clamped(layer: int) -> int:
         return min(layer if layer >= 0 else num_layers + 1 + layer, exit_layer)

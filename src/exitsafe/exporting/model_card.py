@@ -138,7 +138,7 @@ def _what_it_is(exported: Exported) -> str:
     base = exported.base
     lines = [
         f"`{base.name}` with the first {exported.exit_layer} of its {base.num_layers} {base.encoder} encoder blocks; "
-        f"the others are gone. The whole model reads the features behind block {base.default_exit}.",
+        f"the others are gone. The whole model reads the features after block {base.default_exit}.",
     ]
     if exported.skip_global:
         lines.append("The global blocks behind the encoder are gone too.")

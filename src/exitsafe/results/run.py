@@ -141,7 +141,7 @@ class AuditRun:
         return read_verdicts(self.path / "verdicts.parquet")
 
     def samples(self) -> list[SampleInfo]:
-        """Id, kind, category, source and digest of each sample; prompts, images, videos and audios are not recorded."""
+        """Id, kind, category, source and digest of each sample; prompts, images, videos and audio are not recorded."""
         return read_samples(self.path / "responses.parquet")
 
     def score_table(self) -> ScoreTable:

@@ -65,7 +65,7 @@ class Loading(Spec):
     dtype: Annotated[DType, Flag("auto (as saved), float32, bfloat16 or float16.", "DTYPE")] = "auto"
     device: Annotated[str, Flag("auto (the first GPU, else the CPU), cpu or cuda:N.", "DEVICE")] = "auto"
     encoder: Annotated[
-        Literal["image", "audio"], Flag("Whose exits: the image encoder's (video shares it) or the audio encoder's.")
+        Literal["image", "audio"], Flag("The encoder whose exits to use; the image encoder also encodes video.")
     ] = "image"
     trust_remote_code: TrustRemoteCode = False
 

@@ -140,7 +140,7 @@ def media_digests(sample: Sample) -> list[str]:
 
 
 def trained_on_among(samples: Sequence[Sample], digests: Collection[str]) -> dict[str, int] | None:
-    """The number of samples on which, or on whose pictures, videos or audios, a repair was trained; None if that is
+    """The number of samples on which, or on whose pictures, videos or audio, a repair was trained; None if that is
     unknown."""
     if not digests:
         return None
@@ -223,7 +223,7 @@ def _processor(processor: MultimodalProcessor | None) -> JsonObject | None:
         "vocabulary": canonical_json(processor.tokenizer.get_vocab()),
         "chat_template": canonical_json(processor.chat_template),
     }
-    images = getattr(processor, "image_processor", None)  # none, if it reads sound only
+    images = getattr(processor, "image_processor", None)  # none, if it reads only audio
     return {
         "class": type(processor).__name__,
         "image_processor": None if images is None else type(images).__name__,
