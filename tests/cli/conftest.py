@@ -58,7 +58,7 @@ def fail(capsys: pytest.CaptureFixture[str]) -> Fail:
         output = capsys.readouterr()
         assert status == FAILED
         assert output.out == ""
-        lines = [line for line in output.err.splitlines() if not line.startswith(("loading ", "compared its exits"))]
+        lines = [line for line in output.err.splitlines() if not line.startswith(("loading ", "checked its exits"))]
         assert len(lines) == 1, output.err
         assert lines[0].startswith("exitsafe: ")
         return lines[0].removeprefix("exitsafe: ")

@@ -176,7 +176,7 @@ def test_a_checkpoint_is_checked_once(counted: list[VLM], tmp_path: Path, monkey
         load_vlm(folder)
         assert load_vlm(folder).checks == first.checks
     assert len(counted) == 1 + len(damages)
-    monkeypatch.setattr("transformers.__version__", "0.0")
+    monkeypatch.setattr("exitsafe.engine.checks.transformers.__version__", "0.0")
     load_vlm(folder)
     load_vlm(folder, dtype="bfloat16")
     assert len(counted) == 3 + len(damages) and len(kept(tmp_path)) == 3

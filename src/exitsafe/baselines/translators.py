@@ -59,12 +59,12 @@ def fit_translators(
 
     Raises:
         InputError: If there are fewer than five pictures, one cannot be read, or no exit needs a map.
-        ModelError: If the family cannot be translated.
+        ModelError: If the model cannot be translated.
         RunError: If `out` holds something else.
     """
     layers = resolve_layers(exit_layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
     layers = tuple(layer for layer in layers if not vlm.reads_default(layer))
-    _ = vlm.projector  # raises for families that cannot be translated
+    _ = vlm.projector  # raises for models that cannot be translated
     if not layers:
         raise InputError(f"nothing to translate: exit {vlm.default_exit} is the default exit; choose others")
     if vlm.translators is not None:

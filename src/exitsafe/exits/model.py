@@ -106,7 +106,7 @@ class ExitingModel:
 
         Raises:
             ExitLayerError: If the encoder has no such block.
-            InputError: If `skip_global` is given for a family without global blocks, or the model has translators but
+            InputError: If `skip_global` is given for a model without global blocks, or the model has translators but
                 none for this exit.
         """
         check_exit_layer(exit_layer, self.num_layers)

@@ -24,9 +24,9 @@ def load_translators(vlm: ExitingModel, folder: str | Path) -> Translators:
     """Read the maps that were fitted for this model.
 
     Raises:
-        ModelError: If there are none or they belong to another model, or the family cannot be translated.
+        ModelError: If there are none or they belong to another model, or this one cannot be translated.
     """
-    _ = vlm.projector  # refuses families that cannot be translated
+    _ = vlm.projector  # refuses models that cannot be translated
     record = read_record(Path(folder))
     if record is None:
         raise ModelError(f"{folder} has no {RECORD}: give a folder that exitsafe translate has finished")

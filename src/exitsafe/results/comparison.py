@@ -218,7 +218,7 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
         before, after: Finished runs or their directories. Weights may differ; samples and layers should not.
 
     Raises:
-        InputError: If the models' exits do not mean the same: another family, depth or default exit.
+        InputError: If the models' exits do not mean the same: another family, encoder, depth or default exit.
         RunError: If a directory is not a finished run, or the runs have no sample or no exit layer in common.
     """
     before = before if isinstance(before, AuditRun) else load_run(before)
@@ -366,7 +366,7 @@ def check_comparable(runs: Sequence[AuditRun]) -> None:
     """Check that an exit layer means the same thing in all runs.
 
     Raises:
-        InputError: If they are of different families, encoder depths or default exits.
+        InputError: If they are of different families, encoders, encoder depths or default exits.
     """
     for name, what in _MUST_AGREE.items():
         found = sorted({str(run.settings["model"].get(name)) for run in runs})
