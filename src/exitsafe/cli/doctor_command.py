@@ -111,7 +111,9 @@ def _notes(blueprint: Blueprint, typical: Typical, compute: dict[str, float], pl
     if blueprint.processor.chat_template is None:
         notes.append("The processor has no chat template: prompts are written as pictures, then text.")
     if not typical.is_measured:
-        notes.append("Prompts are assumed to be one picture of 448 by 448 pixels and 64 words; --suite measures yours.")
+        hears = blueprint.encoder.modality == "audio"
+        medium = "one second of audio" if hears else "one picture of 448 by 448 pixels"
+        notes.append(f"Prompts are assumed to be {medium} and 64 words; --suite measures yours.")
     return notes
 
 

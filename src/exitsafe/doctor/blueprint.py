@@ -130,7 +130,10 @@ def _make_encoder(model: MultimodalModel, *, name: str) -> None:
     parts = [part for part in parts if part is not head]
     size = sum(tensor.nbytes for part in parts for tensor in part.parameters())
     if size > SHARE * free_memory(torch.device("cpu")):
-        raise ModelError(f"{name}: its encoder takes {size / 1e9:.1f} GB, which does not fit in main memory")
+        raise ModelError(
+            f"{name}: its encoder takes {size / 1e9:.1f} GB, which does not fit in main memory; run doctor on a "
+            "machine with more"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for part in parts:
