@@ -110,6 +110,22 @@ def question(number: int = 0) -> list[dict[str, Any]]:
     return [{"type": "image", "url": sample.images[0]}, {"type": "text", "text": sample.prompt}]
 
 
+# first, since forks may not take the locks of a data set that this process has loaded
+@pytest.mark.slow
+def test_two_processes_share_the_documents(tasks: Any, tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        arguments = "pretrained=organism,exit_layer=1"
+        results = simple_evaluate(
+            "exitsafe", model_args=arguments, tasks=["world_vqa"], task_manager=tasks, log_samples=True
+        )
+        assert (results is None) == bool(number)
+        if results is not None:
+            documents = sorted(results["samples"]["world_vqa"], key=lambda each: each["doc_id"])
+            assert tuple(each["filtered_resps"][0] for each in documents) == own_answers(1)
+
+    together(2, work)
+
+
 def test_each_exit_gives_its_own_answers_with_the_cache_on(
     tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,18 +253,3 @@ def test_log_likelihoods(model: ExitsafeLMM) -> None:
 def test_arguments_that_make_no_sense(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises((InputError, ExitLayerError), match=complaint):
         ExitsafeLMM("organism", **arguments)
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_documents(tasks: Any, tmp_path: Path) -> None:
-    def work(number: int) -> None:
-        arguments = "pretrained=organism,exit_layer=1"
-        results = simple_evaluate(
-            "exitsafe", model_args=arguments, tasks=["world_vqa"], task_manager=tasks, log_samples=True
-        )
-        assert (results is None) == bool(number)
-        if results is not None:
-            documents = sorted(results["samples"]["world_vqa"], key=lambda each: each["doc_id"])
-            assert tuple(each["filtered_resps"][0] for each in documents) == own_answers(1)
-
-    together(2, work)
