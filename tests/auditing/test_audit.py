@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -49,6 +50,19 @@ def test_videos_and_recordings_are_part_of_what_makes_a_run(tmp_path: Path) -> N
     assert audit(b"video") == first
     with pytest.raises(RunError, match=r"data\.hash was .*, is now"):
         audit(b"other")
+
+
+@pytest.mark.parametrize(("modality", "missing"), [("audio", "audio"), ("image", None)])
+def test_samples_that_do_not_pass_the_encoder_are_warned_of(tmp_path: Path, modality: str, missing: str | None) -> None:
+    vlm = FakeVLM()
+    vlm.encoder = replace(vlm.encoder, modality=modality)
+    samples = [replace(SAMPLES[0], images=(noise_image(0),))]
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        audit_fake(tmp_path, vlm, samples=samples)
+    said = [str(each.message) for each in raised if "at every exit" in str(each.message)]
+    assert bool(said) == (missing is not None)
+    assert not said or said[0].startswith(f"1 of 1 samples have no {missing}, so")
 
 
 def test_numbers_by_hand(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_tiny(request.param, tmp_path_factory.mktemp("model") / request.param)
 
 
+def test_an_unknown_encoder_is_refused() -> None:
+    with pytest.raises(InputError, match="encoder='sound' is unknown; choose image"):
+        load_vlm("organism", encoder="sound")
+
+
 def test_a_saved_folder_answers_like_the_model_in_memory(folder: Path) -> None:
     loaded = load_vlm(folder)
     in_memory = VLM(tiny_model(folder.name), tiny_processor(folder.name), name="memory")

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
@@ -44,6 +45,38 @@ def photo(orientation: int) -> bytes:
     exif[ExifTags.Base.Orientation] = orientation
     noise_image(1, (48, 28)).save(file, "PNG", exif=exif.tobytes())
     return file.getvalue()
+
+
+_AS_TEXT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ 'RULES: ' + m['content'] }} "
+    "{% else %}{{ m['content'][-1]['text'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE.replace("IMAGE", "<image>"), _AS_TEXT])
+def test_a_system_prompt_comes_first(template: str) -> None:
+    vlm = tiny(template=template)
+    sample = Sample(id="s", prompt="what is", system="the round square", kind="benign")
+    ids = vlm.encode_prompt(sample).input_ids.tolist()
+    said = vlm.tokenizer.decode(ids)
+    assert 0 < said.index("the round square") < said.index("what is")
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[-1]['content'][-1]['text'] }}"])
+def test_a_system_prompt_is_not_left_out(template: str | None) -> None:
+    vlm = tiny()
+    vlm.processor.chat_template = template
+    with pytest.raises(InputError, match=r"sample s: .*system prompt"):
+        vlm.encode_prompt(Sample(id="s", prompt="what is", system="the round square", kind="benign"))
+
+
+def test_media_that_a_model_cannot_read_are_refused() -> None:
+    frames, clip = (noise_image(0), noise_image(1)), (np.zeros(16_000, dtype=np.float32), 16_000)
+    for medium in ({"videos": (frames,)}, {"audios": (clip,)}):
+        with pytest.raises(
+            InputError, match=r"sample s: this model's prompts take no (video|audio); leave the sample out"
+        ):
+            tiny().encode_prompt(Sample(id="s", prompt="what is", kind="benign", **medium))
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])

@@ -45,12 +45,13 @@ def _declare(origin: str) -> None:
     from pathlib import Path
 
     import torch
+    from torch import library as extensions
 
-    for library in Path(origin).parent.glob("_C*.so"):
+    for compiled in Path(origin).parent.glob("_C*.so"):
         with suppress(OSError):
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(compiled))
     if not hasattr(torch.ops.torchvision, "nms"):
-        operators = torch.library.Library("torchvision", "DEF")
+        operators = extensions.Library("torchvision", "DEF")
         for operator in _OPERATORS:
             operators.define(operator)
         _declared.append(operators)  # the operators live as long as it does

@@ -132,6 +132,7 @@ def audit(
         warnings.warn(trained_on_line(trained_on["samples"], trained_on["of"]), stacklevel=2)
     if this_process().is_main_process:
         warn_of_own_reward(vlm.adapter, chosen)
+        _warn_of_other_media(vlm, samples)
     replaced = replaced_by(chosen)
     origin = {**(origin or {}), **({"replaced_judges": replaced} if replaced else {})}
     settings = {
@@ -306,6 +307,19 @@ def _answer(answering: Answering, tasks: Sequence[Task], run: RunDirectory, *, t
     finally:
         run.save_responses(finished)
     ticker.tick(len(finished))
+
+
+def _warn_of_other_media(vlm: VLM, samples: Sequence[Sample]) -> None:
+    """Warn of samples whose media do not pass the encoder that exits. Those without media are their suite's matter."""
+    hears = vlm.encoder.modality == "audio"
+    other = [each for each in samples if not (each.audios if hears else each.images or each.videos)]
+    if count := sum(not each.is_text_only for each in other):
+        missing = "audio" if hears else "picture or video"
+        warnings.warn(
+            f"{count} of {len(samples)} samples have no {missing}, so that their answers are the same at every exit of "
+            f"the {vlm.encoder.modality} encoder; leave them out, or choose the other one with --encoder",
+            stacklevel=3,
+        )
 
 
 def _check_samples(samples: Sequence[Sample]) -> list[Sample]:

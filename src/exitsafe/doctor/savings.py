@@ -6,6 +6,7 @@ drops every block after the exit, including those that the default exit never re
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -47,8 +48,9 @@ def count_savings(
         num_answer_tokens: Length of the answer.
     """
     blueprint.image_states = typical.image_states
-    prefill = _language_model(blueprint, typical.num_prompt_tokens)
-    longer = _language_model(blueprint, typical.num_prompt_tokens + num_answer_tokens)
+    prefill, longer = _language_model(
+        blueprint, (typical.num_prompt_tokens, typical.num_prompt_tokens + num_answer_tokens)
+    )
     whole = _by_exit(blueprint, typical, skip_global=False)
     encoder = _by_exit(blueprint, typical, skip_global=True) if skip_global else whole
     return Savings(
@@ -92,14 +94,23 @@ def _by_exit(blueprint: Blueprint, typical: Typical, *, skip_global: bool) -> di
     return found
 
 
-def _language_model(blueprint: Blueprint, num_tokens: int) -> int:
-    """Operations of the language model for this many tokens; two per weight and token where it cannot run on shapes."""
-    with FlopCounterMode(display=False) as counter:
-        try:
-            blueprint.read_tokens(1, num_tokens)
-        except Exception:  # noqa: BLE001 - masks and routers that look at values, in any way
-            return 2 * num_tokens * sum(weight.numel() for weight in blueprint.base_model.get_decoder().parameters())
-    return int(counter.get_total_flops())
+def _language_model(blueprint: Blueprint, lengths: Sequence[int]) -> list[int]:
+    """Operations of the language model for these numbers of tokens."""
+    found = []
+    for num_tokens in lengths:
+        with FlopCounterMode(display=False) as counter:
+            try:
+                blueprint.read_tokens(1, num_tokens)
+            except Exception:  # noqa: BLE001 - masks and routers that look at values, in any way
+                warnings.warn(
+                    f"the operations of {blueprint.name}'s language model are estimated as two per weight and token, "
+                    "since it cannot run without its weights; a mixture of experts does fewer",
+                    stacklevel=2,
+                )
+                weights = sum(weight.numel() for weight in blueprint.base_model.get_decoder().parameters())
+                return [2 * weights * length for length in lengths]
+        found.append(int(counter.get_total_flops()))
+    return found
 
 
 def _dropped_bytes(blueprint: Blueprint, exit_layer: int, *, skip_global: bool) -> int:

@@ -24,7 +24,7 @@ from exitsafe.engine.generation import ignored_settings
 from exitsafe.engine.processor import check_processor, load_processor
 from exitsafe.engine.templates import check_template, prepare
 from exitsafe.engine.vlm import VLM
-from exitsafe.errors import ModelError, first_line
+from exitsafe.errors import InputError, ModelError, first_line
 from exitsafe.exits.adapters import check_folder, load_adapter, note_other_model, read_trained_on
 from exitsafe.exits.model import bare_model
 from exitsafe.exits.sources import check_adapter_source, check_model_source, unreachable
@@ -87,8 +87,10 @@ def load_vlm(
     Raises:
         ModelError: If the model cannot be loaded, it has no encoder whose exits can be proven, the processor does not
             fit the model, an adapter's weights are incomplete, or the translators belong to another model.
-        InputError: If the device, number type or quantization is unknown, or this machine has no such GPU.
+        InputError: If the device, number type, quantization or encoder is unknown, or this machine has no such GPU.
     """
+    if encoder not in ("image", "audio"):
+        raise InputError(f"encoder={encoder!r} is unknown; choose image (which video shares) or audio")
     where_to, as_type = find_device(device), find_dtype(dtype) or "auto"
     check_quantization(quantization)
     source = str(model_folder(name_or_path)) if is_organism(name_or_path) else str(name_or_path)
@@ -227,7 +229,9 @@ def _quantization_config(
 
     # The encoder's features must not change, so whatever is not the language model stays as it is.
     with torch.device("meta"):
-        whole = outside_decoder(auto_class(config).from_config(config, trust_remote_code=remote["trust_remote_code"]))
+        model = auto_class(config).from_config(config, trust_remote_code=remote["trust_remote_code"])
+    head = model.get_output_embeddings()  # which some decoders contain
+    whole = [*outside_decoder(model), *(name for name, module in model.named_modules() if module is head)]
     if quantization == "torchao-int8":
         try:
             from torchao.quantization import Int8WeightOnlyConfig

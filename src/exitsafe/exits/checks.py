@@ -144,8 +144,8 @@ def _refuse_untouched_chains(vlm: ExitingModel, media: Mapping[str, Tensor], mod
 
 def _equal(one: object, other: object) -> bool:
     """Whether the features are the same, in every bit; hidden states do not count."""
-    pairs = list(zip(_features(one), _features(other), strict=False))
-    return bool(pairs) and all(left.shape == right.shape and torch.equal(left, right) for left, right in pairs)
+    left, right = _features(one), _features(other)
+    return len(left) == len(right) > 0 and all(map(torch.equal, left, right))
 
 
 def _features(output: object) -> Sequence[Tensor]:
