@@ -21,8 +21,10 @@ from exitsafe.cli.main import DONE, FAILED, run
 from exitsafe.records import Response, Verdict
 from exitsafe.results.run import load_run
 from exitsafe.store.directory import saved_in
+from tests.cli import hostile_suites  # noqa: F401 - registers its cases
 from tests.cli.conftest import write_suite
-from tests.cli.hostile_inputs import CASES, SAID
+from tests.cli.hostile_cases import CASES
+from tests.cli.hostile_inputs import SAID
 from tests.cli.hostile_place import Broken, Place, judged_by
 from tests.fake_vlm import content
 from tests.finished_runs import edit_head

@@ -13,7 +13,7 @@ from exitsafe.specs.inputs import JudgeOptions
 from exitsafe.specs.verbs import AuditSpec
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
-from tests.judges.test_endpoint import Answer, ChatServer, serving
+from tests.judges.chat_server import Answer, ChatServer, serving
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
 
 

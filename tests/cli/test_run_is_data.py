@@ -15,7 +15,7 @@ from exitsafe.cli.main import run
 from exitsafe.results.run import load_run
 from tests.cli.conftest import Fail
 from tests.finished_runs import edit_head
-from tests.judges.test_endpoint import Answer, ChatServer, serving
+from tests.judges.chat_server import Answer, ChatServer, serving
 
 CODE = """
 from pathlib import Path

@@ -16,7 +16,7 @@ from exitsafe.exporting.manifest import MANIFEST, hash_each
 from tests.cli.conftest import Fail
 from tests.exporting.slim_models import save_adapter
 from tests.finished_runs import edit_head
-from tests.judges.test_endpoint import Answer, ChatServer, serving
+from tests.judges.chat_server import Answer, ChatServer, serving
 
 
 @pytest.fixture(scope="module")

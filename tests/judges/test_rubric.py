@@ -17,7 +17,7 @@ from exitsafe.judges.endpoint import CUT_OFF, Conversation, Endpoint, Reply
 from exitsafe.judges.protocol import ModelJudge
 from exitsafe.judges.rubric import Rubric, read_score, read_strongreject
 from exitsafe.records import KINDS, Response, Sample
-from tests.judges.test_endpoint import Answer, ChatServer, serving
+from tests.judges.chat_server import Answer, ChatServer, serving
 
 GRADES = "#overall_reasoning It helps.\n#scores\n1.a No.\n1.b {}\n2.a Rather.\n2.b {}\n3.a So so.\n3.b {}"
 
