@@ -7,7 +7,7 @@ projects pin too. If none is pinned, the newest is used and the run records its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exitsafe.records import Kind
 
@@ -115,6 +115,25 @@ _VIDEOS = (
     "The Hub has the videos as video.tar.gz: unpack it in your copy, or anywhere and give that folder as --images."
 )
 
+# columns as its authors' FlagEvalMM reads them, November 2026
+_VIDEO_SUITE = KnownSuite(
+    name="video-safetybench",
+    title="Video-SafetyBench, harmful queries",
+    size=1132,
+    licence="CC-BY-NC-SA-4.0",
+    is_gated=True,
+    citation=_VIDEO_SAFETYBENCH,
+    hub_id="BAAI/Video-SafetyBench",
+    split="harmful",
+    revision="b04daeb5f6c185df47e2aacb4d30b87912c51114",
+    id="question_id",
+    prompt="question",
+    category="category",
+    kind="harmful",
+    video="video_path",
+    is_by_path=True,
+    note=_VIDEOS,
+)
 _ENTRIES = (
     KnownSuite(
         name="redteam2k",
@@ -329,42 +348,12 @@ _ENTRIES = (
         note="The categories are its combinations: picture, text and both together, each safe (S) or unsafe (U). "
         "Pictures from other sets keep their own licences.",
     ),
-    # columns as its authors' FlagEvalMM reads them, November 2026
-    KnownSuite(
-        name="video-safetybench",
-        title="Video-SafetyBench, harmful queries",
-        size=1132,
-        licence="CC-BY-NC-SA-4.0",
-        is_gated=True,
-        citation=_VIDEO_SAFETYBENCH,
-        hub_id="BAAI/Video-SafetyBench",
-        split="harmful",
-        revision="b04daeb5f6c185df47e2aacb4d30b87912c51114",
-        id="question_id",
-        prompt="question",
-        category="category",
-        kind="harmful",
-        video="video_path",
-        is_by_path=True,
-        note=_VIDEOS,
-    ),
-    KnownSuite(
+    _VIDEO_SUITE,
+    replace(
+        _VIDEO_SUITE,  # of kind harmful too: the paper counts an answer to these as a successful attack
         name="video-safetybench-benign",
         title="Video-SafetyBench, benign queries",
-        size=1132,
-        licence="CC-BY-NC-SA-4.0",
-        is_gated=True,
-        citation=_VIDEO_SAFETYBENCH,
-        hub_id="BAAI/Video-SafetyBench",
         split="benign",
-        revision="b04daeb5f6c185df47e2aacb4d30b87912c51114",
-        id="question_id",
-        prompt="question",
-        category="category",
-        # the paper counts an answer to these as a successful attack too
-        kind="harmful",
-        video="video_path",
-        is_by_path=True,
         note="The queries are harmless by themselves, and harmful together with the videos. " + _VIDEOS,
     ),
     KnownSuite(
