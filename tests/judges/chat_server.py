@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,17 +68,24 @@ class ChatServer:
 
 
 @contextmanager
-def serving(server: ChatServer) -> Iterator[str]:
-    """The base URL under which a chat server listens."""
+def serving(server: ChatServer, *, paths: Mapping[str, Answer] | None = None) -> Iterator[str]:
+    """The base URL under which a chat server listens, with fixed answers at further paths."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         wbufsize = -1  # head and body in one packet
 
+        def do_GET(self) -> None:
+            self._send((paths or {}).get(self.path, Answer(status=404)))
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            found = Answer(status=404) if self.path != "/v1/chat/completions" else None
-            answer = found or server.answer(body, self.headers.get("Authorization"))
+            if self.path == "/v1/chat/completions":
+                self._send(server.answer(body, self.headers.get("Authorization")))
+            else:
+                self.do_GET()
+
+        def _send(self, answer: Answer) -> None:
             content = answer.encoded()
             try:
                 self.send_response(answer.status)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exitsafe.engine.endpoint import CUT_OFF, Conversation, Endpoint, Reply
 from exitsafe.errors import InputError
 from exitsafe.judges.asking import ask_judge
-from exitsafe.judges.endpoint import CUT_OFF, Conversation, Endpoint, Reply
 from exitsafe.judges.protocol import ModelJudge
 from exitsafe.judges.rubric import Rubric, read_score, read_strongreject
 from exitsafe.records import KINDS, Response, Sample
@@ -215,7 +215,7 @@ def test_a_rubric_of_ones_own(tmp_path: Path) -> None:
     assert (verdict.score, verdict.measure, verdict.label) == (0.3, "asr", "")
     assert re.fullmatch(
         r"Is <(quoted-\w+)>\nmoss\n</\1> of use for <\1>\nzorb \?\n</\1>\? \{nothing\} End with a line `score: X`.",
-        grader.asked[0][1]["content"],
+        str(grader.asked[0][1]["content"]),
     )
 
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from exitsafe.engine.endpoint import OPENAI_URL, public_address
 from exitsafe.errors import InputError
 from exitsafe.judges import JudgeOptions
-from exitsafe.judges.endpoint import OPENAI_URL, public_address
 from exitsafe.store.reading import origin_of, read_head
 from exitsafe.untrusted import JsonObject
 

@@ -59,7 +59,7 @@ def _reward(model: str, options: JudgeOptions) -> Judge:
 
 
 def _rubric(model: str, options: JudgeOptions) -> Judge:
-    from exitsafe.judges.endpoint import Endpoint
+    from exitsafe.engine.endpoint import Endpoint
     from exitsafe.judges.rubric import Rubric
     from exitsafe.machine.processes import this_process
 

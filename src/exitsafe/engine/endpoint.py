@@ -1,4 +1,4 @@
-"""Conversations in, replies out: any OpenAI-compatible chat endpoint.
+"""Conversations in, replies out: the client of any OpenAI-compatible chat endpoint.
 
 The official `openai` client does retries, backoff and timeouts. A request that still fails is a `Reply` with the
 reason; a failure that would hit every request (a wrong key, an unknown model, an endpoint that is down) raises an
@@ -16,25 +16,27 @@ import json
 import os
 import re
 import time
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ValidationError
 
 from exitsafe.errors import InputError, RunError
-from exitsafe.untrusted import without_surrogates
+from exitsafe.untrusted import JsonObject, UnreadableError, parse_json, without_surrogates
 
 if TYPE_CHECKING:
     import httpx2
     from openai import AsyncOpenAI
     from openai.types.chat import ChatCompletionMessageParam
 
-Conversation = Sequence[dict[str, str]]
-"""Messages with `role` and `content`."""
+Conversation = Sequence[Mapping[str, object]]
+"""Messages with `role` and `content`: text, or a list of parts as OpenAI's API defines them."""
 
 OPENAI_URL = "https://api.openai.com/v1"
 SEED = 0  # sent where it is accepted
@@ -62,11 +64,54 @@ REFUSED = "the model refused to reply"
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """A conversation to continue, and how.
+
+    Args:
+        messages: The conversation.
+        max_tokens: Longest answer, in tokens; None leaves it to the endpoint.
+        temperature: 0 for the most likely answer; None for a model that does not accept a temperature.
+        seed: Sent where it is accepted.
+        top_logprobs: Most likely tokens to report at each token of the answer; None asks for no log-probabilities.
+        extra: Further fields of the request, beyond OpenAI's API.
+    """
+
+    messages: Conversation
+    max_tokens: int | None = None
+    temperature: float | None = 0.0
+    seed: int = SEED
+    top_logprobs: int | None = None
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reply:
     """What the model wrote, or why there is no reply; exactly one of the two is None."""
 
     text: str | None = None
     failure: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """A token of an answer: its text, its id if the endpoint gives one, its log-probability, and the most likely tokens
+    in its place as (text, id, log-probability)."""
+
+    text: str
+    token_id: int | None
+    logprob: float
+    top: tuple[tuple[str, int | None, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatReply(Reply):
+    """A reply, which may be empty or cut off, with what the endpoint says about it; None for what it does not say."""
+
+    finish_reason: Literal["stop", "length"] | None = None
+    num_tokens: int | None = None
+    num_prompt_tokens: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    model: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -140,17 +185,41 @@ class Endpoint:
         self._failures_in_a_row = 0
 
     def ask(self, conversations: Sequence[Conversation]) -> list[Reply]:
-        """One reply per conversation, in order.
+        """One whole reply per conversation, in order: one that is empty or cut off is a failure.
 
         Raises:
             InputError: If the key is missing or refused, or the model unknown.
             RunError: If the endpoint is down, or the account has no credit left.
         """
-        self.check()
-        replies = _run(self._ask_all(conversations))
-        if replies and all(reply.failure == UNREACHABLE for reply in replies):
+        requests = [ChatRequest(messages=messages, temperature=self.temperature) for messages in conversations]
+        replies: dict[int, Reply] = {
+            index: Reply(text=reply.text, failure=reply.failure) for index, reply in self._replies(requests, whole=True)
+        }
+        if replies and all(reply.failure == UNREACHABLE for reply in replies.values()):
             raise RunError(self._down(UNREACHABLE))
-        return replies
+        return [replies[index] for index in range(len(conversations))]
+
+    def complete(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply]]:
+        """Continue conversations; yields (index into requests, reply) in the order of finishing.
+
+        Raises:
+            InputError: If the key is missing or refused, or the model unknown.
+            RunError: If the endpoint is down, or the account has no credit left.
+        """
+        return self._replies(requests, whole=False)
+
+    def get_json(self, path: str) -> JsonObject:
+        """The JSON object at a path below the base URL, e.g. "/models", or from the server's root: "/../version".
+
+        Raises:
+            InputError: If the endpoint has no such path, or answers with something else.
+            RunError: If it cannot be reached.
+        """
+        return self._fetch(path, None)
+
+    def post_json(self, path: str, body: Mapping[str, object]) -> JsonObject:
+        """The answer to a JSON object posted to a path, as `get_json`."""
+        return self._fetch(path, body)
 
     def check(self) -> None:
         """Check what can be checked without the network: that there are a client and a key.
@@ -159,7 +228,7 @@ class Endpoint:
             InputError: If one is missing.
         """
         if importlib.util.find_spec("openai") is None:
-            raise InputError('judges behind an endpoint need the openai client: pip install "exitsafe[endpoint]"')
+            raise InputError('an endpoint needs the openai client: pip install "exitsafe[endpoint]"')
         if self.base_url == OPENAI_URL and not os.environ.get("OPENAI_API_KEY"):
             raise InputError("set OPENAI_API_KEY, or OPENAI_BASE_URL for an endpoint that needs no key")
 
@@ -182,16 +251,80 @@ class Endpoint:
         price_in, price_out = self.prices
         return (price_in * self.usage.tokens_in + price_out * self.usage.tokens_out) / 1e6
 
-    async def _ask_all(self, conversations: Sequence[Conversation]) -> list[Reply]:
-        slots = asyncio.Semaphore(self.concurrency)
+    def _replies(self, requests: Sequence[ChatRequest], *, whole: bool) -> Iterator[tuple[int, ChatReply]]:
+        """Replies as they come, from an event loop in its own thread: the caller may have one, as a notebook does."""
+        self.check()
+        found: SimpleQueue[tuple[int, ChatReply] | BaseException | None] = SimpleQueue()
+        loop, task = asyncio.new_event_loop(), None
 
-        async def ask_in_turn(client: AsyncOpenAI, conversation: Conversation) -> Reply:
-            async with slots:
-                return await self._ask(client, conversation)
+        async def send_all() -> None:
+            async with self._client() as client, asyncio.TaskGroup() as tasks:
+                waiting = iter(enumerate(requests))  # shared: each worker takes the next request
+                for _ in range(min(self.concurrency, len(requests))):
+                    tasks.create_task(work(client, waiting))
 
-        async with self._client() as client:
-            # the first error ends the loop, which cancels all others, including those waiting for a retry
-            return await asyncio.gather(*(ask_in_turn(client, conversation) for conversation in conversations))
+        async def work(client: AsyncOpenAI, waiting: Iterator[tuple[int, ChatRequest]]) -> None:
+            for index, request in waiting:
+                found.put((index, await self._ask(client, request, whole=whole)))
+
+        task = loop.create_task(send_all())
+
+        def run() -> None:
+            try:
+                loop.run_until_complete(task)
+            except BaseExceptionGroup as errors:  # the first error has cancelled the other requests
+                found.put(errors.exceptions[0])
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # raised in the caller's thread
+                found.put(error)
+            else:
+                found.put(None)
+            finally:
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            while (reply := found.get()) is not None:
+                if isinstance(reply, BaseException):
+                    raise reply
+                yield reply
+        finally:
+            with suppress(RuntimeError):  # the loop is closed already, except after an interrupt or an early end
+                loop.call_soon_threadsafe(task.cancel)
+            thread.join()
+
+    def _fetch(self, path: str, body: Mapping[str, object] | None) -> JsonObject:
+        import httpx2
+        from openai import APIConnectionError, APIStatusError, OpenAI
+
+        self.check()
+        root = self.base_url.rpartition("/")[0]
+        url = root + path.removeprefix("/..") if path.startswith("/../") else self.base_url + path
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        with OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries) as client:
+            try:
+                if body is None:
+                    answer = client.get(url, cast_to=httpx2.Response)
+                else:
+                    answer = client.post(url, body=dict(body), cast_to=httpx2.Response)
+                return parse_json(answer.content)
+            except APIConnectionError:
+                raise RunError(
+                    f"{self.where} could not be reached: check the address and that the server is running"
+                ) from None
+            except APIStatusError as error:
+                if error.status_code == 401:
+                    raise self._bad_key() from None
+                raise InputError(
+                    f"{self.where} answers status {error.status_code} at {path.removeprefix('/..')}: check the address "
+                    "(it ends in /v1) and the server's kind"
+                ) from None
+            except UnreadableError:
+                raise InputError(
+                    f"{self.where} does not answer with JSON at {path.removeprefix('/..')}: check that the address is "
+                    "an OpenAI-compatible server's"
+                ) from None
 
     def _client(self) -> AsyncOpenAI:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -218,29 +351,36 @@ class Endpoint:
             ),
         )
 
-    async def _ask(self, client: AsyncOpenAI, conversation: Conversation) -> Reply:
+    async def _ask(self, client: AsyncOpenAI, request: ChatRequest, *, whole: bool) -> ChatReply:
         """One reply; a bad body that may be temporary is requested again."""
         for tries_left in reversed(range(1 + min(self.max_retries, BODY_RETRIES))):
-            answer = await self._send(client, conversation)
-            reply = answer if isinstance(answer, Reply) else self._read(answer)
-            if isinstance(answer, Reply) or not _may_pass(reply.failure) or not tries_left:
+            answer = await self._send(client, request)
+            reply = answer if isinstance(answer, ChatReply) else self._read(answer, request, whole=whole)
+            if isinstance(answer, ChatReply) or not _may_pass(reply.failure) or not tries_left:
                 break
             await asyncio.sleep(BODY_RETRY_DELAY)
         return reply
 
-    async def _send(self, client: AsyncOpenAI, conversation: Conversation) -> bytes | Reply:
+    async def _send(self, client: AsyncOpenAI, request: ChatRequest) -> bytes | ChatReply:
         """The body of an answer with status 200, or the failure after the client's retries."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError, omit
 
         sends_seed = self._sends_seed
-        clean = [{key: without_surrogates(value) for key, value in message.items()} for message in conversation]
+        clean = [
+            {key: without_surrogates(value) if isinstance(value, str) else value for key, value in message.items()}
+            for message in request.messages
+        ]
         try:
             answer = await client.chat.completions.with_raw_response.create(
                 model=self.model,
                 messages=cast("list[ChatCompletionMessageParam]", clean),
                 stream=False,
-                temperature=omit if self.temperature is None else self.temperature,
-                seed=SEED if sends_seed else omit,
+                max_tokens=omit if request.max_tokens is None else request.max_tokens,
+                temperature=omit if request.temperature is None else request.temperature,
+                seed=request.seed if sends_seed else omit,
+                logprobs=omit if request.top_logprobs is None else True,
+                top_logprobs=omit if request.top_logprobs is None else request.top_logprobs,
+                extra_body=dict(request.extra) or None,
             )
         except APITimeoutError:
             return self._failed(TIMED_OUT)
@@ -252,17 +392,19 @@ class Endpoint:
             if sends_seed and error.status_code in (400, 422) and re.search(r"\bseed\b", error.message):
                 self._sends_seed = False
             else:
-                return self._refused(error.status_code, code=str(error.code or ""), param=error.param)
+                return self._refused(
+                    error.status_code, code=str(error.code or ""), param=error.param, temperature=request.temperature
+                )
         else:
             content: bytes = answer.content
             return content
-        return await self._send(client, conversation)
+        return await self._send(client, request)
 
-    def _read(self, body: bytes) -> Reply:
+    def _read(self, body: bytes, request: ChatRequest, *, whole: bool) -> ChatReply:
         try:
             content = _parse(body)
             if (fault := _error_in(content)) is not None:
-                return self._refused(fault.status, code=fault.code, param=None)
+                return self._refused(fault.status, code=fault.code, param=None, temperature=request.temperature)
             if isinstance(content, dict) and "choices" in content and not content["choices"]:
                 self._count(content.get("usage"), is_reply=False)
                 return self._failed(NO_CHOICES, most=MAX_BAD_BODIES)
@@ -272,31 +414,40 @@ class Endpoint:
             return self._failed(str(error), most=MAX_BAD_BODIES)
         except ValidationError:
             return self._failed(NO_COMPLETION, most=MAX_BAD_BODIES)
-        self._count(completion.usage, is_reply=True)
+        num_prompt_tokens, num_tokens = self._count(completion.usage, is_reply=True)
         if choice.finish_reason == "content_filter":
-            return Reply(failure=FILTERED)
+            return ChatReply(failure=FILTERED)
         text = choice.message.text
         if choice.message.refusal and not text:
-            return Reply(failure=REFUSED)
-        if choice.finish_reason == "length" or not text:  # a truncated reply may be a quotation, not a verdict
+            return ChatReply(failure=REFUSED)
+        # a truncated reply of a judge may be a quotation, not a verdict
+        if whole and (choice.finish_reason == "length" or not text):
             reason = EMPTY if not text and choice.finish_reason != "length" else CUT_OFF
             # a model that spends all its tokens on reasoning never says anything usable, but is still charged
-            return Reply(failure=reason) if self._has_answered else self._failed(reason, most=MAX_BAD_BODIES)
+            return ChatReply(failure=reason) if self._has_answered else self._failed(reason, most=MAX_BAD_BODIES)
         self._has_answered, self._failures_in_a_row = True, 0
-        return Reply(text=text)
+        return ChatReply(
+            text=text,
+            finish_reason="length" if choice.finish_reason == "length" else "stop",
+            num_tokens=num_tokens,
+            num_prompt_tokens=num_prompt_tokens,
+            logprobs=None if request.top_logprobs is None else _logprobs_in(choice.logprobs),
+            model=completion.model if isinstance(completion.model, str) else None,
+        )
 
-    def _count(self, usage: object, *, is_reply: bool) -> None:
-        """Add the tokens that an answer reports; count the replies that report none."""
+    def _count(self, usage: object, *, is_reply: bool) -> tuple[int | None, int | None]:
+        """Add the tokens that an answer reports, in and out; count the replies that report none."""
         usage = usage if isinstance(usage, dict) else {}
         tokens_in, tokens_out = (_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         self.usage.tokens_in += tokens_in or 0
         self.usage.tokens_out += tokens_out or 0
         self.usage.uncounted += is_reply and None in (tokens_in, tokens_out)
+        return tokens_in, tokens_out
 
-    def _refused(self, status: int, *, code: str, param: str | None) -> Reply:
+    def _refused(self, status: int, *, code: str, param: str | None, temperature: float | None) -> ChatReply:
         """The failed reply for an HTTP status, also one inside a body; raises where every request would fail."""
         if status == 401:
-            raise InputError(f"{self.where} rejects the key (status 401): set OPENAI_API_KEY to a valid one") from None
+            raise self._bad_key() from None
         if status == 404:
             raise InputError(
                 f"{self.where} has no model {self.model} (status 404): check the model's name and the base URL"
@@ -311,22 +462,25 @@ class Endpoint:
         if status >= 500:
             return self._failed(f"{SERVER_FAILED} (status {status})")
         if code == "content_filter":
-            return Reply(failure=FILTERED)
+            return ChatReply(failure=FILTERED)
         if status == 200:  # an error that does not say which
             return self._failed(ERROR_BODY, most=MAX_BAD_BODIES)
-        if param == "temperature" and self.temperature is not None:
+        if param == "temperature" and temperature is not None:
             raise InputError(
-                f"{self.model} does not accept temperature {self.temperature:g}: choose a model that does, "
+                f"{self.model} does not accept temperature {temperature:g}: choose a model that does, "
                 "or give the endpoint temperature=None"
             ) from None
         reason = f"the endpoint refused the request (status {status})"
-        return Reply(failure=reason) if self._has_answered else self._failed(reason)
+        return ChatReply(failure=reason) if self._has_answered else self._failed(reason)
 
-    def _failed(self, reason: str, *, most: int = MAX_FAILURES) -> Reply:
+    def _failed(self, reason: str, *, most: int = MAX_FAILURES) -> ChatReply:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= most:
             raise RunError(self._down(reason)) from None
-        return Reply(failure=reason)
+        return ChatReply(failure=reason)
+
+    def _bad_key(self) -> InputError:
+        return InputError(f"{self.where} rejects the key (status 401): set OPENAI_API_KEY to a valid one")
 
     def _down(self, reason: str) -> str:
         return (
@@ -399,9 +553,24 @@ class _Message(BaseModel):
         return text if text.strip() else ""
 
 
+class _TopLogprob(BaseModel):
+    token: str
+    id: int | None = None
+    logprob: float
+
+
+class _TokenLogprobs(_TopLogprob):
+    top_logprobs: list[_TopLogprob] = []
+
+
+class _Logprobs(BaseModel):
+    content: list[_TokenLogprobs]
+
+
 class _Choice(BaseModel):
     message: _Message
     finish_reason: object = None
+    logprobs: object = None
 
 
 class _Completion(BaseModel):
@@ -410,6 +579,7 @@ class _Completion(BaseModel):
     choices: list[object]
     """Only the first is read."""
     usage: object = None
+    model: object = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,6 +642,23 @@ def _may_pass(failure: str | None) -> bool:
     return failure is not None and (failure in passing or failure.startswith(SERVER_FAILED))
 
 
+def _logprobs_in(given: object) -> tuple[TokenLogprobs, ...] | None:
+    """The log-probabilities of a choice; None where there are none, or none that can be read."""
+    try:
+        tokens = _Logprobs.model_validate(given).content
+    except ValidationError:
+        return None
+    return tuple(
+        TokenLogprobs(
+            text=token.token,
+            token_id=token.id,
+            logprob=token.logprob,
+            top=tuple((each.token, each.id, each.logprob) for each in token.top_logprobs),
+        )
+        for token in tokens
+    )
+
+
 def _is_text(part: str | _Part) -> bool:
     return isinstance(part, str) or part.type in ("text", "output_text")
 
@@ -487,13 +674,3 @@ def _as_count(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_TOKENS:
         return None
     return int(value) if value == int(value) else None
-
-
-def _run(work: Coroutine[None, None, list[Reply]]) -> list[Reply]:
-    """asyncio.run; in a separate thread if a loop is already running, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, work).result()
