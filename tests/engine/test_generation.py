@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from exitsafe.engine.generation import suppress_logits
+from exitsafe.engine.generation import Answer, Sampling, generate_answers, suppress_logits
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ExitLayerError, InputError
@@ -175,6 +176,70 @@ def test_image_states_are_not_cut_when_they_are_as_wide_as_the_text(seed: int) -
     rows = rows_of(vlm, many, [1, 3, 5, 2, 4, 6])
     alone = [complete(vlm, [row], batch_size=1)[0] for row in rows]
     assert complete(vlm, rows, batch_size=4) == alone
+
+
+def test_rows_that_arrive_while_others_are_answered(vlm: VLM, samples: list[Sample]) -> None:
+    """One more row before each step, pictures or not, each with its own length and temperature."""
+    exits = [1, 2, 3, 4, 5, 6, 1]
+    rows = rows_of(vlm, samples, exits)
+    samplings = [
+        Sampling(max_new_tokens=3 + 2 * place, temperature=float(place % 2), seed=place) for place in range(len(rows))
+    ]
+    expected = [
+        complete(vlm, [row], batch_size=1, **{name: getattr(each, name) for name in DECODING})[0]
+        for row, each in zip(rows, samplings, strict=True)
+    ]
+    answers = [Answer(row=row, sampling=sampling) for row, sampling in zip(rows, samplings, strict=True)]
+    waiting, sizes = list(answers), []
+
+    def take(most: int, beside: Sequence[Answer]) -> list[Answer]:
+        sizes.append(len(beside))
+        keys = {vlm.batch_key(answer.row.prompt) for answer in (*beside, *waiting[:1])}
+        return [waiting.pop(0)] if waiting and len(keys) == 1 else []
+
+    for _ in range(len(answers)):  # a batch that nothing may join ends first
+        for answer in generate_answers(vlm, take, batch_size=8):
+            assert answer.token_ids
+    assert [tuple(answer.token_ids) for answer in answers] == expected
+    assert max(sizes) > 1 or not vlm.can_pad
+
+
+DECODING = ("max_new_tokens", "temperature", "seed")
+
+
+def test_a_reader_may_end_an_answer(vlm: VLM, samples: list[Sample]) -> None:
+    rows = rows_of(vlm, samples[:1] * 2, [2, 3])
+    expected = [complete(vlm, [row], batch_size=1)[0] for row in rows]
+    answers = [Answer(row=row, sampling=Sampling(max_new_tokens=12)) for row in rows]
+    waiting = list(answers)
+    for answer in generate_answers(vlm, lambda most, beside: [waiting.pop(0)] if waiting else [], batch_size=2):
+        if answer is answers[0] and len(answer.token_ids) == 2:
+            answer.finish_reason = "stop"
+    assert [tuple(answer.token_ids) for answer in answers] == [expected[0][:2], expected[1]]
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_a_teacher_forced_pass(vlm: VLM, samples: list[Sample]) -> None:
+    row = rows_of(vlm, samples[:1], [4])[0]
+    plain, greedy, drawn = (
+        Answer(row=row, sampling=Sampling(max_new_tokens=6, temperature=temperature, top_logprobs=top))
+        for temperature, top in ((0.0, None), (0.0, 3), (2.0, 10**6))
+    )
+    waiting = [plain, greedy, drawn]
+    for _ in generate_answers(vlm, lambda most, beside: [waiting.pop()] if waiting else [], batch_size=4):
+        pass
+    assert plain.logprobs == []
+    for answer, num_top in ((greedy, 3), (drawn, None)):
+        hidden, _, _ = vlm.response_states([row], [torch.tensor(answer.token_ids)])
+        expected = vlm.logits(hidden)[0].log_softmax(dim=-1)
+        assert len(answer.logprobs) == len(answer.token_ids)
+        for found, every, token in zip(answer.logprobs, expected, answer.token_ids, strict=True):
+            assert found.chosen == pytest.approx(float(every[token]), abs=1e-4)
+            assert len(found.top) == (num_top or len(every))
+            tokens, logprobs = map(list, zip(*found.top, strict=True))
+            assert logprobs == sorted(logprobs, reverse=True)
+            torch.testing.assert_close(torch.tensor(logprobs), every[tokens], rtol=0, atol=1e-4)
+    assert [tokens.top[0][0] for tokens in greedy.logprobs] == greedy.token_ids
 
 
 @pytest.mark.gpu

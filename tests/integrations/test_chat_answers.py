@@ -65,11 +65,11 @@ def test_an_answer_ends_before_the_first_stop_text() -> None:
 def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     prefill, sizes = generation._prefill, []
 
-    def short(vlm: VLM, rows: Any, indices: list[int], sampling: Any) -> Any:
-        sizes.append(len(indices))
-        if len(indices) > most:
+    def short(vlm: VLM, answers: list[Any], suppress: Any) -> Any:
+        sizes.append(len(answers))
+        if len(answers) > most:
             raise torch.OutOfMemoryError
-        return prefill(vlm, rows, indices, sampling)
+        return prefill(vlm, answers, suppress)
 
     monkeypatch.setattr(generation, "_prefill", short)
     requests = [request(sample, 1) for sample in samples()]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from exitsafe.baselines import sft
 from exitsafe.engine import generation
+from exitsafe.engine.generation import Answer
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
@@ -111,11 +112,11 @@ def test_rollouts_take_fewer_rows(vlm: VLM, tmp_path: Path, monkeypatch: pytest.
     expected = train(vlm, tmp_path / "whole")
     prefill, sizes = generation._prefill, list[int]()
 
-    def short(vlm: VLM, rows: Sequence[Row], indices: list[int], sampling: Any) -> Any:
-        sizes.append(len(indices))
-        if len(indices) > 3:
+    def short(vlm: VLM, answers: list[Answer], suppress: Sequence[int]) -> Any:
+        sizes.append(len(answers))
+        if len(answers) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return prefill(vlm, rows, indices, sampling)
+        return prefill(vlm, answers, suppress)
 
     monkeypatch.setattr(generation, "_prefill", short)
     with pytest.warns(RuntimeWarning, match="step 0: rollout_batch_size is now 2,"):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ NO_MEMORY = (
     "out of memory while answering a single prompt: use fewer new tokens (max_new_tokens), a smaller dtype, or "
     "quantization"
 )
+Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +35,20 @@ class Completion:
     """The tokens of one answer, the end-of-sequence token included; `seconds` is its share of the wall time."""
 
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Finish
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen: greedily at temperature 0, else from the full distribution; `draw` adds to the row's."""
+    """How a row's tokens are chosen: greedily at temperature 0, else from the full distribution; `draw` adds to the
+    row's. `top_logprobs` asks for log-probabilities: the chosen token's and those of so many most likely ones."""
 
     max_new_tokens: int
-    temperature: float
-    seed: int
-    draw: int
-    suppress: tuple[int, ...]
+    temperature: float = 0.0
+    seed: int = 0
+    draw: int = 0
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -55,9 +57,30 @@ class Sampling:
             raise InputError(f"temperature={self.temperature}: choose 0 (greedy) or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """The log-probability of a generated token, and the most likely tokens with theirs; at temperature 1."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(kw_only=True, eq=False)
+class Answer:
+    """A row and what has been generated for it so far; whoever reads it may end it by setting `finish_reason`."""
+
+    row: Row
+    sampling: Sampling
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: Finish | None = None
+    seconds: float = 0.0
+    draws: Tensor | None = None  # (max_new_tokens,): one uniform number per token, float64
+
+
 @torch.no_grad()
 def complete_rows(
-    vlm: Reader, rows: Sequence[Row], sampling: Sampling, *, batch_size: int | BatchSize
+    vlm: Reader, rows: Sequence[Row], sampling: Sampling, *, batch_size: int | BatchSize, suppress: Sequence[int] = ()
 ) -> Iterator[tuple[int, Completion]]:
     """Answer every row; yields (index into rows, completion) in the order of finishing.
 
@@ -66,74 +89,104 @@ def complete_rows(
     Raises:
         RunError: If one row does not fit in memory.
     """
-    waiting: dict[object, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for index, row in enumerate(rows):
-        waiting.setdefault(vlm.batch_key(row.prompt), []).append(index)
-    for indices in waiting.values():
+        groups.setdefault(vlm.batch_key(row.prompt), []).append(index)
+    for indices in groups.values():
         # Longest first: memory runs out at once if at all, and neighbours need little padding.
         indices.sort(key=lambda index: -len(rows[index].prompt.input_ids))
 
     def work(size: int) -> Iterator[tuple[int, Completion]]:
-        for indices in waiting.values():
-            for index, completion in _complete_queue(vlm, rows, indices, sampling, batch_size=size):
-                indices.remove(index)
-                yield index, completion
+        for indices in groups.values():
+            index_of = {Answer(row=rows[index], sampling=sampling): index for index in indices}
+            for answer in generate_answers(vlm, _taking(list(index_of)), batch_size=size, suppress=suppress):
+                if answer.finish_reason is not None:
+                    indices.remove(index_of[answer])
+                    yield (
+                        index_of[answer],
+                        Completion(
+                            token_ids=tuple(answer.token_ids),
+                            finish_reason=answer.finish_reason,
+                            seconds=answer.seconds,
+                        ),
+                    )
 
     yield from as_batch_size(batch_size, problem=NO_MEMORY).halving(work)
 
 
-def _complete_queue(
-    vlm: Reader, rows: Sequence[Row], queue: list[int], sampling: Sampling, *, batch_size: int
-) -> Iterator[tuple[int, Completion]]:
-    stop = torch.tensor(vlm.eos_token_ids, device=vlm.device)
-    waiting = list(queue)
+Take: TypeAlias = Callable[[int, Sequence[Answer]], list[Answer]]
+
+
+@torch.no_grad()
+def generate_answers(
+    vlm: Reader,
+    take: Take,
+    *,
+    batch_size: int,
+    suppress: Sequence[int] = (),
+) -> Iterator[Answer]:
+    """Generate until nothing is left to take; yields each answer whenever it has another token.
+
+    Args:
+        vlm: The model.
+        take: Called with the number of free rows and the answers in the batch, before every step that has room; gives
+            answers to begin, at most that many, whose prompts may share a batch with those (`Reader.batch_key`).
+        batch_size: Most rows at a time.
+        suppress: Token ids that must not be chosen.
+
+    Raises:
+        ModelError: If a row's logits are not a distribution.
+    """
+    stop = frozenset(vlm.eos_token_ids)
     batch: _Batch | None = None
-    while waiting or batch is not None:
+    while True:
         started = time.perf_counter()
-        num_free = batch_size - (0 if batch is None else len(batch.indices))
+        num_free = batch_size - (0 if batch is None else len(batch.answers))
         # A refill costs a prefill and a copy of the cache: wait until a quarter of the batch is free.
-        if waiting and (batch is None or (batch.can_join and num_free * 4 >= batch_size)):
-            joining, waiting = waiting[:num_free], waiting[num_free:]
-            fresh = _prefill(vlm, rows, joining, sampling)
+        has_room = batch is None or (batch.can_join and num_free * 4 >= batch_size)
+        newly = take(num_free, () if batch is None else batch.answers) if has_room else []
+        if newly:
+            fresh = _prefill(vlm, newly, suppress)
             batch = fresh if batch is None else batch.join(fresh)
+        elif batch is None:
+            return
         else:
-            assert batch is not None
-            batch.decode(vlm, rows, sampling)
+            newly = batch.answers
+            batch.decode(vlm, suppress)
         batch.share_time(time.perf_counter() - started)
-        finished = torch.isin(batch.tokens[:, -1], stop) if len(stop) else torch.zeros(len(batch.indices)).bool()
-        keep: list[int] = []
-        for place, index in enumerate(batch.indices):
-            length = batch.lengths[place]
-            has_stopped = bool(finished[place])
-            if has_stopped or length == sampling.max_new_tokens:
-                yield (
-                    index,
-                    Completion(
-                        token_ids=tuple(batch.tokens[place, -length:].tolist()),
-                        finish_reason="stop" if has_stopped else "length",
-                        seconds=batch.seconds[place],
-                    ),
-                )
-            else:
-                keep.append(place)
-        if len(keep) < len(batch.indices):
+        for answer in newly:
+            if answer.token_ids[-1] in stop:
+                answer.finish_reason = "stop"
+            elif len(answer.token_ids) == answer.sampling.max_new_tokens:
+                answer.finish_reason = "length"
+            yield answer
+        keep = [place for place, answer in enumerate(batch.answers) if answer.finish_reason is None]
+        if len(keep) < len(batch.answers):
             batch = batch.select(keep) if keep else None
+
+
+def _taking(waiting: list[Answer]) -> Take:
+    """Takes from a list that is known from the start, in its order."""
+
+    def take(most: int, beside: Sequence[Answer]) -> list[Answer]:
+        taken = waiting[:most]
+        del waiting[:most]
+        return taken
+
+    return take
 
 
 @dataclass(kw_only=True)
 class _Batch:
     """Rows being generated. All tensors are right-aligned; unused columns on the left are masked."""
 
-    indices: list[int]  # into the caller's rows
+    answers: list[Answer]
     cache: DynamicCache
     attention_mask: Tensor  # (B, S): the cached tokens
     positions: Tensor  # (..., B): of the newest token; some models give a token several
-    tokens: Tensor  # (B, G): generated so far, right-aligned, the newest not yet in the cache
-    lengths: list[int]  # generated tokens per row
-    draws: Tensor  # (B, max_new_tokens): one uniform number per token to come, float64
+    newest: Tensor  # (B, 1): the newest token, not yet in the cache
     text_inputs: dict[str, Tensor]  # (B, 1, ...): of the next token
     image_layers: frozenset[int]  # layers of the cache that hold image states
-    seconds: list[float]
     can_pad: bool
 
     @property
@@ -142,12 +195,12 @@ class _Batch:
         the model can be padded."""
         return self.can_pad and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
-    def decode(self, vlm: Reader, rows: Sequence[Row], sampling: Sampling) -> None:
+    def decode(self, vlm: Reader, suppress: Sequence[int]) -> None:
         """Generate one more token for every row."""
-        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.indices), 1)], 1)
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.answers), 1)], 1)
         self.positions = self.positions + 1
         inputs = vlm.base_model.prepare_inputs_for_generation(
-            self.tokens[:, -1:],
+            self.newest,
             attention_mask=self.attention_mask,
             position_ids=self.positions[..., None],
             past_key_values=self.cache,
@@ -156,36 +209,29 @@ class _Batch:
         )
         outputs = vlm.model(**inputs)
         self.cache = outputs.past_key_values
-        asked = [rows[index] for index in self.indices]
-        chosen = _choose(outputs.logits[:, -1], self.draws, self.lengths, sampling, asked)
-        self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
-        self.lengths = [length + 1 for length in self.lengths]
+        self.newest = _extend(self.answers, outputs.logits[:, -1], suppress)
 
     def share_time(self, seconds: float) -> None:
-        share = seconds / len(self.indices)
-        self.seconds = [so_far + share for so_far in self.seconds]
+        for answer in self.answers:
+            answer.seconds += seconds / len(self.answers)
 
     def select(self, keep: Sequence[int]) -> _Batch:
         """Only the rows in `keep`, without the columns that none of them uses."""
-        index = torch.tensor(keep, device=self.tokens.device)
+        index = torch.tensor(keep, device=self.newest.device)
         mask = self.attention_mask[index]
         unused = int(mask.long().argmax(dim=1).min()) if self.can_join else 0
         self.cache.reorder_cache(cast(torch.LongTensor, index))
         for number, layer in enumerate(_layers(self.cache) if unused else ()):
             if layer.is_initialized and number not in self.image_layers:
                 layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
-        longest = max(self.lengths[place] for place in keep)
         return _Batch(
-            indices=[self.indices[place] for place in keep],
+            answers=[self.answers[place] for place in keep],
             cache=self.cache,
             attention_mask=mask[:, unused:],
             positions=self.positions[..., index],
-            tokens=self.tokens[index, -longest:],
-            lengths=[self.lengths[place] for place in keep],
-            draws=self.draws[list(keep)],  # on the CPU, wherever the model is
+            newest=self.newest[index],
             text_inputs={name: tensor[index] for name, tensor in self.text_inputs.items()},
             image_layers=self.image_layers,
-            seconds=[self.seconds[place] for place in keep],
             can_pad=self.can_pad,
         )
 
@@ -197,16 +243,13 @@ class _Batch:
             mine.keys = _stack_right(mine.keys, theirs.keys, dim=-2)
             mine.values = _stack_right(mine.values, theirs.values, dim=-2)
         return _Batch(
-            indices=self.indices + other.indices,
+            answers=self.answers + other.answers,
             cache=self.cache,
             attention_mask=_stack_right(self.attention_mask, other.attention_mask, dim=-1),
             positions=torch.cat([self.positions, other.positions], dim=-1),
-            tokens=_stack_right(self.tokens, other.tokens, dim=-1),
-            lengths=self.lengths + other.lengths,
-            draws=torch.cat([self.draws, other.draws]),
+            newest=torch.cat([self.newest, other.newest]),
             text_inputs={name: torch.cat([mine, other.text_inputs[name]]) for name, mine in self.text_inputs.items()},
             image_layers=self.image_layers,
-            seconds=self.seconds + other.seconds,
             can_pad=self.can_pad,
         )
 
@@ -223,10 +266,9 @@ def _layers(cache: DynamicCache) -> list[_Layer]:
     return cast(list[_Layer], cache.layers)
 
 
-def _prefill(vlm: Reader, rows: Sequence[Row], indices: list[int], sampling: Sampling) -> _Batch:
+def _prefill(vlm: Reader, answers: list[Answer], suppress: Sequence[int]) -> _Batch:
     """Read the prompts, once each even if several rows share one, and choose each row's first token."""
-    chosen_rows = [rows[index] for index in indices]
-    different, places = _different(chosen_rows)
+    different, places = _different([answer.row for answer in answers])
     given = vlm.inputs(different)
     inputs = vlm.base_model.prepare_inputs_for_generation(
         past_key_values=DynamicCache(config=vlm.text_config),
@@ -239,24 +281,19 @@ def _prefill(vlm: Reader, rows: Sequence[Row], indices: list[int], sampling: Sam
     logits, cache, mask = outputs.logits[:, -1], outputs.past_key_values, given["attention_mask"]
     positions = given["position_ids"][..., -1]
     text_inputs = vlm.of_next_token({name: given[name] for name in TEXT_INPUTS if name in given})
-    if len(different) < len(chosen_rows):
+    if len(different) < len(answers):
         index = torch.tensor(places, device=vlm.device)
         logits, mask, positions = logits[index], mask[index], positions[..., index]
         text_inputs = {name: tensor[index] for name, tensor in text_inputs.items()}
         cache.reorder_cache(index)
-    draws = torch.stack([_uniforms(row, sampling) for row in chosen_rows])
-    first = _choose(logits, draws, [0] * len(indices), sampling, chosen_rows)
     return _Batch(
-        indices=indices,
+        answers=list(answers),
         cache=cache,
         attention_mask=mask,
         positions=positions,
-        tokens=first[:, None],
-        lengths=[1] * len(indices),
-        draws=draws,
+        newest=_extend(answers, logits, suppress),
         text_inputs=text_inputs,
         image_layers=vlm.image_cache_layers,
-        seconds=[0.0] * len(indices),
         can_pad=vlm.can_pad,
     )
 
@@ -272,24 +309,50 @@ def _different(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     return different, places
 
 
-def _choose(logits: Tensor, draws: Tensor, lengths: Sequence[int], sampling: Sampling, rows: Sequence[Row]) -> Tensor:
+def _extend(answers: Sequence[Answer], logits: Tensor, suppress: Sequence[int]) -> Tensor:
+    """Add to each answer the next token from logits (B, V); returns the tokens, (B, 1)."""
+    logprobs = _top_logprobs(answers, logits)
+    chosen = _choose(answers, logits, suppress)
+    for place, (answer, token) in enumerate(zip(answers, chosen.tolist(), strict=True)):
+        answer.token_ids.append(token)
+        if place in logprobs:
+            every, top = logprobs[place]
+            answer.logprobs.append(TokenLogprobs(chosen=float(every[token]), top=top))
+    return chosen[:, None]
+
+
+def _choose(answers: Sequence[Answer], logits: Tensor, suppress: Sequence[int]) -> Tensor:
     """Next token ids (B,) from logits (B, V): the largest, or by inverting the cumulative distribution.
 
     Raises:
         ModelError: If a row's logits are not a distribution: a token chosen from NaN would pass for an answer.
     """
-    dtype = logits.dtype
-    logits = suppress_logits(logits, sampling.suppress)
-    if sampling.temperature == 0.0:
-        largest = logits.argmax(dim=-1)  # NaN counts as largest
-        check_finite(logits.gather(-1, largest[:, None]), rows, what="logits", dtype=dtype)
-        return largest
+    dtype, rows = logits.dtype, [answer.row for answer in answers]
+    logits = suppress_logits(logits, suppress)
+    chosen = logits.argmax(dim=-1)  # NaN counts as largest
+    check_finite(logits.gather(-1, chosen[:, None]), rows, what="logits", dtype=dtype)
+    sampled = [place for place, answer in enumerate(answers) if answer.sampling.temperature > 0.0]
+    if not sampled:
+        return chosen
     # Inverse-CDF on the CPU in float64: the same draw whatever the device and batch.
-    cumulative = (logits.float().cpu().double() / sampling.temperature).softmax(dim=-1).cumsum(dim=-1)
-    check_finite(cumulative[:, -1:], rows, what="logits", dtype=dtype)
-    uniform = draws.gather(1, torch.tensor(lengths)[:, None]) * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
-    return chosen.to(logits.device)
+    temperatures = torch.tensor([[answers[place].sampling.temperature] for place in sampled], dtype=torch.float64)
+    cumulative = (logits[sampled].float().cpu().double() / temperatures).softmax(dim=-1).cumsum(dim=-1)
+    check_finite(cumulative[:, -1:], [rows[place] for place in sampled], what="logits", dtype=dtype)
+    uniform = torch.stack([_uniform(answers[place]) for place in sampled])[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
+    chosen[sampled] = drawn.to(logits.device)
+    return chosen
+
+
+def _top_logprobs(answers: Sequence[Answer], logits: Tensor) -> dict[int, tuple[Tensor, tuple[tuple[int, float], ...]]]:
+    """By place, for the answers that want them: all log-probabilities, (V,), and the largest with their tokens."""
+    found = {}
+    for place, answer in enumerate(answers):
+        if (num := answer.sampling.top_logprobs) is not None:
+            every = logits[place].float().log_softmax(dim=-1).cpu()
+            values, tokens = every.topk(min(num, len(every)))
+            found[place] = every, tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    return found
 
 
 def ignored_settings(generation_config: GenerationConfig) -> list[str]:
@@ -329,12 +392,14 @@ def suppress_logits(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(token_ids, device=logits.device), float("-inf"))
 
 
-def _uniforms(row: Row, sampling: Sampling) -> Tensor:
-    if sampling.temperature == 0.0:
-        return torch.empty(0, dtype=torch.float64)
-    key = f"{sampling.seed}\x1f{row.prompt.sample_id}\x1f{row.exit_layer}\x1f{sampling.draw + row.draw}"
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
-    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+def _uniform(answer: Answer) -> Tensor:
+    """The uniform number, float64, that draws the answer's next token."""
+    if answer.draws is None:
+        row, sampling = answer.row, answer.sampling
+        key = f"{sampling.seed}\x1f{row.prompt.sample_id}\x1f{row.exit_layer}\x1f{sampling.draw + row.draw}"
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+        answer.draws = torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+    return answer.draws[len(answer.token_ids)]
 
 
 def _stack_right(first: Tensor, second: Tensor, *, dim: int) -> Tensor:

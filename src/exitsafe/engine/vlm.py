@@ -159,11 +159,9 @@ class VLM(Reader):
         """
         if isinstance(batch_size, int) and batch_size < 1:
             raise InputError(f"batch_size={batch_size}: choose 1 or more")
-        sampling = Sampling(
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draw=draw, suppress=tuple(suppress)
-        )
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draw=draw)
         self.check_room(rows, [max_new_tokens] * len(rows))
-        return complete_rows(self, rows, sampling, batch_size=batch_size)
+        return complete_rows(self, rows, sampling, batch_size=batch_size, suppress=suppress)
 
     def response(self, row: Row, completion: Completion) -> Response:
         """A completion as the record that judges read."""
