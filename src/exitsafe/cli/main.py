@@ -32,6 +32,7 @@ from exitsafe.cli.judge_command import judge_command
 from exitsafe.cli.label_command import label_command
 from exitsafe.cli.recommend_command import recommend_command
 from exitsafe.cli.report_command import report_command
+from exitsafe.cli.serve_command import serve_command
 from exitsafe.cli.suites_command import suites_command
 from exitsafe.cli.translate_command import translate_command
 from exitsafe.cli.verify_command import verify_command
@@ -79,6 +80,7 @@ _PANELS: dict[str, dict[Callable[[Any, console.Show], None], tuple[str, str]]] =
             f"{_MINE} --adapter runs/lppo/adapter --exit-layer 16 --audit runs/after --out slim",
         ),
         verify_command: ("slim --against runs/before, then exitsafe verify runs/before", ""),
+        serve_command: ("organism --port 8000", f"{_MINE} --adapter runs/lppo/adapter --dtype bfloat16"),
     },
     "Explore": {
         demo_command: ("--out runs/demo", ""),

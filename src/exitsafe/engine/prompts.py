@@ -125,7 +125,7 @@ def written(
         InputError, ModelError: As `encode`.
     """
     processor = given_processor(processor)
-    for token in {*placeholders.values(), *_expanded(processor)}:
+    for token in reserved_tokens(processor, placeholders):
         if token in sample.prompt or token in sample.system:
             raise InputError(
                 f"sample {sample.id}: the prompt contains the placeholder {token!r}; remove it and give images, videos "
@@ -267,10 +267,10 @@ def opens_itself(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
 
 
-def _expanded(processor: MultimodalProcessor) -> list[str]:
-    """The tokens into which a processor expands placeholders."""
+def reserved_tokens(processor: MultimodalProcessor, placeholders: Mapping[str, str]) -> set[str]:
+    """What no text may contain: what stands for a medium, and the tokens into which the processor expands it."""
     tokens = (getattr(processor, f"{modality}_token", None) for modality in MODALITIES)
-    return [token for token in tokens if isinstance(token, str)]
+    return {*placeholders.values(), *(token for token in tokens if isinstance(token, str))}
 
 
 def _messages(

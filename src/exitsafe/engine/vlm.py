@@ -183,14 +183,15 @@ class VLM(Reader):
         """
         return read_ahead(self, samples, max_new_tokens=max_new_tokens)
 
-    def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
-        """The number of these prompts, at least 1, that can be answered at a time with the memory now free."""
+    def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int, free: int | None = None) -> int:
+        """The number of these prompts, at least 1, that can be answered at a time with so many bytes: those now free,
+        if None."""
         states = max(self.num_image_states(prompt.media) for prompt in prompts)
         return rows_that_fit(
             self.text_config,
             num_tokens=max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens,
             dtype=self.base_model.dtype,
-            free=free_memory(self.device),
+            free=free_memory(self.device) if free is None else free,
             images=ImageStates(num_layers=len(self.image_cache_layers), per_row=states),
         )
 

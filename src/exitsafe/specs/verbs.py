@@ -302,6 +302,15 @@ class ChatSpec(Spec):
     loading: FullLoading = FullLoading()
 
 
+class ServeSpec(Spec):
+    """`exitsafe serve`."""
+
+    model: Model
+    host: Annotated[str, Flag("Address to listen on.", "HOST", panel=OUTPUT)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535), Flag("Port; 0 takes a free one.", panel=OUTPUT)] = 8000
+    loading: FullLoading = FullLoading()
+
+
 class DemoSpec(Spec):
     """`exitsafe demo`."""
 

@@ -1,45 +1,38 @@
 """Chat turns -> a prompt, through the model's own chat template.
 
-Other tools have system and assistant turns and pictures between words, whereas a `Sample` is one user turn; for such a
-turn the prompt is the one that `VLM.generate` makes.
+A conversation has system and assistant turns and pictures between words, whereas a `Sample` is one user turn; for such
+a turn the prompt is the one that `VLM.generate` makes.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeAlias
-
-from PIL.Image import Image
+from typing import Literal
 
 from exitsafe.data.images import open_image
-from exitsafe.engine.prompts import Prompt, given_processor, plainly, tokenise
+from exitsafe.engine.prompts import Prompt, given_processor, plainly, reserved_tokens, tokenise
 from exitsafe.engine.templates import TemplateRefusedError, render
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 
-Picture: TypeAlias = Image | Path | bytes
-Part: TypeAlias = str | Picture
-"""Text or a picture."""
 _AS_CODE = "{'type': '"  # how a template that expects a string writes a list of parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """A role and its text and pictures, in order."""
+    """A role and its text and pictures (the bytes of image files), in order."""
 
     role: Literal["system", "user", "assistant"]
-    parts: tuple[Part, ...]
+    parts: tuple[str | bytes, ...]
 
     @property
     def texts(self) -> list[str]:
         return [part for part in self.parts if isinstance(part, str) and part]
 
     @property
-    def pictures(self) -> list[Picture]:
-        return [part for part in self.parts if not isinstance(part, str)]
+    def pictures(self) -> list[bytes]:
+        return [part for part in self.parts if isinstance(part, bytes)]
 
 
 def encode_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> Prompt:
@@ -69,8 +62,9 @@ def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
     processor = given_processor(vlm.processor)
     if not turns or turns[-1].role != "user":
         raise InputError(f"{prompt_id}: the last turn must be the user's, for the model to answer")
-    if any(processor.image_token in text for turn in turns for text in turn.texts):
-        raise InputError(f"{prompt_id}: a text contains the image placeholder {processor.image_token!r}; remove it")
+    for token in reserved_tokens(processor, vlm.placeholders):
+        if any(token in text for turn in turns for text in turn.texts):
+            raise InputError(f"{prompt_id}: a text contains the placeholder {token!r}; remove it")
     if processor.chat_template is None:
         return _render_plainly(vlm, turns, prompt_id)
     complaint = "it leaves out a turn, or a part of one"
@@ -81,28 +75,12 @@ def render_chat(vlm: VLM, turns: Sequence[Turn], *, prompt_id: str) -> str:
         except TemplateRefusedError as refusal:
             complaint = str(refusal)
             continue
-        if _is_complete(text, turns, processor.image_token):
+        if _is_complete(text, turns, vlm.placeholders.get("image")):
             return text
     roles = ", ".join(turn.role + " with an image" * bool(turn.pictures) for turn in turns)
     raise InputError(
         f"{prompt_id}: this model's chat template cannot take the turns {roles} ({complaint}); change them"
     )
-
-
-def digest_of(turns: Sequence[Turn]) -> str:
-    """A hash of a conversation, including the bytes of its pictures."""
-    digest = hashlib.sha256()
-    for number, turn in enumerate(turns):
-        for part in turn.parts:
-            if isinstance(part, Image):
-                seen = open_image(part, "picture")
-                content = f"{seen.mode} {seen.size}".encode() + seen.tobytes()
-            elif isinstance(part, Path):
-                content = part.read_bytes()
-            else:
-                content = part.encode() if isinstance(part, str) else part
-            digest.update(f"{number} {turn.role} {type(part) is str} {len(content)} ".encode() + content)
-    return digest.hexdigest()
 
 
 def _message(turn: Turn, *, has_plain_texts: bool) -> dict[str, object]:
@@ -116,10 +94,11 @@ def _message(turn: Turn, *, has_plain_texts: bool) -> dict[str, object]:
     return {"role": turn.role, "content": content}
 
 
-def _is_complete(text: str, turns: Sequence[Turn], image_token: str) -> bool:
+def _is_complete(text: str, turns: Sequence[Turn], image_token: str | None) -> bool:
     """Whether the text has every part of the turns, in order, and no list of parts was written out as code."""
     as_code = sum(part.count(_AS_CODE) for turn in turns for part in turn.texts)
-    if text.count(_AS_CODE) > as_code or text.count(image_token) != sum(len(turn.pictures) for turn in turns):
+    num_written = 0 if image_token is None else text.count(image_token)
+    if text.count(_AS_CODE) > as_code or num_written != sum(len(turn.pictures) for turn in turns):
         return False
     place = 0
     for turn in turns:

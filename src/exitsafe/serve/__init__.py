@@ -1,0 +1,1 @@
+"""Every exit of a model as a model of one OpenAI-compatible server."""
