@@ -13,7 +13,6 @@ from exitsafe.errors import InputError
 from exitsafe.specs.verbs import ServeSpec
 
 _KEY = "EXITSAFE_API_KEY"
-_SECONDS_TO_FINISH = 5  # for answers under way when the server is stopped
 
 
 def serve_command(spec: ServeSpec, show: console.Show) -> None:
@@ -21,7 +20,7 @@ def serve_command(spec: ServeSpec, show: console.Show) -> None:
 
     NAME@L9 is exit 9, NAME the default exit. Answers are not filtered. Ctrl-C stops the server, with exit status 0.
     """
-    from exitsafe.serve.app import Service, fingerprint, make_app, served_models  # says what is missing
+    from exitsafe.serve.app import Service, fingerprint, make_server, served_models  # says what is missing
     from exitsafe.serve.worker import Worker
 
     listening = _listen(spec.host, spec.port)
@@ -44,8 +43,10 @@ def serve_command(spec: ServeSpec, show: console.Show) -> None:
         show.stdout.flush()
     else:
         show(document, lambda: [f"ready: {url} serves {default} (exit {vlm.default_exit}), {exits[0]} to {exits[-1]}"])
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server stops at them, then raises them again
+        signal.signal(number, signal.SIG_IGN)
     try:
-        _run(make_app(service), listening)
+        make_server(service).run(sockets=[listening])
     finally:
         worker.close()
 
@@ -66,21 +67,3 @@ def _listen(host: str, port: int) -> socket.socket:
 def _url(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-
-
-def _run(app: object, listening: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; a second SIGINT does not wait for answers under way."""
-    import uvicorn
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn stops at them, then raises them again
-        signal.signal(number, signal.SIG_IGN)
-    config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        log_config=None,
-        log_level="critical",  # its own log would quote requests
-        access_log=False,
-        timeout_graceful_shutdown=_SECONDS_TO_FINISH,
-        server_header=False,
-        ws="none",
-    )
-    uvicorn.Server(config).run(sockets=[listening])

@@ -29,6 +29,7 @@ from exitsafe.untrusted import JsonObject
 from exitsafe.version import __version__
 
 try:
+    import uvicorn
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
@@ -41,6 +42,7 @@ except ImportError as error:
 MOST_BYTES = 32 * 2**20  # of a request's body
 MOST_REQUESTS = 256  # at the same time, waiting ones included
 BODY_SECONDS = 60.0  # in which a body must arrive
+SECONDS_TO_FINISH = 5  # for answers under way when the server is stopped
 _GONE = 499  # a client that leaves early gets no status; the log has this one
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -131,6 +133,20 @@ def make_app(service: Service) -> Starlette:
         Route("/health", health),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+
+
+def make_server(service: Service) -> uvicorn.Server:
+    """The HTTP server, silent: its own log would quote requests."""
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        timeout_graceful_shutdown=SECONDS_TO_FINISH,
+        server_header=False,
+        ws="none",
+    )
+    return uvicorn.Server(config)
 
 
 def _guarded(endpoint: _Endpoint, service: Service) -> _Endpoint:
