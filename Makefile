@@ -8,7 +8,7 @@ DEV := $(VENV)/.dev
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo check test test-slow bench docs clean
+.PHONY: install demo check test test-slow test-engines bench docs clean
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ test: $(DEV)
 test-slow: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
+test-engines: $(DEV)
+	PYTHON=$(BIN)/python tests/engines/install.sh vllm llama transformers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines
+
 bench: $(DEV)
 	$(BIN)/python -m benchmarks
 
@@ -55,4 +59,4 @@ $(VENV)/.docs: $(STAMP)
 	touch $@
 
 clean:
-	rm -rf site $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf site $(VENV) .engines .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,77 @@
+"""A server of another program in a child process: started on a free port, awaited, and ended with all its children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+
+ENGINES = Path(__file__).parents[2] / ".engines"
+_LONGEST_START = 240.0  # seconds
+
+
+def python_of(name: str) -> Path:
+    """The interpreter of an environment that `make test-engines` made; skips the test where it could not."""
+    missing = ENGINES / name / "unavailable"
+    if missing.is_file():
+        pytest.skip(f"{name} is not available here: {missing.read_text().strip()}")
+    python = ENGINES / name / "bin" / "python"
+    if not (ENGINES / name / "installed.txt").is_file():
+        pytest.skip(f"{name} is not installed: run make test-engines")
+    return python
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+@contextmanager
+def running(command: Sequence[str | Path], *, port: int, log: Path, env: Mapping[str, str]) -> Iterator[str]:
+    """The base URL of a server while it runs, once it answers on /health.
+
+    Raises:
+        RuntimeError: With the end of its log, if it ends or does not answer in time.
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **env},
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, process, log)
+        yield url
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + _LONGEST_START
+    while process.poll() is None and time.monotonic() < until:
+        with suppress(URLError, OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            if reply.status == 200:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"no server at {url}:\n{log.read_text(errors='replace')[-4000:]}")
