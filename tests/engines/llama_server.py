@@ -25,7 +25,7 @@ def llama_server(model: Path, mmproj: Path | None, *, log: Path, context: int = 
     from tests.engines.server import free_port, python_of, running
 
     port = free_port()
-    command = [python_of("llama"), __file__, model, mmproj or "", str(port), str(context)]
+    command: list[str | Path] = [python_of("llama"), __file__, model, mmproj or "", str(port), str(context)]
     with running(command, port=port, log=log, env={"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}) as url:
         yield url
 

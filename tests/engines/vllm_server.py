@@ -28,7 +28,7 @@ def vllm_server(
         max_model_len: Its context, in tokens.
     """
     port, python = free_port(), python_of("vllm")
-    command = [python.parent / "vllm", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
+    command: list[str | Path] = [python.parent / "vllm", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", NAME, "--dtype", "float32", "--max-model-len", str(max_model_len)]
     command += ["--enforce-eager", *(["--enable-mm-embeds"] if mm_embeds else []), *arguments]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
