@@ -64,7 +64,7 @@ def test_it_equals_what_stock_transformers_calls_vision_feature_layer(family: st
         wanted = whole(**inputs, vision_feature_layer=4).logits
     assert torch.equal(logits(load_stock(out), inputs), wanted)
     config = load_stock(out).config
-    assert (config.vision_config.num_hidden_layers, config.vision_feature_layer) == (4, -1)
+    assert (config.vision_config.num_hidden_layers, config.vision_feature_layer) == (4, 4)
 
 
 @pytest.mark.parametrize("exit_layer", (1, 3, 6))

@@ -82,14 +82,18 @@ def _shorten(config: Any, depths: Collection[str], *, num_layers: int, exit_laye
 
 
 def _clamp_taps(config: Any, *, num_layers: int, exit_layer: int) -> None:
-    """Let connectors read what they read at the exit: a single layer is the last, of several none is past it."""
+    """Let connectors read what they read at the exit: a single layer is the last, of several none is past it.
+
+    Layers are counted from the first block, as other engines expect, except for -1: what a model reads there may
+    include the encoder's last norm (InternVL).
+    """
 
     def clamped(layer: int) -> int:
         return min(layer if layer >= 0 else num_layers + 1 + layer, exit_layer)
 
     taps = getattr(config, "vision_feature_layer", None)
     if isinstance(taps, int):
-        config.vision_feature_layer = -1
+        config.vision_feature_layer = -1 if taps == -1 else exit_layer
     elif taps is not None:
         config.vision_feature_layer = [clamped(layer) for layer in taps]
     if isinstance(pairs := getattr(config, "deepstack_layer_map", None), list | tuple):  # Granite 4 Vision
