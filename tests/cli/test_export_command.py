@@ -21,15 +21,19 @@ def test_export_and_what_it_says(
 ) -> None:
     slim = tmp_path / "slim"
     export = ["export", str(tiny_llava), "--exit-layer", "2", "--out", str(slim), "--audit", str(audited)]
-    assert run(export) == 0
+    assert run([*export, "--to", "gguf"]) == 0
     said = capsys.readouterr().out
     for part in (
         "encoder blocks",
         "prefill with encoder, ms",
         "bit for bit",
         f"exitsafe verify {slim} --against {audited}",
+        f"llama.cpp: yes; python convert_hf_to_gguf.py {slim} --outfile slim.gguf && llama-server",
+        f"vLLM: yes; vllm serve {slim}\n",
+        f"OpenVINO: not tried; optimum-cli export openvino --model {slim}",
+        "MLX: not tried; python -m mlx_vlm convert",
     ):
-        assert part in said
+        assert part in said.replace("\n", " ") + said
     assert AutoModelForImageTextToText.from_pretrained(slim).config.vision_config.num_hidden_layers == 2
     assert "model-index" in (slim / "README.md").read_text()
     assert list(tmp_path.iterdir()) == [slim]
@@ -46,6 +50,7 @@ def test_json(tiny_llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["latency"]["after"]["encoder_ms"] > 0
     assert found["check"] == {"largest_difference": 0.0, "relative_difference": 0.0, "allowed": 0.0}
     assert "adapter/adapter_model.safetensors" in found["files"]
+    assert [place["engine"] for place in found["destinations"]] == ["llama.cpp", "vLLM", "OpenVINO", "MLX"]
 
 
 def test_bad_input(tiny_llava: Path, audited: Path, tmp_path: Path, fail: Fail) -> None:

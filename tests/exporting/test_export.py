@@ -181,7 +181,7 @@ def test_the_dtype_is_kept_and_merging_in_it_is_near_enough(tmp_path: Path) -> N
 
 def test_the_command_on_the_card_names_the_very_commit() -> None:
     vlm = VLM(tiny_llava(), tiny_processor("llava"), name="org/model", checkpoint_hash="0123abcd")
-    facts = {"adapter": None, "exit_layer": 3, "skip_global": False, "audit": None}
+    facts = {"adapter": None, "exit_layer": 3, "skip_global": False, "audit": None, "to": None}
     assert (
         _command(vlm, facts, out="slim")
         == "exitsafe export org/model --config revision=0123abcd --dtype float32 --exit-layer 3 --out slim"

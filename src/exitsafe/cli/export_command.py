@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from exitsafe.cli.models import load_model
 from exitsafe.specs.verbs import ExportSpec
 
 if TYPE_CHECKING:
+    from exitsafe.exporting.destinations import Destination
     from exitsafe.exporting.manifest import Manifest
 
 
@@ -26,6 +28,7 @@ def export_command(spec: ExportSpec, show: console.Show) -> None:
         from exitsafe.results.run import load_run
 
         run = load_run(spec.audit)
+    from exitsafe.exporting.destinations import destinations
     from exitsafe.exporting.export import export
     from exitsafe.exporting.manifest import read_manifest
 
@@ -38,11 +41,14 @@ def export_command(spec: ExportSpec, show: console.Show) -> None:
             skip_global=spec.skip_global,
             keep_adapter=spec.keep_adapter,
             audit=run,
+            to=spec.to,
             progress=progress,
         )
     record = read_manifest(folder)
-    lines = _words(record, folder, spec.audit)
-    show({"slim": str(folder), **record.model_dump()}, lambda: [_table(record), *lines])
+    places = destinations(folder)
+    lines = [*_words(record, folder, spec.audit), *map(_elsewhere, places)]
+    document = {"slim": str(folder), **record.model_dump(), "destinations": [asdict(place) for place in places]}
+    show(document, lambda: [_table(record), *lines])
 
 
 def _table(record: Manifest) -> Any:
@@ -85,3 +91,8 @@ def _words(record: Manifest, folder: Path, audit: Path | None) -> list[str]:
         f"Checkpoint: {folder}",
         f"Check what is shipped: exitsafe verify {folder} --against {audit or 'RUN'}",
     ]
+
+
+def _elsewhere(place: Destination) -> str:
+    """A line for an engine: whether the checkpoint runs there and how."""
+    return f"{place.engine}: {'; '.join(filter(None, (place.runs, place.command, place.note)))}"

@@ -6,6 +6,7 @@ its name only after every step has succeeded.
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -30,7 +31,9 @@ from exitsafe.exporting.checkpoint import check_can_be_cut, cut, dropped_blocks,
 from exitsafe.exporting.folder import check_empty, whole_folder
 from exitsafe.exporting.manifest import ADAPTER, CARD, Base, Exported, write_manifest
 from exitsafe.exporting.merging import base_weights
+from exitsafe.exporting.mmproj import MMPROJ, check_can_be_written, write_mmproj
 from exitsafe.exporting.model_card import is_hub_id, license_of, public_name, write_card
+from exitsafe.exporting.parts import parts_of
 from exitsafe.exporting.probe import Latency, encoders_ms, language_model_ms, logits_of, probe_inputs
 from exitsafe.records import Progress
 from exitsafe.results.run import AuditRun, load_run
@@ -40,6 +43,7 @@ from exitsafe.version import __version__
 
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
+    from exitsafe.exits.huggingface import MultimodalModel
 
 _PACKAGES = ("torch", "transformers", "peft")
 
@@ -52,6 +56,7 @@ def export(
     skip_global: bool = False,
     keep_adapter: bool = False,
     audit: AuditRun | str | Path | None = None,
+    to: Literal["gguf"] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint whose image encoder ends at one exit.
@@ -66,6 +71,7 @@ def export(
         skip_global: Llama 3.2 Vision only: drop the global blocks as well.
         keep_adapter: Save the adapter separately, as a PEFT folder for the slim model, instead of merging it.
         audit: A finished run of the same model that covers the exit; its numbers go into the model card.
+        to: "gguf" also writes mmproj.gguf, the encoder and projector for llama.cpp.
         progress: Called with the number of steps done, the number of steps, and the title of the next step.
 
     Returns:
@@ -74,9 +80,9 @@ def export(
 
     Raises:
         ExitLayerError: If the encoder has no such block.
-        InputError: If a setting does not apply to this model.
-        ModelError: If the model is quantized, something cannot be merged, or the checkpoint does not reproduce the
-            exit.
+        InputError: If a setting does not apply to this model, or a package is missing.
+        ModelError: If the model is quantized, something cannot be merged, llama.cpp would compute something else, or
+            the checkpoint does not reproduce the exit.
         RunError: If `out` is not empty, writing fails, or the audit belongs to another model or lacks the exit.
     """
     out = Path(out)
@@ -86,12 +92,17 @@ def export(
     has_adapter = isinstance(vlm.model, PeftModel)
     if keep_adapter and not has_adapter:
         raise InputError(f"{vlm.name} has no adapter to keep: leave --keep-adapter out")
+    if to == "gguf":
+        if keep_adapter:
+            raise InputError("--to gguf needs the adapter merged: leave --keep-adapter out")
+        check_can_be_written(vlm.base_model.config)
     is_merged = (has_adapter and not keep_adapter) or bool(vlm.translation_hooks(exit_layer))
-    measured = None
+    measured = audit_hash = None
     if audit is not None:
         run = audit if isinstance(audit, AuditRun) else load_run(audit)
         check_is_of(run, vlm, exit_layer=exit_layer, skip_global=skip_global)
         measured = audit_record(run, exit_layer=exit_layer)
+        audit_hash = hashlib.sha256((run.path / "run.json").read_bytes()).hexdigest()
     steps = _Steps(progress, ["measuring the whole model", "writing", "reloading", "hashing"])
     with whole_folder(out) as folder:
         steps.next()
@@ -106,7 +117,7 @@ def export(
         alone = _encoders_ms([vlm], inputs, is_merged=is_merged) if vlm.device.type != "cpu" else []
         steps.next()
         with writing(out):
-            _save(
+            saved = _save(
                 vlm,
                 folder,
                 name=out.resolve().name,
@@ -114,6 +125,17 @@ def export(
                 skip_global=skip_global,
                 keep_adapter=keep_adapter,
             )
+            parts = parts_of(folder, saved)
+            if to == "gguf":
+                made_from = {
+                    "exit_layer": exit_layer,
+                    "base": vlm.checkpoint_hash,
+                    "audit": audit_hash,
+                    "encoder": parts.encoder,
+                    "language_model": parts.language_model,
+                }
+                write_mmproj(saved, vlm.processor, folder / MMPROJ, facts=made_from)
+                (folder / MMPROJ).chmod(PUBLIC)
         steps.next()
         with vlm.offloaded():
             slim = _load_again(folder, vlm, exit_layer=exit_layer)
@@ -131,11 +153,13 @@ def export(
         facts = {
             "exit_layer": exit_layer,
             "skip_global": skip_global,
+            "to": to,
             "adapter": None if not has_adapter else "kept" if keep_adapter else "merged",
             "check": check,
             "sizes": {"before": _sizes(vlm), "after": _sizes(slim)},
             "latency": {"before": asdict(before), "after": asdict(after)},
             "audit": measured,
+            "parts": parts,
         }
         _describe(folder, vlm, facts, name=out.resolve().name)
     steps.next()
@@ -174,7 +198,10 @@ class _Steps:
         self._done += 1
 
 
-def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, keep_adapter: bool) -> None:
+def _save(
+    vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bool, keep_adapter: bool
+) -> MultimodalModel:
+    """Save the cut model, its processor and what belongs to them; returns the model."""
     slim = cut(vlm, exit_layer=exit_layer, skip_global=skip_global, keep_adapter=keep_adapter)
     save(slim, folder)
     vlm.processor.save_pretrained(folder)
@@ -185,6 +212,7 @@ def _save(vlm: VLM, folder: Path, *, name: str, exit_layer: int, skip_global: bo
         write_whole(place / TRAINED_ON, trained_on_record(vlm.trained_on))  # so that an audit of either can warn
     for path in (path for path in folder.rglob("*") if path.is_file()):
         path.chmod(PUBLIC)  # safetensors makes files readable by the owner only, but this is for everybody
+    return slim
 
 
 def _save_adapter(model: PeftModel, folder: Path, *, base_name: str, gone: tuple[str, ...]) -> None:
@@ -311,6 +339,7 @@ def _command(vlm: VLM, facts: JsonObject, *, out: str) -> str:
     parts += ["--exit-layer", str(facts["exit_layer"])]
     parts += ["--config", "skip_global=true"] if facts["skip_global"] else []
     parts += ["--audit", "RUN"] if facts["audit"] is not None else []
+    parts += ["--to", "gguf"] if facts["to"] is not None else []
     return " ".join([*parts, "--out", shlex.quote(out)])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from exitsafe.errors import ModelError
+from exitsafe.exporting.parts import Parts
 from exitsafe.stats import Estimate
 from exitsafe.store.files import write_whole
 
@@ -118,7 +119,7 @@ class Exported(_Record):
     """What was exported.
 
     `check` is how far the logits were from those of the exit in the whole model, `sizes` and `latency` say what was
-    there before and after, `audit` what was measured.
+    there before and after, `audit` what was measured, `parts` what must not be mixed with another export's.
     """
 
     exitsafe: str
@@ -134,6 +135,8 @@ class Exported(_Record):
     latency: dict[str, dict[str, float]]
     audit: Audited | None
     versions: dict[str, str]
+    parts: Parts | None = None
+    to: str | None = None
 
 
 class Manifest(Exported):

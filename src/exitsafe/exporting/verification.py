@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from exitsafe.auditing.judging import unload
 from exitsafe.engine.answering import Answering, Task
 from exitsafe.errors import ModelError, RunError
-from exitsafe.exporting.manifest import Manifest, file_changes, read_manifest
+from exitsafe.exporting.manifest import FileChanges, Manifest, file_changes, read_manifest
+from exitsafe.exporting.mmproj import MMPROJ
+from exitsafe.exporting.parts import exchanged_part
 from exitsafe.judges import Judge
 from exitsafe.judges.asking import ask_judge
 from exitsafe.records import Progress, Response, Sample, Verdict
@@ -63,6 +65,8 @@ def check_files(folder: Path, run: AuditRun) -> Manifest:
     """
     record = read_manifest(folder)
     if changes := file_changes(folder, record):
+        if part := _exchanged(folder, record, changes):
+            raise ModelError(f"{folder} was put together from several exports ({part}): use all of one export")
         raise ModelError(f"{folder} is not as it was exported ({changes}): export it again")
     model = run.settings["model"]
     made_from = {
@@ -84,6 +88,14 @@ def check_files(folder: Path, run: AuditRun) -> Manifest:
             "audit that has it"
         )
     return record
+
+
+def _exchanged(folder: Path, record: Manifest, changes: FileChanges) -> str | None:
+    """What was exchanged, where a file's change comes from another export's part in its place."""
+    if MMPROJ in (*changes.changed, *changes.added):
+        return f"{MMPROJ} is not the one that was exported with this language model"
+    part = exchanged_part(folder, record.parts) if record.parts is not None else None
+    return part and f"its {part} is not the one that was exported with the rest"
 
 
 def verify(

@@ -267,6 +267,9 @@ class ExportSpec(Spec):
             "A finished run of exactly this model and adapter; its numbers at this exit go into the model card.", "RUN"
         ),
     ] = None
+    to: Annotated[
+        Literal["gguf"] | None, Flag("Also write mmproj.gguf, the encoder and projector for llama.cpp.", panel=OUTPUT)
+    ] = None
     loading: AdaptedLoading = AdaptedLoading()
 
 
