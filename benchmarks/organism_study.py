@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from exitsafe.baselines import default_layer_ppo, fit_translators, sft
+from exitsafe.baselines import fit_translators
 from exitsafe.cli.audit_command import run_audit
 from exitsafe.cli.models import load_model
 from exitsafe.data.source import find_samples
@@ -32,25 +31,18 @@ from exitsafe.specs.verbs import AuditSpec
 EVERY_OTHER = (1, 3, 5, 7)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repair:
-    """A way to repair: what trains, and what differs from the organism's settings."""
-
-    train: Callable[..., Path] = align
-    changes: Mapping[str, Any] = field(default_factory=dict)
-
-
-REPAIRS = {
-    "L-PPO, all exits": Repair(),
-    "L-PPO, exits 1 3 5 7": Repair(changes={"exit_layers": EVERY_OTHER}),
-    "L-PPO, no KL": Repair(changes={"kl_coef": 0.0, "kl_target": None}),
-    "L-PPO, constrained": Repair(changes={"constraints": {"over_refusal": 0.02, "utility": 0.05}}),
-    "L-GRPO, groups of 4": Repair(changes={"algorithm": "grpo", "group_size": 4}),
-    "L-GRPO, groups of 8, warmer": Repair(changes={"algorithm": "grpo", "group_size": 8, "temperature": 1.5}),
-    "PPO, default exit": Repair(train=default_layer_ppo),
-    "SFT, refusals only": Repair(train=partial(sft, with_benign=False)),
-    "SFT, with benign": Repair(train=partial(sft, with_benign=True)),
+REPAIRS: Mapping[str, Mapping[str, Any]] = {
+    "L-PPO, all exits": {},
+    "L-PPO, exits 1 3 5 7": {"exit_layers": EVERY_OTHER},
+    "L-PPO, no KL": {"kl_coef": 0.0, "kl_target": None},
+    "L-PPO, constrained": {"constraints": {"over_refusal": 0.02, "utility": 0.05}},
+    "L-GRPO, groups of 4": {"method": "grpo", "group_size": 4},
+    "L-GRPO, groups of 8, warmer": {"method": "grpo", "group_size": 8, "temperature": 1.5},
+    "PPO, default exit": {"exit_layers": "default"},
+    "SFT, refusals only": {"method": "sft", "mix": {"harmful": 1.0}},
+    "SFT, with benign": {"method": "sft"},
 }
+"""By name, what differs from the organism's settings."""
 TRANSLATORS = "translators, no training"
 
 
@@ -85,8 +77,7 @@ def repair(audit: AuditSpec, name: str, *, out: Path) -> tuple[float | None, flo
         started = time.perf_counter()
         fit_translators(load_model(audit.model), training_samples(audit), out=out)
         return time.perf_counter() - started, None, FullLoading(translators=str(out))
-    chosen = REPAIRS[name]
-    seconds = train(audit, chosen.train, LPPOConfig.for_organism(seed=audit.seed, **chosen.changes), out)
+    seconds = train(audit, LPPOConfig.for_organism(seed=audit.seed, **REPAIRS[name]), out)
     return seconds, last_kl(out), FullLoading(adapter=str(out / "adapter"))
 
 
@@ -103,14 +94,14 @@ def last_kl(out: Path) -> float | None:
     return sum(line["kl"] for line in lines) / len(lines) if "kl" in lines[0] else None
 
 
-def train(audit: AuditSpec, repair: Callable[..., Path], config: LPPOConfig, out: Path) -> float:
+def train(audit: AuditSpec, config: LPPOConfig, out: Path) -> float:
     """Train unless done; the seconds it took are kept beside it."""
     record = out.parent / "seconds.json"
     if not record.is_file():
         samples = training_samples(audit)
         vlm = load_model(audit.model)
         started = time.perf_counter()
-        repair(vlm, samples, config=config, out=out)
+        align(vlm, samples, config=config, out=out)
         record.write_text(json.dumps(time.perf_counter() - started))
     return float(json.loads(record.read_text()))
 

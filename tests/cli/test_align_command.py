@@ -59,6 +59,36 @@ def test_an_adapter_that_audit_takes(
     assert (document["num_samples"], [each["exit_layer"] for each in document["layers"]]) == (8, [1, 2, 5])
 
 
+def test_fine_tuning_and_an_adapter_to_continue(
+    tiny_llava: Path, suite: Path, quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fail: Any
+) -> None:
+    flags = ["--suite", str(suite), "--steps", "2", "--batch-size", "8", "--max-new-tokens", "4"]
+    align = ["align", str(tiny_llava), *flags]
+    tuned = tmp_path / "sft"
+    method = ["--method", "sft", "--config", "refusal=not now", "--config", "lora_rank=2"]
+    assert run([*align, *method, "--out", str(tuned)]) == 0
+    output = capsys.readouterr()
+    assert "Skipped minibatches: 0 of 2." in output.out
+    assert "Unscored answers" not in output.out
+    line = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["learning_rate"] == 1e-4
+    assert line["loss"] > 0
+    page = tmp_path / "page.html"
+    assert run(["report", str(tuned), "--out", str(page)]) == 0
+    assert "training by sft" in page.read_text()
+    assert "does not use kl_coef: leave it out" in fail(*align, *method, "--config", "kl_coef=0.1", "--out", tuned)
+    reward = fail(*align, *method, "--reward", "qwen3guard", "--out", tmp_path / "rewarded")
+    assert "learns from given answers, not from a reward" in reward
+
+    further = ["--config", str(quick), "--adapter", str(tuned / "adapter"), "--out", str(tmp_path / "further")]
+    assert run([*align, *further, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["settings"]["model"]["adapter"] is not None
+    assert document["settings"]["config"]["reference"] == "start"
+    merged = fail(*align, "--adapter", tuned, "--out", tmp_path / "wrong")
+    assert f"did you mean {tuned / 'adapter'}?" in merged
+
+
 def test_a_judge_as_reward_speaks_first(
     tiny_llava: Path, suite: Path, quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,7 +105,7 @@ def test_bad_settings(tiny_llava: Path, suite: Path, tmp_path: Path, fail: Any) 
     align = ["align", tiny_llava, "--suite", suite, "--out", tmp_path / "run"]
     config = tmp_path / "bad.yaml"
     config.write_text("lppo:\n  zorb: red\n")
-    assert "'lppo.zorb' is unknown; choose algorithm," in fail(*align, "--config", config)
+    assert "'lppo.zorb' is unknown; choose batch_size," in fail(*align, "--config", config)
     config.write_text("gamma: 2\n")
     assert "gamma=2 must be a number of at least 0 and at most 1" in fail(*align, "--config", config)
     assert "has no suites of its own: give --suite" in fail("align", tiny_llava, "--out", tmp_path / "run")

@@ -15,7 +15,7 @@ from exitsafe.auditing.judging import warn_of_own_reward
 from exitsafe.cli.main import INTERRUPTED, run
 from exitsafe.cli.rewards import hold_out, read_rewards
 from exitsafe.errors import InputError
-from exitsafe.lppo import WeightedSum
+from exitsafe.lppo import Evaluation, WeightedSum
 from exitsafe.lppo.config import AlignSpec, HeldOut
 from exitsafe.lppo.rollout import rollout
 from exitsafe.records import KINDS, Response, Sample, Verdict
@@ -81,7 +81,7 @@ def test_rewards_that_make_no_sense(written: list[str], message: str) -> None:
 def test_the_organism_is_evaluated_by_what_it_is_not_trained_on() -> None:
     samples = organism_suites(split="train", sizes=dict.fromkeys(KINDS, 40))
     trained, evaluation = hold_out(spec_of("organism", every=7, num_samples=5), samples, reward=None)
-    assert evaluation is not None
+    assert isinstance(evaluation, Evaluation)
     assert evaluation.judge is not None and not isinstance(evaluation.judge, str)
     assert (evaluation.every, evaluation.patience, evaluation.max_kl, evaluation.judge.name) == (
         7,
@@ -94,7 +94,7 @@ def test_the_organism_is_evaluated_by_what_it_is_not_trained_on() -> None:
     ids = {sample.id for sample in trained} | {sample.id for sample in evaluation.samples}
     assert ids == {sample.id for sample in samples}
     _, patient = hold_out(spec_of("organism", every=7, patience=0), samples, reward=None)
-    assert patient is not None
+    assert isinstance(patient, Evaluation)
     assert patient.patience is None
 
 
@@ -120,7 +120,7 @@ def test_the_evaluation_is_by_another_judge_than_the_reward(
         for number in range(4)
     ]
     _, evaluation = hold_out(spec_of("a/model", every=2, num_samples=1), samples, reward=read_rewards(rewards))
-    assert evaluation is not None and evaluation.judge is not None and not isinstance(evaluation.judge, str)
+    assert isinstance(evaluation, Evaluation) and evaluation.judge is not None and not isinstance(evaluation.judge, str)
     assert evaluation.judge.name == expected
 
 
@@ -138,13 +138,13 @@ def test_a_suite_of_its_own_leaves_the_training_alone(suite: Path, samples: list
     spec = spec_of("organism", every=3, judge="refusal-prefix", suites=(str(suite),), num_samples=6, max_kl=2.0)
     trained, evaluation = hold_out(spec, samples, reward=None)
     assert trained == samples
-    assert evaluation is not None
+    assert isinstance(evaluation, Evaluation)
     assert len(evaluation.samples) == 6
     assert evaluation.max_kl == 2.0
 
 
 def test_without_a_number_of_steps_there_is_no_evaluation(samples: list[Sample]) -> None:
-    assert hold_out(spec_of("organism"), samples, reward=None) == (samples, None)
+    assert hold_out(spec_of("organism"), samples, reward=None) == (samples, "auto")
     assert hold_out(spec_of("organism", every=0, max_kl=1.0), samples, reward=None) == (samples, None)
     with pytest.raises(ValueError, match="need --eval-every N"):
         spec_of("organism", max_kl=1.0)

@@ -8,6 +8,7 @@ import torch
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.lppo import LPPOConfig, align
+from exitsafe.lppo.config import UNUSED
 from exitsafe.records import Response, Sample
 from tests.tiny_models import noise_image, tiny_model, tiny_processor
 
@@ -77,7 +78,8 @@ def tiny_config(**changes: object) -> LPPOConfig:
         "value_learning_rate": 1e-2,
         "checkpoint_every": 2,
     }
-    return LPPOConfig(**settings | changes)  # type: ignore[arg-type]
+    unused = UNUSED[changes.get("method", "lppo")]  # type: ignore[index]
+    return LPPOConfig(**{name: value for name, value in settings.items() if name not in unused} | changes)  # type: ignore[arg-type]
 
 
 def count_red(samples: Sequence[Sample], responses: Sequence[Response]) -> list[float]:

@@ -8,6 +8,7 @@ import pytest
 
 from exitsafe.errors import InputError
 from exitsafe.lppo import LPPOConfig
+from exitsafe.lppo.config import UNUSED
 
 
 def test_frozen_keyword_only_and_copied() -> None:
@@ -19,7 +20,26 @@ def test_frozen_keyword_only_and_copied() -> None:
     with pytest.raises(FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
     with pytest.raises(TypeError):
-        LPPOConfig("ppo")  # type: ignore[call-arg]
+        LPPOConfig("lppo")  # type: ignore[call-arg]
+
+
+def test_each_method_has_its_defaults_and_refuses_what_it_does_not_use() -> None:
+    assert LPPOConfig.for_model("mine", method="sft").learning_rate == 1e-4
+    assert LPPOConfig.for_model("mine", method="sft", learning_rate=1e-3).learning_rate == 1e-3
+    assert LPPOConfig.for_model("organism", method="sft").learning_rate == LPPOConfig.for_organism().learning_rate
+    assert LPPOConfig.for_model("mine", method="grpo").group_size == 4
+    assert LPPOConfig.for_model("organism", method="grpo").group_size == 4
+    assert LPPOConfig.for_model("mine", method="grpo", num_steps=2).num_steps == 2
+    names = {field.name for field in fields(LPPOConfig)}
+    for unused in UNUSED.values():
+        assert set(unused) <= names
+    for method, changes in {
+        "sft": {"kl_coef": 0.1, "temperature": 0.5},
+        "grpo": {"lam": 0.5, "group_size": 4},
+        "lppo": {"refusal": "no"},
+    }.items():
+        with pytest.raises(InputError, match=f"method='{method}' does not use (kl_coef|temperature|lam|refusal)"):
+            LPPOConfig(method=method, **changes)  # type: ignore[arg-type]
 
 
 def test_for_organism_takes_changes() -> None:
@@ -62,7 +82,7 @@ def test_every_field_refuses_a_senseless_value(name: str) -> None:
         ({"kl_coef": "0.1"}, "kl_coef='0.1' must be a number"),
         ({"minibatch_size": 65}, "minibatch_size=65 exceeds batch_size=64"),
         ({"group_size": 3}, "batch_size=64 is not a multiple of group_size=3"),
-        ({"algorithm": "grpo"}, "set group_size to at least 2"),
+        ({"method": "grpo"}, "set group_size to at least 2"),
         (
             {"constraints": {"utility": 1.0}},
             r"constraints=\{'utility': 1.0\} must be over_refusal or utility, each with a number of at least 0 and bel",

@@ -15,10 +15,13 @@ import torch
 import exitsafe
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
+from exitsafe.judges import load_judges
+from exitsafe.judges.local_model import is_downloaded
 from exitsafe.lppo import Evaluation, LPPOConfig, Part, WeightedSum, align, keep_apart
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
-from exitsafe.lppo.evaluation import objective
+from exitsafe.lppo.evaluation import default_evaluation, objective
 from exitsafe.lppo.metrics import NEVER_TWICE
+from exitsafe.lppo.scorer import as_scorer
 from exitsafe.records import Response, Sample, Verdict
 from exitsafe.world import organism_suites
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
@@ -346,6 +349,43 @@ def test_kept_apart_evenly_and_twins_go_too(samples: list[Sample]) -> None:
     twin = Sample(id="twin", prompt="what 5", kind="harmful")
     trained, held_out = keep_apart([*many, twin], per_kind=2)
     assert "twin" not in {sample.id for sample in trained}
+
+
+def test_the_default_evaluation_needs_a_guard_that_is_not_the_reward_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = [Sample(id=f"{kind}{n}", prompt=f"what {n}", kind=kind) for n in range(10) for kind in ("harmful", "benign")]
+    (guard,) = load_judges(["qwen3guard"])
+    by_guard, by_callable, none = (
+        as_scorer(guard, many),
+        as_scorer(count_red, many),
+        as_scorer(None, many, method="sft"),
+    )
+    assert default_evaluation(by_callable, many, num_steps=400) == (many, None)  # nothing is downloaded
+    monkeypatch.setattr("exitsafe.lppo.evaluation.is_downloaded", lambda model: True)
+    for scorer, judge in ((by_guard, "harmbench"), (by_callable, "qwen3guard"), (none, "qwen3guard")):
+        training, evaluation = default_evaluation(scorer, many, num_steps=400)
+        assert evaluation is not None and evaluation.judge is not None and not isinstance(evaluation.judge, str)
+        assert (evaluation.judge.name, evaluation.every, evaluation.patience) == (judge, 20, 5)
+        assert (len(training), len(evaluation.samples)) == (16, 4)
+    assert default_evaluation(by_callable, many, num_steps=19) == (many, None)
+    harmful = [sample for sample in many if sample.kind == "harmful"]
+    assert default_evaluation(by_callable, harmful, num_steps=400) == (harmful, None)
+    world = organism_suites(split="train")
+    assert default_evaluation(by_callable, world, num_steps=400) == (world, None)  # its other judge is a proxy
+
+
+def test_a_model_is_downloaded_when_its_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--a--guard" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--guard" / "refs").mkdir()
+    (tmp_path / "models--a--guard" / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")  # which looking the model up leaves there
+    assert not is_downloaded("a/guard")
+    (snapshot / "model.safetensors.index.json").write_text("{}")
+    assert is_downloaded("a/guard")
+    assert is_downloaded(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_the_gradient_is_that_of_the_plain_loss(
 ) -> None:
     """Token by token, before the first step: -advantage * ratio + 0.3 * (ref / new - 1 - log(ref / new))."""
     config = tiny_config(
-        algorithm="grpo", group_size=4, minibatch_size=8, microbatch_tokens=30, num_epochs=1, max_grad_norm=1e9
+        method="grpo", group_size=4, minibatch_size=8, microbatch_tokens=30, num_epochs=1, max_grad_norm=1e9
     )
     with prepared(vlm, samples, config) as (policy, learner, experience):
         batch, measured = experience.batch, experience.measured
@@ -72,6 +72,6 @@ def test_answers_stay_with_their_group_when_others_are_unscored(
         return [math.nan if place in (1, 7) else float(place) for place in range(len(responses))]
 
     monkeypatch.setattr("exitsafe.lppo.step.group_advantages", spy)
-    config = tiny_config(algorithm="grpo", group_size=4, num_steps=2)
+    config = tiny_config(method="grpo", group_size=4, num_steps=2)
     align(vlm, samples, reward=second_and_last_unscored, config=config, out=tmp_path / "run")
     assert seen == [[0, 0, 0, 1, 1, 1]] * 2

@@ -46,6 +46,15 @@ def test_policy_loss_by_hand() -> None:
     assert clipfrac.item() == 0.5
 
 
+def test_the_upper_side_of_the_clip_may_be_higher() -> None:
+    # as above, with clip 0.4 on the upper side: max(-1.5, -1.4) = -1.4; the lower side and its terms are as they were
+    logprobs = torch.log(torch.tensor([[1.5, 1.5, 0.5, 0.5]]))
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    loss, _ = policy_loss(logprobs, torch.zeros(1, 4), advantages, mask, clip_range=0.2, clip_range_high=0.4)
+    assert loss.item() == pytest.approx((-1.4 + 1.5 - 0.5 + 0.8) / 4, abs=1e-6)
+
+
 def test_value_loss_by_hand() -> None:
     # v 1 held to 0.2 against return 1: max(0, .64); v -1 held to -.2, return 1: max(4, 1.44); v .1: (.9)^2 twice
     values = torch.tensor([[1.0, -1.0, 0.1, 77.0]])

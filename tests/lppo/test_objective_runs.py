@@ -18,7 +18,7 @@ from tests.lppo.conftest import CountRed, count_red, make_vlm, tiny_config
 from tests.lppo.test_trainer import adapter_of, assert_same_run, interrupt, metrics_of, result_of
 
 CPU = torch.device("cpu")
-GRPO: dict[str, object] = {"algorithm": "grpo", "group_size": 4, "max_new_tokens": 4}
+GRPO: dict[str, object] = {"method": "grpo", "group_size": 4, "max_new_tokens": 4}
 CONSTRAINED: dict[str, object] = {
     "constraints": {"over_refusal": 0.01, "utility": 0.02},
     "constraint_samples": 20,

@@ -88,7 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "kl_target": 0.01, "calibration_samples": 8,
     },
     # two groups for three processes: one has nothing to answer
-    "grpo": {"algorithm": "grpo", "group_size": 4, "num_steps": 2, "feature_cache_gb": 0.0, "minibatch_size": 8},
+    "grpo": {"method": "grpo", "group_size": 4, "num_steps": 2, "feature_cache_gb": 0.0, "minibatch_size": 8},
 }  # fmt: skip
 
 

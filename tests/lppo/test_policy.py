@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
+from exitsafe.exits.adapters import load_adapter
 from exitsafe.lppo import LPPOConfig
 from exitsafe.lppo.policy import Policy, PolicyOutput, attached_policy
 from exitsafe.records import Sample
@@ -94,6 +95,45 @@ def test_the_reference_is_the_model_that_training_started_from(vlm: VLM, samples
         with policy.as_reference():
             assert torch.equal(policy.evaluate(rows, RESPONSES).logprobs, start)
         assert torch.equal(policy.evaluate(rows, RESPONSES).logprobs, moved)
+
+
+def adapted(vlm: VLM, folder: Path, train: str) -> VLM:
+    """The model with an adapter that differs from its base."""
+    with attached_policy(vlm, tiny_config(train=train)) as policy:
+        perturb(policy)
+        policy.save(folder)
+    return VLM(load_adapter(make_vlm("llava").model, folder), vlm.processor, name="llava")
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_training_continues_an_adapter_and_gives_it_back(
+    vlm: VLM, samples: list[Sample], train: str, reference: str, tmp_path: Path
+) -> None:
+    warm = adapted(vlm, tmp_path / "adapter", train)
+    rows = rows_at(warm, samples[1:5], [1, 3, 5, 2])
+    model, weights = warm.model, {name: weight.clone() for name, weight in warm.model.state_dict().items()}
+    requires_grad = {name: each.requires_grad for name, each in model.named_parameters()}
+    with attached_policy(warm, tiny_config(reference=reference)) as policy:
+        assert all("lora_" in name or "modules_to_save" in name for name in policy.weights())
+        start = policy.evaluate(rows, RESPONSES).logprobs
+        with policy.as_reference():
+            near = policy.evaluate(rows, RESPONSES).logprobs
+        base = Policy(vlm, tiny_config()).evaluate(rows, RESPONSES).logprobs
+        assert torch.equal(near, start if reference == "start" else base)
+        assert (start - base).abs().max() > 1e-3
+        perturb(policy)
+        moved = policy.evaluate(rows, RESPONSES).logprobs
+        assert (moved - start).abs().max() > 1e-3
+        with policy.as_reference():
+            assert torch.equal(policy.evaluate(rows, RESPONSES).logprobs, near)
+        assert torch.equal(policy.evaluate(rows, RESPONSES).logprobs, moved)
+        policy.save(tmp_path / "further")
+    assert warm.model is model
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    assert {name: each.requires_grad for name, each in model.named_parameters()} == requires_grad
+    further = VLM(load_adapter(make_vlm("llava").model, tmp_path / "further"), vlm.processor, name="llava")
+    assert torch.equal(Policy(further, tiny_config()).evaluate(rows, RESPONSES).logprobs, moved)
 
 
 def stock_logprobs(vlm: VLM, sample: Sample, exit_layer: int, response: Tensor, temperature: float) -> Tensor:
@@ -228,14 +268,22 @@ def test_the_config_seed_alone_decides_the_first_weights(vlm: VLM) -> None:
 
 
 def test_what_cannot_be_trained_is_refused(vlm: VLM, tmp_path: Path) -> None:
-    with attached_policy(vlm, LPPOConfig()) as policy:
+    adapted = VLM(
+        get_peft_model(make_vlm("llava").model, LoraConfig(target_modules=["fc1"])), vlm.processor, name="mine"
+    )
+    with (
+        pytest.raises(InputError, match=r"the adapter of mine changes .*vision.*fc1, outside the language model"),
+        attached_policy(adapted, LPPOConfig()),
+    ):
+        pass
+    with attached_policy(vlm, LPPOConfig(lora_rank=4)) as policy:
         policy.save(tmp_path / "adapter")
     adapted = VLM(
         PeftModel.from_pretrained(make_vlm("llava").model, str(tmp_path / "adapter")), vlm.processor, name="mine"
     )
     with (
-        pytest.raises(InputError, match="mine has an adapter: merge it"),
-        attached_policy(adapted, LPPOConfig()),
+        pytest.raises(InputError, match="lora_rank=8, but the adapter to continue has rank 4"),
+        attached_policy(adapted, LPPOConfig(lora_rank=8)),
     ):
         pass
     vlm.model.to(torch.bfloat16)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exitsafe.baselines import sft
 from exitsafe.engine import generation
 from exitsafe.engine.generation import Answer
 from exitsafe.engine.prompts import Row
@@ -157,7 +156,7 @@ def test_a_size_that_the_settings_change_is_taken_from_them() -> None:
 
 
 def test_fine_tuning_halves_warns_and_resumes_alike(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(num_steps=4, microbatch_tokens=WHOLE, minibatch_size=8, checkpoint_every=2)
+    config = tiny_config(method="sft", microbatch_tokens=WHOLE, minibatch_size=8, refusal="red")
 
     def fine_tune(out: Path, stop_at: int = -1) -> list[int]:
         def stop(done: int, total: int, note: str) -> None:
@@ -166,7 +165,7 @@ def test_fine_tuning_halves_warns_and_resumes_alike(vlm: VLM, tmp_path: Path, mo
 
         with monkeypatch.context() as patch:
             sizes = fail_over(patch, 4)
-            sft(vlm, make_samples(), with_benign=True, refusal="red", config=config, out=out, progress=stop)
+            align(vlm, make_samples(), config=config, out=out, progress=stop)
         return sizes
 
     with pytest.warns(RuntimeWarning, match="step 0: microbatch_tokens is now"):

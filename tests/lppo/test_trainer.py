@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from exitsafe.engine.generation import Completion
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError, RunError
+from exitsafe.exits.adapters import load_adapter, read_trained_on
 from exitsafe.exits.features import Features, tensors_in
 from exitsafe.lppo import LPPOConfig, align
+from exitsafe.lppo.folder import read_lines
 from exitsafe.lppo.metrics import NEVER_TWICE
 from exitsafe.lppo.policy import attached_policy
 from exitsafe.lppo.sampler import draw_schedule
 from exitsafe.records import Response, Sample, Verdict
+from exitsafe.store.fingerprint import request_digest
 from tests.forks import fork, wait
 from tests.judges.tiny_judges import rule_guard  # noqa: F401
 from tests.lppo.conftest import CountRed, count_red, make_vlm, tiny_config
+from tests.tiny_models import tiny_processor
 
 
 def interrupt() -> None:
@@ -297,6 +302,25 @@ def test_scores_are_calibrated_on_the_untrained_model(vlm: VLM, samples: list[Sa
         (mean,) = line["reward_parts"].values()
         assert 1000 <= mean <= 1100
         assert abs(line["reward"]) < 2
+
+
+def test_a_second_training_continues_the_adapter_of_the_first(
+    samples: list[Sample], whole_run: Path, tmp_path: Path
+) -> None:
+    first = VLM(load_adapter(make_vlm("llava").model, whole_run / "adapter"), tiny_processor("llava"), name="llava")
+    first.trained_on = read_trained_on(whole_run / "adapter")
+    config = tiny_config(num_steps=2, clip_range_high=0.3)
+    more = [replace(sample, id=f"more-{sample.id}", prompt=f"the {sample.prompt}") for sample in samples]
+    adapter = align(first, more, reward=count_red, config=config, out=tmp_path / "second")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (whole_run / "adapter", adapter))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    (line, _) = read_lines(tmp_path / "second" / "metrics.jsonl")
+    assert line["kl"] == 0.0  # the reference is the first training's adapter
+    assert read_trained_on(adapter) == read_trained_on(whole_run / "adapter") | set(map(request_digest, more))
+    from_base = replace(config, reference="base")
+    align(first, more, reward=count_red, config=from_base, out=tmp_path / "from-base")
+    assert read_lines(tmp_path / "from-base" / "metrics.jsonl")[0]["kl"] != 0.0
 
 
 def test_bad_input_leaves_no_folder_behind(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`exitsafe align`: flags and a settings file -> an L-PPO run and its adapter."""
+"""`exitsafe align`: flags and a settings file -> a training run and its adapter."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from exitsafe.cli.rewards import hold_out, read_rewards
 from exitsafe.lppo.config import AlignSpec
 from exitsafe.untrusted import JsonObject
 
+_TITLES = {"lppo": "L-PPO", "grpo": "L-GRPO", "sft": "Fine-tuning"}
+
 
 def align_command(spec: AlignSpec, show: console.Show) -> None:
-    """Align a model at many exit layers by layer-wise PPO; the result is a PEFT adapter, DIR/adapter.
+    """Align a model at many exit layers, by layer-wise PPO unless --method says otherwise.
+
+    The result is a PEFT adapter, DIR/adapter.
 
     Organisms are trained on the training split of their suites, other models on --suite.
 
     All fields of LPPOConfig can be set in --config. Rerun the same command to resume an interrupted training.
     """
     is_finished = (spec.out / "adapter").is_dir()
-    adapter = run_align(spec, title="L-PPO")
+    adapter = run_align(spec, title=_TITLES[spec.lppo.method])
     found = describe(adapter) | {"was_finished": is_finished}
     audit = f"exitsafe audit {spec.model} --adapter {adapter} --like BEFORE --out AFTER"
     show(found, lambda: [f"Adapter: {adapter}", *_words(found["result"]), f"Audit it as before: {audit}"])
@@ -33,11 +37,12 @@ def run_align(spec: AlignSpec, *, title: str) -> Path:
     samples = find_samples(spec.model, spec.samples, split="train", seed=seed)
     reward = read_rewards(spec.rewards)
     training, evaluation = hold_out(spec, samples.read(), reward=reward)
-    announce(spec.model)
+    announce(spec.model, adapter=spec.loading.adapter)
     from exitsafe.lppo import align
     from exitsafe.lppo.scorer import as_scorer
 
-    as_scorer(reward, training)  # a judge that is not available says so before the model is loaded
+    # a judge that is not available says so before the model is loaded
+    as_scorer(reward, training, method=spec.lppo.method)
     vlm = load_model(spec.model, spec.loading)
     with console.progress_bar(title, unit="step") as progress:
         return align(
@@ -75,9 +80,10 @@ def _words(result: JsonObject | None) -> list[str]:
     if "objective" in result:
         early = ", ended early" if result["stopped_early"] else ""
         lines.append(f"The adapter is from step {result['adapter_step']} of {result['steps']}{early}: {result['why']}.")
-    lines.append(
-        f"Skipped minibatches: {result['skipped_minibatches']} of {result['minibatches']}. Unscored answers: "
-        f"{result['unscored_answers']} of {result['answers']}. Steps without a difference between scores: "
-        f"{result['constant_steps']} of {result['steps']}."
-    )
-    return lines
+    counts = f"Skipped minibatches: {result['skipped_minibatches']} of {result['minibatches']}."
+    if result["answers"]:
+        counts += (
+            f" Unscored answers: {result['unscored_answers']} of {result['answers']}. Steps without a difference "
+            f"between scores: {result['constant_steps']} of {result['steps']}."
+        )
+    return [*lines, counts]

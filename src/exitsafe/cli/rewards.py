@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from exitsafe.errors import InputError
 from exitsafe.lppo.config import AlignSpec
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from exitsafe.lppo import Evaluation, WeightedSum
 
 BUILT_IN = "built-in"
-HELD_OUT_SAMPLES = 32  # of each kind: evaluating 8 exits of a 7B model takes minutes
 
 
 def read_rewards(written: Sequence[str] | None) -> Judge | WeightedSum | None:
@@ -42,7 +41,7 @@ def read_rewards(written: Sequence[str] | None) -> Judge | WeightedSum | None:
 
 def hold_out(
     spec: AlignSpec, samples: list[Sample], *, reward: Judge | WeightedSum | None
-) -> tuple[list[Sample], Evaluation | None]:
+) -> tuple[list[Sample], Evaluation | Literal["auto"] | None]:
     """The samples to train on and the held-out evaluation; without suites of its own, some of the samples are held out.
 
     Raises:
@@ -50,13 +49,13 @@ def hold_out(
     """
     wanted = spec.evaluation
     if not wanted.every:
-        return samples, None
+        return samples, "auto" if wanted.every is None else None
     from exitsafe.auditing.judging import available_judges
     from exitsafe.data.source import find_samples
-    from exitsafe.lppo.evaluation import Evaluation, keep_apart, other_judge
+    from exitsafe.lppo.evaluation import HELD_OUT_SAMPLES, Evaluation, keep_apart, other_judge
     from exitsafe.lppo.scorer import as_scorer
 
-    judge = wanted.judge or other_judge(as_scorer(reward, samples), samples)
+    judge = wanted.judge or other_judge(as_scorer(reward, samples, method=spec.lppo.method), samples)
     if wanted.suites:
         suites = Samples(suites=wanted.suites, limit=wanted.num_samples, images=spec.samples.images)
         held_out = find_samples(spec.model, suites, split="train", seed=spec.lppo.seed).read()

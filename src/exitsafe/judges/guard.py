@@ -86,6 +86,11 @@ class GuardJudge:
         """What decides the verdicts."""
         return self._weights.settings | {"format": self.guard.format, "max_new_tokens": self.guard.max_new_tokens}
 
+    @property
+    def model(self) -> str:
+        """The model's Hub id or folder."""
+        return self._weights.model
+
     def unload(self) -> None:
         """Free the memory; the next call loads again."""
         self._weights.unload()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -145,6 +145,12 @@ def model_identity(model: str, revision: str | None = None) -> str:
     except (_CLIENT_ERROR, EntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(_not_available(model, revision, error)) from error
     return Path(config).parent.name  # snapshots/COMMIT/config.json
+
+
+def is_downloaded(model: str) -> bool:
+    """Whether a model's weights are on this machine: a folder, or in the Hub's cache."""
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return Path(model).is_dir() or any(isinstance(try_to_load_from_cache(model, file), str) for file in files)
 
 
 def load_judge_model(

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from exitsafe.errors import InputError
 from exitsafe.records import Kind
-from exitsafe.specs.inputs import DECODING, JUDGES, SAMPLES, Count, Model, QuantizedLoading, Samples
+from exitsafe.specs.inputs import DECODING, JUDGES, SAMPLES, ContinuedLoading, Count, Model, Samples
 from exitsafe.specs.spec import Flag, Key, Spec, in_words
 from exitsafe.specs.verbs import Out
 
@@ -28,6 +28,20 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Limit = Annotated[float, Field(ge=0, lt=1)]
 Constraint = Literal["over_refusal", "utility"]
+Method = Literal["lppo", "grpo", "sft"]
+METHODS: Mapping[str, Mapping[str, Any]] = {"lppo": {}, "grpo": {"group_size": 4}, "sft": {"learning_rate": 1e-4}}
+"""The defaults in which a method differs from `LPPOConfig`'s."""
+UNUSED: Mapping[str, tuple[str, ...]] = {
+    "lppo": ("refusal",),
+    "grpo": ("refusal", "gamma", "lam", "value_learning_rate", "value_warmup_steps"),
+    "sft": (
+        "group_size", "num_epochs", "value_warmup_steps", "temperature", "reference", "missing_eos_penalty",
+        "incoherence_penalty", "score_clip", "calibration_samples", "kl_coef", "kl_target", "constraints",
+        "constraint_rate", "constraint_samples", "gamma", "lam", "clip_range", "clip_range_high",
+        "value_learning_rate", "save_completions",
+    ),
+}  # fmt: skip
+"""Settings that a method does not use."""
 Layers = Annotated[
     str | tuple[int, ...],
     BeforeValidator(lambda layers: tuple(layers) if isinstance(layers, list | range) else layers),
@@ -65,9 +79,16 @@ class LPPOConfig:
     """
 
     # What is optimised
-    algorithm: Literal["ppo", "grpo"] = "ppo"
-    """`ppo` learns a baseline with a value head (the paper). `grpo` uses the mean score of an answer's group instead,
-    has no value head, and puts the KL penalty into the loss (Shao et al. 2024, arXiv 2402.03300)."""
+    method: Annotated[
+        Method, Flag("lppo (PPO), grpo (PPO without a value head) or sft (fine-tuning on given answers).", "METHOD")
+    ] = "lppo"
+    """`lppo` learns a baseline with a value head (the paper). `grpo` uses the mean score of an answer's group instead,
+    has no value head, and puts the KL penalty into the loss (Shao et al. 2024, arXiv 2402.03300). `sft` learns from
+    given answers by cross-entropy and needs no reward. `for_model` has the defaults of each; a setting that a method
+    does not use must be left at its default."""
+    refusal: str | None = None
+    """`sft`: the answer to harmful samples; None is "I'm sorry, but I can't help with that.", or the organism's own
+    refusal. Other samples are answered with their first reference or, without one, as the untrained model does."""
 
     # What is trained, and on which exits
     exit_layers: Annotated[
@@ -90,6 +111,9 @@ class LPPOConfig:
     """StackLLaMA's rank for a 7B model. Unused by `full`."""
     lora_alpha: Count = 32
     """StackLLaMA's: twice the rank. Unused by `full`."""
+    reference: Literal["start", "base"] = "start"
+    """What the KL penalty holds the policy near when training continues an adapter: the model with that adapter, or the
+    one without. The same thing otherwise."""
     seed: Annotated[Natural, Flag("Seed of every random draw.", panel=DECODING)] = 0
     """Keys every draw: samples, exits, rollouts, minibatches, LoRA's initial weights."""
 
@@ -99,7 +123,7 @@ class LPPOConfig:
     batch_size: Annotated[Count, Flag("Answers per step.", default="64; 128 for an organism")] = 64
     """Responses per step; with several exits in a batch, a few per exit and kind."""
     group_size: Count = 1
-    """Responses to each drawn sample and exit (GRPO's G). 1 covers the most samples."""
+    """Responses to each drawn sample and exit (GRPO's G). 1 covers the most samples; `for_model` gives `grpo` 4."""
     minibatch_size: Count = 32
     """Responses per optimiser step: two updates an epoch, as measured on the organism."""
     num_epochs: Count = 2
@@ -161,10 +185,13 @@ class LPPOConfig:
     """GAE's lambda (Schulman et al., TRL)."""
     clip_range: Positive = 0.2
     """Schulman et al.'s epsilon."""
+    clip_range_high: Positive | None = None
+    """The upper side of the clip where it differs, such as 0.28 (clip-higher, Yu et al. 2025, arXiv 2503.14476): rare
+    tokens may gain more. None is `clip_range`."""
 
     # Optimisers
     learning_rate: Positive = 1.4e-5
-    """AdamW on the policy (StackLLaMA)."""
+    """AdamW on the policy (StackLLaMA). `for_model` gives `sft` 1e-4, usual for LoRA."""
     value_learning_rate: Positive = 1e-4
     """AdamW on the value head, one linear layer that starts at zero."""
     final_lr_fraction: Fraction = 0.1
@@ -184,7 +211,9 @@ class LPPOConfig:
         """The settings that repair the built-in organism in about two minutes on two cores."""
         from exitsafe.world.profile import WORLD
 
-        return cls(**{**WORLD.lppo, **changes})
+        method = changes.get("method", "lppo")
+        used = {name: value for name, value in WORLD.lppo.items() if name not in UNUSED.get(method, ())}
+        return cls(**{**METHODS.get(method, {}), **used, **changes})
 
     @classmethod
     def for_model(cls, model: str, **changes: Any) -> LPPOConfig:
@@ -194,32 +223,37 @@ class LPPOConfig:
         """
         from exitsafe.world.profile import profile_of
 
+        method = changes.get("method", "lppo")
         make = cls if profile_of(model) is None else cls.for_organism
-        usual = make()
-        fitting = {}
+        usual = make(**METHODS.get(method, {}), method=method)
+        fitting = dict(METHODS.get(method, {})) if make is cls else {}
         if isinstance(batch_size := changes.get("batch_size"), int):
             fitting["minibatch_size"] = min(usual.minibatch_size, batch_size)
-        if isinstance(num_steps := changes.get("num_steps"), int):
+        if isinstance(num_steps := changes.get("num_steps"), int) and method == "lppo":
             fitting["value_warmup_steps"] = min(usual.value_warmup_steps, num_steps - 1)
         return make(**{**fitting, **changes})
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.algorithm == "grpo" and self.group_size < 2:
-            raise InputError(
-                "algorithm='grpo' compares the answers of a group: set group_size to at least 2, such as 4"
-            )
+        if changed := [name for name in UNUSED[self.method] if getattr(self, name) != _default(name)]:
+            raise InputError(f"method={self.method!r} does not use {', '.join(changed)}: leave it out")
+        if self.method == "grpo" and self.group_size < 2:
+            raise InputError("method='grpo' compares the answers of a group: set group_size to at least 2, such as 4")
         if self.batch_size % self.group_size:
             raise InputError(f"batch_size={self.batch_size} is not a multiple of group_size={self.group_size}")
         if self.minibatch_size > self.batch_size:
             raise InputError(f"minibatch_size={self.minibatch_size} exceeds batch_size={self.batch_size}")
         if self.mix is not None and not any(self.mix.values()):
             raise InputError("mix has no kind with a share above 0")
-        if self.algorithm == "ppo" and self.value_warmup_steps >= self.num_steps:
+        if self.method == "lppo" and self.value_warmup_steps >= self.num_steps:
             raise InputError(
                 f"value_warmup_steps={self.value_warmup_steps} leaves none of num_steps={self.num_steps} to the policy"
             )
         return self
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in dataclasses.fields(LPPOConfig) if field.name == name)
 
 
 SIZES = (
@@ -239,7 +273,7 @@ class HeldOut(Spec):
         Flag(
             "Evaluate on held-out samples with another judge every N steps and keep the best adapter. 0: never.",
             name="eval-every",
-            default="never",
+            default="20 if the judge's model is on this machine already, else 0",
         ),
     ] = None
     judge: Annotated[
@@ -281,9 +315,9 @@ class AlignSpec(Spec):
     rewards: Annotated[
         tuple[str, ...],
         Flag(
-            "Judge that scores the answers, or built-in; built-in also scores what the judge does not measure. "
-            "Repeatable; each may have a weight and a kind of sample, e.g. reward:hh@harmful=0.5. The score is the "
-            "weighted sum.",
+            "Judge that scores the answers, or built-in; built-in also scores what the judge does not measure. Not for "
+            "sft. Repeatable; each may have a weight and a kind of sample, e.g. reward:hh@harmful=0.5. The score is "
+            "the weighted sum.",
             "JUDGE[@KIND][=WEIGHT]",
             name="reward",
             panel=JUDGES,
@@ -292,7 +326,7 @@ class AlignSpec(Spec):
     ] = ()
     evaluation: HeldOut = HeldOut()
     lppo: LPPOConfig = LPPOConfig()
-    loading: QuantizedLoading = QuantizedLoading()
+    loading: ContinuedLoading = ContinuedLoading()
     track: Annotated[
         tuple[str, ...], Key("Also log each step's numbers to tensorboard (in DIR), trackio or wandb (a list).")
     ] = ()

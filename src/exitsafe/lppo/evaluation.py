@@ -21,6 +21,8 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError
 from exitsafe.judges import Judge, ModelJudge, load_judges
 from exitsafe.judges.asking import ask_judge
+from exitsafe.judges.guard import GuardJudge
+from exitsafe.judges.local_model import is_downloaded
 from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.folder import Result
@@ -36,6 +38,11 @@ from exitsafe.world.profile import WORLD, is_world
 _HARMS = ("asr", "over_refusal", "benign_refusal")  # should be 0
 _USES = ("vqa_accuracy", "coherence")  # should not fall below the untrained model's
 _METRICS = {metric.name: metric for metric in METRICS if metric.name in _HARMS + _USES}
+
+EVERY = 20
+"""Steps between evaluations."""
+HELD_OUT_SAMPLES = 32
+"""Of each kind: evaluating 8 exits of a 7B model takes minutes."""
 
 Rates = dict[str, float | None]
 """By metric; None where no answer could be scored."""
@@ -61,7 +68,7 @@ class Evaluation:
 
     samples: Sequence[Sample]
     judge: Judge | str | None = None
-    every: int = 20
+    every: int = EVERY
     patience: int | None = 5
     max_kl: float | None = None
 
@@ -82,11 +89,12 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """One evaluation after `step` steps. `kl` is that of the last step's rollouts, in nats per response."""
+    """One evaluation after `step` steps. `kl` is that of the last step's rollouts, in nats per response; None of
+    fine-tuning, which has none."""
 
     step: int
     objective: float | None
-    kl: float
+    kl: float | None
     exits: dict[int, Rates]
     num_unscored: int
 
@@ -96,7 +104,7 @@ class EvaluatorState(TypedDict):
 
     results: list[dict[str, Any]]  # as of asdict
     best_weights: dict[str, Tensor]
-    kl: float
+    kl: float | None
 
 
 def keep_apart(samples: Sequence[Sample], *, per_kind: int) -> tuple[list[Sample], list[Sample]]:
@@ -120,6 +128,24 @@ def other_judge(scorer: Scorer, samples: Sequence[Sample]) -> str:
     usual = (WORLD.second_judge, WORLD.judge) if is_world(samples) else (DEFAULT_JUDGE, SECOND_JUDGE)
     rewarding = {judge.name for judge in scorer.judges}
     return next((name for name in usual if name not in rewarding), usual[-1])
+
+
+def default_evaluation(
+    scorer: Scorer, samples: Sequence[Sample], *, num_steps: int
+) -> tuple[Sequence[Sample], Evaluation | None]:
+    """The samples to train on, and the evaluation on the others by the guard model that is not the reward.
+
+    There is none unless that model has been downloaded already, so that nothing large is fetched unasked; none for an
+    organism, whose other judge is a proxy; and none if `samples` has nothing to hold out.
+    """
+    (judge,) = load_judges([other_judge(scorer, samples)])
+    if num_steps < EVERY or not isinstance(judge, GuardJudge) or not is_downloaded(judge.model):
+        return samples, None
+    training, held_out = keep_apart(samples, per_kind=HELD_OUT_SAMPLES)
+    kinds = {sample.kind for sample in held_out}
+    if "harmful" not in kinds or len(kinds) == 1:
+        return samples, None
+    return training, Evaluation(samples=held_out, judge=judge)
 
 
 class Evaluator:
@@ -146,11 +172,13 @@ class Evaluator:
         self.exit_layers = tuple(exit_layers)
         self.results: list[EvaluationResult] = []
         self.best_weights: dict[str, Tensor] = {}
-        self.kl = 0.0  # of the last step's rollouts
+        self.kl: float | None = None if config.method == "sft" else 0.0  # of the last step's rollouts
+        if config.method == "sft" and evaluation.max_kl is not None:
+            raise InputError("method='sft' has no rollouts to measure max_kl (eval-max-kl) on: leave it out")
         self._judges = _judges(evaluation.judge or other_judge(scorer, trained_on), scorer)
         self._num_steps = config.num_steps
         # until the policy is trained, every evaluation would give the same
-        self._first_trained = config.value_warmup_steps + 1 if config.algorithm == "ppo" else 1
+        self._first_trained = config.value_warmup_steps + 1 if config.method == "lppo" else 1
         self._answering = Answering(
             vlm,
             max_new_tokens=config.max_new_tokens,
@@ -254,7 +282,7 @@ class Evaluator:
         }
 
     def _is_affordable(self, result: EvaluationResult) -> bool:
-        return self.evaluation.max_kl is None or result.kl <= self.evaluation.max_kl
+        return self.evaluation.max_kl is None or result.kl is None or result.kl <= self.evaluation.max_kl
 
     def _ask(self) -> tuple[dict[int, Rates], int]:
         """The metrics at each exit, and how many verdicts were missing."""

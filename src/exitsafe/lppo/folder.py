@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -57,7 +57,7 @@ class Result(TypedDict, total=False):
     stopped_early: bool  # this and the next three with held-out evaluation only
     objective: float | None
     objective_untrained: float | None
-    kl: float
+    kl: float | None
     learnt: bool
     why_not: str | None
     answers: int
@@ -151,12 +151,19 @@ class TrainingFolder:
         if self.is_writer:
             _write_json(self.path / "result.json", result)
 
-    def save_adapter(self, save: Callable[[Path], None], *, trained_on: Sequence[Sample] = ()) -> None:
+    def save_adapter(
+        self,
+        save: Callable[[Path], None],
+        *,
+        trained_on: Sequence[Sample] = (),
+        earlier: Collection[str] = (),
+    ) -> None:
         """Let `save` write the adapter under a temporary name, then rename it, so that it is never there in part.
 
         Args:
             save: Writes the PEFT folder, or folders.
             trained_on: Samples whose digests are stored with it, so that an audit can tell which it was trained on.
+            earlier: The digests of what it was trained on before.
         """
         if not self.is_writer:
             return
@@ -167,7 +174,7 @@ class TrainingFolder:
             shutil.rmtree(beside, ignore_errors=True)
             save(beside)
             if trained_on:
-                write_whole(beside / TRAINED_ON, trained_on_record(map(request_digest, trained_on)))
+                write_whole(beside / TRAINED_ON, trained_on_record([*map(request_digest, trained_on), *earlier]))
             beside.rename(self.adapter)
 
 
@@ -231,13 +238,13 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def run_settings(
-    method: str, vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int], config: LPPOConfig
+    vlm: VLM, samples: Sequence[Sample], exit_layers: Sequence[int], config: LPPOConfig
 ) -> tuple[dict[str, object], dict[str, object]]:
     """The settings that must not change on resume, and the sizes that may."""
     constants = asdict(config)
     sizes = {name: constants.pop(name) for name in SIZES}
     settings: dict[str, object] = {
-        "method": method,
+        "method": constants.pop("method"),
         "model": model_fingerprint(vlm),
         "data": data_fingerprint([sample_info(sample) for sample in samples]),
         "prompts": vlm.read_ahead(samples, max_new_tokens=config.max_new_tokens).settings,

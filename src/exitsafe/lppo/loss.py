@@ -13,7 +13,13 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) is still finite in float32: one extreme token 
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate loss (Schulman et al. 2017, arXiv 1707.06347, eq. 7, as a loss to minimise).
 
@@ -22,7 +28,8 @@ def policy_loss(
         old_logprobs: Under the policy that sampled, the same over all epochs of a batch, `(B, T)`.
         advantages: Usually whitened, `(B, T)`.
         mask: True on response tokens, `(B, T)`.
-        clip_range: The ratio is clipped to `[1 - clip_range, 1 + clip_range]`.
+        clip_range: The ratio is clipped to `[1 - clip_range, 1 + clip_range_high]`.
+        clip_range_high: None is `clip_range`.
 
     Returns:
         The loss, and the share of tokens on which the clip acts (the clipped term is the larger one).
@@ -30,7 +37,8 @@ def policy_loss(
     ratio = log_ratio(logprobs, old_logprobs, mask).exp()
     advantages = torch.where(mask, advantages, 0.0)
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     loss = masked_mean(torch.maximum(unclipped, clipped), mask)
     return loss, masked_mean((clipped > unclipped).float(), mask).detach()
 

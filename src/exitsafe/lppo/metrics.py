@@ -53,16 +53,23 @@ class Totals:
     skipped_in_a_row: int = 0
     """How many of the latest steps in a row had all minibatches skipped."""
 
-    def add(self, stats: UpdateStats, *, num_answers: int, num_unscored: int, is_constant: bool) -> None:
+    def add(
+        self,
+        *,
+        num_minibatches: int,
+        num_skipped: int,
+        num_answers: int = 0,
+        num_unscored: int = 0,
+        is_constant: bool = False,
+    ) -> None:
         """Count one step."""
         self.steps += 1
         self.answers += num_answers
         self.unscored_answers += num_unscored
-        self.minibatches += stats.num_minibatches
-        self.skipped_minibatches += stats.skipped_minibatches
+        self.minibatches += num_minibatches
+        self.skipped_minibatches += num_skipped
         self.constant_steps += is_constant
-        is_skipped = stats.skipped_minibatches == stats.num_minibatches
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if num_skipped == num_minibatches else 0
 
     @property
     def is_constant(self) -> bool:

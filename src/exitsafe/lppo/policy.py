@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,12 +27,17 @@ from exitsafe.engine.generation import suppress_logits
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, ModelError
+from exitsafe.exits.adapters import NAME as ADAPTER
 from exitsafe.lppo.config import LPPOConfig
+
+_TUNED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+"""What PEFT puts in place of the modules that an adapter changes."""
 
 
 @contextmanager
 def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
-    """Put a fresh adapter on the language model; on leaving, everything is restored, torch's random state too.
+    """Put a fresh adapter on the language model, or train the one that it has; on leaving, everything is restored,
+    torch's random state too.
 
     Raises:
         InputError: As `check_trainable`.
@@ -38,16 +46,28 @@ def attached_policy(vlm: VLM, config: LPPOConfig) -> Iterator[Policy]:
     base = vlm.model
     requires_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     was_training = {name: module.training for name, module in base.named_modules()}
+    start: dict[str, Tensor] = {}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        vlm.model = get_peft_model(base, _adapter_config(vlm, config))
+        if isinstance(base, PeftModel):
+            base.requires_grad_(False)
+            base.set_adapter(ADAPTER)  # its weights require gradients again
+        else:
+            vlm.model = get_peft_model(base, _adapter_config(vlm, config))
         try:
             base.eval()  # no dropout anywhere: old, new and reference log-probabilities must be of one function
             _keep_unpacked(base)
-            yield Policy(vlm, config)
+            policy = Policy(vlm, config)
+            if vlm.model is base:
+                start = {name: weight.detach().clone() for name, weight in policy.weights().items()}
+                policy.start = start if config.reference == "start" else None
+            yield policy
         finally:
-            _remove_adapter(vlm.model, base)
-            vlm.model = base
+            if vlm.model is base:
+                policy.load_weights(start)
+            else:
+                _remove_adapter(vlm.model, base)
+                vlm.model = base
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(requires_grad[name])
             for name, module in base.named_modules():
@@ -71,6 +91,7 @@ class Policy:
         self.vlm = vlm
         self.pack_size = pack_size(vlm, config)
         self.temperature = config.temperature
+        self.start: Mapping[str, Tensor] | None = None  # the adapter's weights in the reference; None: it has none
         self.gradient_checkpointing = config.gradient_checkpointing
         self.value_head = nn.Linear(vlm.text_config.hidden_size, 1, device=vlm.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
@@ -109,7 +130,15 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the model is the one before training."""
+        """Inside, the model is the one before training; with `reference: base`, the one without adapter."""
+        if self.start is not None:
+            now = {name: weight.detach().clone() for name, weight in self.weights().items()}
+            self.load_weights(self.start)
+            try:
+                yield
+            finally:
+                self.load_weights(now)
+            return
         layers = self.vlm.model.base_model  # PEFT's `disable_adapter` also reads every module's state, three times
         layers.disable_adapter_layers()
         try:
@@ -144,7 +173,7 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""
-        self.vlm.model.peft_config["default"].base_model_name_or_path = self.vlm.name
+        self.vlm.model.peft_config[ADAPTER].base_model_name_or_path = self.vlm.name
         # False: otherwise PEFT asks the Hub whether the vocabulary has grown.
         self.vlm.model.save_pretrained(str(folder), save_embedding_layers=False)
 
@@ -177,9 +206,9 @@ def pack_size(vlm: VLM, config: LPPOConfig) -> int:
 
 
 def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
-    """Raise InputError if the model has an adapter already, or cannot be trained with these settings."""
+    """Raise InputError if the model, or the adapter that it has, cannot be trained with these settings."""
     if isinstance(vlm.model, PeftModel):
-        raise InputError(f"{vlm.name} has an adapter: merge it, or load the model without it, before training")
+        _check_adapter(vlm, vlm.model, config)
     if not vlm.eos_token_ids:
         raise InputError(
             f"{vlm.name} has no end-of-sequence token, so it cannot learn to end: set eos_token_id in its "
@@ -192,12 +221,29 @@ def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
         )
     if is_quantized(vlm.model):
         _check_quantized(vlm, config)
-    if config.train == "lora":
+    if config.train == "lora" or isinstance(vlm.model, PeftModel):
         return
     if vlm.model.dtype != torch.float32:
         raise InputError(f"train='full' needs float32 weights, not {vlm.model.dtype}: load with dtype='float32'")
     if vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight:
         raise InputError("train='full' cannot train a head tied to the embeddings: use train='lora'")
+
+
+def _check_adapter(vlm: VLM, model: PeftModel, config: LPPOConfig) -> None:
+    """Check that training can continue this adapter: it must leave the encoder alone, whose features are constants."""
+    decoder, head = vlm.base_model.get_decoder(), vlm.base_model.get_output_embeddings()
+    inside = {*decoder.modules(), head}
+    for name, module in vlm.base_model.named_modules():
+        if isinstance(module, _TUNED) and module not in inside:
+            raise InputError(
+                f"the adapter of {vlm.name} changes {name}, outside the language model, the only part that align "
+                "trains: merge the adapter first"
+            )
+    ranks = {rank for module in inside if isinstance(module, LoraLayer) for rank in module.r.values()}
+    if ranks and config.lora_rank not in ranks | {LPPOConfig().lora_rank}:
+        raise InputError(
+            f"lora_rank={config.lora_rank}, but the adapter to continue has rank {min(ranks)}: leave lora_rank out"
+        )
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from exitsafe.errors import InputError
 from exitsafe.judges import Judge, ModelJudge
 from exitsafe.judges.refusal_prefix import RefusalPrefix
 from exitsafe.judges.registry import DEFAULT_JUDGE, SECOND_JUDGE
+from exitsafe.lppo.config import Method
 from exitsafe.lppo.judged_reward import JudgedReward, needs_helper, refusal_judge
 from exitsafe.lppo.reward import Part, Reward, Score, WeightedSum, is_judge, reward_name
 from exitsafe.records import KINDS, Response, Sample
@@ -25,15 +26,22 @@ CALIBRATION_SAMPLES = 64
 """Enough for reward models by default: the mean has a standard error of an eighth of a deviation."""
 
 
-def as_scorer(reward: Reward | Judge | WeightedSum | None, samples: Sequence[Sample]) -> Scorer:
-    """The reward that `align` was given, ready to score.
+def as_scorer(
+    reward: Reward | Judge | WeightedSum | None, samples: Sequence[Sample], *, method: Method = "lppo"
+) -> Scorer:
+    """The reward that `align` was given, ready to score; one without parts for `sft`, which needs none.
 
     None is the built-in reward. A judge scores what it measures, and the built-in reward's own judge the rest: a
     judge of harmful answers alone would teach the model to refuse everything.
 
     Raises:
-        InputError: If no part of a sum scores one of the samples' kinds, or a judge is needed that is not available.
+        InputError: If no part of a sum scores one of the samples' kinds, a judge is needed that is not available, or a
+            reward is given for `sft`.
     """
+    if method == "sft":
+        if reward is not None:
+            raise InputError("method 'sft' learns from given answers, not from a reward: leave the reward out")
+        return Scorer((), samples, is_sum=False)
     is_sum = isinstance(reward, WeightedSum)
     parts = reward.parts if isinstance(reward, WeightedSum) else (Part(reward=reward),)
     covered = {kind for part in parts for kind in part.kinds}

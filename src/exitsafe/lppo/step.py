@@ -27,8 +27,8 @@ class StepOutcome:
     """What a step leaves behind, beside the changes to the state."""
 
     metrics: Metrics  # the line of metrics.jsonl
-    reward: float
-    kl: float  # nats per response
+    note: str  # for the progress bar
+    kl: float | None  # nats per response; None where it is not measured
     completions: list[Completion]  # to save, if any
 
 
@@ -40,7 +40,7 @@ def lppo_step(state: TrainingState, step: int) -> StepOutcome:
     """
     config, team, started = state.config, state.team, time.perf_counter()
     rng = np.random.default_rng((config.seed, 4, step))
-    has_critic = config.algorithm == "ppo"
+    has_critic = config.method == "lppo"
 
     # 1. Draw samples and, for each, an exit layer.
     indices = state.schedule.sample_indices[step].tolist()
@@ -105,7 +105,8 @@ def lppo_step(state: TrainingState, step: int) -> StepOutcome:
     }
     compared = torch.zeros_like(groups) if has_critic else groups
     state.totals.add(
-        stats,
+        num_minibatches=stats.num_minibatches,
+        num_skipped=stats.skipped_minibatches,
         num_answers=len(drawn),
         num_unscored=len(drawn) - len(scored.answers),
         is_constant=bool(has_equal_scores(final, compared).all()),
@@ -115,7 +116,8 @@ def lppo_step(state: TrainingState, step: int) -> StepOutcome:
         state.adapt(kl=kl, costs=mean_costs)
     finals = dict(zip(scored.places, final.tolist(), strict=True))
     completions = pick_completions(drawn, scores, finals, step=step, config=config)
-    return StepOutcome(metrics=metrics, reward=mean(scored.values), kl=kl, completions=completions)
+    note = f"reward {mean(scored.values):.2f}, KL {kl:.2f}"
+    return StepOutcome(metrics=metrics, note=note, kl=kl, completions=completions)
 
 
 def _keep_scored(

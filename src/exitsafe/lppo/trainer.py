@@ -1,16 +1,18 @@
-"""L-PPO's loop: set-up, resume, one step after another with evaluations and checkpoints between them, the adapter.
+"""The training loop: set-up, resume, one step after another with evaluations and checkpoints between them, the adapter.
 
-A model, samples and a reward go in; a PEFT adapter comes out. What one step does is in `step.py`.
+A model, samples and a reward go in; a PEFT adapter comes out. What one step does is in `step.py`, for fine-tuning in
+`sft.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 
@@ -24,7 +26,7 @@ from exitsafe.lppo.calibration import calibrate
 from exitsafe.lppo.checkpoint import load_checkpoint, save_checkpoint
 from exitsafe.lppo.config import LPPOConfig
 from exitsafe.lppo.constraints import check_constraints
-from exitsafe.lppo.evaluation import Evaluation, Evaluator
+from exitsafe.lppo.evaluation import Evaluation, Evaluator, default_evaluation
 from exitsafe.lppo.features import FeatureStore
 from exitsafe.lppo.folder import (
     COMPLETIONS,
@@ -42,9 +44,10 @@ from exitsafe.lppo.policy import attached_policy, check_trainable
 from exitsafe.lppo.reward import Reward, WeightedSum
 from exitsafe.lppo.sampler import draw_schedule, trained_exits, warn_of_harmful_only
 from exitsafe.lppo.scorer import Scorer, as_scorer
+from exitsafe.lppo.sft import refusal_for, sft_step, sft_targets
 from exitsafe.lppo.sharding import check_launch, shard
 from exitsafe.lppo.state import Checkpoint, TrainingState
-from exitsafe.lppo.step import lppo_step
+from exitsafe.lppo.step import StepOutcome, lppo_step
 from exitsafe.lppo.trackers import Track, check_trackers, tracking
 from exitsafe.machine.memory import Gauge
 from exitsafe.records import Progress, Sample
@@ -57,12 +60,12 @@ def align(
     *,
     reward: Reward | Judge | WeightedSum | None = None,
     config: LPPOConfig | None = None,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluation | Literal["auto"] | None = "auto",
     track: Sequence[str] = (),
     out: str | Path,
     progress: Progress | None = None,
 ) -> Path:
-    """Align a model at many exit layers by layer-wise PPO.
+    """Align a model at many exit layers: by layer-wise PPO, or as `config.method` says.
 
     Only the language model is trained. The model is given back as it was: load the adapter to use it. Called again
     with the same arguments, an interrupted run resumes from its last checkpoint, and ends with the same bits as one
@@ -73,13 +76,16 @@ def align(
     model's frozen weights stay cut up: load it again to use it.
 
     Args:
-        vlm: The model, which must not carry an adapter, or its name as for `load_vlm`.
+        vlm: The model, or its name as for `load_vlm`. If it has an adapter of the language model, training continues
+            from that, and the result replaces it.
         samples: What to train on, of all the kinds that should keep or change their behaviour.
         reward: A callable `(samples, responses) -> list[float]` (NaN: unscored), a judge, or None for the built-in
             reward, which uses the guard model `qwen3guard` to reward refusing harmful requests and answering the rest
             (on the organism, its world's rule); or a weighted sum of these.
         config: All constants; None is `LPPOConfig.for_model`, the model's usual ones.
-        evaluation: Held-out evaluation by a judge that is not the reward: the best weights become the adapter.
+        evaluation: Held-out evaluation by a judge that is not the reward: the best weights become the adapter, and
+            training stops when they no longer improve. "auto" holds out some of the samples if such a judge's model has
+            been downloaded already; None never evaluates.
         track: Trackers that get each step's numbers beside metrics.jsonl: "tensorboard", "trackio", "wandb".
         out: Folder for settings, metrics, checkpoints and adapter; new, empty, or of the same run.
         progress: Called before the first step and after each.
@@ -95,15 +101,18 @@ def align(
             never differ (nothing can be learnt), or another process has failed.
         KeyboardInterrupt: On SIGINT or SIGTERM, when the step under way is done and saved; a second one does not wait.
     """
-    team, samples = this_team(), tuple(samples)
+    team = this_team()
     vlm = as_vlm(vlm)
     config = config or LPPOConfig.for_model(vlm.name)
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
+    scorer = as_scorer(reward, samples, method=config.method)
+    if evaluation == "auto":
+        samples, evaluation = default_evaluation(scorer, samples, num_steps=config.num_steps)
+    samples = tuple(samples)
     schedule = draw_schedule(samples, exit_layers, config)
     check_trainable(vlm, config)
     check_launch(vlm, config)
     check_trackers(track)
-    scorer = as_scorer(reward, samples)
     check_constraints(config, samples, exit_layers, reward=scorer.name, gives_costs=scorer.gives_costs)
     pin_today(vlm, out)
     sizes = BatchSizes(config, team)
@@ -142,9 +151,12 @@ def align(
                 sizes=sizes,
                 team=team,
             )
+            take_step = partial(lppo_step, state)
+            if config.method == "sft":
+                take_step = partial(sft_step, state, sft_targets(state))
             step = _resume(state, evaluator, folder)
         with tracking(track, folder.path, first_step=step) as log:
-            step = _Loop(state, evaluator, folder, gauge, stop, log, progress).run(step)
+            step = _Loop(state, take_step, evaluator, folder, gauge, stop, log, progress).run(step)
         _finish(state, evaluator, folder, step, untrained=untrained)
         team.wait()
     return folder.adapter
@@ -161,8 +173,8 @@ def _open_folder(
     team: Team,
 ) -> TrainingFolder:
     """Create or reopen the folder of a run. Warns of questionable settings if the run is not finished."""
-    settings, sizes = run_settings("lppo", vlm, samples, exit_layers, config)
-    settings |= scorer.settings
+    settings, sizes = run_settings(vlm, samples, exit_layers, config)
+    settings |= {"refusal": refusal_for(samples, config)} if config.method == "sft" else scorer.settings
     if evaluator is not None:
         settings["evaluation"] = evaluator.settings
     if team.is_first and not TrainingFolder(out).is_finished:
@@ -178,13 +190,13 @@ def _open_folder(
 def _resume(state: TrainingState, evaluator: Evaluator | None, folder: TrainingFolder) -> int:
     """Restore the newest whole checkpoint, or prepare the first step. Returns the number of steps done."""
     step, found = 0, load_checkpoint(folder.checkpoints, state.vlm.device)
-    if found is None:
-        calibrate(state)
-    else:
+    if found is not None:
         step, saved = found[0], cast(Checkpoint, found[1])
         state.restore(saved)
         if evaluator is not None:
             evaluator.restore(saved["evaluation"])
+    elif state.config.method != "sft":
+        calibrate(state)
     if len(set(state.team.gather(step))) > 1:
         raise RunError(f"the processes see different checkpoints in {folder.path}: give a folder on a shared disk")
     folder.drop_lines_from(step)
@@ -200,6 +212,7 @@ class _Loop:
     """
 
     state: TrainingState
+    take_step: Callable[[int], StepOutcome]
     evaluator: Evaluator | None
     folder: TrainingFolder
     gauge: Gauge
@@ -235,14 +248,14 @@ class _Loop:
 
     def _step(self, step: int) -> str:
         """Do one step and write its lines. Returns a note for the progress bar."""
-        outcome = lppo_step(self.state, step)
+        outcome = self.take_step(step)
         metrics = outcome.metrics | self.state.team.reduce(max, self.gauge.read())  # features and evaluations count too
         self.folder.append(METRICS, metrics)
         self.folder.append(COMPLETIONS, *map(asdict, outcome.completions))
         self.log(metrics, step)
         if self.evaluator is not None:
             self.evaluator.kl = outcome.kl
-        return f"reward {outcome.reward:.2f}, KL {outcome.kl:.2f}"
+        return outcome.note
 
     def _evaluate(self, step: int) -> None:
         if self.evaluator is None or not self.evaluator.is_due(step):
@@ -311,7 +324,7 @@ def _finish(
             "constant_steps": totals.constant_steps,
         }
     )
-    folder.save_adapter(policy.save, trained_on=state.samples)
+    folder.save_adapter(policy.save, trained_on=state.samples, earlier=state.vlm.trained_on)
 
 
 def _why_nothing_was_learnt(totals: Totals, *, has_moved: bool) -> str | None:

@@ -64,7 +64,7 @@ class Learner:
         self.policy = policy
         self.config = config
         self.team = team
-        self.has_critic = config.algorithm == "ppo"
+        self.has_critic = config.method == "lppo"
         self.weights = list(policy.weights().values())
         self.head_weights = list(policy.value_head.parameters())
         self.optimizer: Optimizer = AdamW(self.weights, eps=1e-5, weight_decay=0.0)  # PPO's usual eps
@@ -137,7 +137,12 @@ class Learner:
         here = part, slice(mask.shape[1])
         old_logprobs = measured.logprobs[here]
         pg_loss, clipfrac = policy_loss(
-            now.logprobs, old_logprobs, experience.advantages[here], mask, clip_range=self.config.clip_range
+            now.logprobs,
+            old_logprobs,
+            experience.advantages[here],
+            mask,
+            clip_range=self.config.clip_range,
+            clip_range_high=self.config.clip_range_high,
         )
         vf_loss, vf_clipfrac = value_loss(
             now.values, measured.values[here], experience.returns[here], mask, clip_range=VALUE_CLIP_RANGE

@@ -78,6 +78,14 @@ class QuantizedLoading(Loading):
     ] = None
 
 
+class ContinuedLoading(QuantizedLoading):
+    """As `QuantizedLoading`, with an adapter to train further."""
+
+    adapter: Annotated[
+        str | None, Flag("A PEFT adapter of the language model to continue training from.", "DIR", default="a new one")
+    ] = None
+
+
 class AdaptedLoading(Loading):
     """As `Loading`, with an adapter and translators."""
 
