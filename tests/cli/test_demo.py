@@ -13,6 +13,7 @@ from exitsafe.cli.demo_flow import Shown
 from exitsafe.cli.demo_screen import mean_of_other_exits, paragraphs, worst_exit
 from exitsafe.cli.main import run
 from exitsafe.lppo import LPPOConfig
+from exitsafe.lppo.config import UNUSED
 from exitsafe.organism.architecture import build_model, build_processor
 from exitsafe.records import Kind
 from exitsafe.results.comparison import compare
@@ -35,7 +36,12 @@ def tiny_demo(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole demonstration in seconds: few samples, few steps, a model that knows nothing."""
     quick = {"num_steps": 2, "value_warmup_steps": 1, "batch_size": 8, "minibatch_size": 8, "max_new_tokens": 6}
     for_organism = LPPOConfig.for_organism
-    monkeypatch.setattr(LPPOConfig, "for_organism", lambda **changes: for_organism(**quick | changes))
+
+    def quickly(**changes: Any) -> LPPOConfig:
+        unused = UNUSED[changes.get("method", "lppo")]
+        return for_organism(**{name: value for name, value in quick.items() if name not in unused} | changes)
+
+    monkeypatch.setattr(LPPOConfig, "for_organism", quickly)
     for split in suites.DEFAULT_SIZES:
         monkeypatch.setitem(suites.DEFAULT_SIZES, split, SMALL)
     monkeypatch.setattr("exitsafe.engine.load.model_folder", lambda name: untrained)

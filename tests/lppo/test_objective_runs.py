@@ -78,7 +78,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(
 
 
 def test_grpo_trains_no_value_head_and_needs_no_warm_up(samples: list[Sample], tmp_path: Path) -> None:
-    lines = run(samples, tmp_path / "run", **GRPO, value_warmup_steps=6)
+    lines = run(samples, tmp_path / "run", **GRPO)
     for line in lines:
         for name in ("value_loss", "vf_clipfrac", "value_grad_norm", "explained_variance"):
             assert line[name] is None

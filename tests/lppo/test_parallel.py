@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,24 +90,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # two groups for three processes: one has nothing to answer
     "grpo": {"method": "grpo", "group_size": 4, "num_steps": 2, "feature_cache_gb": 0.0, "minibatch_size": 8},
+    # the samples without a reference are answered by the processes in turn
+    "sft": {"method": "sft", "refusal": "not now", "num_steps": 3, "feature_cache_gb": 0.0, "learning_rate": 1e-2},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "reward", "num_processes"), [("ppo", picky, 2), ("grpo", picky, 3)])
+@pytest.mark.parametrize(("name", "reward", "num_processes"), [("ppo", picky, 2), ("grpo", picky, 3), ("sft", None, 2)])
 def test_processes_and_accumulation_change_no_curve(
-    vlm: VLM, tmp_path: Path, name: str, reward: Reward, num_processes: int
+    vlm: VLM, tmp_path: Path, name: str, reward: Reward | None, num_processes: int
 ) -> None:
     """1 process x 8 = 2 processes x 4 = 1 process x 2 or more accumulation steps."""
 
     def train(out: str, **changes: Any) -> None:
         config = tiny_config(exit_layers=(2, 4), **SETTINGS[name] | changes)
         # fewer samples than responses: the same question is asked in several processes
-        align(vlm, make_samples()[:6], reward=reward, config=config, out=tmp_path / out)
+        samples = [replace(each, answers=each.answers if each.kind == "vqa" else ()) for each in make_samples()[:6]]
+        align(vlm, samples, reward=reward, config=config, out=tmp_path / out)
 
     train("whole", microbatch_tokens=10_000)
     train("accumulated", microbatch_tokens=40)
     together(num_processes, lambda number: train("shared", microbatch_tokens=10_000))
-    assert sum(line["num_unscored"] for line in curve(tmp_path / "whole")) > 0
+    assert reward is None or sum(line["num_unscored"] for line in curve(tmp_path / "whole")) > 0
     for out in ("accumulated", "shared"):
         assert_alike(tmp_path / "whole", tmp_path / out)
 
