@@ -77,6 +77,7 @@ def tiny_config(**changes: object) -> LPPOConfig:
         "learning_rate": 3e-3,
         "value_learning_rate": 1e-2,
         "checkpoint_every": 2,
+        "gradient_checkpointing": False,  # tiny models need no memory
     }
     unused = UNUSED[changes.get("method", "lppo")]  # type: ignore[index]
     return LPPOConfig(**{name: value for name, value in settings.items() if name not in unused} | changes)  # type: ignore[arg-type]

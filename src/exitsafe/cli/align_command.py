@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from exitsafe.cli import console
 from exitsafe.cli.models import announce, load_model
 from exitsafe.cli.rewards import hold_out, read_rewards
-from exitsafe.lppo.config import AlignSpec
+from exitsafe.lppo.config import AlignSpec, LPPOConfig
 from exitsafe.untrusted import JsonObject
 
 _TITLES = {"lppo": "L-PPO", "grpo": "L-GRPO", "sft": "Fine-tuning"}
@@ -44,7 +45,13 @@ def run_align(spec: AlignSpec, *, title: str) -> Path:
     # a judge that is not available says so before the model is loaded
     as_scorer(reward, training, method=spec.lppo.method)
     vlm = load_model(spec.model, spec.loading)
-    with console.progress_bar(title, unit="step") as progress:
+    with console.progress_bar(title, unit="step") as bar:
+        plan = cache(lambda: console.note(_plan(spec.lppo)))  # said once, when all has been checked
+
+        def progress(done: int, total: int, remark: str) -> None:
+            plan()
+            bar(done, total, remark)
+
         return align(
             vlm,
             training,
@@ -55,6 +62,16 @@ def run_align(spec: AlignSpec, *, title: str) -> Path:
             out=spec.out,
             progress=progress,
         )
+
+
+def _plan(config: LPPOConfig) -> str:
+    """What the training will use."""
+    trained = f"LoRA of rank {config.lora_rank}" if config.train == "lora" else "all weights of the language model"
+    recomputed = "activations recomputed, " if config.recomputes else ""
+    return (
+        f"training {trained}: {config.num_steps} steps of {config.batch_size} answers, {config.microbatch_tokens:,} "
+        f"tokens a pass, {recomputed}halved when memory runs out"
+    )
 
 
 def describe(adapter: Path) -> JsonObject:

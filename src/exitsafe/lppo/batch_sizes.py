@@ -14,8 +14,8 @@ from exitsafe.lppo.parallel import ALONE, Team
 from exitsafe.machine.memory import BatchSize
 
 NO_PASS = (
-    "out of memory in a training pass over a single answer: set gradient_checkpointing: true, use fewer new tokens "
-    "(max_new_tokens), or load with --quantization nf4; then rerun the same command to resume"
+    "out of memory in a training pass over a single answer: use fewer new tokens (max_new_tokens), or load with "
+    "--quantization nf4; then rerun the same command to resume"
 )
 KeptSizes = dict[str, tuple[int, int]]
 """For a checkpoint: by name, the size that the settings ask for and the one that fits."""

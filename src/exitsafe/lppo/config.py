@@ -131,9 +131,9 @@ class LPPOConfig:
     microbatch_tokens: Count = 4096
     """Padded prompt and response tokens per forward pass: bounds memory, changes results by rounding only. Halved when
     memory runs out."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     """Recomputes the blocks' activations in the backward pass (Chen et al. 2016, arXiv 1604.06174): far less memory,
-    updates take half as long again, same results. 7B models almost always need it."""
+    updates take half as long again, same results. None does so with `lora`, which a 7B model almost always needs."""
     mix: Mapping[Kind, NonNegative] | None = None
     """Share of each kind in a batch; None takes the shares of the samples given."""
     value_warmup_steps: Natural = 5
@@ -146,8 +146,9 @@ class LPPOConfig:
     """Sampling temperature; scoring divides by it too, so that what is sampled is what is scored."""
     rollout_batch_size: Count = 32
     """Rows generated side by side; changes no draw. Halved when memory runs out."""
-    feature_cache_gb: NonNegative = 8.0
-    """If the image features of all samples fit, they are computed once for the run, otherwise once per step."""
+    feature_cache_gb: NonNegative | None = None
+    """If the image features of all samples fit, they are computed once for the run, otherwise once per step. None is a
+    quarter of the free main memory, 8 GB at most."""
 
     # Reward
     missing_eos_penalty: NonNegative = 0.0
@@ -205,6 +206,11 @@ class LPPOConfig:
     save_completions: Natural = 0
     """How many answers to keep, with their scores, every `checkpoint_every` steps and at the last, in a file that only
     its owner can read: reading them reveals reward hacking. Off: no text is stored unless asked for."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass recomputes activations."""
+        return self.train == "lora" if self.gradient_checkpointing is None else self.gradient_checkpointing
 
     @classmethod
     def for_organism(cls, **changes: Any) -> LPPOConfig:

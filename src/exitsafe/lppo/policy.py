@@ -92,7 +92,7 @@ class Policy:
         self.pack_size = pack_size(vlm, config)
         self.temperature = config.temperature
         self.start: Mapping[str, Tensor] | None = None  # the adapter's weights in the reference; None: it has none
-        self.gradient_checkpointing = config.gradient_checkpointing
+        self.gradient_checkpointing = config.recomputes
         self.value_head = nn.Linear(vlm.text_config.hidden_size, 1, device=vlm.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)

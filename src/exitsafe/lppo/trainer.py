@@ -49,9 +49,11 @@ from exitsafe.lppo.sharding import check_launch, shard
 from exitsafe.lppo.state import Checkpoint, TrainingState
 from exitsafe.lppo.step import StepOutcome, lppo_step
 from exitsafe.lppo.trackers import Track, check_trackers, tracking
-from exitsafe.machine.memory import Gauge
+from exitsafe.machine.memory import Gauge, free_memory
 from exitsafe.records import Progress, Sample
 from exitsafe.store.fingerprint import pin_today
+
+MOST_CACHE_BYTES = 8e9
 
 
 def align(
@@ -105,14 +107,14 @@ def align(
     vlm = as_vlm(vlm)
     config = config or LPPOConfig.for_model(vlm.name)
     exit_layers = trained_exits(config, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
+    check_trainable(vlm, config)
+    check_launch(vlm, config)
+    check_trackers(track)
     scorer = as_scorer(reward, samples, method=config.method)
     if evaluation == "auto":
         samples, evaluation = default_evaluation(scorer, samples, num_steps=config.num_steps)
     samples = tuple(samples)
     schedule = draw_schedule(samples, exit_layers, config)
-    check_trainable(vlm, config)
-    check_launch(vlm, config)
-    check_trackers(track)
     check_constraints(config, samples, exit_layers, reward=scorer.name, gives_costs=scorer.gives_costs)
     pin_today(vlm, out)
     sizes = BatchSizes(config, team)
@@ -139,7 +141,7 @@ def align(
             shard(vlm, team)
         gauge = Gauge(vlm.device)
         with stop.at_once():
-            features = FeatureStore(vlm, samples, exit_layers, max_bytes=config.feature_cache_gb * 1e9)
+            features = FeatureStore(vlm, samples, exit_layers, max_bytes=_cache_bytes(config))
             state = TrainingState(
                 policy=policy,
                 samples=samples,
@@ -160,6 +162,13 @@ def align(
         _finish(state, evaluator, folder, step, untrained=untrained)
         team.wait()
     return folder.adapter
+
+
+def _cache_bytes(config: LPPOConfig) -> float:
+    """Main memory for image features."""
+    if config.feature_cache_gb is not None:
+        return config.feature_cache_gb * 1e9
+    return min(MOST_CACHE_BYTES, free_memory(torch.device("cpu")) / 4)
 
 
 def _open_folder(
