@@ -68,7 +68,9 @@ class FakeVLM:
     today: str = "2026-01-31"
 
     def read_ahead(self, samples: Sequence[Sample], *, max_new_tokens: int | None) -> ReadAhead:
-        return ReadAhead(hash="abc", today=None, max_new_tokens=256 if max_new_tokens is None else max_new_tokens)
+        return ReadAhead(
+            hash="abc", today=None, max_new_tokens=256 if max_new_tokens is None else max_new_tokens, num_tokens=8
+        )
 
     def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> int:
         return 4

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+from exitsafe.engine.generation import Completion
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.read_ahead import DEFAULT_NEW_TOKENS, ReadAhead
 from exitsafe.exits.features import tensors_in
@@ -16,6 +17,7 @@ from exitsafe.machine.memory import MOST_ROWS, BatchSize, free_memory
 from exitsafe.records import Response, Sample
 
 if TYPE_CHECKING:
+    from exitsafe.engine.vllm_server import VLLMServer
     from exitsafe.engine.vlm import VLM
 
 BATCHES_AT_ONCE = 16  # per chunk of samples: enough that its last, partly empty batch costs little
@@ -49,8 +51,10 @@ class Answering:
     Args:
         vlm: The model.
         max_new_tokens, temperature, seed: As in `VLM.generate`; `check` replaces None.
-        batch_size: Rows generated at a time; None uses as many as fit. Halved permanently when memory runs out.
+        batch_size: Rows generated at a time; None uses as many as fit. Halved permanently when memory runs out. With a
+            server, requests in flight.
         skip_global: As in `VLM.exit_at`.
+        engine: A server that answers instead of the model.
     """
 
     def __init__(
@@ -62,8 +66,10 @@ class Answering:
         seed: int,
         batch_size: int | None = None,
         skip_global: bool = False,
+        engine: VLLMServer | None = None,
     ) -> None:
         self.vlm = vlm
+        self.engine = engine
         self._wanted = max_new_tokens
         longest = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         self.decoding: Decoding = {"max_new_tokens": longest, "temperature": temperature, "seed": seed}
@@ -73,12 +79,17 @@ class Answering:
         self._num_samples = 0
 
     def check(self, samples: Sequence[Sample], *, exit_layer: int) -> ReadAhead:
-        """Find invalid settings and prompts before the work starts. Raises as `VLM.complete` and `VLM.read_ahead`."""
+        """Find invalid settings and prompts before the work starts.
+
+        Raises as `VLM.complete`, `VLM.read_ahead` and `VLLMServer.check`.
+        """
         self.vlm.complete([], **self.decoding, batch_size=self.rows.most)
         with self.vlm.exit_at(exit_layer, skip_global=self.skip_global):
             pass
         found = self.vlm.read_ahead(samples, max_new_tokens=self._wanted)
         self.decoding["max_new_tokens"] = found.max_new_tokens
+        if self.engine is not None:
+            self.engine.check(self.vlm, samples, num_tokens=found.num_tokens + found.max_new_tokens)
         return found
 
     def chunks(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
@@ -100,10 +111,16 @@ class Answering:
         """
         # fewer samples have fewer features: halved separately from the rows generated at a time
         for rows in BatchSize(max(1, len(tasks)), problem=_NO_MEMORY).batches(self._prepare, tasks):
-            if self.is_auto:
-                self.rows.fits = self._rows_that_fit(rows)
-            for place, completion in self.vlm.complete(rows, **self.decoding, batch_size=self.rows):
+            for place, completion in self._complete(rows, tasks):
                 yield self.vlm.response(rows[place], completion)
+
+    def _complete(self, rows: Sequence[Row], tasks: Sequence[Task]) -> Iterator[tuple[int, Completion]]:
+        if self.engine is not None:
+            samples = {task.sample.id: task.sample for task in tasks}
+            return self.engine.complete(self.vlm, rows, samples, **self.decoding, most_at_once=self.rows.size)
+        if self.is_auto:
+            self.rows.fits = self._rows_that_fit(rows)
+        return self.vlm.complete(rows, **self.decoding, batch_size=self.rows)
 
     def _prepare(self, tasks: Sequence[Task]) -> list[Row]:
         """Rows, longest prompts first, with features for all layers from one encoder pass per prompt."""
@@ -119,6 +136,8 @@ class Answering:
         return sorted(rows, key=lambda row: -len(row.prompt.input_ids))
 
     def _rows_that_fit(self, rows: Sequence[Row]) -> int:
+        if self.engine is not None:
+            return self.rows.most
         prompts = [row.prompt for row in rows]
         return self.vlm.rows_that_fit(prompts, max_new_tokens=self.decoding["max_new_tokens"])
 

@@ -105,13 +105,19 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatReply(Reply):
-    """A reply, which may be empty or cut off, with what the endpoint says about it; None for what it does not say."""
+    """A reply, which may be empty or cut off, with what the endpoint says about it; None for what it does not say.
+
+    The ids of its tokens and of the prompt's are vLLM's answer to `return_token_ids`.
+    """
 
     finish_reason: Literal["stop", "length"] | None = None
     num_tokens: int | None = None
     num_prompt_tokens: int | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     model: str | None = None
+    fingerprint: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(kw_only=True)
@@ -433,6 +439,9 @@ class Endpoint:
             num_prompt_tokens=num_prompt_tokens,
             logprobs=None if request.top_logprobs is None else _logprobs_in(choice.logprobs),
             model=completion.model if isinstance(completion.model, str) else None,
+            fingerprint=completion.system_fingerprint if isinstance(completion.system_fingerprint, str) else None,
+            token_ids=_ids_in(choice.token_ids),
+            prompt_token_ids=_ids_in(completion.prompt_token_ids),
         )
 
     def _count(self, usage: object, *, is_reply: bool) -> tuple[int | None, int | None]:
@@ -571,6 +580,7 @@ class _Choice(BaseModel):
     message: _Message
     finish_reason: object = None
     logprobs: object = None
+    token_ids: object = None
 
 
 class _Completion(BaseModel):
@@ -580,6 +590,8 @@ class _Completion(BaseModel):
     """Only the first is read."""
     usage: object = None
     model: object = None
+    system_fingerprint: object = None
+    prompt_token_ids: object = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -657,6 +669,13 @@ def _logprobs_in(given: object) -> tuple[TokenLogprobs, ...] | None:
         )
         for token in tokens
     )
+
+
+def _ids_in(given: object) -> tuple[int, ...] | None:
+    """Token ids; None where there are none, or none that can be read."""
+    if not isinstance(given, list) or not all(type(each) is int and 0 <= each < 2**31 for each in given):
+        return None
+    return tuple(given)
 
 
 def _is_text(part: str | _Part) -> bool:

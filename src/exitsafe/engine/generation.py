@@ -392,12 +392,18 @@ def suppress_logits(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(token_ids, device=logits.device), float("-inf"))
 
 
+def seed_of(sample_id: str, exit_layer: int, *, seed: int, draw: int = 0) -> int:
+    """The seed of a row's random draws, below 2**63: the same whatever the batch."""
+    key = f"{seed}\x1f{sample_id}\x1f{exit_layer}\x1f{draw}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
 def _uniform(answer: Answer) -> Tensor:
     """The uniform number, float64, that draws the answer's next token."""
     if answer.draws is None:
         row, sampling = answer.row, answer.sampling
-        key = f"{sampling.seed}\x1f{row.prompt.sample_id}\x1f{row.exit_layer}\x1f{sampling.draw + row.draw}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+        seed = seed_of(row.prompt.sample_id, row.exit_layer, seed=sampling.seed, draw=sampling.draw + row.draw)
+        generator = torch.Generator().manual_seed(seed)
         answer.draws = torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
     return answer.draws[len(answer.token_ids)]
 

@@ -66,6 +66,7 @@ def load_vlm(
     quantization: str | None = None,
     encoder: str = "image",
     trust_remote_code: bool = False,
+    offload_decoder: bool = False,
 ) -> VLM:
     """Load a vision-language model so that it can exit its encoder early.
 
@@ -80,6 +81,8 @@ def load_vlm(
         quantization: None, "nf4" or "int8" (bitsandbytes), or "torchao-int8"; the image encoder is not quantized.
         encoder: The encoder whose exits to use: "image", which also encodes video, or "audio".
         trust_remote_code: Whether code from the checkpoint may run. Only safetensors are loaded either way.
+        offload_decoder: Leave the language model's weights on disk and read them, layer by layer, whenever it runs: for
+            an audit whose answers come from a server. The check of generation, which would run it often, is left out.
 
     Returns:
         The model in evaluation mode.
@@ -93,6 +96,8 @@ def load_vlm(
         raise InputError(f"encoder={encoder!r} is unknown; choose image (which video shares) or audio")
     where_to, as_type = find_device(device), find_dtype(dtype) or "auto"
     check_quantization(quantization)
+    if offload_decoder and quantization is not None:
+        raise InputError("the language model is read from disk as it is; leave quantization out")
     source = str(model_folder(name_or_path)) if is_organism(name_or_path) else str(name_or_path)
     where = Path(source)
     check_model_source(source)
@@ -110,15 +115,20 @@ def load_vlm(
         adapter_folder = None if adapter is None else _adapter_folder(adapter)
         config = AutoConfig.from_pretrained(source, **remote)
         check_no_adapter(source, revision=None if where.is_dir() else revision or "main")
+        places: dict[str, Any] | None = {"": where_to} if quantization else None
+        if offload_decoder:
+            places = _decoder_on_disk(_without_weights(config, **remote), where_to)
         model: Any = auto_class(config).from_pretrained(
             source,
             dtype=as_type,
             use_safetensors=True,
             quantization_config=_quantization_config(quantization, config, **remote),
-            device_map={"": where_to} if quantization else None,
+            device_map=places,
             **remote,
         )
-        model = model.to(where_to) if quantization is None else model
+        if offload_decoder:
+            del model.hf_device_map  # PEFT would place the model anew, which needs all weights
+        model = model.to(where_to) if places is None else model
         processor = load_processor(source, config, **remote)
         if adapter_folder is not None:
             model = load_adapter(model, adapter_folder)
@@ -153,10 +163,12 @@ def load_vlm(
     )
     for remark in check_processor(vlm):
         warnings.warn(remark, stacklevel=2)
-    vlm.checks, vlm.is_newly_checked = known or run_checks(vlm, since=since), known is None
-    vlm.can_pad = vlm.checks.can_pad
-    if known is None and checkpoint_hash is not None:
-        keep_checks(key, vlm.checks)
+    if known is None and not offload_decoder:
+        known, vlm.is_newly_checked = run_checks(vlm, since=since), True
+        if checkpoint_hash is not None:
+            keep_checks(key, known)
+    if known is not None:
+        vlm.checks, vlm.can_pad = known, known.can_pad
     if ignored := ignored_settings(vlm.base_model.generation_config):
         warnings.warn(
             f"{name_or_path!s}: exitsafe ignores these generation settings of the checkpoint, which would change "
@@ -228,8 +240,7 @@ def _quantization_config(
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     # The encoder's features must not change, so whatever is not the language model stays as it is.
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=remote["trust_remote_code"])
+    model = _without_weights(config, **remote)
     head = model.get_output_embeddings()  # which some decoders contain
     whole = [*outside_decoder(model), *(name for name, module in model.named_modules() if module is head)]
     if quantization == "torchao-int8":
@@ -246,6 +257,22 @@ def _quantization_config(
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=whole,
     )
+
+
+def _without_weights(config: PretrainedConfig, **remote: str | bool) -> MultimodalModel:
+    with torch.device("meta"):
+        model: MultimodalModel = auto_class(config).from_config(config, trust_remote_code=remote["trust_remote_code"])
+    return model
+
+
+def _decoder_on_disk(model: MultimodalModel, device: torch.device | str) -> dict[str, str]:
+    """A device map: the language model and its head stay on disk, everything else goes to the device."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    around = [module for module in names if module is not decoder and decoder in set(module.modules())]
+    own = [f"{names[each]}.{name}".lstrip(".") for each in around for name, _ in each.named_parameters(recurse=False)]
+    parts = [*own, *outside_decoder(model)]
+    return dict.fromkeys(parts, str(device)) | {names[decoder]: "disk", names[head]: "disk"}
 
 
 def outside_decoder(model: MultimodalModel) -> list[str]:

@@ -24,12 +24,13 @@ class ReadAhead:
     """What a model will read for all samples of a run.
 
     `hash` covers the rendered texts and their token ids; `today` is the date in them, if they depend on it;
-    `max_new_tokens` fits after the longest prompt.
+    `max_new_tokens` fits after the longest prompt, which has `num_tokens` tokens at most.
     """
 
     hash: str
     today: str | None
     max_new_tokens: int
+    num_tokens: int
 
     @property
     def settings(self) -> dict[str, str]:
@@ -78,7 +79,8 @@ def read_ahead(vlm: Reader, samples: Sequence[Sample], *, max_new_tokens: int | 
             stacklevel=3,
         )
         wanted = left
-    return ReadAhead(hash=digest.hexdigest(), today=vlm.today if vlm.is_dated else None, max_new_tokens=wanted)
+    today = vlm.today if vlm.is_dated else None
+    return ReadAhead(hash=digest.hexdigest(), today=today, max_new_tokens=wanted, num_tokens=num_tokens)
 
 
 def _longest(vlm: Reader, samples: Sequence[Sample], lengths: Sequence[int], *, room: int) -> tuple[int, int]:

@@ -89,16 +89,11 @@ class Reader(ExitingModel):
         Raises:
             ModelError: If the processor is missing, or cannot make a prompt.
         """
-        noise, modality = np.random.default_rng(0), modality or self.encoder.modality
+        modality = modality or self.encoder.modality
         if modality not in self.placeholders and (others := self.placeholders.keys() & {"image", "audio"}):
             (other,) = others
             raise ModelError(f"{self.name} takes no {modality} in its prompts; add --encoder {other}")
-        media: dict[str, Any] = {}
-        if modality == "audio":
-            media["audios"] = ((noise.uniform(-0.5, 0.5, PROBE_RATE).astype(np.float32), PROBE_RATE),)
-        else:
-            media["images"] = (Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)),)
-        sample = Sample(id="probe", prompt=text, kind="benign", **media)
+        sample = probe_sample(modality, size=size, text=text)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # issued when real prompts are made
             try:
@@ -300,6 +295,17 @@ class Reader(ExitingModel):
             num_tokens = len(row.prompt.input_ids)
             if num_tokens + num_new > self.context_length:
                 raise too_long(row.prompt.sample_id, num_tokens, num_new, context_length=self.context_length)
+
+
+def probe_sample(modality: str = "image", *, size: tuple[int, int] = PROBE_SIZE, text: str = "a picture") -> Sample:
+    """A sample with a picture or audio clip of noise, as `Reader.probe` encodes it."""
+    noise = np.random.default_rng(0)
+    media: dict[str, Any] = {}
+    if modality == "audio":
+        media["audios"] = ((noise.uniform(-0.5, 0.5, PROBE_RATE).astype(np.float32), PROBE_RATE),)
+    else:
+        media["images"] = (Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)),)
+    return Sample(id="probe", prompt=text, kind="benign", **media)
 
 
 def _joined(values: Sequence[Any]) -> Any:

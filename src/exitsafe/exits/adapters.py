@@ -115,8 +115,11 @@ def load_adapter(model: MultimodalModel, folder: Path) -> PeftModel:
         raise _unreadable(folder, error) from error
     try:
         _check_rank(config, shapes, folder)
-        adapted = PeftModel(model, config, NAME)
-        found = adapted.load_adapter(str(folder), NAME, torch_device="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*which is a no-op")  # said of the weights that are filled below
+            adapted = PeftModel(model, config, NAME)
+            found = adapted.load_adapter(str(folder), NAME, torch_device="cpu")
+        _fill(adapted, folder)
     except SafetensorError as error:
         raise _unreadable(folder, error) from error
     except (ModelError, TimeoutError):  # the caller may have set an alarm
@@ -128,6 +131,27 @@ def load_adapter(model: MultimodalModel, folder: Path) -> PeftModel:
     _check_complete(adapted, folder, in_file=shapes.keys(), missing=found.missing_keys, extra=found.unexpected_keys)
     _check_numbers(adapted, folder)
     return adapted
+
+
+def _fill(model: PeftModel, folder: Path) -> None:
+    """Give an adapter its weights where PEFT made it without: beside weights that stay on disk.
+
+    Raises:
+        ValueError: If the adapter has weights there that are not in the file under its own names.
+    """
+    empty = {name: tensor for name, tensor in model.named_parameters() if tensor.is_meta and f".{NAME}" in name}
+    if not empty:
+        return
+    device = next(tensor.device for tensor in model.parameters() if not tensor.is_meta)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        in_file = set(file.keys())
+        for name, tensor in empty.items():
+            key = name.replace(f".{NAME}", "")
+            if key not in in_file or list(tensor.shape) != file.get_slice(key).get_shape():
+                raise ValueError(f"{_inner_name(key)} cannot be read beside a language model that stays on disk")
+            module, _, leaf = name.rpartition(".")
+            found = file.get_tensor(key).to(device, tensor.dtype)
+            setattr(model.get_submodule(module), leaf, torch.nn.Parameter(found, requires_grad=False))
 
 
 def _read_config(folder: Path) -> PeftConfig:

@@ -91,7 +91,8 @@ class ExitingModel:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.base_model.device)
+        """Where the model's weights are, those that stay on disk left out."""
+        return torch.device(next((each.device for each in self.model.parameters() if not each.is_meta), "meta"))
 
     @contextmanager
     def exit_at(self, exit_layer: int, *, skip_global: bool = False) -> Iterator[Self]:

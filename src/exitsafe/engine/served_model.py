@@ -1,0 +1,99 @@
+"""`http://host:port/v1#NAME` -> a model behind an OpenAI-compatible server, and what the server says of itself.
+
+An address comes from the call alone: none that a run or a server names is ever used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ValidationError
+
+from exitsafe.engine.endpoint import Endpoint
+from exitsafe.errors import InputError
+
+TIMEOUT = 600.0
+"""Seconds for an answer: a busy server keeps requests waiting, and one that has ended refuses the connection at once."""
+_MOST_NAMES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model behind a server.
+
+    Args:
+        endpoint: Where it is asked.
+        name: The model's name there.
+        owner: Who serves it in the server's own words, e.g. "vllm"; "" if it does not say.
+        version: The server's version; None if it does not say.
+        context_length: Tokens of prompt and answer together; None if it does not say.
+    """
+
+    endpoint: Endpoint
+    name: str
+    owner: str = ""
+    version: str | None = None
+    context_length: int | None = None
+
+
+def find_served(url: str, *, what: str) -> ServedModel:
+    """Ask a server for its models.
+
+    Args:
+        url: The server's address, with "#NAME" for one of its models; without, it must serve a single one.
+        what: The option or argument that holds the URL, for messages.
+
+    Raises:
+        InputError: If the URL is not one, or the server has no such model, or several and none is named.
+        RunError: If the server cannot be reached.
+    """
+    base, _, name = url.partition("#")
+    if not base.rstrip("/").endswith("/v1") and not urlsplit(base).path.strip("/"):
+        base = base.rstrip("/") + "/v1"
+    asking = Endpoint(name or "any", base_url=base, timeout=TIMEOUT, max_retries=1)
+    try:
+        models = _Models.model_validate(asking.get_json("/models")).data
+    except ValidationError as error:
+        raise InputError(f"{asking.where} does not list its models: {what} must be an OpenAI-compatible server") from error
+    known = {model.id: model for model in models}
+    if not name and len(known) != 1:
+        raise InputError(f"{asking.where} serves {len(known)} models{_named(known)}: add #NAME to the URL")
+    if name and name not in known:
+        raise InputError(f"{asking.where} serves no such model{_named(known)}: check the #NAME of {what}")
+    found = known[name or next(iter(known))]
+    return ServedModel(
+        endpoint=Endpoint(found.id, base_url=base, timeout=TIMEOUT),
+        name=found.id,
+        owner=found.owned_by if isinstance(found.owned_by, str) else "",
+        version=_version(asking),
+        context_length=found.max_model_len if isinstance(found.max_model_len, int) else None,
+    )
+
+
+class _Model(BaseModel):
+    id: str
+    owned_by: object = None
+    max_model_len: object = None
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+def _version(endpoint: Endpoint) -> str | None:
+    try:
+        version = endpoint.get_json("/../version").get("version")
+    except InputError:  # not every server has one
+        return None
+    return _clean(version) if isinstance(version, str) else None
+
+
+def _named(names: dict[str, _Model]) -> str:
+    """The server's names of its models, which are untrusted: short, and without control characters."""
+    shown = [_clean(name) for name in list(names)[:_MOST_NAMES]]
+    return f" ({', '.join(shown)}{', ...' if len(names) > _MOST_NAMES else ''})" if shown else ""
+
+
+def _clean(text: str) -> str:
+    return "".join(character for character in text if character.isprintable())[:80]
