@@ -19,7 +19,8 @@ from exitsafe.auditing.judging import judge_in_turn, judge_rows, judge_settings,
 from exitsafe.auditing.sharing import finish, gather, open_run, share
 from exitsafe.auditing.ticker import Ticker
 from exitsafe.engine.answering import Answering, Task
-from exitsafe.engine.load import as_vlm
+from exitsafe.engine.load import load_vlm
+from exitsafe.engine.vllm_server import VLLMServer
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
 from exitsafe.exits.layers import ExitLayers, resolve_layers
@@ -62,6 +63,7 @@ def audit(
     seed: int = 0,
     batch_size: int | None = None,
     skip_global: bool = False,
+    engine: str | None = None,
     judge_pass: JudgePass = "beside",
     stop_when: StopRule | None = None,
     progress: Progress | None = None,
@@ -84,8 +86,11 @@ def audit(
         temperature: 0 is greedy.
         seed: With sample id and exit layer, the key of every draw.
         batch_size: Rows under generation at a time; None takes what fits in memory. Halved when memory runs out. It
-            changes no draw; in reduced precision rounding depends on it and may flip a token.
+            changes no draw; in reduced precision rounding depends on it and may flip a token. With an engine, requests
+            in flight.
         skip_global: Llama 3.2 Vision only: skip the global blocks as well.
+        engine: The URL of a vLLM server that answers from the features computed here (docs/engines.md), with "#NAME"
+            for one of its models. A model given by name is then loaded with `offload_decoder`.
         judge_pass: "beside" judges answers as they come; "second" first answers everything, then moves the model
             out of the GPU and judges.
         stop_when: Stop asking harmful samples at a layer once its rate is settled to be below or above a limit.
@@ -98,14 +103,16 @@ def audit(
     Raises:
         InputError: On a setting that makes no sense, no samples, or ids that are not unique.
         ExitLayerError: If the encoder has no such block.
-        ModelError: If a judge's model cannot be had.
+        ModelError: If a judge's model cannot be had, or the engine serves another model.
         RunError: If `out` holds something else or a run with other settings, the disk refuses, memory does not
-            suffice for one row, or a judge fails.
+            suffice for one row, or a judge or the engine fails.
     """
     samples = _check_samples(samples)
     if judge_pass not in get_args(JudgePass):
         raise InputError(f"judge_pass={judge_pass!r} is unknown; choose {' or '.join(get_args(JudgePass))}")
-    vlm = as_vlm(vlm)
+    server = None if engine is None else VLLMServer(engine)
+    if isinstance(vlm, str | Path):
+        vlm = load_vlm(vlm, offload_decoder=server is not None)
     if max_new_tokens is None and (profile := profile_of(vlm.name)) is not None:
         max_new_tokens = profile.max_new_tokens
     layers = resolve_layers(exit_layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
@@ -117,6 +124,7 @@ def audit(
         seed=seed,
         batch_size=batch_size,
         skip_global=skip_global,
+        engine=server,
     )
     prompts = answering.check(samples, exit_layer=layers[0])
     check_folder(out)
@@ -140,6 +148,7 @@ def audit(
         "data": data_fingerprint(infos),
         **({} if trained_on is None else {"trained_on": trained_on}),
         "prompts": prompts.settings,
+        **({} if server is None else {"engine": server.settings}),
         "exit_layers": list(layers),
         "skip_global": skip_global,
         "decoding": answering.decoding,

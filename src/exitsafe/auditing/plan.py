@@ -119,13 +119,16 @@ def plan_audit(spec: AuditSpec) -> Plan:
     return Plan(spec=spec.model_copy(update={"judging": judging}), source=source, today=today)
 
 
-def plan_repeat(run: AuditRun, *, out: Path, loading: FullLoading, judging: JudgeOptions) -> Plan:
+def plan_repeat(
+    run: AuditRun, *, out: Path, loading: FullLoading, judging: JudgeOptions, engine: str | None = None
+) -> Plan:
     """The same audit in another folder.
 
     Raises:
         InputError: If only the run, not this call, has the address of a judge.
     """
-    spec = merged(AuditSpec(model=str(run.origin["model"]), out=out, loading=loading), settings_of_run(run))
+    given = AuditSpec(model=str(run.origin["model"]), out=out, loading=loading, engine=engine)
+    spec = merged(given, settings_of_run(run))
     check_options(judging, spec.judges)
     judging = judging_like(run.path, judging, judges=spec.judges)
     spec = spec.model_copy(update={"judging": judging})

@@ -36,7 +36,8 @@ def run_audit(spec: AuditSpec, *, title: str = "Audit") -> AuditRun:
     plan = plan.resumed()
     judges = plan.load_judges(samples)
     announce(spec.model, adapter=spec.loading.adapter)
-    return audit_as_planned(plan, load_model(spec.model, spec.loading), samples, judges, title=title)
+    vlm = load_model(spec.model, spec.loading, offload_decoder=spec.engine is not None)
+    return audit_as_planned(plan, vlm, samples, judges, title=title)
 
 
 def audit_as_planned(
@@ -59,6 +60,7 @@ def audit_as_planned(
             seed=spec.seed,
             batch_size=spec.batch_size,
             skip_global=spec.skip_global,
+            engine=spec.engine,
             judge_pass=spec.judge_pass,
             stop_when=plan.stop_when,
             progress=progress,

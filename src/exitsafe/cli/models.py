@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _DEFAULTS = Loading()
 
 
-def load_model(model: str, loading: Loading = _DEFAULTS) -> VLM:
+def load_model(model: str, loading: Loading = _DEFAULTS, *, offload_decoder: bool = False) -> VLM:
     """`load_vlm`; a download shows its bar, reading weights from disk shows none."""
     announce(model, adapter=getattr(loading, "adapter", None))
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
@@ -32,7 +32,7 @@ def load_model(model: str, loading: Loading = _DEFAULTS) -> VLM:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
     from exitsafe.engine.load import load_vlm
 
-    vlm = load_vlm(model, **loading.model_dump())
+    vlm = load_vlm(model, **loading.model_dump(), offload_decoder=offload_decoder)
     if vlm.is_newly_checked and vlm.checks is not None:
         console.note(
             f"checked its exits and answers against transformers in {vlm.checks.seconds:.1f} s, once for this model"

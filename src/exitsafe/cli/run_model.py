@@ -87,7 +87,7 @@ def remote_code_named(run: AuditRun, loading: FullLoading) -> Iterator[None]:
     console.note(hint)
 
 
-def load_model_of(run: AuditRun, loading: FullLoading) -> VLM:
+def load_model_of(run: AuditRun, loading: FullLoading, *, offload_decoder: bool = False) -> VLM:
     """The run's model.
 
     Raises:
@@ -95,7 +95,7 @@ def load_model_of(run: AuditRun, loading: FullLoading) -> VLM:
     """
     from exitsafe.store.fingerprint import differences, model_fingerprint
 
-    vlm = load_model(model_of(run), loading)
+    vlm = load_model(model_of(run), loading, offload_decoder=offload_decoder)
     changed = differences({"model": run.settings["model"]}, {"model": model_fingerprint(vlm)})
     if serious := [line for line in changed if line.startswith(_MUST_AGREE)]:
         raise RunError(f"this is not the model of {run.path}: {'; '.join(serious)}; restore it")

@@ -44,7 +44,7 @@ def verify_command(spec: VerifySpec, show: console.Show) -> None:
     given = spec.model_fields_set | spec.loading.model_fields_set
     _refuse(given & {"encoder"}, "is recorded with the run and the checkpoint; leave it out")
     if spec.against is not None:
-        _refuse(given & {"out"}, "is for repeating a run; leave it or --against out")
+        _refuse(given & {"out", "engine"}, "is for repeating a run; leave it or --against out")
         _verify_slim(spec, spec.against, show)
         return
     if (spec.what / "exitsafe.json").is_file():
@@ -97,6 +97,11 @@ def _verify_run(spec: VerifySpec, show: console.Show) -> None:
     from exitsafe.store.reading import is_finished
 
     before = load_run(spec.what)
+    if (engine := before.settings.get("engine")) is not None and spec.engine is None:
+        raise InputError(
+            f"a {engine['name']} server answered for {spec.what} (model {engine['model']}), and requests are sent only "
+            "to an address that you give: add --engine URL"
+        )
     recorded = _rows(before)  # read before the audit, which may take hours
     out = spec.out or _new_folder(spec.what)
     if out.resolve() == spec.what.resolve():
@@ -226,12 +231,12 @@ def _repeat(before: AuditRun, spec: VerifySpec, *, out: Path) -> AuditRun:
         device=spec.loading.device if "device" in spec.loading.model_fields_set else None,
         trust_remote_code=spec.loading.trust_remote_code,
     )
-    plan = plan_repeat(before, out=out, loading=loading, judging=spec.judging)
+    plan = plan_repeat(before, out=out, loading=loading, judging=spec.judging, engine=spec.engine)
     samples = read_samples_of(before)
     judges = available_judges(plan.spec.judges, plan.spec.judging)
     wait_for_all(this_process())  # no process makes the folder before all have looked at it
     with remote_code_named(before, loading):
-        vlm = load_model_of(before, loading)
+        vlm = load_model_of(before, loading, offload_decoder=spec.engine is not None)
     return audit_as_planned(plan, vlm, samples, judges, title="Audit again")
 
 

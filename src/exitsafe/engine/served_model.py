@@ -14,7 +14,7 @@ from exitsafe.engine.endpoint import Endpoint
 from exitsafe.errors import InputError
 
 TIMEOUT = 600.0
-"""Seconds for an answer: a busy server keeps requests waiting, and one that has ended refuses the connection at once."""
+"""Seconds for an answer: a busy server keeps requests waiting; one that has ended refuses connections at once."""
 _MOST_NAMES = 8
 
 
@@ -55,7 +55,9 @@ def find_served(url: str, *, what: str) -> ServedModel:
     try:
         models = _Models.model_validate(asking.get_json("/models")).data
     except ValidationError as error:
-        raise InputError(f"{asking.where} does not list its models: {what} must be an OpenAI-compatible server") from error
+        raise InputError(
+            f"{asking.where} does not list its models: {what} must be an OpenAI-compatible server"
+        ) from error
     known = {model.id: model for model in models}
     if not name and len(known) != 1:
         raise InputError(f"{asking.where} serves {len(known)} models{_named(known)}: add #NAME to the URL")

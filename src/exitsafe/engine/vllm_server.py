@@ -2,8 +2,8 @@
 
 The features of an exit go there as image embeddings, all exits mixed; batching and parallelism are the server's. Before
 the first answer it is checked that the server's model is the one loaded here: its log-probabilities at two exits are
-those that our own language model, read from disk, computes. Every answer is checked too: the prompt that the server read
-is compared with ours, token by token, and the answer's token ids are decoded here.
+those that our own language model, read from disk, computes. Every answer is checked too: the prompt that the server
+read is compared with ours, token by token, and the answer's token ids are decoded here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -134,7 +134,9 @@ class VLLMServer:
                     ),
                 )
         if failure:
-            raise RunError(f"{self.endpoint.where} {failure}; answers so far are saved: rerun the same command to resume")
+            raise RunError(
+                f"{self.endpoint.where} {failure}; answers so far are saved: rerun the same command to resume"
+            )
 
     def _fault(self, vlm: VLM, row: Row, reply: ChatReply, *, max_new_tokens: int) -> str:
         """What is wrong with a reply, as the end of a sentence; empty for an answer."""
@@ -235,8 +237,12 @@ class _Asking(Sequence[ChatRequest]):
 
 _AS_HERE: dict[str, object] = {
     # a checkpoint's generation settings, which a server applies unless they are given
-    **{"top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1},
-    **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
     "ignore_eos": True,  # its own ends, so that only ours count
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
@@ -277,13 +283,14 @@ def _image_parts(vlm: VLM, row: Row, sample: Sample) -> list[dict[str, Any]]:
     ]
 
 
-def _with_deepstack(vlm: VLM, pictures: Sequence[Tensor], levels: Sequence[Tensor]) -> list[Tensor]:
+def _with_deepstack(vlm: VLM, pictures: Sequence[Tensor], levels: Sequence[Any]) -> list[Tensor]:
     """Each picture's tokens beside their deepstack features, (T, (1 + levels) * H): zeros, which add nothing, at the
     levels that an exit does not reach."""
     depth = len(vlm.base_model.config.vision_config.deepstack_visual_indexes)
     tokens = torch.cat(list(pictures))
-    missing = [torch.zeros_like(tokens)] * (depth - len(levels))
-    whole = torch.cat([tokens, *(torch.cat(list(each)) if isinstance(each, list | tuple) else each for each in levels), *missing], dim=-1)
+    reached = [torch.cat(list(each)) if isinstance(each, list | tuple) else each for each in levels]
+    missing = [torch.zeros_like(tokens)] * (depth - len(reached))
+    whole = torch.cat([tokens, *reached, *missing], dim=-1)
     return list(whole.split([len(each) for each in pictures]))
 
 

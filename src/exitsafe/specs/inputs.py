@@ -24,6 +24,16 @@ Layers = Annotated[
 Seed = Annotated[int, Field(ge=0, lt=2**64), Flag("Seed of every random draw.", panel=DECODING)]
 TrustRemoteCode = Annotated[bool, Flag("Allow code from the checkpoint to run.", panel=MODEL)]
 SkipGlobal = Annotated[bool, Key("Llama 3.2 Vision: skip the global blocks too (true or false).")]
+Engine = Annotated[
+    str | None,
+    Flag(
+        "A vLLM server that answers, started with --enable-mm-embeds; here only the encoder runs. Add #NAME to choose "
+        "one of its models.",
+        "URL",
+        panel=MODEL,
+        default="answers are generated here",
+    ),
+]
 Suites = Annotated[
     tuple[str, ...],
     Flag(

@@ -16,6 +16,7 @@ from exitsafe.specs.inputs import (
     SAMPLES,
     AdaptedLoading,
     Count,
+    Engine,
     FullLoading,
     JudgeOptions,
     Layers,
@@ -84,12 +85,17 @@ class AuditSpec(Spec):
     judge_pass: Annotated[JudgePass, Key("Judge while answering (beside), or in a second pass (second).")] = "beside"
     judging: JudgeOptions = JudgeOptions()
     loading: FullLoading = FullLoading()
+    engine: Engine = None
     max_new_tokens: Annotated[Count | None, _ANSWER] = None
     temperature: Annotated[float, Field(ge=0), _TEMPERATURE] = 0.0
     seed: Seed = 0
     batch_size: Annotated[
         Count | None,
-        Flag("Answers generated at once; does not affect random draws.", panel=DECODING, default="what fits in memory"),
+        Flag(
+            "Answers generated at once, or requests in flight; does not affect random draws.",
+            panel=DECODING,
+            default="what fits in memory; 256 requests",
+        ),
     ] = None
     stop_when: Annotated[
         Literal["decided"] | None, Key("decided: stop at a layer once its ASR is clearly above or below max_asr.")
@@ -142,6 +148,7 @@ class VerifySpec(Spec):
         ),
     ] = None
     loading: QuantizedLoading = QuantizedLoading()
+    engine: Engine = None
     judging: JudgeOptions = JudgeOptions()
 
 

@@ -91,6 +91,12 @@ class _Prompts(_Open):
     today: Annotated[_Text, AfterValidator(_check_date)] | None = None
 
 
+class _Engine(_Open):
+    name: _Text
+    version: _Text
+    model: _Text
+
+
 class _StopWhen(_Closed):
     max_asr: _Share
     error: _Share
@@ -108,6 +114,7 @@ class _Settings(_Open):
     data: _Data
     trained_on: _TrainedOn | None = None
     prompts: _Prompts | None = None
+    engine: _Engine | None = None
     exit_layers: Annotated[list[_Layer], Field(min_length=1), AfterValidator(_check_layers)]
     skip_global: bool
     decoding: _Decoding
