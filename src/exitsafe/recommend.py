@@ -175,6 +175,8 @@ def recommend(
         RunError: If the run has no attack success.
         InputError: If a limit is on what the run has not measured.
     """
+    if run.is_served:
+        raise RunError(f"{run.path} is the run of a served model, which has one exit: check it with exitsafe gate")
     limits = limits or Limits()
     check_limits(run, limits, has_latency=latency is not None)
     metrics = bounded_metrics(run)

@@ -11,19 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-import PIL
-import torch
-import transformers
-
+from exitsafe.auditing.audited import open_audited
 from exitsafe.auditing.judging import judge_in_turn, judge_rows, judge_settings, unload, warn_of_own_reward
 from exitsafe.auditing.sharing import finish, gather, open_run, share
 from exitsafe.auditing.ticker import Ticker
 from exitsafe.engine.answering import Answering, Task
-from exitsafe.engine.load import load_vlm
-from exitsafe.engine.vllm_server import VLLMServer
+from exitsafe.engine.black_box import BlackBox
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
-from exitsafe.exits.layers import ExitLayers, resolve_layers
+from exitsafe.exits.layers import ExitLayers
 from exitsafe.judges import Judge, choose_judges, is_known, load_judges
 from exitsafe.judges.asking import check_judges, tell_unscored
 from exitsafe.judges.protocol import proxy_of
@@ -34,19 +30,10 @@ from exitsafe.results.run import AuditRun, load_run, trained_on_line
 from exitsafe.results.stopping import blocks_of, settle
 from exitsafe.specs.verbs import JudgePass, StopRule
 from exitsafe.store.directory import RunDirectory, check_folder
-from exitsafe.store.fingerprint import (
-    data_fingerprint,
-    decoder_versions,
-    model_fingerprint,
-    pin_today,
-    processor_versions,
-    sample_info,
-    trained_on_among,
-)
+from exitsafe.store.fingerprint import data_fingerprint, sample_info, trained_on_among
 from exitsafe.store.reading import judges_of
 from exitsafe.untrusted import JsonObject
 from exitsafe.version import __version__
-from exitsafe.world.profile import profile_of
 
 ROWS_SAVED_AT_ONCE = 16
 
@@ -74,12 +61,13 @@ def audit(
     Under `accelerate launch` the processes share the work; each returns the whole run.
 
     Args:
-        vlm: The model, or its name as for `load_vlm`.
+        vlm: The model, its name as for `load_vlm`, or the URL of a served model, which is asked as it is.
         samples: What to ask, with unique ids.
         judges: Who scores the answers, as judges or by name; the first that has a measure speaks for it. Default:
             the world's rule for an organism's suites, else `qwen3guard`. `vqa` and `coherence` cost nothing and are
             always added, and a run that is resumed keeps its judges. A run may be given further judges later.
-        exit_layers: "all", "default", layers, or text with ranges such as "1-8,16".
+        exit_layers: "all", "default", layers, or text with ranges such as "1-8,16". A served model has one: the exit
+            that it is claimed to run, or 0, "as served".
         out: The run directory: new, empty, or an unfinished run with the same settings, which goes on.
         max_new_tokens: Longest answer, in tokens. None is 256, or what the longest prompt leaves of the context; an
             organism's answers are short, and None is 24.
@@ -110,23 +98,19 @@ def audit(
     samples = _check_samples(samples)
     if judge_pass not in get_args(JudgePass):
         raise InputError(f"judge_pass={judge_pass!r} is unknown; choose {' or '.join(get_args(JudgePass))}")
-    server = None if engine is None else VLLMServer(engine)
-    if isinstance(vlm, str | Path):
-        vlm = load_vlm(vlm, offload_decoder=server is not None)
-    if max_new_tokens is None and (profile := profile_of(vlm.name)) is not None:
-        max_new_tokens = profile.max_new_tokens
-    layers = resolve_layers(exit_layers, num_layers=vlm.num_layers, default_exit=vlm.default_exit)
-    pin_today(vlm, out)
-    answering = Answering(
+    audited = open_audited(
         vlm,
+        samples,
+        exit_layers=exit_layers,
+        out=out,
         max_new_tokens=max_new_tokens,
         temperature=float(temperature),
         seed=seed,
         batch_size=batch_size,
         skip_global=skip_global,
-        engine=server,
+        engine=engine,
     )
-    prompts = answering.check(samples, exit_layer=layers[0])
+    layers, answering = audited.exit_layers, audited.answering
     check_folder(out)
     chosen = choose_judges(_judges_there(out) if judges is None else judges, samples)
     asr_judge = next((each.name for each in chosen if "asr" in each.measures), None)
@@ -135,34 +119,24 @@ def audit(
     if stop_when is not None and (asr_judge is None or judge_pass == "second"):
         raise InputError("stop_when needs verdicts on attack success as answers come: a judge that gives them, beside")
     infos = [sample_info(sample) for sample in samples]
-    trained_on = trained_on_among(samples, vlm.trained_on)
+    trained_on = trained_on_among(samples, audited.trained_on)
     if trained_on is not None and trained_on["samples"] and this_process().is_main_process:
         warnings.warn(trained_on_line(trained_on["samples"], trained_on["of"]), stacklevel=2)
     if this_process().is_main_process:
-        warn_of_own_reward(vlm.adapter, chosen)
-        _warn_of_other_media(vlm, samples)
+        warn_of_own_reward(audited.adapter, chosen)
     replaced = replaced_by(chosen)
     origin = {**(origin or {}), **({"replaced_judges": replaced} if replaced else {})}
     settings = {
-        "model": model_fingerprint(vlm),
+        **audited.settings,
         "data": data_fingerprint(infos),
         **({} if trained_on is None else {"trained_on": trained_on}),
-        "prompts": prompts.settings,
-        **({} if server is None else {"engine": server.settings}),
         "exit_layers": list(layers),
         "skip_global": skip_global,
         "decoding": answering.decoding,
         "batch_size": "auto" if batch_size is None else batch_size,
         "stop_when": None if stop_when is None else stop_when.model_dump(),
         "judges": [judge_settings(judge) for judge in chosen],
-        "versions": {
-            "exitsafe": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "pillow": PIL.__version__,
-            **processor_versions(vlm),
-            **decoder_versions(samples),
-        },
+        "versions": {"exitsafe": __version__, **audited.versions},
     }
     process = this_process()
     with open_run(out, settings, origin, process) as run:
@@ -189,7 +163,7 @@ def audit(
                     gather(run, process)
             if judge_pass == "second":
                 gather(run, process)
-                with vlm.offloaded():
+                with audited.offloaded():
                     rows = _rows(share(_answered(run, samples, layers), process))
                     judge_in_turn(run, rows, chosen, ticker=ticker)
             unload(chosen)
@@ -298,7 +272,7 @@ def _rows(tasks: Sequence[Task]) -> list[tuple[Sample, int]]:
     return [(task.sample, layer) for task in tasks for layer in task.exit_layers]
 
 
-def _answer(answering: Answering, tasks: Sequence[Task], run: RunDirectory, *, ticker: Ticker) -> None:
+def _answer(answering: Answering | BlackBox, tasks: Sequence[Task], run: RunDirectory, *, ticker: Ticker) -> None:
     """Answer what has no answer and save it as it finishes; an interrupt loses none that is finished."""
     missing = [
         (task, [x for x in task.exit_layers if (task.sample.id, x) not in run.saved.responses]) for task in tasks
@@ -316,19 +290,6 @@ def _answer(answering: Answering, tasks: Sequence[Task], run: RunDirectory, *, t
     finally:
         run.save_responses(finished)
     ticker.tick(len(finished))
-
-
-def _warn_of_other_media(vlm: VLM, samples: Sequence[Sample]) -> None:
-    """Warn of samples whose media do not pass the encoder that exits. Those without media are their suite's matter."""
-    hears = vlm.encoder.modality == "audio"
-    other = [each for each in samples if not (each.audios if hears else each.images or each.videos)]
-    if count := sum(not each.is_text_only for each in other):
-        missing = "audio" if hears else "picture or video"
-        warnings.warn(
-            f"{count} of {len(samples)} samples have no {missing}, so that their answers are the same at every exit of "
-            f"the {vlm.encoder.modality} encoder; leave them out, or choose the other one with --encoder",
-            stacklevel=3,
-        )
 
 
 def _check_samples(samples: Sequence[Sample]) -> list[Sample]:

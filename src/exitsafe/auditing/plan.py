@@ -14,11 +14,12 @@ from exitsafe.auditing.judging import available_judges
 from exitsafe.auditing.reach import judging_like, recorded_judging
 from exitsafe.data.source import SampleSource, find_samples, source_of
 from exitsafe.errors import InputError
+from exitsafe.exits.layers import AS_SERVED
 from exitsafe.judges import Judge, JudgeOptions, is_known
 from exitsafe.judges.registry import DEFAULT_JUDGE, FREE_JUDGES, check_options, default_judge
 from exitsafe.records import Sample
 from exitsafe.results.run import AuditRun, load_run
-from exitsafe.specs.inputs import FullLoading
+from exitsafe.specs.inputs import FullLoading, is_url
 from exitsafe.specs.spec import merged
 from exitsafe.specs.verbs import AuditSpec, StopRule
 from exitsafe.store.fingerprint import today_of
@@ -57,7 +58,7 @@ class Plan:
         loading = self.spec.loading.model_dump(mode="json")
         return {
             **self.source.model_dump(mode="json"),
-            "model": _whole(self.spec.model),
+            "model": None if is_url(self.spec.model) else _whole(self.spec.model),
             "loading": loading | {name: _whole(loading[name]) for name in ("adapter", "translators")},
             "judging": recorded_judging(self.spec.out) | given,
             "judge_pass": self.spec.judge_pass,
@@ -100,7 +101,7 @@ def plan_audit(spec: AuditSpec) -> Plan:
             raise InputError(f"{like} does not record the suites of its samples: give --suite NAME_OR_FILE")
         source, today = source_of(run.origin), today_of(run.settings)
         hub, organism = source.hub, source.organism if "organism" in run.origin else None
-        spec = merged(spec, settings_of_run(run))
+        spec = merged(spec, settings_of_run(run, model=spec.model))
         if replaced := run.origin.get("replaced_judges"):
             spec = spec if named else spec.model_copy(update={"judges": _as_wanted(spec.judges, replaced)})
     check_options(judging, spec.judges)
@@ -114,21 +115,36 @@ def plan_audit(spec: AuditSpec) -> Plan:
         hub=hub,
         otherwise="--suite NAME_OR_FILE or --like RUN",
     )
+    if is_url(spec.model):  # which has one exit, whatever the other run has
+        spec = spec.model_copy(update={"exit_layers": str(spec.exit_layer or AS_SERVED)})
     if organism is not None:  # the samples stay those of the organism of the other run, whatever the model now
         source = source.model_copy(update={"organism": organism})
     return Plan(spec=spec.model_copy(update={"judging": judging}), source=source, today=today)
 
 
 def plan_repeat(
-    run: AuditRun, *, out: Path, loading: FullLoading, judging: JudgeOptions, engine: str | None = None
+    run: AuditRun,
+    *,
+    model: str,
+    out: Path,
+    loading: FullLoading,
+    judging: JudgeOptions,
+    engine: str | None = None,
 ) -> Plan:
     """The same audit in another folder.
+
+    Args:
+        run: The run to repeat.
+        model: Its model, or the URL at which a served one is now.
+        out, loading, judging, engine: As in `AuditSpec`.
 
     Raises:
         InputError: If only the run, not this call, has the address of a judge.
     """
-    given = AuditSpec(model=str(run.origin["model"]), out=out, loading=loading, engine=engine)
-    spec = merged(given, settings_of_run(run))
+    given = AuditSpec(model=model, out=out, loading=loading, engine=engine)
+    spec = merged(given, settings_of_run(run, model=model))
+    if is_url(model):
+        spec = spec.model_copy(update={"exit_layers": str(run.exit_layers[0])})
     check_options(judging, spec.judges)
     judging = judging_like(run.path, judging, judges=spec.judges)
     spec = spec.model_copy(update={"judging": judging})
@@ -140,20 +156,20 @@ def plan_repeat(
     )
 
 
-def settings_of_run(run: AuditRun) -> JsonObject:
-    """A finished run's settings in the form of an `AuditSpec`."""
+def settings_of_run(run: AuditRun, *, model: str) -> JsonObject:
+    """A finished run's settings in the form of an `AuditSpec` for a model; exits only where both can have the same."""
     settings, source = run.settings, source_of(run.origin)
     stopping = {} if settings["stop_when"] is None else {"stop_when": "decided", **settings["stop_when"]}
+    exits = {"exit_layers": ",".join(map(str, run.exit_layers)), "skip_global": settings["skip_global"]}
     return {
         "samples": source.model_dump(include={"suites", "images", "categories", "limit"}),
         "split": source.split,
-        "exit_layers": ",".join(map(str, run.exit_layers)),
         "judges": tuple(name for name, _ in run.judges),
         "judge_pass": run.origin.get("judge_pass", "beside"),
-        "skip_global": settings["skip_global"],
         "batch_size": None if settings["batch_size"] == "auto" else settings["batch_size"],
         **{name: settings["decoding"][name] for name in ("max_new_tokens", "temperature", "seed")},
         **stopping,
+        **({} if run.is_served or is_url(model) else exits),
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from exitsafe.cli import console
 from exitsafe.cli.models import announce, load_model
 from exitsafe.errors import RunError
+from exitsafe.specs.inputs import is_url
 from exitsafe.specs.verbs import AuditSpec
 
 if TYPE_CHECKING:
@@ -35,19 +36,21 @@ def run_audit(spec: AuditSpec, *, title: str = "Audit") -> AuditRun:
     samples = plan.source.read()
     plan = plan.resumed()
     judges = plan.load_judges(samples)
+    if is_url(spec.model):
+        return audit_as_planned(plan, spec.model, samples, judges, title=title)
     announce(spec.model, adapter=spec.loading.adapter)
     vlm = load_model(spec.model, spec.loading, offload_decoder=spec.engine is not None)
+    vlm.today = plan.today or vlm.today
     return audit_as_planned(plan, vlm, samples, judges, title=title)
 
 
 def audit_as_planned(
-    plan: Plan, vlm: VLM, samples: Sequence[Sample], judges: list[Judge] | None, *, title: str
+    plan: Plan, vlm: VLM | str, samples: Sequence[Sample], judges: list[Judge] | None, *, title: str
 ) -> AuditRun:
-    """The audit itself, with a progress bar."""
+    """The audit itself, of a model or of a URL, with a progress bar."""
     from exitsafe.auditing.audit import audit
 
     spec = plan.spec
-    vlm.today = plan.today or vlm.today
     with console.progress_bar(title, unit="answer") as progress:
         run = audit(
             vlm,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from exitsafe.cli import console
 from exitsafe.cli.audit_command import audit_as_planned
 from exitsafe.cli.models import load_model
-from exitsafe.cli.run_model import load_model_of, loading_of, read_samples_of, remote_code_named
+from exitsafe.cli.run_model import load_model_of, loading_of, model_of, read_samples_of, remote_code_named
 from exitsafe.errors import InputError, ModelError, RunError
+from exitsafe.show.names import shown
 from exitsafe.specs.inputs import FullLoading, JudgeOptions
 from exitsafe.specs.verbs import VerifySpec
 from exitsafe.untrusted import JsonObject
@@ -97,10 +98,11 @@ def _verify_run(spec: VerifySpec, show: console.Show) -> None:
     from exitsafe.store.reading import is_finished
 
     before = load_run(spec.what)
-    if (engine := before.settings.get("engine")) is not None and spec.engine is None:
+    server = before.settings["model"]["name"] if before.is_served else before.settings.get("engine", {}).get("model")
+    if server is not None and spec.engine is None:
         raise InputError(
-            f"a {engine['name']} server answered for {spec.what} (model {engine['model']}), and requests are sent only "
-            "to an address that you give: add --engine URL"
+            f"a server answered for {spec.what} (model {shown(server)}), and requests are sent only to an address that "
+            "you give: add --engine URL"
         )
     recorded = _rows(before)  # read before the audit, which may take hours
     out = spec.out or _new_folder(spec.what)
@@ -226,17 +228,26 @@ def _repeat(before: AuditRun, spec: VerifySpec, *, out: Path) -> AuditRun:
     from exitsafe.auditing.plan import plan_repeat
     from exitsafe.machine.processes import this_process, wait_for_all
 
+    if before.is_served:
+        assert spec.engine is not None
+        plan = plan_repeat(before, model=spec.engine, out=out, loading=FullLoading(), judging=spec.judging)
+        samples = read_samples_of(before)
+        judges = available_judges(plan.spec.judges, plan.spec.judging)
+        return audit_as_planned(plan, spec.engine, samples, judges, title="Audit again")
     loading = loading_of(
         before,
         device=spec.loading.device if "device" in spec.loading.model_fields_set else None,
         trust_remote_code=spec.loading.trust_remote_code,
     )
-    plan = plan_repeat(before, out=out, loading=loading, judging=spec.judging, engine=spec.engine)
+    plan = plan_repeat(
+        before, model=model_of(before), out=out, loading=loading, judging=spec.judging, engine=spec.engine
+    )
     samples = read_samples_of(before)
     judges = available_judges(plan.spec.judges, plan.spec.judging)
     wait_for_all(this_process())  # no process makes the folder before all have looked at it
     with remote_code_named(before, loading):
         vlm = load_model_of(before, loading, offload_decoder=spec.engine is not None)
+    vlm.today = plan.today or vlm.today
     return audit_as_planned(plan, vlm, samples, judges, title="Audit again")
 
 

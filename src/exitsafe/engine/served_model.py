@@ -5,16 +5,20 @@ An address comes from the call alone: none that a run or a server names is ever 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from exitsafe.engine.endpoint import Endpoint
+from exitsafe.engine.endpoint import ChatRequest, Endpoint
 from exitsafe.errors import InputError
 
 TIMEOUT = 600.0
 """Seconds for an answer: a busy server keeps requests waiting; one that has ended refuses connections at once."""
+BYTES_IN_FLIGHT = 2**28
+"""Of the requests that are on their way or being answered."""
 _MOST_NAMES = 8
 
 
@@ -71,6 +75,27 @@ def find_served(url: str, *, what: str) -> ServedModel:
         version=_version(asking),
         context_length=found.max_model_len if isinstance(found.max_model_len, int) else None,
     )
+
+
+class LazyRequests(Sequence[ChatRequest]):
+    """Requests that are made when they are sent: together, their pictures may take more memory than there is."""
+
+    def __init__(self, count: int, make: Callable[[int], ChatRequest]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> ChatRequest: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ChatRequest]: ...
+    def __getitem__(self, index: int | slice) -> ChatRequest | list[ChatRequest]:
+        if isinstance(index, slice):
+            return [self._make(each) for each in range(*index.indices(self._count))]
+        if index >= self._count:
+            raise IndexError(index)
+        return self._make(index)
 
 
 class _Model(BaseModel):

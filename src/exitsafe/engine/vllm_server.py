@@ -12,8 +12,7 @@ import base64
 import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from exitsafe.engine.endpoint import ChatReply, ChatRequest
 from exitsafe.engine.generation import Completion, seed_of
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.reader import probe_sample
-from exitsafe.engine.served_model import find_served
+from exitsafe.engine.served_model import BYTES_IN_FLIGHT, LazyRequests, find_served
 from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.exits.encoder import embeddings_in
 from exitsafe.exits.features import tensors_in
@@ -32,14 +31,13 @@ from exitsafe.untrusted import JsonObject
 if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
 
-BYTES_IN_FLIGHT = 2**28
-"""Of the requests that are on their way or being answered."""
 SAME = 0.2
 """Largest mean difference of log-probabilities between the server's model and ours. Another kernel or number type moves
 them by less than 0.1; 4-bit weights by 0.3; the next exit by 0.2 or more (docs/engines.md)."""
 _TOP = 5
-_NOT_TAKEN = ("gemma3", "gemma3n", "gemma4", "cohere2_vision")
-"""Families whose image embeddings vLLM 0.32 refuses, some by stopping the server."""
+_NOT_TAKEN = ("cohere2_vision", "gemma3", "gemma3n", "gemma4", "llava_next")
+"""Families whose image embeddings stop vLLM 0.32: it has no use for them or, for LLaVA-NeXT, wants pictures of one
+size in every batch."""
 
 
 class VLLMServer:
@@ -113,13 +111,16 @@ class VLLMServer:
             RunError: If the server fails, or answers something that is not an answer to our prompt. Completions that
                 have arrived by then are yielded first.
         """
-        asking = _Asking(
-            vlm=vlm, rows=rows, samples=samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        requests = LazyRequests(
+            len(rows),
+            lambda index: _request(
+                vlm, rows[index], samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            ),
         )
         largest = max((_num_bytes(row) for row in rows), default=1)
         self.endpoint.concurrency = max(1, min(most_at_once, BYTES_IN_FLIGHT // largest))
         failure, since = "", time.perf_counter()
-        for index, reply in self.endpoint.complete(asking):
+        for index, reply in self.endpoint.complete(requests):
             fault = self._fault(vlm, rows[index], reply, max_new_tokens=max_new_tokens)
             failure = failure or fault
             if not fault:
@@ -161,8 +162,7 @@ class VLLMServer:
         rows = [_row(vlm, sample, vlm.default_exit) for sample in shapes.values()]
         by_id = {sample.id: sample for sample in shapes.values()}
         for (_, num_images), row in zip(shapes, rows, strict=True):
-            asking = _Asking(vlm=vlm, rows=[row], samples=by_id, max_new_tokens=1, temperature=0.0, seed=0)
-            for _, reply in self.endpoint.complete(asking):
+            for _, reply in self.endpoint.complete([_request(vlm, row, by_id)]):
                 if reply.failure is not None and num_images:
                     raise ModelError(
                         f"{self.endpoint.where} does not answer from image embeddings of this {vlm.family} model "
@@ -180,10 +180,8 @@ class VLLMServer:
             use_cache=False, is_first_iteration=True, **vlm.only_last_logits, **vlm.inputs(rows)
         )
         ours = vlm.model(**inputs).logits[:, -1].float().log_softmax(dim=-1).cpu()
-        asking = _Asking(
-            vlm=vlm, rows=rows, samples={sample.id: sample}, max_new_tokens=1, temperature=0.0, seed=0, top=_TOP
-        )
-        for index, reply in self.endpoint.complete(asking):
+        requests = [_request(vlm, row, {sample.id: sample}, top=_TOP) for row in rows]
+        for index, reply in self.endpoint.complete(requests):
             if fault := self._fault(vlm, rows[index], reply, max_new_tokens=1):
                 raise ModelError(f"{self.endpoint.where} {fault}")
             theirs = _logprobs(reply)
@@ -199,42 +197,6 @@ class VLLMServer:
                 )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Asking(Sequence[ChatRequest]):
-    """The requests for rows, each made when it is sent: most of it is the features."""
-
-    vlm: VLM
-    rows: Sequence[Row]
-    samples: Mapping[str, Sample]
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    top: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> ChatRequest: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ChatRequest]: ...
-    def __getitem__(self, index: int | slice) -> ChatRequest | list[ChatRequest]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        row = self.rows[index]
-        sample = self.samples[row.prompt.sample_id]
-        system = [{"role": "system", "content": sample.system}] if sample.system else []
-        parts = [*_image_parts(self.vlm, row, sample), {"type": "text", "text": sample.prompt}]
-        return ChatRequest(
-            messages=[*system, {"role": "user", "content": parts}],
-            max_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=seed_of(sample.id, row.exit_layer, seed=self.seed, draw=row.draw) if self.temperature else 0,
-            top_logprobs=self.top,
-            extra=_AS_HERE | {"stop_token_ids": list(self.vlm.eos_token_ids)},
-        )
-
-
 _AS_HERE: dict[str, object] = {
     # a checkpoint's generation settings, which a server applies unless they are given
     "top_p": 1.0,
@@ -248,6 +210,30 @@ _AS_HERE: dict[str, object] = {
     "return_tokens_as_token_ids": True,
 }
 """Fields of vLLM's API with which it answers as our own loop does."""
+
+
+def _request(
+    vlm: VLM,
+    row: Row,
+    samples: Mapping[str, Sample],
+    *,
+    max_new_tokens: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top: int | None = None,
+) -> ChatRequest:
+    """The request for a row: its pictures' features, then its text."""
+    sample = samples[row.prompt.sample_id]
+    system = [{"role": "system", "content": sample.system}] if sample.system else []
+    parts = [*_image_parts(vlm, row, sample), {"type": "text", "text": sample.prompt}]
+    return ChatRequest(
+        messages=[*system, {"role": "user", "content": parts}],
+        max_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed_of(sample.id, row.exit_layer, seed=seed, draw=row.draw) if temperature else 0,
+        top_logprobs=top,
+        extra=_AS_HERE | {"stop_token_ids": list(vlm.eos_token_ids)},
+    )
 
 
 def _row(vlm: VLM, sample: Sample, exit_layer: int) -> Row:

@@ -20,6 +20,28 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
         )
 
 
+AS_SERVED = 0
+"""The exit of a served model that is not claimed to run any; also its unknown depth and default exit."""
+
+
+def as_served_or_claimed(exit_layers: ExitLayers) -> tuple[int]:
+    """The one exit of a served model: `AS_SERVED`, or the one that it is claimed to run.
+
+    >>> as_served_or_claimed("default"), as_served_or_claimed(9)
+    ((0,), (9,))
+
+    Raises:
+        InputError: If several are given.
+    """
+    if exit_layers in ("all", "default"):
+        return (AS_SERVED,)
+    layers = _parse_layers(exit_layers) if isinstance(exit_layers, str) else exit_layers
+    layers = {index(layer) for layer in ([layers] if isinstance(layers, int) else layers)}
+    if len(layers) != 1 or not 0 <= max(layers) <= 1000:
+        raise InputError("a served model runs one exit: give the one that it is claimed to run, or none")
+    return (layers.pop(),)
+
+
 def resolve_layers(exit_layers: ExitLayers, *, num_layers: int, default_exit: int) -> tuple[int, ...]:
     """Exit layers as users write them -> distinct layers, ascending.
 

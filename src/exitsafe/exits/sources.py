@@ -9,14 +9,17 @@ import re
 from pathlib import Path
 
 from exitsafe.errors import ModelError
+from exitsafe.specs.inputs import is_url
 
 
 def check_model_source(source: str) -> None:
     """Check that a source may be a model.
 
     Raises:
-        ModelError: If it is a folder that does not exist or contains no model, or not a valid Hub id.
+        ModelError: If it is a folder that does not exist or contains no model, a server, or not a valid Hub id.
     """
+    if is_url(source):
+        raise ModelError("a served model can only be audited and verified: give a Hub id or a folder of its weights")
     where = Path(source)
     if not where.is_dir() and not may_be_on_the_hub(source):
         raise ModelError(f"{source} does not exist: give a Hub id or a folder written by save_pretrained")

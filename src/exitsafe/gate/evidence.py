@@ -15,6 +15,7 @@ import numpy as np
 
 from exitsafe.results.limits import Level
 from exitsafe.results.metrics import Metric
+from exitsafe.results.numbers import exits_named
 from exitsafe.stats import (
     Estimate,
     bin_estimates,
@@ -63,7 +64,7 @@ class Place:
         """For people; a category's unprintable characters are replaced, a long one is cut."""
         if self.bin is not None:
             return f"bin {self.bin}" if self.bin != "average" else "average of bins"
-        exit_name = "the run" if self.exit_layer is None else f"exit {self.exit_layer}"
+        exit_name = "the run" if self.exit_layer is None else exits_named([self.exit_layer])
         if self.category is not None:
             shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in self.category)
             shown = shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"

@@ -29,7 +29,7 @@ from exitsafe.gate.rules import MAX_UNSCORED, Rule
 from exitsafe.records import KINDS
 from exitsafe.results.comparison import cautions, check_comparable, models_changed, repairs_changed, settings_changed
 from exitsafe.results.metrics import NO_PROXY, judge_of
-from exitsafe.results.numbers import percent
+from exitsafe.results.numbers import exits_named, percent
 from exitsafe.results.run import AuditRun
 from exitsafe.store.scores import ScoreTable
 
@@ -169,8 +169,9 @@ def _evidence(
 ) -> Iterator[tuple[str, Evidence]]:
     """What there is to check a rule against, with the judge that measured it."""
     layers = run.exit_layers
-    if rule.layers is not None:
-        layers = resolve_layers(rule.layers, num_layers=run.num_layers, default_exit=run.default_exit)
+    if rule.layers is not None and not (run.is_served and rule.layers in ("all", "default")):
+        depth = max(run.num_layers, layers[-1])  # of a served model, only its exit is known
+        layers = resolve_layers(rule.layers, num_layers=depth, default_exit=run.default_exit)
     scope = rule.scope or "layers"
     if rule.side == "max_regression":
         assert regressions is not None
@@ -302,8 +303,11 @@ def _why_missing(run: AuditRun, rule: Rule, judge: str | None) -> Gap:
 
 def _notes(run: AuditRun, regressions: Regressions | None) -> Iterator[str]:
     audited, num_layers = len(run.exit_layers), run.num_layers
+    which = f"{audited} of {num_layers} exits were audited"
+    if run.is_served:
+        which = f"A served model was audited, at {exits_named(run.exit_layers)}"
     yield (
-        f"{audited} of {num_layers} exits were audited. Each bound is an end of a 95% interval, so it holds with 97.5% "
+        f"{which}. Each bound is an end of a 95% interval, so it holds with 97.5% "
         "confidence; unscored answers count against the model."
     )
     if stopped_layers(run):

@@ -35,9 +35,8 @@ class Regressions:
 
     def __init__(self, before: AuditRun, after: AuditRun) -> None:
         self.before, self.after = before, after
-        self.pairing = Pairing.of(
-            before.score_table(), after.score_table(), num_layers=int(before.summary["num_layers"])
-        )
+        num_layers = max(before.num_layers, after.num_layers)
+        self.pairing = Pairing.of(before.score_table(), after.score_table(), num_layers=num_layers)
         self._stopped = {layer for run in (before, after) for layer in stopped_layers(run)}
 
     def judge_of(self, metric: Metric, judge: str | None) -> str | None:

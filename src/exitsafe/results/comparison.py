@@ -41,7 +41,7 @@ _REPAIR = {"adapter": "adapter", "translators": "translators"}
 _REPORTED_ELSEWHERE = (
     *(f"{prefix}{name}{end}" for name in (*_MODEL, *_REPAIR) for prefix in ("", "model.") for end in (" ", ".")),
     "model.family ", "model.encoder ", "model.num_layers ", "model.default_exit ",
-    "data.", "trained_on", "exit_layers ", "judges ",
+    "model.server.", "data.", "trained_on", "exit_layers ", "judges ",
 )  # fmt: skip
 
 
@@ -224,7 +224,8 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
     before = before if isinstance(before, AuditRun) else load_run(before)
     after = after if isinstance(after, AuditRun) else load_run(after)
     check_comparable([before, after])
-    num_layers = before.num_layers
+    known = after if before.is_served else before
+    num_layers = known.num_layers
     pairing = Pairing.of(before.score_table(), after.score_table(), num_layers=num_layers)
     shared = shared_judges(before, after)
     # times of two runs cannot be paired
@@ -235,7 +236,7 @@ def compare(before: AuditRun | str | Path, after: AuditRun | str | Path) -> Comp
         before=str(before.path),
         after=str(after.path),
         num_layers=num_layers,
-        default_exit=before.default_exit,
+        default_exit=known.default_exit,
         models_changed=models_changed(before, after),
         repairs_changed=repairs_changed(before, after),
         cautions=tuple(cautions(before, after)),
@@ -289,14 +290,16 @@ class Pairing:
         was, now = ({sample.id: row for row, sample in enumerate(table.samples)} for table in (before, after))
         shared = [sample_id for sample_id in was if sample_id in now]
         paired = [i for i in shared if before.samples[was[i]].digest == after.samples[now[i]].digest]
-        layers = [layer for layer in before.exit_layers if layer in after.exit_layers]
+        was_at, now_at = before.exit_layers, after.exit_layers
+        layers = [layer for layer in was_at if layer in now_at]
         if not paired:
             raise RunError(
                 f"the two runs have no sample in common ({len(shared)} ids are the same but their content differs); "
                 "audit both with the same suites, split and seed"
             )
         if not layers:
-            raise RunError("the two runs have no exit layer in common; audit both at the same layers")
+            claim = "; for a served model, claim one with --exit-layer" if (0,) in (was_at, now_at) else ""
+            raise RunError(f"the two runs have no exit layer in common; audit both at the same layers{claim}")
         return cls(
             before=before.cut([was[i] for i in paired], layers),
             after=after.cut([now[i] for i in paired], layers),
@@ -369,7 +372,9 @@ def check_comparable(runs: Sequence[AuditRun]) -> None:
         InputError: If they are of different families, encoders, encoder depths or default exits.
     """
     for name, what in _MUST_AGREE.items():
-        found = sorted({str(run.settings["model"].get(name)) for run in runs})
+        # of a served model nothing is known; the exit that it is claimed to run is compared
+        known = (run for run in runs if not run.is_served)
+        found = sorted({str(run.settings["model"].get(name)) for run in known})
         if len(found) > 1:
             raise InputError(
                 f"these runs have the {what} {' and '.join(found)}: their exits are not comparable; "

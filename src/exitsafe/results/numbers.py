@@ -196,9 +196,11 @@ def number_list(numbers: Sequence[int]) -> str:
 def exits_named(exit_layers: Sequence[int]) -> str:
     """Exits in a sentence.
 
-    >>> exits_named([3]), exits_named([1, 2, 3, 7])
-    ('exit 3', 'exits 1-3, 7')
+    >>> exits_named([3]), exits_named([1, 2, 3, 7]), exits_named([0])
+    ('exit 3', 'exits 1-3, 7', 'the exit it is served at')
     """
+    if list(exit_layers) == [0]:
+        return "the exit it is served at"
     return f"exit{'s' * (len(exit_layers) != 1)} {number_list(exit_layers)}"
 
 

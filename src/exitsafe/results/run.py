@@ -82,13 +82,19 @@ class AuditRun:
 
     @property
     def num_layers(self) -> int:
-        """Blocks of the encoder."""
+        """Blocks of the encoder; 0 if unknown, as for a served model."""
         return int(self.summary["num_layers"])
 
     @property
     def default_exit(self) -> int:
         """The exit of the untouched model."""
         return int(self.summary["default_exit"])
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a served model was audited: its run has one exit, claimed or 0, and depth and default exit are
+        unknown (0)."""
+        return self.num_layers == 0
 
     def estimates(self, metric: str, judge: str | None = None) -> dict[int | str, Estimate]:
         """A metric by exit layer, then by bin; by the judge that reports it, or by another."""

@@ -56,12 +56,16 @@ def findings(runs: Sequence[LabelledRun], compared: Compared) -> Iterator[Passag
 
 
 def _tested(runs: Sequence[LabelledRun]) -> Iterator[str]:
-    first = runs[0][1]
-    yield (
-        f"{model_name(first)} is a vision-language model ({shown(str(first.summary['family']))}) whose image encoder "
-        f"has {first.num_layers} blocks. An exit layer is the number of blocks that run before the language model "
-        f"reads the picture; the untouched model uses exit {first.default_exit}, the default."
-    )
+    first = next((run for _, run in runs if not run.is_served), runs[0][1])
+    name = model_name(first)
+    if first.is_served:
+        yield f"{name} was audited as it is served: of its image encoder nothing is known but what is claimed."
+    else:
+        yield (
+            f"{name} is a vision-language model ({shown(str(first.summary['family']))}) whose image encoder has "
+            f"{first.num_layers} blocks. An exit layer is the number of blocks that run before the language model "
+            f"reads the picture; the untouched model uses exit {first.default_exit}, the default."
+        )
     called = judge_names(name for _, run in runs for name, _ in run.judges)
     # said once where all runs agree, otherwise run by run
     for said in ([_asked(run) for _, run in runs], [_judged(run, called) for _, run in runs]):
@@ -72,6 +76,7 @@ def _tested(runs: Sequence[LabelledRun]) -> Iterator[str]:
     for label, run in runs:
         adapter = run.settings.get("model", {}).get("adapter")
         what = "no adapter" if adapter is None else f"adapter {shown(adapter[:12])}"
+        what = f"as served, at {exits_named(run.exit_layers)}" if run.is_served else what
         name = "" if model_name(run) == model_name(runs[0][1]) else f"{model_name(run)}, "
         yield f"{label}: {name}{what}{_finished(run)}."
 

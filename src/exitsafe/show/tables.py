@@ -99,7 +99,9 @@ def exit_table(title: str, columns: Sequence[Series]) -> Table:
 
 
 def exit_name(place: int | str, default_exit: int) -> str:
-    """An exit or bin, with a word where it is the default exit."""
+    """An exit or bin, with a word where it is the default exit, or unknown (0)."""
+    if place == 0:
+        return "as served"
     return f"{place} (default)" if place == default_exit else str(place)
 
 
@@ -392,8 +394,14 @@ def _facts(run: AuditRun, called: Mapping[str, str]) -> Iterator[tuple[str, str]
     settings, summary = run.settings, run.summary
     model = settings.get("model", {})
     yield "model", shown(without_folder(str(summary["model"])))
-    yield "family, blocks, default exit", f"{summary['family']}, {run.num_layers}, {run.default_exit}"
-    yield "exits audited", number_list(run.exit_layers)
+    if run.is_served:
+        yield "server", _spelt(model.get("server", {}))
+        yield "exit", "as served" if run.exit_layers == (0,) else f"{run.exit_layers[0]}, as claimed"
+    else:
+        yield "family, blocks, default exit", f"{summary['family']}, {run.num_layers}, {run.default_exit}"
+        yield "exits audited", number_list(run.exit_layers)
+    if "engine" in settings:
+        yield "engine", _spelt(settings["engine"])
     for name in ("checkpoint", "adapter", "translators"):
         if name in model:
             yield name, "none" if model[name] is None else f"SHA-256 {model[name]}"

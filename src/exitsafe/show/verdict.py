@@ -59,7 +59,8 @@ def _of_one(run: AuditRun) -> str:
     attacks, at_exits, default, worst = run.title("asr"), run.at_exits("asr"), run.default_exit, run.worst("asr")
     if len(at_exits) == 1:
         ((exit_layer, found),) = at_exits.items()
-        return f"At exit {exit_layer}, the only one audited, {as_noun(attacks)} is {_asr(run, exit_layer, found)}."
+        where = exits_named([exit_layer])
+        return f"At {where}, the only one audited, {as_noun(attacks)} is {_asr(run, exit_layer, found)}."
     if worst is None or worst.value is None:
         return f"There is too little evidence to name a worst exit: only {_num_scored(run):,} answers could be scored."
     at_worst = _asr(run, worst.exit_layer, worst)
@@ -163,7 +164,7 @@ def _worst_number(run: AuditRun) -> tuple[str, str]:
     worst, at_exits = run.worst("asr"), run.at_exits("asr")
     if worst is None and len(at_exits) == 1:
         ((exit_layer, found),) = at_exits.items()
-        return _number("asr", found, f"only exit {exit_layer}", level=interval_level(run, exit_layer))
+        return _number("asr", found, f"only {exits_named([exit_layer])}", level=interval_level(run, exit_layer))
     if worst is None:
         return "unknown", "too few scored answers" if at_exits else "not measured"
     return _number("asr", worst, f"exit {worst.exit_layer}", level=interval_level(run, worst.exit_layer))

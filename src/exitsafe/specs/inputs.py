@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -17,6 +18,14 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8", "torchao-int8"]
 
 Model = Annotated[str, Flag("A Hub id, a local folder, `organism` or `organism:text`.", "MODEL", is_argument=True)]
+ModelOrURL = Annotated[
+    str,
+    Flag(
+        "A Hub id, a local folder, `organism` or `organism:text`; or a served model, as `http://host:port/v1#NAME`.",
+        "MODEL",
+        is_argument=True,
+    ),
+]
 Run = Annotated[Path, Flag("A finished run.", "RUN", is_argument=True)]
 Layers = Annotated[
     str, Flag("Exit layers: all, default, or a list such as 1-8,16,23.", "LAYERS", name="layers", panel=SAMPLES)
@@ -45,6 +54,11 @@ Suites = Annotated[
         default="an organism's own four",
     ),
 ]
+
+
+def is_url(model: str) -> bool:
+    """Whether a model is a server's address."""
+    return re.match(r"https?://", model) is not None
 
 
 def _pair(value: object) -> object:

@@ -22,6 +22,7 @@ from exitsafe.specs.inputs import (
     Layers,
     Loading,
     Model,
+    ModelOrURL,
     QuantizedLoading,
     Run,
     Samples,
@@ -29,6 +30,7 @@ from exitsafe.specs.inputs import (
     SkipGlobal,
     Suites,
     TrustRemoteCode,
+    is_url,
 )
 from exitsafe.specs.spec import Flag, Key, Spec
 
@@ -61,11 +63,14 @@ class StopRule(Spec):
 class AuditSpec(Spec):
     """`exitsafe audit`."""
 
-    model: Model
+    model: ModelOrURL
     out: Out
     samples: Samples = Samples()
     split: Annotated[Split, Key("Which half of an organism's suites to use: train or heldout.")] = "heldout"
     exit_layers: Layers = "all"
+    exit_layer: Annotated[
+        Count | None, Flag("The exit that the server at MODEL is claimed to run.", panel=SAMPLES, default="as served")
+    ] = None
     like: Annotated[
         Path | None,
         Flag("Take suites, layers, judges, decoding and seed from another run; flags win.", "RUN", panel=SAMPLES),
@@ -110,6 +115,18 @@ class AuditSpec(Spec):
             raise InputError("max_asr and error belong to stop_when: decided; add it or leave them out")
         if self.stop_when is not None and self.max_asr is None:
             raise InputError("stop_when: decided needs the limit to decide about: max_asr, such as 0.05")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_a_server_as_it_is(self) -> Self:
+        if not is_url(self.model):
+            if self.exit_layer is not None:
+                raise InputError("--exit-layer is for the URL of a served model; choose exits with --layers")
+            return self
+        given = self.model_fields_set & {"exit_layers", "engine", "skip_global"} | self.loading.model_fields_set
+        for name in sorted(given):
+            spelled = "layers" if name == "exit_layers" else name.replace("_", "-")
+            raise InputError(f"--{spelled} is for a model that is loaded here; leave it out for a URL")
         return self
 
 

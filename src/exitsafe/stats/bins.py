@@ -19,11 +19,13 @@ def bin_of(exit_layer: int, num_layers: int) -> str:
 
 
 def layers_by_bin(exit_layers: Iterable[int], num_layers: int) -> dict[str, list[int]]:
-    """The given layers by bin, in bin order, without empty bins.
+    """The given layers by bin, in bin order, without empty bins; none where the depth is unknown (0).
 
     >>> layers_by_bin([1, 2, 7], 8)
     {'early': [1, 2], 'late': [7]}
     """
+    if num_layers == 0:
+        return {}
     found: dict[str, list[int]] = {name: [] for name in BINS}
     for layer in exit_layers:
         found[bin_of(layer, num_layers)].append(layer)

@@ -46,7 +46,7 @@ def _check_layers(layers: list[int]) -> list[int]:
 
 _Text = Annotated[str, Field(max_length=4096), AfterValidator(_check_text)]
 _Count = Annotated[int, Field(ge=0, le=2**63)]
-_Layer = Annotated[int, Field(ge=1, le=1000)]
+_Depth = Annotated[int, Field(ge=0, le=1000)]  # 0 for a served model, whose encoder is unknown
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -63,8 +63,8 @@ class _Model(_Open):
     name: _Text
     family: _Text
     encoder: Literal["image", "audio"]
-    num_layers: _Layer
-    default_exit: _Layer
+    num_layers: _Depth
+    default_exit: _Depth
     checkpoint: _Text | None
     adapter: _Text | None
 
@@ -115,7 +115,7 @@ class _Settings(_Open):
     trained_on: _TrainedOn | None = None
     prompts: _Prompts | None = None
     engine: _Engine | None = None
-    exit_layers: Annotated[list[_Layer], Field(min_length=1), AfterValidator(_check_layers)]
+    exit_layers: Annotated[list[_Depth], Field(min_length=1), AfterValidator(_check_layers)]
     skip_global: bool
     decoding: _Decoding
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=2**31)]
@@ -125,7 +125,12 @@ class _Settings(_Open):
 
     def check(self) -> None:
         """Check what involves several fields."""
-        if max(self.exit_layers[-1], self.model.default_exit) > self.model.num_layers:
+        is_served = self.model.num_layers == self.model.default_exit == 0
+        if is_served and len(self.exit_layers) > 1:
+            raise UnreadableError("a served model has more than one exit")
+        if not is_served and min(self.exit_layers[0], self.model.default_exit) < 1:
+            raise UnreadableError("an exit is below the encoder's first block")
+        if not is_served and max(self.exit_layers[-1], self.model.default_exit) > self.model.num_layers:
             raise UnreadableError(f"an exit is beyond the {self.model.num_layers} blocks of the encoder")
         names = [judge.name for judge in self.judges]
         if len(set(names)) < len(names):
