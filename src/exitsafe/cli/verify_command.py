@@ -1,4 +1,5 @@
-"""`exitsafe verify`: is it what was audited? An exported checkpoint against its audit, or a finished run repeated.
+"""`exitsafe verify`: is it what was audited? An exported checkpoint against its audit, a finished run repeated, or the
+exit that a served model runs.
 
 Of a repeated run only what this call generated or judged is called the same: whoever forged a run can put a matching
 repeat beside it.
@@ -7,6 +8,7 @@ repeat beside it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from itertools import count
@@ -33,22 +35,31 @@ _MOST_SHOWN = 5
 
 
 def verify_command(spec: VerifySpec, show: console.Show) -> None:
-    """Check that an exported checkpoint or a finished run matches its audit; exit status 0 if it does, 2 if not.
+    """Check that an exported checkpoint, a finished run or a served model is what was audited; exit status 0 if so.
 
     SLIM, an exported checkpoint, is compared with the audit given as --against: files by their hashes, and answers
     by asking some samples again.
 
     RUN, a finished audit, is repeated from its run.json, and answers, verdicts and metrics are compared.
+
+    URL, a model behind an OpenAI-compatible endpoint, is asked up to 64 harmless questions that tell which exit of
+    --reference it runs, and whether in the right way.
     """
-    if not spec.what.exists():
-        raise InputError(f"{spec.what} does not exist; give a folder of exitsafe export or a finished run")
     given = spec.model_fields_set | spec.loading.model_fields_set
+    if re.match("https?://", spec.what):
+        of_url = {"what", "reference", "exit_layer", "loading"} | spec.loading.model_fields_set
+        _refuse(given - of_url, "is for an exported checkpoint or a run; leave it out for a URL")
+        _verify_url(spec, show)
+        return
+    _refuse(given & {"reference", "exit_layer"}, "is for the address of a served model; leave it out")
+    if not Path(spec.what).exists():
+        raise InputError(f"{spec.what} does not exist; give a folder of exitsafe export, a finished run or a URL")
     _refuse(given & {"encoder"}, "is recorded with the run and the checkpoint; leave it out")
     if spec.against is not None:
         _refuse(given & {"out", "engine"}, "is for repeating a run; leave it or --against out")
         _verify_slim(spec, spec.against, show)
         return
-    if (spec.what / "exitsafe.json").is_file():
+    if (Path(spec.what) / "exitsafe.json").is_file():
         raise InputError(f"{spec.what} is an exported checkpoint: give the run it was made from as --against RUN")
     of_slim = {"limit", "tolerance", "dtype", "quantization", "revision"}
     _refuse(given & of_slim, "is for an exported checkpoint; leave it out to repeat a run")
@@ -57,7 +68,26 @@ def verify_command(spec: VerifySpec, show: console.Show) -> None:
 
 def _refuse(given: Collection[str], reason: str) -> None:
     for name in sorted(given):
-        raise InputError(f"--{name} {reason}")
+        raise InputError(f"--{name.replace('_', '-')} {reason}")
+
+
+def _verify_url(spec: VerifySpec, show: console.Show) -> None:
+    from exitsafe.cli.which_exit_words import document, headline, words
+
+    if spec.reference is None:
+        raise InputError("a served model is compared with the audited one: add --reference MODEL")
+    from exitsafe.exporting.served import endpoint_at
+
+    endpoint = endpoint_at(spec.what)
+    vlm = load_model(spec.reference, FullLoading(**spec.loading.model_dump()))
+    from exitsafe.exporting.which_exit import which_exit
+
+    with console.progress_bar("Asking", unit="question") as progress:
+        found = which_exit(vlm, endpoint, claimed=spec.exit_layer, progress=progress)
+    about = {"url": endpoint.where, "reference": spec.reference}
+    show(document(found, **about), lambda: words(found, **about, default_exit=vlm.default_exit))
+    if not found.is_as_claimed:
+        raise ModelError(f"{endpoint.where} is not what was audited: {headline(found)}")
 
 
 def _verify_slim(spec: VerifySpec, against: Path, show: console.Show) -> None:
@@ -65,7 +95,7 @@ def _verify_slim(spec: VerifySpec, against: Path, show: console.Show) -> None:
     from exitsafe.judges.registry import check_options
     from exitsafe.results.run import load_run
 
-    run, slim = load_run(against), spec.what
+    run, slim = load_run(against), Path(spec.what)
     check_options(spec.judging, [name for name, _ in run.judges])
     if not (slim / "exitsafe.json").is_file():
         raise ModelError(f"{slim} has no exitsafe.json: give a folder that exitsafe export wrote")
@@ -97,7 +127,8 @@ def _verify_run(spec: VerifySpec, show: console.Show) -> None:
     from exitsafe.store.directory import saved_in
     from exitsafe.store.reading import is_finished
 
-    before = load_run(spec.what)
+    what = Path(spec.what)
+    before = load_run(what)
     server = before.settings["model"]["name"] if before.is_served else before.settings.get("engine", {}).get("model")
     if server is not None and spec.engine is None:
         raise InputError(
@@ -105,8 +136,8 @@ def _verify_run(spec: VerifySpec, show: console.Show) -> None:
             "you give: add --engine URL"
         )
     recorded = _rows(before)  # read before the audit, which may take hours
-    out = spec.out or _new_folder(spec.what)
-    if out.resolve() == spec.what.resolve():
+    out = spec.out or _new_folder(what)
+    if out.resolve() == what.resolve():
         raise InputError(f"{out} is the run that is to be repeated; choose another folder for --out")
     if is_finished(out):
         raise InputError(f"{out} is finished, so nothing would be repeated; choose a new folder for --out")

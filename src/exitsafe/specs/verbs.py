@@ -142,7 +142,17 @@ class JudgeSpec(Spec):
 class VerifySpec(Spec):
     """`exitsafe verify`."""
 
-    what: Annotated[Path, Flag("A folder written by exitsafe export, or a finished run.", "SLIM|RUN", is_argument=True)]
+    what: Annotated[
+        str,
+        Flag(
+            "A folder written by exitsafe export, a finished run, or the address of a served model, such as "
+            "http://host:port/v1#NAME.",
+            "SLIM|RUN|URL",
+            is_argument=True,
+        ),
+    ]
+    reference: Annotated[str | None, Flag("The audited model whose exits URL is compared with.", "MODEL")] = None
+    exit_layer: Annotated[Count | None, Flag("The exit that URL should run.")] = None
     against: Annotated[
         Path | None, Flag("The finished run of the model and adapter that SLIM was made from.", "RUN")
     ] = None
