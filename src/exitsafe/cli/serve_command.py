@@ -52,12 +52,13 @@ def serve_command(spec: ServeSpec, show: console.Show) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, before anything heavy is loaded."""
+    """A socket that listens before the model is loaded: a port that is taken is found at once, early requests wait."""
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, number)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot listen on {host}, port {port} ({reason}); choose another --host or --port") from error
