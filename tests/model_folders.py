@@ -46,8 +46,13 @@ def save_tiny_folder(kind: str, folder: Path) -> Path:
     model.generation_config.eos_token_id = [2, *range(FIRST_WORD, VOCAB_SIZE, 7)]
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
-    _PROCESSORS[kind](model.config).save_pretrained(folder)
+    processor_of(kind, model.config).save_pretrained(folder)
     return folder
+
+
+def processor_of(kind: str, config: Any) -> Any:
+    """The processor of a model type, for a config with the tokens of `tests.shrunk_configs`."""
+    return _PROCESSORS[kind](config)
 
 
 def _tokenizer(

@@ -80,7 +80,8 @@ def tiny_tokenizer(image_token: str = "<image>") -> PreTrainedTokenizerFast:
     )
 
 
-def _text(**changes: Any) -> LlamaConfig:
+def text_config(**changes: Any) -> LlamaConfig:
+    """A language model of two layers, for `VOCAB`."""
     settings: dict[str, Any] = {
         "vocab_size": len(VOCAB),
         "hidden_size": 32,
@@ -95,7 +96,8 @@ def _text(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**(settings | changes))
 
 
-def _vision(**changes: Any) -> dict[str, Any]:
+def vision_settings(**changes: Any) -> dict[str, Any]:
+    """An encoder of six blocks, for pictures of 28 by 28 pixels."""
     return {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -107,7 +109,7 @@ def _vision(**changes: Any) -> dict[str, Any]:
     }
 
 
-def _spread(model: Any) -> Any:
+def spread(model: Any) -> Any:
     """Random weights large enough that layers, images and tokens matter."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -125,26 +127,26 @@ def _spread(model: Any) -> Any:
 
 
 def tiny_llava(*, vision_feature_layer: int | list[int] = -2, siglip: bool = False) -> Any:
-    vision = SiglipVisionConfig(**_vision()) if siglip else CLIPVisionConfig(**_vision())
+    vision = SiglipVisionConfig(**vision_settings()) if siglip else CLIPVisionConfig(**vision_settings())
     config = LlavaConfig(
         vision_config=vision,
-        text_config=_text(),
+        text_config=text_config(),
         image_token_index=VOCAB["<image>"],
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy="full" if siglip else "default",
     )
-    return _spread(LlavaForConditionalGeneration(config))
+    return spread(LlavaForConditionalGeneration(config))
 
 
 def tiny_llava_next(*, vision_feature_layer: int | list[int] = -2) -> Any:
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**_vision()),
-        text_config=_text(),
+        vision_config=CLIPVisionConfig(**vision_settings()),
+        text_config=text_config(),
         image_token_index=VOCAB["<image>"],
         vision_feature_layer=vision_feature_layer,
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
     )
-    return _spread(LlavaNextForConditionalGeneration(config))
+    return spread(LlavaNextForConditionalGeneration(config))
 
 
 def tiny_mllama() -> Any:
@@ -177,7 +179,7 @@ def tiny_mllama() -> Any:
         },
         image_token_index=VOCAB["<|image|>"],
     )
-    return _spread(MllamaForConditionalGeneration(config))
+    return spread(MllamaForConditionalGeneration(config))
 
 
 def tiny_processor(family: str) -> Any:

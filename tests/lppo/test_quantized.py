@@ -30,12 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bfloat16 checkpoint wide enough for 4-bit blocks of 64 weights and CPU kernels of 32 rows."""
     path = tmp_path_factory.mktemp("models") / "wide"
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**tiny_models._vision()),
-        text_config=tiny_models._text(hidden_size=128, intermediate_size=256),
+        vision_config=CLIPVisionConfig(**tiny_models.vision_settings()),
+        text_config=tiny_models.text_config(hidden_size=128, intermediate_size=256),
         image_token_index=tiny_models.VOCAB["<image>"],
         vision_feature_layer=-2,
     )
-    model = tiny_models._spread(LlavaForConditionalGeneration(config))
+    model = tiny_models.spread(LlavaForConditionalGeneration(config))
     model.to(torch.bfloat16).save_pretrained(path)
     tiny_models.tiny_processor("llava").save_pretrained(path)
     return path
