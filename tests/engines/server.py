@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import os
 import signal
 import socket
@@ -11,9 +14,13 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
+from PIL import Image
+
+from exitsafe.records import Sample
 
 ENGINES = Path(__file__).parents[2] / ".engines"
 _LONGEST_START = 240.0  # seconds
@@ -65,6 +72,20 @@ def running(command: Sequence[str | Path], *, port: int, log: Path, env: Mapping
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def ask(url: str, sample: Sample, **settings: Any) -> Any:
+    """The first choice of a greedy chat completion for a question about one picture, with log-probabilities."""
+    picture, png = sample.images[0], io.BytesIO()
+    assert isinstance(picture, Image.Image)
+    picture.save(png, "PNG")
+    image = {"url": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()}
+    content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": sample.prompt}]
+    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "logprobs": True, **settings}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        return json.load(reply)["choices"][0]
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

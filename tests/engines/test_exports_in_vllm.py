@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import urllib.request
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import exitsafe
 from exitsafe.records import Sample
 from exitsafe.world.suites import organism_suites
 from tests.engines.served_models import served_model
+from tests.engines.server import ask
 from tests.engines.vllm_server import NAME, vllm_server
 from tests.tiny_models import WORDS, noise_image
 
@@ -35,7 +30,7 @@ def test_vllm_answers_as_the_exit_does(kind: str, exit_layer: int, another: int,
     samples = _questions(kind)
     with vllm_server(slim, log=tmp_path / "vllm.log", mm_embeds=False) as url:
         special = set(vlm.processor.tokenizer.all_special_tokens)
-        served = [_ask(url, sample, without=special) for sample in samples]
+        served = [_answer(url, sample, without=special) for sample in samples]
     ours, theirs = (
         [response.text.split() for response in vlm.generate(samples, layer, max_new_tokens=NUM_TOKENS)]
         for layer in (exit_layer, another)
@@ -63,25 +58,9 @@ def _questions(kind: str) -> list[Sample]:
     ]
 
 
-def _ask(url: str, sample: Sample, *, without: Collection[str]) -> tuple[list[str], list[float]]:
+def _answer(url: str, sample: Sample, *, without: Collection[str]) -> tuple[list[str], list[float]]:
     """The words of a greedy answer, and at each how far the second best was behind."""
-    picture, png = sample.images[0], io.BytesIO()
-    assert isinstance(picture, Image.Image)
-    picture.save(png, "PNG")
-    image = {"url": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()}
-    content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": sample.prompt}]
-    body = {
-        "model": NAME,
-        "messages": [{"role": "user", "content": content}],
-        "temperature": 0,
-        "max_tokens": NUM_TOKENS,
-        "logprobs": True,
-        "top_logprobs": 2,
-    }
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=120) as reply:
-        choice: Any = json.load(reply)["choices"][0]
+    choice = ask(url, sample, model=NAME, max_tokens=NUM_TOKENS, top_logprobs=2)
     words, gaps = [], []
     for token in choice["logprobs"]["content"]:  # with the word that ended the answer, which the text is without
         if (word := token["token"].strip()) not in without:
