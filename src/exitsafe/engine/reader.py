@@ -238,7 +238,7 @@ class Reader(ExitingModel):
         model, inner = self.base_model, self.base_model.model
         model.model = _Ready(hidden.reshape(1, -1, hidden.shape[-1]))
         try:
-            logits: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)).logits
+            logits: Tensor = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device)).logits
         finally:
             model.model = inner
         return logits.reshape(*hidden.shape[:-1], -1)

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 SAME = 0.2
 """Largest mean difference of log-probabilities between the server's model and ours. Another kernel or number type moves
 them by less than 0.1; 4-bit weights by 0.3; the next exit by 0.2 or more (docs/engines.md)."""
-_TOP = 5
-_NOT_TAKEN = ("cohere2_vision", "gemma3", "gemma3n", "gemma4", "llava_next")
-"""Families whose image embeddings stop vLLM 0.32: it has no use for them or, for LLaVA-NeXT, wants pictures of one
-size in every batch."""
+_QUESTION, _LENGTH, _TOP = "what is in this picture?", 4, 5
+_NOT_TAKEN = ("cohere2_vision", "gemma3", "gemma3n", "gemma4", "llava_next", "llava_onevision")
+"""Families whose image embeddings stop vLLM 0.32: it has no use for them or, for LLaVA-NeXT and LLaVA-OneVision, wants
+pictures of one size in every batch."""
 
 
 class VLLMServer:
@@ -173,25 +173,32 @@ class VLLMServer:
 
     @torch.no_grad()
     def _check_model(self, vlm: VLM) -> None:
-        """Compare the server's log-probabilities with those of our own weights."""
-        sample, exits = probe_sample(), ((vlm.default_exit + 1) // 2, vlm.default_exit)
+        """Compare the server's log-probabilities, along its own answer, with those of our own weights."""
+        sample, exits = probe_sample(text=_QUESTION), ((vlm.default_exit + 1) // 2, vlm.default_exit)
         rows = [_row(vlm, sample, exit_layer) for exit_layer in exits]
-        inputs = vlm.base_model.prepare_inputs_for_generation(
-            use_cache=False, is_first_iteration=True, **vlm.only_last_logits, **vlm.inputs(rows)
-        )
-        ours = vlm.model(**inputs).logits[:, -1].float().log_softmax(dim=-1).cpu()
-        requests = [_request(vlm, row, {sample.id: sample}, top=_TOP) for row in rows]
-        for index, reply in self.endpoint.complete(requests):
-            if fault := self._fault(vlm, rows[index], reply, max_new_tokens=1):
+        requests = [_request(vlm, row, {sample.id: sample}, max_new_tokens=_LENGTH, top=_TOP) for row in rows]
+        replies = dict(self.endpoint.complete(requests))
+        for index, row in enumerate(rows):
+            if fault := self._fault(vlm, row, replies[index], max_new_tokens=_LENGTH):
                 raise ModelError(f"{self.endpoint.where} {fault}")
-            theirs = _logprobs(reply)
-            if not theirs or max(theirs) >= ours.shape[1]:
+        answers = [torch.tensor(replies[index].token_ids) for index in range(len(rows))]
+        hidden, _, mask = vlm.response_states(rows, answers)
+        ours = vlm.logits(hidden).log_softmax(dim=-1)
+        for index, exit_layer in enumerate(exits):
+            theirs = _logprobs(replies[index])
+            if len(theirs) != len(answers[index]) or not all(theirs):
                 raise ModelError(f"{self.endpoint.where} gives no log-probabilities, by which its model is checked")
-            difference = sum(abs(ours[index, token].item() - value) for token, value in theirs.items()) / len(theirs)
+            here = ours[index, mask[index]].cpu()
+            differences = [
+                abs(here[place, token].item() - value) if token < here.shape[1] else float("inf")
+                for place, found in enumerate(theirs)
+                for token, value in found.items()
+            ]
+            difference = sum(differences) / len(differences)
             if not difference <= SAME:
                 raise ModelError(
                     f"{self.endpoint.where} serves another model than {vlm.name}"
-                    f"{'' if vlm.adapter is None else ' with this adapter'}: at exit {exits[index]} log-probabilities "
+                    f"{'' if vlm.adapter is None else ' with this adapter'}: at exit {exit_layer} log-probabilities "
                     f"differ by {difference:.2g} (at most {SAME:g}); serve the same weights in the same precision, "
                     "and name an adapter that it serves as URL#NAME"
                 )
@@ -299,8 +306,10 @@ def _difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
     return f"{len(theirs)} tokens instead of {len(ours)}, other from token {place + 1} on"
 
 
-def _logprobs(reply: ChatReply) -> dict[int, float]:
-    """The most likely first tokens, by id; empty if there are none that can be read."""
-    first = (reply.logprobs or (None,))[0]
-    found = {} if first is None else {text.removeprefix("token_id:"): value for text, _, value in first.top}
-    return {int(token): value for token, value in found.items() if token.isdecimal() and len(token) < 10}
+def _logprobs(reply: ChatReply) -> list[dict[int, float]]:
+    """The most likely tokens, by id, in each place of an answer; none where they cannot be read."""
+    found = []
+    for place in reply.logprobs or ():
+        named = {text.removeprefix("token_id:"): value for text, _, value in place.top}
+        found.append({int(token): value for token, value in named.items() if token.isdecimal() and len(token) < 10})
+    return found

@@ -47,6 +47,7 @@ class Gap:
 NOT_AUDITED = Gap(reason="this exit was not audited", fix="audit these exits too (--layers)")
 NO_ANSWERS = Gap(reason="there are no answers", fix="audit samples of this kind")
 STOPPED = Gap(reason="exits stopped early, so there is no valid bound here", fix="audit without stop_when")
+_NO_DEPTH = Gap(reason="the depth of a served model is unknown, and with it the bins", fix="check layers instead")
 NO_CATEGORIES = Gap(reason="the samples have no categories", fix="give the suite's samples a category")
 
 
@@ -189,7 +190,7 @@ def by_bin(measured: Measured, layers: Sequence[int]) -> Iterator[Evidence]:
     }
     found = _evidence(replace(measured, scores=scores), estimate, lambda name: bins.get(name) or list(bins.values()))
     if not found:
-        yield Evidence(place=Place(), missing=NO_ANSWERS)
+        yield Evidence(place=Place(), missing=NO_ANSWERS if measured.num_layers else _NO_DEPTH)
     has_stopped = "harmful" in measured.metric.kinds and any(layer in measured.stopped for layer in chosen)
     for name, evidence in found.items():
         # few samples bound a bin as they bound each of its exits: the same samples answer at all of them

@@ -421,6 +421,8 @@ def cautions(before: AuditRun, after: AuditRun) -> Iterator[str]:
 def settings_changed(before: AuditRun, after: AuditRun) -> tuple[str, ...]:
     """Differences other than the models, which are reported separately, and the samples, which pairing compares."""
     lines = differences(before.settings, after.settings)
+    if before.is_served != after.is_served:  # of a served model the rest is unknown, not different
+        lines = [line for line in lines if not line.startswith(("model.", "prompts.", "versions.", "engine."))]
     return (*(line for line in lines if not line.startswith(_REPORTED_ELSEWHERE)), *_judges_changed(before, after))
 
 
