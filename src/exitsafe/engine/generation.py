@@ -15,8 +15,8 @@ from typing import Literal, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
 
+from exitsafe.engine.cache import growing_cache, grows
 from exitsafe.engine.prompts import TEXT_INPUTS, Row
 from exitsafe.engine.reader import Reader
 from exitsafe.errors import InputError
@@ -193,7 +193,7 @@ class _Batch:
     def can_join(self) -> bool:
         """Whether another batch's cache can be joined to this one: if its layers all grow by a token at a time, and
         the model can be padded."""
-        return self.can_pad and all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        return self.can_pad and grows(self.cache)
 
     def decode(self, vlm: Reader, suppress: Sequence[int]) -> None:
         """Generate one more token for every row."""
@@ -271,7 +271,7 @@ def _prefill(vlm: Reader, answers: list[Answer], suppress: Sequence[int]) -> _Ba
     different, places = _different([answer.row for answer in answers])
     given = vlm.inputs(different)
     inputs = vlm.base_model.prepare_inputs_for_generation(
-        past_key_values=DynamicCache(config=vlm.text_config),
+        past_key_values=growing_cache(vlm.text_config),
         use_cache=True,
         is_first_iteration=True,
         **vlm.only_last_logits,
