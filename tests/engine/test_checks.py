@@ -113,7 +113,7 @@ def test_a_cache_that_mixes_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         cache.layers = [Mixed() for _ in cache.layers]
         return cache
 
-    monkeypatch.setattr("exitsafe.engine.generation.DynamicCache", mixed)
+    monkeypatch.setattr("exitsafe.engine.generation.growing_cache", mixed)
     with pytest.raises(ModelError, match="tiny fails the check of mixed batches: logits differ"):
         checked(tiny_llava())
 

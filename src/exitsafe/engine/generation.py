@@ -334,11 +334,12 @@ def _choose(answers: Sequence[Answer], logits: Tensor, suppress: Sequence[int]) 
     sampled = [place for place, answer in enumerate(answers) if answer.sampling.temperature > 0.0]
     if not sampled:
         return chosen
-    # Inverse-CDF on the CPU in float64: the same draw whatever the device and batch.
+    # Inverse-CDF in float64, so that the batch does not decide the draw
+    device = logits.device if logits.device.type != "mps" else torch.device("cpu")  # which has no float64
     temperatures = torch.tensor([[answers[place].sampling.temperature] for place in sampled], dtype=torch.float64)
-    cumulative = (logits[sampled].float().cpu().double() / temperatures).softmax(dim=-1).cumsum(dim=-1)
+    cumulative = (logits[sampled].float().to(device).double() / temperatures.to(device)).softmax(dim=-1).cumsum(dim=-1)
     check_finite(cumulative[:, -1:], [rows[place] for place in sampled], what="logits", dtype=dtype)
-    uniform = torch.stack([_uniform(answers[place]) for place in sampled])[:, None] * cumulative[:, -1:]
+    uniform = torch.stack([_uniform(answers[place]) for place in sampled]).to(device)[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, uniform, right=True)[:, 0]
     chosen[sampled] = drawn.to(logits.device)
     return chosen
