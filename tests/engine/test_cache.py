@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
@@ -23,7 +25,7 @@ def test_it_holds_what_the_own_cache_holds_whoever_leaves_or_joins() -> None:
         assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
         assert own.get_seq_length() == growing.get_seq_length()
         if step in (3, 70):  # a row leaves, and columns that none of the others uses
-            kept = torch.arange(rows - 1)
+            kept = cast(torch.LongTensor, torch.arange(rows - 1))
             for layer in (own, growing):
                 layer.reorder_cache(kept)
                 assert layer.keys is not None and layer.values is not None
