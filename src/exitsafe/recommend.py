@@ -175,8 +175,6 @@ def recommend(
         RunError: If the run has no attack success.
         InputError: If a limit is on what the run has not measured.
     """
-    if run.is_served:
-        raise RunError(f"{run.path} is the run of a served model, which has one exit: check it with exitsafe gate")
     limits = limits or Limits()
     check_limits(run, limits, has_latency=latency is not None)
     metrics = bounded_metrics(run)
@@ -253,6 +251,8 @@ def check_limits(run: AuditRun, limits: Limits, *, has_latency: bool) -> None:
         RunError: If the run has no attack success.
         InputError: If a limit is on what the run has not measured.
     """
+    if run.is_served:
+        raise RunError(f"{run.path} is the run of a served model, which has one exit: check it with exitsafe gate")
     there = {metric.name for metric in bounded_metrics(run)}
     for metric, limit in BOUNDED.items():
         if limit in limits.given and metric not in there:

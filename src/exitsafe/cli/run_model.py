@@ -35,8 +35,12 @@ def model_of(run: AuditRun) -> str:
     if run.is_served:
         raise RunError(f"{run.path} is the run of a served model, {run.summary['model']}, whose weights are not here")
     if not run.origin.get("suites") or not run.origin.get("model"):
-        raise RunError(f"{run.path} was not made by the command line and does not say how to repeat it")
+        raise _not_repeatable(run)
     return str(run.origin["model"])
+
+
+def _not_repeatable(run: AuditRun) -> RunError:
+    return RunError(f"{run.path} was not made by the command line and does not say how to repeat it")
 
 
 def read_samples_of(run: AuditRun) -> list[Sample]:
@@ -48,8 +52,8 @@ def read_samples_of(run: AuditRun) -> list[Sample]:
     from exitsafe.data.source import source_of
     from exitsafe.store.fingerprint import data_fingerprint, sample_info
 
-    if not run.is_served:
-        model_of(run)
+    if not run.origin.get("suites"):
+        raise _not_repeatable(run)
     source = source_of(run.origin)
     samples = source.read()
     if data_fingerprint([sample_info(sample) for sample in samples])["hash"] != run.settings["data"]["hash"]:

@@ -35,9 +35,9 @@ SAME = 0.2
 """Largest mean difference of log-probabilities between the server's model and ours. Another kernel or number type moves
 them by less than 0.1; 4-bit weights by 0.3; the next exit by 0.2 or more (docs/engines.md)."""
 _QUESTION, _LENGTH, _TOP = "what is in this picture?", 4, 5
-_NOT_TAKEN = ("cohere2_vision", "gemma3", "gemma3n", "gemma4", "llava_next", "llava_onevision")
-"""Families whose image embeddings stop vLLM 0.32: it has no use for them or, for LLaVA-NeXT and LLaVA-OneVision, wants
-pictures of one size in every batch."""
+_NOT_TAKEN = ("cohere2_vision", "gemma3", "gemma3n", "gemma4", "internvl", "llava_next", "llava_onevision")
+"""Families whose image embeddings stop vLLM 0.32: it asserts that there are none or, for InternVL, LLaVA-NeXT and
+LLaVA-OneVision, that all pictures in a batch have as many tokens."""
 
 
 class VLLMServer:
@@ -166,7 +166,8 @@ class VLLMServer:
                 if reply.failure is not None and num_images:
                     raise ModelError(
                         f"{self.endpoint.where} does not answer from image embeddings of this {vlm.family} model "
-                        f"({reply.failure}): start it with vllm serve MODEL --enable-mm-embeds"
+                        f"({reply.failure}): start it with vllm serve MODEL --enable-mm-embeds; if it was, this vLLM "
+                        "does not take them for this model"
                     )
                 if fault := self._fault(vlm, row, reply, max_new_tokens=1):
                     raise ModelError(f"{self.endpoint.where} {fault}")

@@ -123,7 +123,8 @@ class AuditSpec(Spec):
             if self.exit_layer is not None:
                 raise InputError("--exit-layer is for the URL of a served model; choose exits with --layers")
             return self
-        given = self.model_fields_set & {"exit_layers", "engine", "skip_global"} | self.loading.model_fields_set
+        given = self.model_fields_set & {"exit_layers", "skip_global"} | self.loading.model_fields_set
+        given |= set() if self.engine is None else {"engine"}
         for name in sorted(given):
             spelled = "layers" if name == "exit_layers" else name.replace("_", "-")
             raise InputError(f"--{spelled} is for a model that is loaded here; leave it out for a URL")
