@@ -48,7 +48,8 @@ def headline(found: WhichExit) -> str:
 
 
 def _evidence(found: WhichExit) -> str:
-    asked = f"{found.requests} questions at an error level of {found.error_level:.0%}"
+    asked = f"{found.decided_after} questions at an error level of {found.error_level:.0%}"
+    asked += f", {found.requests} in all" if found.requests > found.decided_after else ""
     if not found.has_logprobs:
         return f"From answers alone, {asked}: the server gives no log-probabilities."
     distance = f"log-probabilities differ from the reference's by {found.nearest.distance:.3f} on average"

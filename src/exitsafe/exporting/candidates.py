@@ -31,6 +31,8 @@ CLASS_TOKEN = "the class token left in"
 POST_NORM = "the post-norm applied"
 BILINEAR, BICUBIC = "resized with a bilinear filter", "resized with a bicubic filter"
 PADDED = "padded to a square with the mean colour"
+PADDED_AS_CLIP, PADDED_BLACK = "padded to a square with CLIP's mean colour", "padded to a square with black"
+_COLOURS = {PADDED_AS_CLIP: (122, 116, 104), PADDED_BLACK: (0, 0, 0)}
 _FILTERS = {BILINEAR: PILImageResampling.BILINEAR, BICUBIC: PILImageResampling.BICUBIC}
 _NO_MEMORY = (
     "out of memory while the reference reads a single prompt: load it with a smaller dtype, or on another device"
@@ -64,7 +66,7 @@ def preparations_of(vlm: VLM, candidate: Candidate) -> list[Candidate]:
     own = getattr(images, "resample", None)
     others = [name for name, its_filter in _FILTERS.items() if own is not None and int(own) != int(its_filter)]
     if fixed_size(vlm.base_model) is not None and getattr(images, "image_mean", None) is not None:
-        others.append(PADDED)
+        others += [PADDED, *(name for name, colour in _COLOURS.items() if colour != _mean_colour(images))]
     return [Candidate(candidate.exit_layer, candidate.fault, each) for each in ("", *others)]
 
 
@@ -83,9 +85,9 @@ class Reference:
     def prompt(self, sample: Sample, preparation: str = "") -> Prompt:
         """The sample as the model reads it, its pictures prepared in one of the ways of `preparations_of`."""
         images: Any = getattr(self.vlm.processor, "image_processor", None)
-        if preparation == PADDED:
-            mean = tuple(round(255 * each) for each in images.image_mean)
-            padded = (_padded(image, mean) for image in sample.images if isinstance(image, Image.Image))
+        if preparation in (PADDED, *_COLOURS):
+            colour = _COLOURS.get(preparation) or _mean_colour(images)
+            padded = (_padded(image, colour) for image in sample.images if isinstance(image, Image.Image))
             sample = replace(sample, images=tuple(padded))
         if preparation not in _FILTERS:
             return self.vlm.encode_prompt(sample)
@@ -123,6 +125,13 @@ class Reference:
 
         return self._batch_size.halving(work)
 
+    def readable(self, token_ids: Sequence[int]) -> Tensor:
+        """An answer as `logprobs` takes it: up to its first special token, which may stand for a picture. The last token
+        is not read, so it may be any."""
+        special = set(self.vlm.special_token_ids)
+        end = next((place for place, token in enumerate(token_ids) if token in special), len(token_ids) - 1)
+        return torch.tensor([*token_ids[:end], self.vlm.pad_token_id])
+
     def answers(self, rows: Sequence[Row]) -> list[tuple[str, float]]:
         """The greedy answer of every row, and its margin: the smallest difference, along the answer, between the
         log-probabilities of the best and the second best token."""
@@ -131,7 +140,8 @@ class Reference:
         )
         tokens = {index: torch.tensor(completion.token_ids) for index, completion in done}
         answers = [tokens[index] for index in range(len(rows))]
-        best = (logprobs.topk(2, dim=-1).values for logprobs in self.logprobs(rows, answers))
+        readable = [self.readable(answer.tolist()) for answer in answers]
+        best = (logprobs.topk(2, dim=-1).values for logprobs in self.logprobs(rows, readable))
         margins = [float((two[:, 0] - two[:, 1]).min()) for two in best]
         return [(self.vlm.decode(answer.tolist()), margin) for answer, margin in zip(answers, margins, strict=True)]
 
@@ -140,7 +150,7 @@ def _features(vlm: VLM, prompt: Prompt, candidates: Sequence[Candidate]) -> Mapp
     if not prompt.media:
         return dict.fromkeys(candidates)
     found: dict[Candidate, Features | None] = {}
-    for fault in ("", CLASS_TOKEN):
+    for fault in {each.fault for each in candidates} - {POST_NORM}:
         with _class_token_last(vlm, applies=fault == CLASS_TOKEN):
             plain = [each for each in candidates if each.fault == fault and each.exit_layer > 0]
             (by_exit,) = vlm.prompt_features([prompt], [each.exit_layer for each in plain])
@@ -219,6 +229,10 @@ def _unused_post_norm(vlm: VLM) -> bool:
     assert before is not None and after is not None
     pairs = (tuple(first_tensor(embeddings_in(each["image"])) for each in (before, after)),)
     return all(one is not None and two is not None and torch.equal(one, two) for one, two in pairs)
+
+
+def _mean_colour(images: Any) -> tuple[int, ...]:
+    return tuple(int(255 * each) for each in images.image_mean)
 
 
 def _padded(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

@@ -33,6 +33,8 @@ _TEXTS = (
     "how many shapes are there ?",
     "do you see a blue cross ?",
     "count the shapes .",
+    "is the square red",
+    "what is the red square",
 )
 _USUAL_SIZE = 224
 _STUDIED_AT_ONCE, _MOST_STUDIED = 12, 120
@@ -59,6 +61,11 @@ class Questions:
         """A picture that is not square, no larger than the model reads, and a text."""
         wide, high = _ODD_SHAPES[number % len(_ODD_SHAPES)]
         return self._sample(f"odd picture {number}", number, (round(self.size * wide), round(self.size * high)))
+
+    @staticmethod
+    def is_square(sample: Sample) -> bool:
+        """Whether a question is a `picture_question`."""
+        return any(isinstance(image, Image.Image) and image.width == image.height for image in sample.images)
 
     def text_question(self, number: int) -> Sample:
         """A text without a picture."""

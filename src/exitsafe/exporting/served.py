@@ -152,10 +152,11 @@ class Served:
         named = [self._vocabulary.ids(token.text, token.token_id) for token in (reply.logprobs or ())]
         usual = self.vlm.tokenizer.encode(reply.text or "", add_special_tokens=False)
         found: list[int] = []
+        special = set(self.vlm.special_token_ids)
         for place, ids in enumerate(named[: self.max_tokens]):
             if len(ids) > 1:  # a name that fits several: as the tokenizer would write the text
                 ids = tuple(each for each in ids if place < len(usual) and each == usual[place])
-            if not ids:
+            if not ids or ids[0] in special:
                 break
             found.append(ids[0])
         return tuple(found)

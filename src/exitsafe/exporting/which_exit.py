@@ -74,6 +74,8 @@ class WhichExit:
         deviation: The distance of texts without a picture; None if there were none, or no log-probabilities.
         differing: How many answers, of how many, differ from the audited model's; None if they were not counted.
         requests: Questions asked.
+        decided_after: How many of them the verdict on the exit needed; the others are about how pictures are prepared,
+            and about how many answers differ.
         error_level: With at most this probability another exit is named than the one that runs.
         has_logprobs: Whether the server gave log-probabilities.
         remarks: What else was noticed, a sentence each.
@@ -90,6 +92,7 @@ class WhichExit:
     deviation: float | None
     differing: tuple[int, int] | None
     requests: int
+    decided_after: int
     error_level: float
     has_logprobs: bool
     remarks: tuple[str, ...]
@@ -133,6 +136,7 @@ def which_exit(
     inquiry = _Inquiry(vlm, served, error=error, max_requests=max_requests, progress=progress)
     inquiry.ask_texts()
     found = inquiry.settle(candidates_of(vlm), inquiry.questions.picture_question, most=max_requests - NUM_ODD)
+    decided_after = served.num_requests
     (exit_layer,) = exits if len(exits := {each.exit_layer for each in found.open}) == 1 else (None,)
     named = found.open[0] if found.is_established else None
     preparation = inquiry.preparation(named) if named is not None and served.has_logprobs else None
@@ -152,6 +156,7 @@ def which_exit(
         deviation=inquiry.deviation,
         differing=differing,
         requests=served.num_requests,
+        decided_after=decided_after,
         error_level=error,
         has_logprobs=bool(served.has_logprobs),
         remarks=tuple(inquiry.remarks),
@@ -183,6 +188,7 @@ class _Inquiry:
         self.reference = Reference(vlm, max_new_tokens=MAX_NEW_TOKENS)
         self.questions = Questions(vlm)
         self.shared: list[float] = []  # distances of texts without a picture
+        self.samples: dict[str, Sample] = {}
         self.answers: dict[str, Answer] = {}
         self.remarks: list[str] = []
         self._progress = progress
@@ -205,6 +211,7 @@ class _Inquiry:
         """The server's answers, each asked for once."""
         new = [sample for sample in samples if sample.id not in self.answers]
         found = self.served.ask(new) if new else []
+        self.samples |= {sample.id: sample for sample in new}
         self.answers |= {sample.id: answer for sample, answer in zip(new, found, strict=True)}
         self._progress(self.served.num_requests, self.max_requests, "")
         return [self.answers[sample.id] for sample in samples]
@@ -271,13 +278,10 @@ class _Inquiry:
         return found.open[0].preparation if found.is_established else None
 
     def count_differing(self, audited: Candidate) -> tuple[int, int] | None:
-        """Step 5: how many answers differ from the audited model's, of the first questions, chosen or not."""
-        samples: list[Sample] = []
-        left = self.num_left
-        while left > 0 or (samples and samples[-1].id in self.answers):
-            samples.append(self.questions.picture_question(len(samples)))
-            left -= samples[-1].id not in self.answers
-        samples = samples if left >= 0 else samples[:-1]
+        """Step 5: of the questions with a square picture, how many answers differ from the audited model's."""
+        asked = [sample for sample in self.samples.values() if Questions.is_square(sample)]
+        every = (self.questions.picture_question(number) for number in range(self.max_requests))
+        samples = asked + [sample for sample in every if sample.id not in self.samples][: self.num_left]
         theirs = [answer.text for answer in self.ask(samples)]
         rows = [self.reference.rows(sample, [audited])[0] for sample in samples]
         ours = [" ".join(text.split()) for text, _ in self.reference.answers(rows)]
@@ -317,7 +321,7 @@ class _Inquiry:
         if not answer.top:
             return np.full(len(candidates), -LOWEST_LOGPROB)
         rows = self.reference.rows(sample, candidates)
-        response = torch.tensor([*answer.token_ids, 0])  # the last one is not read
+        response = self.reference.readable([*answer.token_ids, self.vlm.pad_token_id])
         theirs = torch.tensor([value for top in answer.top for value in top.values()], dtype=torch.float64)
         found = []
         for logprobs in self.reference.logprobs(rows, [response] * len(rows)):
