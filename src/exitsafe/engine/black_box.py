@@ -92,7 +92,10 @@ class BlackBox:
         (reply,) = (found for _, found in self.endpoint.complete([request]))
         if reply.failure not in (None, FILTERED, REFUSED):
             what = "a question about a picture" if has_pictures else "a question"
-            raise RunError(f"{self.endpoint.where} does not answer {what} ({reply.failure}): check what it serves")
+            raise RunError(
+                f"{self.endpoint.where} does not answer {what} in up to {self.decoding['max_new_tokens']} tokens "
+                f"({reply.failure}): check what it serves, or ask for shorter answers (--max-new-tokens)"
+            )
         server = {"owner": self.served.owner, "version": self.served.version, "fingerprint": reply.fingerprint}
         self.settings = {
             "name": self.name,

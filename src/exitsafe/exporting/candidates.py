@@ -126,8 +126,10 @@ class Reference:
         return self._batch_size.halving(work)
 
     def readable(self, token_ids: Sequence[int]) -> Tensor:
-        """An answer as `logprobs` takes it: up to its first special token, which may stand for a picture. The last token
-        is not read, so it may be any."""
+        """An answer as `logprobs` takes it: up to its first special token, which may stand for a picture.
+
+        The last token is not read, so it may be any.
+        """
         special = set(self.vlm.special_token_ids)
         end = next((place for place, token in enumerate(token_ids) if token in special), len(token_ids) - 1)
         return torch.tensor([*token_ids[:end], self.vlm.pad_token_id])
