@@ -153,12 +153,18 @@ def test_parts_of_two_exports_are_noticed(two_exports: tuple[AuditRun, Path, Pat
     assert before.language_model != now.language_model
     own = (slim / "model.safetensors").read_bytes()
     shutil.copy(other / "model.safetensors", slim)
-    with pytest.raises(ModelError, match=r"from several exports \(its language model is not the one that was exported"):
+    with pytest.raises(
+        ModelError,
+        match=r"model.safetensors\): its language model is not the one that was exported with the",
+    ):
         check_files(slim, run)
     (slim / "model.safetensors").write_bytes(own)
     check_files(slim, run)
     shutil.copy(other / MMPROJ, slim)
-    with pytest.raises(ModelError, match=r"several exports \(mmproj.gguf is not the one that was exported with this"):
+    with pytest.raises(
+        ModelError,
+        match=r"mmproj.gguf\): mmproj.gguf is not the one that was exported with this language",
+    ):
         check_files(slim, run)
 
 
