@@ -93,6 +93,7 @@ def test_a_port_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) ->
         (["organism", "--host", "no such host"], "cannot listen on no such host"),
         (["organism", "--host", "x" * 300], "cannot listen on xxx"),
         (["organism", "--port", "70000"], "--port 70000 must be"),
+        (["organism", "--encoder", "audio"], "drop --encoder"),
         (["nowhere/at/all", "--port", "0"], "nowhere/at/all does not exist"),
     ],
 )

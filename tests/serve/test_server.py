@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from openai import BadRequestError, OpenAI
 from exitsafe.engine import generation
 from exitsafe.engine.prompts import Row
 from exitsafe.serve import app as app_module
+from exitsafe.serve import worker as worker_module
 from exitsafe.version import __version__
 from tests.serve.served import JSON, PATH, Served, serving, turns, until
 from tests.serve.worldly import NUM_TOKENS, organism, own_answers, samples
@@ -258,3 +260,22 @@ def test_a_body_that_never_comes_is_given_up(server: Served, monkeypatch: pytest
         client.sendall(f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {JSON['content-type']}\r\n".encode())
         client.sendall(b"Content-Length: 100\r\n\r\n{")
         assert b" 408 " in client.recv(200)
+
+
+def test_of_an_error_that_nobody_foresaw_only_type_and_place_are_told(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("a secret")
+
+    for place in (app_module, worker_module):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "parse_request" if place is app_module else "encode_chat", fail)
+            for options in ({}, {"stream": True}):
+                status, reply = server.ask(body() | options)
+                assert (status, reply["error"]["type"]) == (500, "server_error")
+                assert re.fullmatch(
+                    r"ZeroDivisionError in test_server.py, line \d+ \(not foreseen\)",
+                    reply["error"]["message"],
+                )
+    assert "secret" not in "".join(server.log)

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 import transformers
 
 from exitsafe.engine.vlm import VLM
-from exitsafe.errors import InputError, ModelError, RunError
+from exitsafe.errors import ExitsafeError, InputError
 from exitsafe.serve.replies import Reply, error_object, model_list
 from exitsafe.serve.request import ChatRequest, RequestError, parse_request
 from exitsafe.serve.worker import Ticket, Update, Worker
@@ -189,9 +190,11 @@ def _as_refusal(error: BaseException) -> RequestError:
     """What the client is told; of an error that nobody foresaw only its type, since its message may quote texts."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, ModelError | RunError):
-        return RequestError(str(error), status=500)
-    return RequestError(f"{type(error).__name__} (not foreseen)", status=500)
+    if isinstance(error, ExitsafeError):
+        return RequestError(str(error), status=400 if isinstance(error, InputError) else 500)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    message = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno} (not foreseen)"
+    return RequestError(message, status=500)
 
 
 def _refusal(error: RequestError) -> Response:

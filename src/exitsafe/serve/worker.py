@@ -24,7 +24,7 @@ from exitsafe.machine.memory import MOST_ROWS, free_memory, is_out_of_memory, re
 from exitsafe.serve.chat import encode_chat
 from exitsafe.serve.request import MOST_LOGPROBS, ChatRequest, RequestError
 
-MOST_JOINING = 16  # at one step: a crowd does not keep those who are being answered waiting
+MOST_JOINING = 16  # a running batch at one step: a crowd does not keep those who are being answered waiting
 MOST_CHARACTERS = 64  # per token of the context; longer texts are not even tokenised
 
 
@@ -134,7 +134,7 @@ class Worker:
         """The first of those waiting, as long as they may share the batch."""
         self._receive(may_wait=False)
         taken: list[Answer] = []
-        while self._waiting and len(taken) < min(most, MOST_JOINING):
+        while self._waiting and len(taken) < (min(most, MOST_JOINING) if beside else most):
             ticket = self._waiting[0]
             try:
                 if not ticket.is_cancelled:

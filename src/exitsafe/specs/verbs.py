@@ -348,6 +348,12 @@ class ServeSpec(Spec):
     port: Annotated[int, Field(ge=0, le=65535), Flag("Port; 0 takes a free one.", panel=OUTPUT)] = 8000
     loading: FullLoading = FullLoading()
 
+    @model_validator(mode="after")
+    def _is_asked_about_pictures(self) -> Self:
+        if self.loading.encoder != "image":
+            raise InputError("requests hold text and pictures, so only exits of the image encoder: drop --encoder")
+        return self
+
 
 class DemoSpec(Spec):
     """`exitsafe demo`."""
