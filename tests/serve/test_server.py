@@ -199,10 +199,11 @@ def leave_early(port: int, request: dict[str, Any]) -> None:
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_client_that_leaves_frees_its_place(monkeypatch: pytest.MonkeyPatch, is_streamed: bool) -> None:
     monkeypatch.setattr(organism(), "eos_token_ids", ())  # answers run on
-    decode = generation._Batch.decode
+    decode, steps = generation._Batch.decode, list[int]()
 
     def slowly(self: Any, *arguments: Any) -> None:
         time.sleep(0.02)
+        steps.append(len(self.answers))
         decode(self, *arguments)
 
     monkeypatch.setattr(generation._Batch, "decode", slowly)
@@ -211,6 +212,7 @@ def test_a_client_that_leaves_frees_its_place(monkeypatch: pytest.MonkeyPatch, i
         until(lambda: own.log)
         assert own.log[0].split()[1:3] == ["organism@L1", "499"]
         until(lambda: not own.service.worker._running)
+        assert len(steps) < 60, "the rest is not generated"
         assert own.service.num_requests == 0
         assert own.answer(body(max_tokens=2))["usage"]["completion_tokens"] == 2
 
