@@ -25,6 +25,7 @@ _CHAT_TEMPLATE = (
 SOUND = ("glmasr", "qwen2_5_omni_thinker", "qwen2_audio")
 """The model types with sound of which `save_tiny_folder` saves a folder."""
 _SIZE = {"height": 32, "width": 32}
+_AROUND_TILES = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "\n", "\n\n")
 _TILES = [[32, 64], [64, 32], [64, 64]]
 
 
@@ -117,7 +118,7 @@ def _smolvlm(config: Any) -> Any:
     sizes = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
     return hf.SmolVLMProcessor(
         image_processor=hf.SmolVLMImageProcessor(**sizes),
-        tokenizer=_tokenizer(tokens, ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places)),
+        tokenizer=_tokenizer(tokens, (*_AROUND_TILES, *places)),
         video_processor=hf.SmolVLMVideoProcessor(**sizes, num_frames=4, fps=1),
         image_seq_len=4,
         chat_template=_template("<image>", "<video>"),

@@ -6,6 +6,7 @@ Models are tiny LLaVAs, the organism among them, and a LLaVA around SmolLM2-135M
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,9 +63,9 @@ def write_language_model(vlm: VLM, path: Path, *, bits: Bits = "F32") -> Path:
 def _language_model_tensors(model: Any) -> dict[str, Tensor]:
     """Parameters by the names that they have in a language model of its own."""
     return {
-        name.replace("model.language_model.", "model."): tensor.data
+        re.sub(r"^model\.(language_model|text_model)\.", "model.", name): tensor.data
         for name, tensor in model.named_parameters()
-        if "language_model" in name or "lm_head" in name
+        if "language_model" in name or "text_model" in name or "lm_head" in name
     }
 
 
@@ -82,7 +83,7 @@ def _heads(name: str, config: Any) -> int:
 def _write_tokenizer(writer: Any, vlm: VLM) -> None:
     tokenizer: Any = vlm.processor.tokenizer
     words = [word for word, _ in sorted(tokenizer.get_vocab().items(), key=lambda entry: int(entry[1]))]
-    special = set(tokenizer.all_special_tokens)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     writer.add_tokenizer_model("t5")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([word if word in special else f"\u2581{word}" for word in words])

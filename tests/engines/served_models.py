@@ -1,4 +1,4 @@
-"""Models that vLLM's build for CPUs can serve: tiny ones whose attention heads in the language model are 32 wide."""
+"""Tiny models that engines can serve: vLLM's build for CPUs wants attention heads of 32 in a language model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from tests import tiny_models
 from tests.model_folders import processor_of
 from tests.shrunk_configs import FIRST_WORD, VOCAB_SIZE, tiny_config
 
-KINDS = ("organism", "llava", "llava-siglip", "qwen2_5_vl")
+KINDS = ("organism", "llava", "llava-siglip", "qwen2_5_vl", "smolvlm")
+"""All but the last in vLLM; all but Qwen2.5-VL in llama.cpp."""
 
 
 def served_model(kind: str) -> VLM:
     """The organism, or a random model of one of the other kinds, in float32."""
     if kind == "organism":
         return load_vlm(kind)
-    if kind == "qwen2_5_vl":
-        return VLM(_qwen2_5_vl(), processor_of(kind, _qwen_config()), name=kind)
+    if kind in ("qwen2_5_vl", "smolvlm"):
+        config = _with_wide_heads(tiny_config(kind)) if kind == "qwen2_5_vl" else tiny_config(kind)
+        return VLM(_random(config), processor_of(kind, config), name=kind)
     return VLM(_llava(siglip=kind == "llava-siglip"), tiny_models.tiny_processor(kind), name=kind)
 
 
@@ -44,18 +46,18 @@ def _llava(*, siglip: bool) -> Any:
     return tiny_models.spread(LlavaForConditionalGeneration(config))
 
 
-def _qwen_config() -> Any:
-    config = tiny_config("qwen2_5_vl")
+def _with_wide_heads(config: Any) -> Any:
     config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 2, 1
     config.text_config.rope_parameters["mrope_section"] = [4, 6, 6]
     return config
 
 
-def _qwen2_5_vl() -> Any:
+def _random(config: Any) -> Any:
     torch.manual_seed(0)
-    model = tiny_models.spread(AutoModelForImageTextToText.from_config(_qwen_config(), dtype=torch.float32))
+    model = tiny_models.spread(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
     with torch.no_grad():
         for name in ("image_token_id", "video_token_id"):
-            model.lm_head.weight[getattr(model.config, name)] = 0.0  # no trained model answers with one either
+            if (placeholder := getattr(config, name, None)) is not None:
+                model.lm_head.weight[placeholder] = 0.0  # no trained model answers with one either
     model.generation_config.eos_token_id = [2, *range(FIRST_WORD, VOCAB_SIZE, 7)]
     return model

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import exitsafe
 from exitsafe.engine.vlm import VLM
@@ -48,6 +49,16 @@ def test_siglip_is_exact_with_the_layer_in_its_file_and_one_block_short_without(
         assert min(found.values()) > _ROUNDING
     else:
         assert _nearest(found) == exit_layer - 1 and found[exit_layer - 1] < _ROUNDING
+
+
+@pytest.mark.parametrize("exit_layer", (2, 6))
+def test_smolvlm_is_exact(exit_layer: int, tmp_path: Path) -> None:
+    vlm = served_model("smolvlm")
+    model = write_language_model(vlm, tmp_path / "model.gguf")
+    encoder = exitsafe.export(vlm, exit_layer=exit_layer, out=tmp_path / "slim", to="gguf") / MMPROJ
+    found = _distances(vlm, model, encoder, tmp_path)
+    assert _nearest(found) == exit_layer
+    assert found[exit_layer] < _ROUNDING < min(found[each] for each in EXITS if each != exit_layer)
 
 
 @pytest.mark.parametrize("exit_layer", (3, 6))
@@ -89,7 +100,7 @@ def test_the_organism_speaks_there_as_here_but_for_the_class_token(tmp_path: Pat
 
 def _distances(vlm: VLM, model: Path, encoder: Path, folder: Path) -> dict[int, float]:
     """How far a server of these files is from each exit of the model."""
-    samples = _questions()
+    samples = _questions(vlm.name)
     with llama_server(model, encoder, log=folder / "llama.log") as url:
         served = [_first_word(ask(url, sample, max_tokens=1, top_logprobs=len(WORDS), **_ALONE)) for sample in samples]
     return {exit_layer: _distance(vlm, samples, served, exit_layer=exit_layer) for exit_layer in EXITS}
@@ -107,18 +118,29 @@ def _distance(vlm: VLM, samples: Sequence[Sample], served: Sequence[dict[str, fl
         for sample, words in zip(samples, served, strict=True):
             content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
             text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            inputs = vlm.processor(text=[text], images=list(sample.images), return_tensors="pt")
+            inputs = vlm.processor(text=[text], images=[list(sample.images)], return_tensors="pt")
             ours = vlm.model(**inputs).logits[0, -1].log_softmax(-1)
             differences += [abs(float(ours[vocabulary[word]]) - value) for word, value in words.items()]
     return round(float(np.mean(differences)), 5)
 
 
-def _questions() -> list[Sample]:
+def _questions(kind: str) -> list[Sample]:
+    """For SmolVLM about pictures of one colour, which look the same however they are resized: it always resizes."""
     words = np.random.default_rng(0)
     return [
-        Sample(id=f"q{n}", prompt=" ".join(words.choice(WORDS, 5)), images=(noise_image(n),), kind="benign")
+        Sample(
+            id=f"q{n}",
+            prompt=" ".join(words.choice(WORDS, 5)),
+            images=(_plain(n) if kind == "smolvlm" else noise_image(n),),
+            kind="benign",
+        )
         for n in range(20)
     ]
+
+
+def _plain(seed: int) -> Image.Image:
+    red, green, blue = np.random.default_rng(seed).integers(0, 256, 3).tolist()
+    return Image.new("RGB", (64, 64), (red, green, blue))
 
 
 def _first_word(choice: Any) -> dict[str, float]:

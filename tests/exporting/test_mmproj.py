@@ -22,6 +22,7 @@ from exitsafe.exporting.manifest import read_manifest
 from exitsafe.exporting.mmproj import MMPROJ, check_can_be_written
 from exitsafe.exporting.verification import check_files
 from exitsafe.results.run import AuditRun
+from tests.engines.served_models import served_model
 from tests.exporting.slim_models import SAMPLES, adapted_vlm
 from tests.exporting.test_verification import Short
 from tests.tiny_models import save_tiny, tiny_llava, tiny_model, tiny_processor
@@ -55,6 +56,17 @@ def test_it_holds_the_blocks_of_the_exit_and_says_that_all_of_them_run(family: s
         assert np.array_equal(tensors[name].reshape(weight.shape), weight.detach().numpy()), name
     assert "mmproj.gguf" in read_manifest(out).files
     assert "--to gguf" in read_manifest(out).command
+
+
+def test_smolvlm_keeps_the_last_norm_and_runs_as_many_blocks_as_it_has(tmp_path: Path) -> None:
+    out = exitsafe.export(served_model("smolvlm"), exit_layer=4, out=tmp_path / "slim", to="gguf")
+    fields = _fields(out / MMPROJ)
+    assert (fields["clip.projector_type"], fields["clip.vision.block_count"]) == ("idefics3", 4)
+    assert (fields["clip.vision.projector.scale_factor"], fields["clip.vision.preproc_image_size"]) == (2, 64)
+    assert "clip.vision.feature_layer" not in fields and "clip.has_llava_projector" not in fields
+    names = {tensor.name for tensor in gguf.GGUFReader(out / MMPROJ).tensors}
+    assert {"v.post_ln.weight", "v.post_ln.bias", "mm.model.fc.weight", "v.blk.3.ln1.bias"} <= names
+    assert "v.blk.4.ln1.bias" not in names
 
 
 def test_it_names_the_audit_and_what_it_was_made_from(tmp_path: Path) -> None:
