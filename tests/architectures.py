@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,9 +120,11 @@ def tiny(model_type: str, seed: int = 0, *, modality: str = "image") -> Tiny:
     return Tiny(model=model, inputs=inputs, image_inputs=tuple(_encoder_inputs(model, modality)))
 
 
-def tiny_model(model_type: str, seed: int = 0) -> Any:
-    """The model alone, with random weights large enough that layers, pictures and tokens matter."""
+def tiny_model(model_type: str, seed: int = 0, *, change: Callable[[Any], object] = lambda config: None) -> Any:
+    """The model alone, with random weights large enough that layers, pictures and tokens matter; `change` may change
+    its config."""
     config = tiny_config(model_type)
+    change(config)
     model_class = getattr(transformers, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VARIANTS.get(model_type, model_type)])
     torch.manual_seed(seed)
     model = model_class(config)

@@ -34,11 +34,12 @@ def kinds() -> tuple[str, ...]:
     return (*(kind for kind in _PROCESSORS if kind not in SOUND), "llava", "mllama")
 
 
-def save_tiny_folder(kind: str, folder: Path) -> Path:
-    """Save a tiny model of a type with its processor, for pictures of 28 to 112 pixels or a second of sound."""
+def save_tiny_folder(kind: str, folder: Path, *, change: Callable[[Any], object] = lambda config: None) -> Path:
+    """Save a tiny model of a type with its processor, for pictures of 28 to 112 pixels or a second of sound; `change`
+    may change the config of a type that `tiny_models.py` does not make."""
     if kind not in _PROCESSORS:
         return save_tiny(kind, folder)
-    model = tiny_model(kind)
+    model = tiny_model(kind, change=change)
     with torch.no_grad():
         for name in ("image_token_id", "video_token_id", "audio_token_id"):
             if (placeholder := getattr(model.config, name, None)) is not None:

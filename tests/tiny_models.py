@@ -126,11 +126,11 @@ def spread(model: Any) -> Any:
     return model.eval()
 
 
-def tiny_llava(*, vision_feature_layer: int | list[int] = -2, siglip: bool = False) -> Any:
+def tiny_llava(*, vision_feature_layer: int | list[int] = -2, siglip: bool = False, head_dim: int | None = None) -> Any:
     vision = SiglipVisionConfig(**vision_settings()) if siglip else CLIPVisionConfig(**vision_settings())
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text_config(),
+        text_config=text_config(head_dim=head_dim),
         image_token_index=VOCAB["<image>"],
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy="full" if siglip else "default",
