@@ -67,7 +67,6 @@ def test_clip_never_gives_the_exit(exit_layer: int, tmp_path: Path) -> None:
     model = write_language_model(vlm, tmp_path / "model.gguf")
     encoder = write_encoder(vlm, tmp_path / "encoder.gguf", exit_layer=exit_layer)
     found = _distances(vlm, model, encoder, tmp_path)
-    print(f"exit {exit_layer}, CLIP: {found}")
     assert min(found.values()) > 20 * _ROUNDING
 
 
@@ -77,7 +76,6 @@ def test_the_weights_that_ship_are_the_reference_for_fewer_bits(bits: Bits, tmp_
     model = write_language_model(vlm, tmp_path / "model.gguf", bits=bits)
     encoder = write_encoder(vlm, tmp_path / "encoder.gguf", exit_layer=4)
     with_plain, with_shipped = (_distances(each, model, encoder, tmp_path) for each in (vlm, shipped(vlm, model)))
-    print(f"{bits}: {with_plain} against float32, {with_shipped} against the same weights")
     assert _nearest(with_plain) == _nearest(with_shipped) == 4
     assert with_shipped[4] < with_plain[4]
 
@@ -103,7 +101,9 @@ def _distances(vlm: VLM, model: Path, encoder: Path, folder: Path) -> dict[int, 
     samples = _questions(vlm.name)
     with llama_server(model, encoder, log=folder / "llama.log") as url:
         served = [_first_word(ask(url, sample, max_tokens=1, top_logprobs=len(WORDS), **_ALONE)) for sample in samples]
-    return {exit_layer: _distance(vlm, samples, served, exit_layer=exit_layer) for exit_layer in EXITS}
+    found = {exit_layer: _distance(vlm, samples, served, exit_layer=exit_layer) for exit_layer in EXITS}
+    print(f"{vlm.name}, {encoder.name}: {found}")
+    return found
 
 
 def _nearest(distances: dict[int, float]) -> int:
