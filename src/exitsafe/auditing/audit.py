@@ -17,6 +17,7 @@ from exitsafe.auditing.sharing import finish, gather, open_run, share
 from exitsafe.auditing.ticker import Ticker
 from exitsafe.engine.answering import Answering, Task
 from exitsafe.engine.black_box import BlackBox
+from exitsafe.engine.vllm_server import VLLMServer
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import InputError, RunError
 from exitsafe.exits.layers import ExitLayers
@@ -50,7 +51,7 @@ def audit(
     seed: int = 0,
     batch_size: int | None = None,
     skip_global: bool = False,
-    engine: str | None = None,
+    engine: str | VLLMServer | None = None,
     judge_pass: JudgePass = "beside",
     stop_when: StopRule | None = None,
     progress: Progress | None = None,
@@ -78,7 +79,7 @@ def audit(
             in flight.
         skip_global: Llama 3.2 Vision only: skip the global blocks as well.
         engine: The URL of a vLLM server that answers from the features computed here (docs/engines.md), with "#NAME"
-            for one of its models. A model given by name is then loaded with `offload_decoder`.
+            for one of its models; or the server itself. A model given by name is then loaded with `offload_decoder`.
         judge_pass: "beside" judges answers as they come; "second" first answers everything, then moves the model
             out of the GPU and judges.
         stop_when: Stop asking harmful samples at a layer once its rate is settled to be below or above a limit.

@@ -74,7 +74,7 @@ def open_audited(
     seed: int,
     batch_size: int | None,
     skip_global: bool,
-    engine: str | None,
+    engine: str | VLLMServer | None,
 ) -> Audited:
     """Find invalid settings and prompts, and a server that cannot answer them, before the work starts.
 
@@ -99,7 +99,7 @@ def open_audited(
             versions={"pillow": PIL.__version__},
             vlm=None,
         )
-    server = None if engine is None else VLLMServer(engine)
+    server = VLLMServer(engine) if isinstance(engine, str) else engine
     vlm = load_vlm(model, offload_decoder=server is not None) if isinstance(model, str | Path) else model
     if max_new_tokens is None and (profile := profile_of(vlm.name)) is not None:
         max_new_tokens = profile.max_new_tokens

@@ -13,6 +13,7 @@ from exitsafe.specs.verbs import AuditSpec
 
 if TYPE_CHECKING:
     from exitsafe.auditing.plan import Plan
+    from exitsafe.engine.vllm_server import VLLMServer
     from exitsafe.engine.vlm import VLM
     from exitsafe.judges import Judge
     from exitsafe.records import Sample
@@ -39,13 +40,29 @@ def run_audit(spec: AuditSpec, *, title: str = "Audit") -> AuditRun:
     if is_url(spec.model):
         return audit_as_planned(plan, spec.model, samples, judges, title=title)
     announce(spec.model, adapter=spec.loading.adapter)
-    vlm = load_model(spec.model, spec.loading, offload_decoder=spec.engine is not None)
+    engine = reach_engine(spec.engine)
+    vlm = load_model(spec.model, spec.loading, offload_decoder=engine is not None)
     vlm.today = plan.today or vlm.today
-    return audit_as_planned(plan, vlm, samples, judges, title=title)
+    return audit_as_planned(plan, vlm, samples, judges, title=title, engine=engine)
+
+
+def reach_engine(url: str | None) -> VLLMServer | None:
+    """The server at --engine, reached before a model is loaded."""
+    if url is None:
+        return None
+    from exitsafe.engine.vllm_server import VLLMServer
+
+    return VLLMServer(url)
 
 
 def audit_as_planned(
-    plan: Plan, vlm: VLM | str, samples: Sequence[Sample], judges: list[Judge] | None, *, title: str
+    plan: Plan,
+    vlm: VLM | str,
+    samples: Sequence[Sample],
+    judges: list[Judge] | None,
+    *,
+    title: str,
+    engine: VLLMServer | None = None,
 ) -> AuditRun:
     """The audit itself, of a model or of a URL, with a progress bar."""
     from exitsafe.auditing.audit import audit
@@ -63,7 +80,7 @@ def audit_as_planned(
             seed=spec.seed,
             batch_size=spec.batch_size,
             skip_global=spec.skip_global,
-            engine=spec.engine,
+            engine=engine,
             judge_pass=spec.judge_pass,
             stop_when=plan.stop_when,
             progress=progress,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitsafe.cli import console
-from exitsafe.cli.audit_command import audit_as_planned
+from exitsafe.cli.audit_command import audit_as_planned, reach_engine
 from exitsafe.cli.models import load_model
 from exitsafe.cli.run_model import load_model_of, loading_of, model_of, read_samples_of, remote_code_named
 from exitsafe.errors import InputError, ModelError, RunError
@@ -276,10 +276,11 @@ def _repeat(before: AuditRun, spec: VerifySpec, *, out: Path) -> AuditRun:
     samples = read_samples_of(before)
     judges = available_judges(plan.spec.judges, plan.spec.judging)
     wait_for_all(this_process())  # no process makes the folder before all have looked at it
+    engine = reach_engine(spec.engine)
     with remote_code_named(before, loading):
-        vlm = load_model_of(before, loading, offload_decoder=spec.engine is not None)
+        vlm = load_model_of(before, loading, offload_decoder=engine is not None)
     vlm.today = plan.today or vlm.today
-    return audit_as_planned(plan, vlm, samples, judges, title="Audit again")
+    return audit_as_planned(plan, vlm, samples, judges, title="Audit again", engine=engine)
 
 
 def _metrics(summary: JsonObject) -> JsonObject:
