@@ -25,6 +25,7 @@ from exitsafe.engine.served_model import BYTES_IN_FLIGHT, LazyRequests, find_ser
 from exitsafe.errors import InputError, ModelError, RunError
 from exitsafe.exits.encoder import embeddings_in
 from exitsafe.exits.features import tensors_in
+from exitsafe.machine.processes import this_process
 from exitsafe.records import Sample
 from exitsafe.untrusted import JsonObject
 
@@ -88,7 +89,8 @@ class VLLMServer:
                 f"{num_tokens}: start it with --max-model-len {num_tokens} or more"
             )
         self._check_prompts(vlm, samples)
-        self._check_model(vlm)
+        if this_process().is_main_process:  # one reads the language model from disk; the others wait
+            self._check_model(vlm)
 
     def complete(
         self,

@@ -177,8 +177,11 @@ def release_memory() -> None:
 
 @contextmanager
 def offloaded(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """A context in which a model's weights are in main memory, so that its GPU is free for something else."""
-    if device.type == "cpu":
+    """A context in which a model's weights are in main memory, so that its GPU is free for something else.
+
+    A model whose largest part stays on disk is left where it is.
+    """
+    if device.type == "cpu" or any(weight.is_meta for weight in model.parameters()):
         yield
         return
     model.to("cpu")
