@@ -62,8 +62,9 @@ class ServedModel:
             "finish_reason": completion.finish_reason,
         }
         if self.has_logprobs and body.get("logprobs"):
-            (logprobs,) = reference.logprobs([row], [torch.tensor(tokens)])
-            choice["logprobs"] = {"content": self._content(logprobs, tokens, num_top=body["top_logprobs"])}
+            (logprobs,) = reference.logprobs([row], [reference.readable(tokens)])
+            content = self._content(logprobs, tokens[: len(logprobs)], num_top=body["top_logprobs"])
+            choice["logprobs"] = {"content": content}
         usage = {"prompt_tokens": len(row.prompt.input_ids), "completion_tokens": len(tokens)}
         return Answer(body=json.dumps({"choices": [choice], "usage": usage, "model": "m"}).encode())
 
