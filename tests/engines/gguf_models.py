@@ -16,12 +16,29 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from exitsafe.engine.vlm import VLM
 from exitsafe.exporting.checkpoint import cut
 from exitsafe.exporting.mmproj import write_mmproj
 from tests.engines.server import ENGINES
+from tests.tiny_models import spread, tiny_processor, vision_settings
 
+_UNUSED = "<file_sep>"
+"""A special token that no question has; it marks the picture in transformers."""
+_CHAT_TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<file_sep>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 Bits = Literal["F32", "F16", "Q8_0", "Q4_0"]
 
 
@@ -162,3 +179,31 @@ def smollm2() -> Path:
     if not found.is_file():
         pytest.skip("SmolLM2 is not installed: run make test-engines")
     return found
+
+
+def smollm2_llava(*, siglip: bool) -> VLM:
+    """A LLaVA around `smollm2()`, its weights de-quantised, with a random tower of six blocks for 28 by 28 pixels.
+
+    Its prompts are those that llama.cpp makes of the same conversation.
+    """
+    file = smollm2()
+    language_model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    del language_model.config.quantization_config
+    config = LlavaConfig(
+        vision_config=(SiglipVisionConfig if siglip else CLIPVisionConfig)(**vision_settings()),
+        text_config=language_model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(_UNUSED),
+        vision_feature_layer=-1 if siglip else -2,
+        vision_feature_select_strategy="full" if siglip else "default",
+        tie_word_embeddings=True,
+    )
+    model: Any = spread(LlavaForConditionalGeneration(config))
+    model.model.language_model.load_state_dict(language_model.model.state_dict())
+    model.tie_weights()
+    model.generation_config = language_model.generation_config
+    tokenizer.image_token, tokenizer.image_token_id = _UNUSED, config.image_token_index
+    processor: Any = tiny_processor("llava-siglip" if siglip else "llava")
+    processor.tokenizer, processor.image_token, processor.image_token_id = tokenizer, _UNUSED, config.image_token_index
+    processor.chat_template = _CHAT_TEMPLATE
+    return VLM(model.eval(), processor, name="smollm2-llava")

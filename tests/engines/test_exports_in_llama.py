@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import exitsafe
 from exitsafe.engine.vlm import VLM
 from exitsafe.exporting.mmproj import MMPROJ
 from exitsafe.records import Sample
 from exitsafe.world.suites import organism_suites
-from tests.engines.gguf_models import Bits, shipped, write_encoder, write_language_model
+from tests.engines.gguf_models import Bits, shipped, smollm2, smollm2_llava, write_encoder, write_language_model
 from tests.engines.llama_server import llama_server
 from tests.engines.served_models import served_model
 from tests.engines.server import ask
@@ -80,6 +81,29 @@ def test_the_weights_that_ship_are_the_reference_for_fewer_bits(bits: Bits, tmp_
     assert with_shipped[4] < with_plain[4]
 
 
+@torch.no_grad()
+def test_a_language_model_of_real_size_in_four_bits(tmp_path: Path) -> None:
+    vlm = smollm2_llava(siglip=True)
+    samples = [
+        Sample(id=f"q{n}", prompt=question, images=(noise_image(n),), kind="benign")
+        for n, question in enumerate(("What colour is the picture?", "Name three things.", "Is it a dog?"))
+    ]
+    encoder = write_encoder(vlm, tmp_path / "encoder.gguf", exit_layer=5)
+    with llama_server(smollm2(), encoder, log=tmp_path / "llama.log") as url:
+        served = [ask(url, sample, max_tokens=1, top_logprobs=50, **_ALONE) for sample in samples]
+    tops = [choice["logprobs"]["content"][0]["top_logprobs"] for choice in served]
+    found = {}
+    for exit_layer in EXITS:
+        ours = [_first_logprobs(vlm, sample, exit_layer=exit_layer) for sample in samples]
+        gaps = [
+            abs(float(row[top["id"]]) - top["logprob"]) for row, best in zip(ours, tops, strict=True) for top in best
+        ]
+        found[exit_layer] = round(float(np.mean(gaps)), 4)
+    print(f"{vlm.name}: {found}")
+    assert _nearest(found) == 5
+    assert found[5] < 0.15 < min(found[each] for each in EXITS if each != 5)
+
+
 def test_the_organism_speaks_there_as_here_but_for_the_class_token(tmp_path: Path) -> None:
     vlm = served_model("organism")
     asked = [sample for sample in organism_suites(split="heldout", seed=3) if sample.images][:40]
@@ -114,14 +138,20 @@ def _nearest(distances: dict[int, float]) -> int:
 def _distance(vlm: VLM, samples: Sequence[Sample], served: Sequence[dict[str, float]], *, exit_layer: int) -> float:
     vocabulary: dict[str, int] = vlm.processor.tokenizer.get_vocab()
     differences = []
-    with vlm.exit_at(exit_layer):
-        for sample, words in zip(samples, served, strict=True):
-            content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
-            text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            inputs = vlm.processor(text=[text], images=[list(sample.images)], return_tensors="pt")
-            ours = vlm.model(**inputs).logits[0, -1].log_softmax(-1)
-            differences += [abs(float(ours[vocabulary[word]]) - value) for word, value in words.items()]
+    for sample, words in zip(samples, served, strict=True):
+        ours = _first_logprobs(vlm, sample, exit_layer=exit_layer)
+        differences += [abs(float(ours[vocabulary[word]]) - value) for word, value in words.items()]
     return round(float(np.mean(differences)), 5)
+
+
+def _first_logprobs(vlm: VLM, sample: Sample, *, exit_layer: int) -> Tensor:
+    """(vocabulary,), of an answer's first token in transformers."""
+    content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
+    text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = vlm.processor(text=[text], images=[list(sample.images)], return_tensors="pt")
+    with vlm.exit_at(exit_layer):
+        logits: Tensor = vlm.model(**inputs).logits
+    return logits[0, -1].log_softmax(-1)
 
 
 def _questions(kind: str) -> list[Sample]:
