@@ -130,6 +130,10 @@ BAD: dict[str, tuple[Script, str]] = {
         lambda body, number: failing(400) if number == 5 else answering(body, number),
         "has no answer to sample .*status 400.*rerun",
     ),
+    "a book": (
+        lambda body, number: Answer(text="flim " * 2**14 if number else "fine"),
+        "the answer is longer than 256 tokens can be",
+    ),
     "no usage": (
         lambda body, number: Answer(text="fine", usage=None),
         "does not report the number of tokens",
@@ -143,6 +147,12 @@ def test_a_server_that_does_not_answer(case: str, samples: list[Sample], tmp_pat
     with serving(ChatServer(script), paths=models("phone")) as url, pytest.raises(RunError, match=message) as caught:
         exitsafe.audit(url, samples, judges=["world-rule"], out=tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_is_kept_out_of_the_tables(samples: list[Sample], tmp_path: Path) -> None:
+    with serving(ChatServer(lambda body, number: Answer(text="so\ud800")), paths=models("phone")) as url:
+        run = exitsafe.audit(url, samples, judges=["world-rule"], out=tmp_path / "run")
+    assert all(each.text.startswith("so") for each in run.responses())
 
 
 def test_video_cannot_be_sent(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ BAD: dict[str, tuple[dict[str, Any], type[ExitsafeError], str]] = {
     "another server": ({"version": None}, InputError, "is not a vLLM server"),
     "another owner": ({"models": [{"id": "m", "owned_by": "x"}]}, InputError, "is not a vLLM server"),
     "two models": (
-        {"models": [{"id": "base"}, {"id": "lo\x1bra"}]},
+        {"models": [{"id": "base"}, {"id": "lora"}, {"id": "lo\x1bra"}, {"id": "x" * 999}]},
         InputError,
         r"serves 2 models \(base, lora\): add #NAME",
     ),

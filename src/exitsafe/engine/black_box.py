@@ -21,11 +21,12 @@ from exitsafe.engine.served_model import BYTES_IN_FLIGHT, LazyRequests, find_ser
 from exitsafe.errors import InputError, RunError
 from exitsafe.exits.layers import AS_SERVED, ExitLayers, as_served_or_claimed
 from exitsafe.records import Response, Sample
-from exitsafe.untrusted import JsonObject
+from exitsafe.untrusted import JsonObject, without_surrogates
 
 MOST_AT_ONCE = 8
 """Requests in flight unless the caller knows better: a telephone answers one at a time, a provider limits them."""
 _CHUNK = 256  # samples between two calls of the judges
+_CHARACTERS = 256  # more than the longest token of any vocabulary
 
 
 class BlackBox:
@@ -96,7 +97,11 @@ class BlackBox:
                 f"{self.endpoint.where} does not answer {what} in up to {self.decoding['max_new_tokens']} tokens "
                 f"({reply.failure}): check what it serves, or ask for shorter answers (--max-new-tokens)"
             )
-        server = {"owner": self.served.owner, "version": self.served.version, "fingerprint": reply.fingerprint}
+        server = {
+            "owner": self.served.owner,
+            "version": self.served.version,
+            "fingerprint": (reply.fingerprint or "")[:200],
+        }
         self.settings = {
             "name": self.name,
             "family": "served",
@@ -128,7 +133,7 @@ class BlackBox:
             sample = tasks[index].sample
             is_filtered = reply.failure in (FILTERED, REFUSED)
             num_filtered += is_filtered
-            if fault := "" if is_filtered else _fault(reply):
+            if fault := "" if is_filtered else _fault(reply, max_new_tokens=self.decoding["max_new_tokens"]):
                 failure = failure or f"{self.endpoint.where} has no answer to sample {sample.id}: {fault}"
                 continue
             now, before = time.perf_counter(), since
@@ -136,7 +141,7 @@ class BlackBox:
             yield Response(
                 sample_id=sample.id,
                 exit_layer=exit_layer,
-                text=(reply.text or "").strip(),
+                text=without_surrogates(reply.text or "").strip(),
                 num_tokens=reply.num_tokens or 0,
                 finish_reason=reply.finish_reason or "stop",
                 seconds=now - before,
@@ -160,10 +165,12 @@ class BlackBox:
         )
 
 
-def _fault(reply: ChatReply) -> str:
+def _fault(reply: ChatReply, *, max_new_tokens: int) -> str:
     """Why a reply is not an answer; empty if it is one."""
     if reply.failure is not None:
         return reply.failure
+    if len(reply.text or "") > _CHARACTERS * max_new_tokens:
+        return f"the answer is longer than {max_new_tokens} tokens can be"
     return "the server does not report the number of tokens (usage)" if reply.num_tokens is None else ""
 
 

@@ -5,7 +5,7 @@ An address comes from the call alone: none that a run or a server names is ever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import overload
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ TIMEOUT = 600.0
 """Seconds for an answer: a busy server keeps requests waiting; one that has ended refuses connections at once."""
 BYTES_IN_FLIGHT = 2**28
 """Of the requests that are on their way or being answered."""
-_MOST_NAMES = 8
+_MOST_NAMES, _LONGEST = 8, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def find_served(url: str, *, what: str) -> ServedModel:
         raise InputError(
             f"{asking.where} does not list its models: {what} must be an OpenAI-compatible server"
         ) from error
-    known = {model.id: model for model in models}
+    known = {model.id: model for model in models if _clean(model.id) == model.id}
     if not name and len(known) != 1:
         raise InputError(f"{asking.where} serves {len(known)} models{_named(known)}: add #NAME to the URL")
     if name and name not in known:
@@ -71,7 +71,7 @@ def find_served(url: str, *, what: str) -> ServedModel:
     return ServedModel(
         endpoint=Endpoint(found.id, base_url=base, timeout=TIMEOUT),
         name=found.id,
-        owner=found.owned_by if isinstance(found.owned_by, str) else "",
+        owner=_clean(found.owned_by) if isinstance(found.owned_by, str) else "",
         version=_version(asking),
         context_length=found.max_model_len if isinstance(found.max_model_len, int) else None,
     )
@@ -116,11 +116,11 @@ def _version(endpoint: Endpoint) -> str | None:
     return _clean(version) if isinstance(version, str) else None
 
 
-def _named(names: dict[str, _Model]) -> str:
-    """The server's names of its models, which are untrusted: short, and without control characters."""
-    shown = [_clean(name) for name in list(names)[:_MOST_NAMES]]
-    return f" ({', '.join(shown)}{', ...' if len(names) > _MOST_NAMES else ''})" if shown else ""
+def _named(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_MOST_NAMES])
+    return f" ({shown}{', ...' if len(names) > _MOST_NAMES else ''})" if shown else ""
 
 
 def _clean(text: str) -> str:
-    return "".join(character for character in text if character.isprintable())[:80]
+    """A server's text, which is untrusted: short, and without control characters."""
+    return "".join(character for character in text if character.isprintable())[:_LONGEST]
