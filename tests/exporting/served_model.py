@@ -6,7 +6,8 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,11 @@ from PIL import Image
 from exitsafe.engine.vlm import VLM
 from exitsafe.exporting.candidates import Candidate, Reference
 from exitsafe.records import Sample
-from tests.judges.chat_server import Answer, ChatServer, failing
+from tests.judges.chat_server import Answer, ChatServer, failing, serving
 
 
 @dataclass
-class ServedModel:
+class FakeServer:
     """Answers chat completions as a runtime with one exit would.
 
     Args:
@@ -39,8 +40,13 @@ class ServedModel:
     samples: list[Sample] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def server(self) -> ChatServer:
-        return ChatServer(self.answer)
+    @contextmanager
+    def serving(self, **paths: object) -> Iterator[str]:
+        """The base URL, with answers at further paths."""
+        listed = {"v1/models": {"data": [{"id": "m"}]}} | paths
+        fixed = {f"/{path}": Answer(body=json.dumps(answer).encode()) for path, answer in listed.items()}
+        with serving(ChatServer(self.answer), paths=fixed) as url:
+            yield url
 
     def answer(self, body: dict[str, Any], number: int) -> Answer:
         with self._lock:  # an exit belongs to one thread

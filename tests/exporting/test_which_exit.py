@@ -11,6 +11,7 @@ import torch
 
 from exitsafe.engine.endpoint import Endpoint
 from exitsafe.engine.load import load_vlm
+from exitsafe.engine.served_model import ServedModel
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import ExitLayerError, RunError
 from exitsafe.exporting.candidates import (
@@ -24,9 +25,9 @@ from exitsafe.exporting.candidates import (
     preparations_of,
 )
 from exitsafe.exporting.questions import Questions, choose
-from exitsafe.exporting.served import Served
+from exitsafe.exporting.served import Interview
 from exitsafe.exporting.which_exit import WhichExit, which_exit
-from tests.exporting.served_model import ServedModel
+from tests.exporting.served_model import FakeServer
 from tests.judges.chat_server import Answer, ChatServer, serving
 from tests.tiny_models import NUM_LAYERS, tiny_llava, tiny_model, tiny_processor
 
@@ -46,16 +47,20 @@ def organism() -> VLM:
     return load_vlm("organism")
 
 
-def _ask(reference: VLM, served: ServedModel, claimed: int | None = None, **settings: Any) -> WhichExit:
-    with serving(served.server()) as url:
-        found = which_exit(reference, Endpoint("m", base_url=url, max_retries=0), claimed=claimed, **settings)
+def _at(url: str) -> ServedModel:
+    return ServedModel(endpoint=Endpoint("m", base_url=url, max_retries=0), name="m")
+
+
+def _ask(reference: VLM, served: FakeServer, claimed: int | None = None, **settings: Any) -> WhichExit:
+    with served.serving() as url:
+        found = which_exit(reference, _at(url), claimed=claimed, **settings)
     assert found.requests == len(served.samples) <= 64
     return found
 
 
 @pytest.mark.parametrize("exit_layer", [0, 1, NUM_LAYERS - 1, NUM_LAYERS])
 def test_every_exit_is_named(siglip: VLM, exit_layer: int) -> None:
-    found = _ask(siglip, ServedModel(siglip, Candidate(exit_layer)))
+    found = _ask(siglip, FakeServer(siglip, Candidate(exit_layer)))
     assert (found.verdict, found.exit_layer, found.fault) == ("established", exit_layer, "")
     assert found.is_as_claimed and found.preparation == ""
     assert found.decided_after <= 10 and found.nearest.distance < 1e-3
@@ -63,7 +68,7 @@ def test_every_exit_is_named(siglip: VLM, exit_layer: int) -> None:
 
 @pytest.mark.parametrize(("exit_layer", "fault"), [(5, CLASS_TOKEN), (2, POST_NORM)])
 def test_faults_are_named(clip: VLM, exit_layer: int, fault: str) -> None:
-    found = _ask(clip, ServedModel(clip, Candidate(exit_layer, fault)), claimed=5, max_requests=24)
+    found = _ask(clip, FakeServer(clip, Candidate(exit_layer, fault)), claimed=5, max_requests=24)
     assert (found.verdict, found.exit_layer, found.fault) == ("established", exit_layer, fault)
     assert not found.is_as_claimed
     assert found.differing is not None and found.differing[0] > 0 and found.requests == 24
@@ -71,25 +76,25 @@ def test_faults_are_named(clip: VLM, exit_layer: int, fault: str) -> None:
 
 @pytest.mark.parametrize("preparation", [PADDED_BLACK, BILINEAR])
 def test_another_preparation_of_pictures_is_named_and_does_not_change_the_exit(organism: VLM, preparation: str) -> None:
-    found = _ask(organism, ServedModel(organism, Candidate(7, "", preparation)), claimed=7)
+    found = _ask(organism, FakeServer(organism, Candidate(7, "", preparation)), claimed=7)
     assert found.is_as_claimed and found.preparation == preparation
 
 
 def test_from_answers_alone(organism: VLM) -> None:
-    found = _ask(organism, ServedModel(organism, Candidate(6), has_logprobs=False), claimed=7, max_requests=40)
+    found = _ask(organism, FakeServer(organism, Candidate(6), has_logprobs=False), claimed=7, max_requests=40)
     assert (found.verdict, found.exit_layer, found.has_logprobs) == ("established", 6, False)
     assert found.limit is None and found.nearest.distance == 0
 
 
 def test_a_server_that_refuses_log_probabilities_is_asked_without(organism: VLM) -> None:
-    model = ServedModel(organism, Candidate(6), has_logprobs=False)
+    model = FakeServer(organism, Candidate(6), has_logprobs=False)
 
     def script(body: dict[str, Any], number: int) -> Answer:
         refusal = {"error": {"message": "logprobs is not supported", "param": "logprobs"}}
         return Answer(status=400, body=json.dumps(refusal).encode()) if "logprobs" in body else model.answer(body, 0)
 
     with serving(ChatServer(script)) as url:
-        assert which_exit(organism, Endpoint("m", base_url=url)).exit_layer == 6
+        assert which_exit(organism, _at(url)).exit_layer == 6
 
 
 def test_other_weights_are_none_of_its_exits(clip: VLM) -> None:
@@ -98,7 +103,7 @@ def test_other_weights_are_none_of_its_exits(clip: VLM) -> None:
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3 * parameter.std().nan_to_num())
-    served = ServedModel(VLM(other, clip.processor, name="other"), Candidate(5))
+    served = FakeServer(VLM(other, clip.processor, name="other"), Candidate(5))
     found = _ask(clip, served, claimed=5, max_requests=24)
     assert (found.verdict, found.exit_layer, found.candidates) == ("excluded", None, ())
     assert found.limit is not None and found.nearest.distance > found.limit
@@ -108,7 +113,7 @@ def test_other_weights_are_none_of_its_exits(clip: VLM) -> None:
 def test_candidates_that_answer_alike_cannot_be_distinguished(organism: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """At exit 0 the post-norm hardly changes an answer, and answers are all there is."""
     monkeypatch.setattr("exitsafe.exporting.questions._MOST_STUDIED", 24)
-    found = _ask(organism, ServedModel(organism, Candidate(0), has_logprobs=False), claimed=1)
+    found = _ask(organism, FakeServer(organism, Candidate(0), has_logprobs=False), claimed=1)
     assert found.verdict == "undecided" and found.exit_layer == 0 and not found.is_as_claimed
     assert [(each.exit_layer, each.fault) for each in found.candidates] == [(0, ""), (0, POST_NORM)]
 
@@ -119,20 +124,20 @@ def test_a_language_model_in_8_bits_is_still_recognised(organism: VLM) -> None:
         if isinstance(module, torch.nn.Linear):
             scale = module.weight.data.abs().amax(dim=1, keepdim=True) / 127
             module.weight.data = (module.weight.data / scale).round() * scale
-    found = _ask(organism, ServedModel(served, Candidate(4)), claimed=4)
+    found = _ask(organism, FakeServer(served, Candidate(4)), claimed=4)
     assert found.is_as_claimed and found.deviation is not None and 1e-3 < found.deviation < 0.1
 
 
 def test_a_text_only_server(clip: VLM) -> None:
     with pytest.raises(RunError, match=r"did not answer a question with a picture: .* takes pictures"):
-        _ask(clip, ServedModel(clip, Candidate(5), takes_pictures=False))
+        _ask(clip, FakeServer(clip, Candidate(5), takes_pictures=False))
 
 
 def test_a_server_that_dies(clip: VLM) -> None:
-    with serving(ServedModel(clip, Candidate(5)).server()) as url:
-        endpoint = Endpoint("m", base_url=url, max_retries=0)
+    with FakeServer(clip, Candidate(5)).serving() as url:
+        pass
     with pytest.raises(RunError, match="could not be reached"):
-        which_exit(clip, endpoint)
+        which_exit(clip, _at(url))
 
 
 @pytest.mark.parametrize(
@@ -147,42 +152,38 @@ def test_nonsense_is_no_exit(clip: VLM, logprobs: object) -> None:
     choice = {"message": {"content": "zz " * 10_000}, "finish_reason": "stop", "logprobs": logprobs}
     body = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 10**8}}).encode()
     with serving(ChatServer(lambda request, number: Answer(body=body))) as url:
-        found = which_exit(clip, Endpoint("m", base_url=url))
+        found = which_exit(clip, _at(url))
     assert found.verdict == "excluded" and "100000000 tokens on the server" in found.remarks[0]
-
-
-def _paths(**answers: object) -> dict[str, Answer]:
-    return {f"/{path.replace('__', '/')}": Answer(body=json.dumps(answer).encode()) for path, answer in answers.items()}
 
 
 def test_what_costs_nothing_is_checked_first(clip: VLM) -> None:
     """How llama.cpp and vLLM tell their template and context."""
-    model = ServedModel(clip, Candidate(5))
+    model = FakeServer(clip, Candidate(5))
     prompt = "USER: is the square red ASSISTANT:"
     tokens = clip.encode_prompt(Questions(clip).text_question(0)).input_ids.tolist()
-    for paths, remark in (
-        (_paths(props={}, **{"apply-template": {"prompt": prompt}}), "writes a prompt as the reference's"),
-        (_paths(props={}, **{"apply-template": {"prompt": f"SYSTEM: {prompt}"}}), "writes a prompt differently"),
-        (_paths(tokenize={"tokens": tokens}), "writes a prompt as the reference's"),
-        (_paths(tokenize={"tokens": tokens[1:]}), "writes a prompt differently"),
-    ):
-        with serving(model.server(), paths=paths) as url:
-            remarks = Served(endpoint=Endpoint("m", base_url=url), vlm=clip, max_tokens=4).remarks(
-                [Questions(clip).text_question(0)]
-            )
-        assert remark in " ".join(remarks)
-    for paths in (
-        _paths(props={"default_generation_settings": {"n_ctx": 9}}),
-        _paths(v1__models={"data": [{"id": "m", "max_model_len": 9}]}),
-    ):
-        with serving(model.server(), paths=paths) as url, pytest.raises(RunError, match="has a context of 9 tokens"):
-            which_exit(clip, Endpoint("m", base_url=url))
+    told = {
+        "as the reference's": ({"props": {}, "apply-template": {"prompt": prompt}}, {"tokenize": {"tokens": tokens}}),
+        "differently": (
+            {"props": {}, "apply-template": {"prompt": f"SYSTEM: {prompt}"}},
+            {"tokenize": {"tokens": tokens[1:]}},
+        ),
+    }
+    for remark, servers in told.items():
+        for paths in servers:
+            with model.serving(**paths) as url:
+                interview = Interview(model=_at(url), vlm=clip, max_tokens=4)
+                assert remark in " ".join(interview.remarks([Questions(clip).text_question(0)]))
+    with model.serving(props={"default_generation_settings": {"n_ctx": 9}}) as url:
+        with pytest.raises(RunError, match="has a context of 9 tokens"):
+            which_exit(clip, _at(url))
+        with pytest.raises(RunError, match="has a context of 8 tokens"):
+            which_exit(clip, dataclasses.replace(_at(f"{url}/v1"), context_length=8))
     assert not model.samples
 
 
 def test_claims_beyond_the_encoder_are_refused(clip: VLM) -> None:
     with pytest.raises(ExitLayerError, match="choose 1 to 6"):
-        which_exit(clip, Endpoint("m", base_url="http://127.0.0.1:9/v1"), claimed=7)
+        which_exit(clip, _at("http://127.0.0.1:9/v1"), claimed=7)
 
 
 def test_faults_that_a_model_cannot_have_are_left_out(clip: VLM, siglip: VLM) -> None:

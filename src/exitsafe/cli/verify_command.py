@@ -76,18 +76,18 @@ def _verify_url(spec: VerifySpec, show: console.Show) -> None:
 
     if spec.reference is None:
         raise InputError("a served model is compared with the audited one: add --reference MODEL")
-    from exitsafe.exporting.served import endpoint_at
+    from exitsafe.engine.served_model import find_served
 
-    endpoint = endpoint_at(spec.what)
+    model = find_served(spec.what, what="URL")
     vlm = load_model(spec.reference, FullLoading(**spec.loading.model_dump()))
     from exitsafe.exporting.which_exit import which_exit
 
     with console.progress_bar("Asking", unit="question") as progress:
-        found = which_exit(vlm, endpoint, claimed=spec.exit_layer, progress=progress)
-    about = {"url": endpoint.where, "reference": spec.reference}
+        found = which_exit(vlm, model, claimed=spec.exit_layer, progress=progress)
+    about = {"url": model.endpoint.where, "reference": spec.reference}
     show(document(found, **about), lambda: words(found, **about, default_exit=vlm.default_exit))
     if not found.is_as_claimed:
-        raise ModelError(f"{endpoint.where} is not what was audited: {headline(found)}")
+        raise ModelError(f"{model.endpoint.where} is not what was audited: {headline(found)}")
 
 
 def _verify_slim(spec: VerifySpec, against: Path, show: console.Show) -> None:

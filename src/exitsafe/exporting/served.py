@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from exitsafe.engine.endpoint import UNREACHABLE, ChatReply, ChatRequest, Endpoint
+from exitsafe.engine.endpoint import UNREACHABLE, ChatReply, ChatRequest
 from exitsafe.engine.prompts import written
 from exitsafe.errors import InputError, RunError
 from exitsafe.records import Sample
 
 if TYPE_CHECKING:
+    from exitsafe.engine.served_model import ServedModel
     from exitsafe.engine.vlm import VLM
     from exitsafe.untrusted import JsonObject
 
@@ -30,29 +31,6 @@ TOP_LOGPROBS = 5
 LOWEST_LOGPROB = -12.0
 """Smaller log-probabilities count as this: they are rounding, and some servers cut them off."""
 Tokens = tuple[int, ...]
-
-
-def endpoint_at(url: str) -> Endpoint:
-    """The endpoint at an address such as "http://host:port/v1#NAME"; without a name, the only model that it serves.
-
-    Raises:
-        InputError: If the address is not valid, or the server has several models.
-        RunError: If the server cannot be reached.
-    """
-    base_url, _, name = url.partition("#")
-    endpoint = Endpoint(name or "default", base_url=base_url, max_retries=2)
-    if not name:
-        models = endpoint.get_json("/models").get("data")
-        listed = models if isinstance(models, list) else []
-        names = [each["id"] for each in listed if isinstance(each, dict) and isinstance(each.get("id"), str)]
-        if len(names) != 1:
-            some = ", ".join(each[:60] for each in names[:5])
-            raise InputError(
-                f"{endpoint.where} serves {len(names)} models{f' ({some})' if some else ''}: add the name of one to "
-                "the address, as in http://host:port/v1#NAME"
-            )
-        endpoint.model = names[0]
-    return endpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +52,16 @@ class Answer:
 
 
 @dataclass(kw_only=True)
-class Served:
-    """A model behind an OpenAI-compatible endpoint.
+class Interview:
+    """Questions to a model behind an OpenAI-compatible server.
 
     Args:
-        endpoint: Where it is served.
+        model: Where it is served.
         vlm: The reference, whose vocabulary its tokens are looked up in.
         max_tokens: Longest answer.
     """
 
-    endpoint: Endpoint
+    model: ServedModel
     vlm: VLM
     max_tokens: int
     num_requests: int = 0
@@ -105,8 +83,8 @@ class Served:
             if reply.text is None:
                 with_what = "with a picture" if sample.images else "without a picture"
                 raise RunError(
-                    f"{self.endpoint.where} did not answer a question {with_what}: {reply.failure}; check that it "
-                    f"serves a model {'that takes pictures' if sample.images else 'and is running'}"
+                    f"{self._where} did not answer a question {with_what}: {reply.failure}; check that it serves a "
+                    f"model {'that takes pictures' if sample.images else 'and is running'}"
                 )
         return [self._read(reply) for reply in replies]
 
@@ -116,7 +94,7 @@ class Served:
             for each in samples
         ]
         self.num_requests += len(requests)
-        replies = dict(self.endpoint.complete(requests))
+        replies = dict(self.model.endpoint.complete(requests))
         return [replies[index] for index in range(len(samples))]
 
     def _read(self, reply: ChatReply) -> Answer:
@@ -161,6 +139,10 @@ class Served:
             found.append(ids[0])
         return tuple(found)
 
+    @property
+    def _where(self) -> str:
+        return self.model.endpoint.where
+
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
         return _Vocabulary(self.vlm)
@@ -177,10 +159,10 @@ class Served:
         longest = max(len(self.vlm.encode_prompt(sample).input_ids) for sample in samples) + self.max_tokens
         text = next((sample for sample in samples if not sample.images), None)
         props = self._offered("/../props")
-        context = _number(props, "default_generation_settings", "n_ctx") or self._max_model_len()
+        context = _number(props, "default_generation_settings", "n_ctx") or self.model.context_length
         if context is not None and context < longest:
             raise RunError(
-                f"{self.endpoint.where} has a context of {context} tokens, but the questions need {longest}: start it "
+                f"{self._where} has a context of {context} tokens, but the questions need {longest}: start it "
                 "with a larger one"
             )
         if text is None:
@@ -195,24 +177,17 @@ class Served:
                 same = prompt.removeprefix(opening).strip() == ours.removeprefix(opening).strip()
                 return [_TEMPLATE_SAME if same else _TEMPLATE_OTHER]
             return []
-        body = {"model": self.endpoint.model, "messages": messages, "add_generation_prompt": True}
+        body = {"model": self.model.endpoint.model, "messages": messages, "add_generation_prompt": True}
         tokens = (self._offered("/../tokenize", body) or {}).get("tokens")
         if isinstance(tokens, list) and tokens:  # vLLM
             same = tokens == self.vlm.encode_prompt(text).input_ids.tolist()
             return [_TEMPLATE_SAME if same else _TEMPLATE_OTHER]
         return []
 
-    def _max_model_len(self) -> int | None:
-        models = (self._offered("/models") or {}).get("data")
-        for model in models if isinstance(models, list) else ():
-            if isinstance(model, dict) and model.get("id") == self.endpoint.model:
-                return _number(model, "max_model_len")
-        return None
-
     def _offered(self, path: str, body: Mapping[str, object] | None = None) -> JsonObject | None:
         """What a path answers; None if this kind of server has no such path."""
         try:
-            return self.endpoint.get_json(path) if body is None else self.endpoint.post_json(path, body)
+            return self.model.endpoint.get_json(path) if body is None else self.model.endpoint.post_json(path, body)
         except InputError:
             return None
 

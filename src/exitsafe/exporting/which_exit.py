@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from exitsafe.engine.endpoint import Endpoint
+from exitsafe.engine.served_model import ServedModel
 from exitsafe.errors import InputError
 from exitsafe.exits.layers import check_exit_layer
 from exitsafe.exporting.candidates import Candidate, Reference, candidates_of, preparations_of
 from exitsafe.exporting.questions import Questions, Studies
-from exitsafe.exporting.served import LOWEST_LOGPROB, Answer, Served
+from exitsafe.exporting.served import LOWEST_LOGPROB, Answer, Interview
 from exitsafe.records import Progress, Sample
 from exitsafe.stats.identification import (
     answer_ratios,
@@ -106,7 +106,7 @@ class WhichExit:
 
 def which_exit(
     vlm: VLM,
-    endpoint: Endpoint,
+    model: ServedModel,
     *,
     claimed: int | None = None,
     error: float = ERROR,
@@ -117,7 +117,7 @@ def which_exit(
 
     Args:
         vlm: The audited model.
-        endpoint: The server.
+        model: What is served.
         claimed: The exit that it should run.
         error: The largest probability of naming an exit other than the one that runs.
         max_requests: The most questions to ask.
@@ -132,7 +132,7 @@ def which_exit(
         check_exit_layer(claimed, vlm.num_layers)
     if vlm.encoder.modality != "image":
         raise InputError("which exit a server runs can be asked of image encoders only; leave --encoder out")
-    served = Served(endpoint=endpoint, vlm=vlm, max_tokens=MAX_NEW_TOKENS)
+    served = Interview(model=model, vlm=vlm, max_tokens=MAX_NEW_TOKENS)
     inquiry = _Inquiry(vlm, served, error=error, max_requests=max_requests, progress=progress)
     inquiry.ask_texts()
     found = inquiry.settle(candidates_of(vlm), inquiry.questions.picture_question, most=max_requests - NUM_ODD)
@@ -183,7 +183,7 @@ class _Found:
 class _Inquiry:
     """The questions asked of one server."""
 
-    def __init__(self, vlm: VLM, served: Served, *, error: float, max_requests: int, progress: Progress) -> None:
+    def __init__(self, vlm: VLM, served: Interview, *, error: float, max_requests: int, progress: Progress) -> None:
         self.vlm, self.served, self.error, self.max_requests = vlm, served, error, max_requests
         self.reference = Reference(vlm, max_new_tokens=MAX_NEW_TOKENS)
         self.questions = Questions(vlm)
