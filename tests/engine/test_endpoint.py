@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 import threading
@@ -13,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from exitsafe.engine.endpoint import MAX_FAILURES, ChatReply, ChatRequest, Endpoint, Pace, Reply, TokenLogprobs
+from exitsafe.engine.endpoint import (
+    MAX_BYTES,
+    MAX_FAILURES,
+    ChatReply,
+    ChatRequest,
+    Endpoint,
+    Pace,
+    Reply,
+    TokenLogprobs,
+)
 from exitsafe.errors import InputError, RunError
 from tests.judges.chat_server import SECRET, Answer, ChatServer, failing, serving
 
@@ -235,15 +245,22 @@ def test_a_body_that_may_be_better_next_time_is_asked_for_again(body: str) -> No
     assert (endpoint.usage.requests, endpoint.usage.uncounted) == (2, 0)
 
 
-def test_an_event_stream_without_end_is_left() -> None:
+@pytest.mark.parametrize(
+    ("kind", "piece", "failure"),
+    [
+        ("text/event-stream", b": ping\n\n", "the endpoint answered with an event stream"),
+        ("application/json", b" ", "the endpoint timed out"),
+    ],
+)
+def test_an_answer_without_end_is_left(kind: str, piece: bytes, failure: str) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Content-Type", kind)
             self.end_headers()
             try:
                 while True:
-                    self.wfile.write(b": ping\n\n")
+                    self.wfile.write(piece)
                     time.sleep(0.02)
             except OSError:
                 pass
@@ -254,14 +271,43 @@ def test_an_event_stream_without_end_is_left() -> None:
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    endpoint = Endpoint("m", base_url=f"http://127.0.0.1:{http.server_port}/v1", timeout=0.3)
+    endpoint = Endpoint("m", base_url=f"http://127.0.0.1:{http.server_port}/v1", timeout=0.3, max_retries=1)
     start = time.monotonic()
     try:
-        assert endpoint.ask([TALK]) == [Reply(failure="the endpoint answered with an event stream")]
+        assert endpoint.ask([TALK]) == [Reply(failure=failure)]
+        with pytest.raises((InputError, RunError)):
+            endpoint.post_json("/tokenize", {})
     finally:
         http.shutdown()
         http.server_close()
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_small_body_that_unpacks_to_a_large_one_is_left(status: int) -> None:
+    packed = gzip.compress(b" " * (MAX_BYTES + 1))
+    said = Answer(status=status, body=packed, headers={"Content-Encoding": "gzip"})
+    with serving(ChatServer(lambda *_: said), paths={"/v1/models": said}) as url:
+        endpoint = Endpoint("m", base_url=url)
+        assert endpoint.ask([TALK]) == [Reply(failure="the endpoint's answer is larger than 16 MiB")]
+        with pytest.raises(InputError, match="does not answer with JSON at /models"):
+            endpoint.get_json("/models")
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_texts_and_key_go_to_no_other_address(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-zorb-key")
+    other = ChatServer(lambda *_: Answer())
+    with serving(other, paths={"/v1/models": Answer(body=b'{"data": []}')}) as elsewhere:
+        moved = Answer(status=status, headers={"Location": f"{elsewhere}/chat/completions"})
+        listed = Answer(status=status, headers={"Location": f"{elsewhere}/models"})
+        with serving(ChatServer(lambda *_: moved), paths={"/v1/models": listed}) as url:
+            endpoint = Endpoint("m", base_url=url)
+            with pytest.raises(InputError, match=rf"redirects to another address \(status {status}\)"):
+                endpoint.ask([TALK])
+            with pytest.raises(InputError, match=f"answers status {status} at /models"):
+                endpoint.get_json("/models")
+    assert not other.requests
 
 
 def completion(**changes: Any) -> bytes:

@@ -45,6 +45,7 @@ MAX_BAD_BODIES = 8  # in a row; fewer, since an answer with status 200 may have 
 BODY_RETRIES = 1  # retries after a body that may be better next time; each attempt counts as a failure
 BODY_RETRY_DELAY = 0.5  # seconds
 MAX_TOKENS = 10**9  # per reply; larger counts are ignored
+MAX_BYTES = 2**24  # of an answer's body, unpacked
 
 UNREACHABLE = "the endpoint could not be reached"
 TIMED_OUT = "the endpoint timed out"
@@ -53,6 +54,7 @@ SERVER_FAILED = "the endpoint failed"
 ERROR_BODY = "the endpoint answered with an error (status 200)"
 EMPTY_BODY = "the endpoint answered with an empty body"
 EVENT_STREAM = "the endpoint answered with an event stream"
+TOO_LARGE = f"the endpoint's answer is larger than {MAX_BYTES // 2**20} MiB"
 WEB_PAGE = "the endpoint answered with a web page"
 BROKEN_BODY = "the endpoint's answer is truncated or corrupt"
 NO_COMPLETION = "the endpoint's answer is not a chat completion"
@@ -302,13 +304,24 @@ class Endpoint:
 
     def _fetch(self, path: str, body: Mapping[str, object] | None) -> JsonObject:
         import httpx2
-        from openai import APIConnectionError, APIStatusError, OpenAI
+        from openai import APIConnectionError, APIStatusError, DefaultHttpxClient, OpenAI
+
+        def after_each_response(response: httpx2.Response) -> None:
+            body = _Body(response, timeout=self.timeout)
+            for piece in response.iter_bytes():
+                body.add(piece)
+            response._content = body.whole
 
         self.check()
         root = self.base_url.rpartition("/")[0]
         url = root + path.removeprefix("/..") if path.startswith("/../") else self.base_url + path
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        with OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries) as client:
+        http = DefaultHttpxClient(
+            event_hooks={"response": [after_each_response]}, timeout=self.timeout, follow_redirects=False
+        )
+        with OpenAI(
+            base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries, http_client=http
+        ) as client:
             try:
                 if body is None:
                     answer = client.get(url, cast_to=httpx2.Response)
@@ -326,7 +339,7 @@ class Endpoint:
                     f"{self.where} answers status {error.status_code} at {path.removeprefix('/..')}: check the address "
                     "(it ends in /v1) and the server's kind"
                 ) from None
-            except UnreadableError:
+            except (UnreadableError, _UnusableBodyError):
                 raise InputError(
                     f"{self.where} does not answer with JSON at {path.removeprefix('/..')}: check that the address is "
                     "an OpenAI-compatible server's"
@@ -340,12 +353,10 @@ class Endpoint:
             self.usage.requests += 1
 
         async def after_each_response(response: httpx2.Response) -> None:
-            if "event-stream" in response.headers.get("Content-Type", ""):  # not requested, and it may never end
-                try:
-                    async with asyncio.timeout(self.timeout):
-                        await response.aread()
-                except TimeoutError:
-                    raise _EndlessStreamError from None
+            body = _Body(response, timeout=self.timeout)
+            async for piece in response.aiter_bytes():
+                body.add(piece)
+            response._content = body.whole
 
         return AsyncOpenAI(
             base_url=self.base_url,
@@ -353,7 +364,9 @@ class Endpoint:
             timeout=self.timeout,
             max_retries=self.max_retries,
             http_client=DefaultAsyncHttpxClient(
-                event_hooks={"request": [before_each_request], "response": [after_each_response]}, timeout=self.timeout
+                event_hooks={"request": [before_each_request], "response": [after_each_response]},
+                timeout=self.timeout,
+                follow_redirects=False,  # neither texts nor the key go to an address that the user did not give
             ),
         )
 
@@ -392,8 +405,8 @@ class Endpoint:
             return self._failed(TIMED_OUT)
         except APIConnectionError:
             return self._failed(UNREACHABLE)
-        except _EndlessStreamError:
-            return self._failed(EVENT_STREAM, most=MAX_BAD_BODIES)
+        except _UnusableBodyError as error:
+            return self._failed(str(error), most=MAX_BAD_BODIES)
         except APIStatusError as error:
             if sends_seed and error.status_code in (400, 422) and re.search(r"\bseed\b", error.message):
                 self._sends_seed = False
@@ -457,6 +470,11 @@ class Endpoint:
         """The failed reply for an HTTP status, also one inside a body; raises where every request would fail."""
         if status == 401:
             raise self._bad_key() from None
+        if 300 <= status < 400:
+            raise InputError(
+                f"{self.where} redirects to another address (status {status}), and requests are sent to none but the "
+                "one given: give the address that it redirects to"
+            ) from None
         if status == 404:
             raise InputError(
                 f"{self.where} has no model {self.model} (status 404): check the model's name and the base URL"
@@ -536,8 +554,44 @@ class Pace:
         return start - now
 
 
-class _EndlessStreamError(Exception):
-    """An event stream that was still open after the timeout."""
+class _UnusableBodyError(Exception):
+    """A body that is too large, or an event stream that was still open after the timeout; the message says which."""
+
+
+class _Body:
+    """A body as it arrives, within bounds of size and time: a server may send for ever.
+
+    Args:
+        response: Whose body it is.
+        timeout: Seconds in which it must arrive.
+    """
+
+    def __init__(self, response: httpx2.Response, *, timeout: float) -> None:
+        self._response, self._deadline = response, time.monotonic() + timeout
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def add(self, piece: bytes) -> None:
+        """Add what has arrived next.
+
+        Raises:
+            _UnusableBodyError: If it is too large, or an event stream, which was not requested and may never end.
+            httpx2.ReadTimeout: If it takes too long.
+        """
+        import httpx2
+
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > MAX_BYTES:
+            raise _UnusableBodyError(TOO_LARGE)
+        if time.monotonic() > self._deadline:
+            if "event-stream" in self._response.headers.get("Content-Type", ""):
+                raise _UnusableBodyError(EVENT_STREAM)
+            raise httpx2.ReadTimeout("the body takes too long", request=self._response.request)
+
+    @property
+    def whole(self) -> bytes:
+        return b"".join(self._pieces)
 
 
 class _NotJSONError(Exception):
