@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from exitsafe.engine.vlm import VLM
 
 SAME = 0.2
-"""Largest mean difference of log-probabilities between the server's model and ours. Another kernel or number type moves
-them by less than 0.1; 4-bit weights by 0.3; the next exit by 0.2 or more (docs/engines.md)."""
+"""Largest mean difference of log-probabilities between the server's model and ours. For the organism, another number
+type moves them by 0.02, another organism by 0.4, a missing adapter by 1 (docs/engines.md)."""
 _QUESTION, _LENGTH, _TOP = "what is in this picture?", 4, 5
 _NOT_TAKEN = ("cohere2_vision", "gemma3", "gemma3n", "gemma4", "internvl", "llava_next", "llava_onevision")
 """Families whose image embeddings stop vLLM 0.32: it asserts that there are none or, for InternVL, LLaVA-NeXT and
