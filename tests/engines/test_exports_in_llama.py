@@ -52,6 +52,17 @@ def test_siglip_is_exact_with_the_layer_in_its_file_and_one_block_short_without(
         assert _nearest(found) == exit_layer - 1 and found[exit_layer - 1] < _ROUNDING
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    vlm = served_model("llava-siglip")
+    vlm.model.to(dtype)
+    encoder = write_encoder(vlm, tmp_path / "encoder.gguf", exit_layer=3)
+    vlm.model.float()  # the same rounded weights
+    found = _distances(vlm, write_language_model(vlm, tmp_path / "model.gguf"), encoder, tmp_path)
+    assert _nearest(found) == 3
+    assert found[3] < 0.05 < min(found[each] for each in EXITS if each != 3)
+
+
 @pytest.mark.parametrize("exit_layer", (2, 6))
 def test_smolvlm_is_exact(exit_layer: int, tmp_path: Path) -> None:
     vlm = served_model("smolvlm")

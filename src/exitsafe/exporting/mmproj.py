@@ -25,6 +25,8 @@ MMPROJ = "mmproj.gguf"
 _TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """Encoders of LLaVA that can be written, with the features that their projector must read."""
 _IDEFICS = ("idefics3", "smolvlm")
+_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
+"""What llama.cpp calls the type of most tensors."""
 _GELU = {"quick_gelu": False, "gelu_pytorch_tanh": True, "gelu": True}
 
 
@@ -78,7 +80,7 @@ def write_mmproj(slim: MultimodalModel, processor: Any, path: Path, *, facts: Ma
     depth = int(vision.num_hidden_layers)
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_type(gguf.GGUFType.MMPROJ)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if slim.dtype == torch.float32 else gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(_FILE_TYPES[slim.dtype])
     writer.add_clip_has_vision_encoder(True)
     writer.add_vision_block_count(depth)
     writer.add_vision_embedding_length(vision.hidden_size)
@@ -105,7 +107,11 @@ def write_mmproj(slim: MultimodalModel, processor: Any, path: Path, *, facts: Ma
         elif value is not None:
             writer.add_string(f"exitsafe.{name}", value)
     for name, tensor in _tensors(slim, gguf, depth).items():
-        writer.add_tensor(name, tensor.numpy())
+        if tensor.dtype == torch.bfloat16:  # a type that NumPy does not have
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -113,7 +119,7 @@ def write_mmproj(slim: MultimodalModel, processor: Any, path: Path, *, facts: Ma
 
 
 def _tensors(slim: MultimodalModel, gguf: Any, depth: int) -> dict[str, Tensor]:
-    """The tensors under llama.cpp's names: vectors and what is not multiplied in float32, matrices at most in that."""
+    """The tensors under llama.cpp's names: matrices in their own type, the rest in float32."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, depth)
     found = {}
     for name, tensor in slim.state_dict().items():
@@ -124,8 +130,7 @@ def _tensors(slim: MultimodalModel, gguf: Any, depth: int) -> dict[str, Tensor]:
             continue  # the language model; LLaVA reads a block's output, without the encoder's last norm
         is_matrix = tensor.dim() == 2 and "position" not in written
         tensor = tensor.detach().cpu()
-        # bfloat16 would need a type that NumPy does not have, and float16 would cut its range
-        found[written] = (tensor if is_matrix and tensor.dtype == torch.float16 else tensor.float()).contiguous()
+        found[written] = (tensor if is_matrix else tensor.float()).contiguous()
     return found
 
 
@@ -144,7 +149,7 @@ def _hub_name(name: str) -> str:
 
 def _gguf() -> Any:
     try:
-        import gguf
+        import gguf.quants
     except ImportError as error:
         raise InputError('--to gguf needs the package gguf: pip install "exitsafe[gguf]"') from error
     return gguf
