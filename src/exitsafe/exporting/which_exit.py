@@ -132,8 +132,24 @@ def which_exit(
         check_exit_layer(claimed, vlm.num_layers)
     if vlm.encoder.modality != "image":
         raise InputError("which exit a server runs can be asked of image encoders only; leave --encoder out")
-    served = Interview(model=model, vlm=vlm, max_tokens=MAX_NEW_TOKENS)
-    inquiry = _Inquiry(vlm, served, error=error, max_requests=max_requests, progress=progress)
+    interview = Interview(model=model, vlm=vlm, max_tokens=MAX_NEW_TOKENS)
+    return identify(
+        vlm, interview, Questions(vlm), claimed=claimed, error=error, max_requests=max_requests, progress=progress
+    )
+
+
+def identify(
+    vlm: VLM,
+    served: Interview,
+    questions: Questions,
+    *,
+    claimed: int | None,
+    error: float,
+    max_requests: int,
+    progress: Progress,
+) -> WhichExit:
+    """`which_exit` by an interview with chosen questions."""
+    inquiry = _Inquiry(vlm, served, questions, error=error, max_requests=max_requests, progress=progress)
     inquiry.ask_texts()
     found = inquiry.settle(candidates_of(vlm), inquiry.questions.picture_question, most=max_requests - NUM_ODD)
     decided_after = served.num_requests
@@ -183,10 +199,19 @@ class _Found:
 class _Inquiry:
     """The questions asked of one server."""
 
-    def __init__(self, vlm: VLM, served: Interview, *, error: float, max_requests: int, progress: Progress) -> None:
-        self.vlm, self.served, self.error, self.max_requests = vlm, served, error, max_requests
+    def __init__(
+        self,
+        vlm: VLM,
+        served: Interview,
+        questions: Questions,
+        *,
+        error: float,
+        max_requests: int,
+        progress: Progress,
+    ) -> None:
+        self.vlm, self.served, self.questions = vlm, served, questions
+        self.error, self.max_requests = error, max_requests
         self.reference = Reference(vlm, max_new_tokens=MAX_NEW_TOKENS)
-        self.questions = Questions(vlm)
         self.shared: list[float] = []  # distances of texts without a picture
         self.samples: dict[str, Sample] = {}
         self.answers: dict[str, Answer] = {}
