@@ -17,6 +17,7 @@ from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
 from exitsafe.exporting.candidates import CLASS_TOKEN, PADDED_AS_CLIP
 from exitsafe.exporting.which_exit import WhichExit, which_exit
+from exitsafe.organism.architecture import build_model
 from tests.engines.gguf_models import Bits, shipped, write_encoder, write_language_model
 from tests.engines.llama_server import llama_server
 from tests.engines.server import free_port, running
@@ -117,12 +118,18 @@ def test_quantised_language_models(organism: VLM, tmp_path: Path, bits: Bits, ex
     assert (same.verdict, same.exit_layer, same.fault) == ("established", exit_layer, CLASS_TOKEN)
 
 
-def test_another_model_is_none_of_its_exits(organism: VLM, tmp_path: Path) -> None:
-    """The text organism has the same architecture, vocabulary and pictures, but was trained otherwise."""
-    other = load_vlm("organism:text")
+def test_another_seed_is_none_of_its_exits(organism: VLM, tmp_path: Path) -> None:
+    other = VLM(build_model(seed=1).eval(), organism.processor, name="another seed")
     with _llama(other, tmp_path, 7) as (url, _):
-        found = _ask("llama.cpp, another organism", organism, url, claimed=7)
+        found = _ask("llama.cpp, another seed of the organism, untrained", organism, url, claimed=7)
     assert (found.verdict, found.exit_layer) == ("excluded", None)
+
+
+def test_the_same_model_trained_otherwise_is_not_taken_for_it(organism: VLM, tmp_path: Path) -> None:
+    """The text organism differs in its last lessons alone, by about as much as weights in 4 bits."""
+    with _llama(load_vlm("organism:text"), tmp_path, 7) as (url, _):
+        found = _ask("llama.cpp, organism:text", organism, url, claimed=7)
+    assert found.verdict != "established" and not found.is_as_claimed
 
 
 def test_a_text_only_server(organism: VLM, tmp_path: Path) -> None:
