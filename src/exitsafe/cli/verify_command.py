@@ -47,11 +47,11 @@ def verify_command(spec: VerifySpec, show: console.Show) -> None:
     """
     given = spec.model_fields_set | spec.loading.model_fields_set
     if re.match("https?://", spec.what):
-        of_url = {"what", "reference", "exit_layer", "loading"} | spec.loading.model_fields_set
+        of_url = {"what", "reference", "exit_layer", "language_model", "loading"} | spec.loading.model_fields_set
         _refuse(given - of_url, "is for an exported checkpoint or a run; leave it out for a URL")
         _verify_url(spec, show)
         return
-    _refuse(given & {"reference", "exit_layer"}, "is for the address of a served model; leave it out")
+    _refuse(given & {"reference", "exit_layer", "language_model"}, "is for the address of a served model; leave it out")
     if not Path(spec.what).exists():
         raise InputError(f"{spec.what} does not exist; give a folder of exitsafe export, a finished run or a URL")
     _refuse(given & {"encoder"}, "is recorded with the run and the checkpoint; leave it out")
@@ -80,6 +80,10 @@ def _verify_url(spec: VerifySpec, show: console.Show) -> None:
 
     model = find_served(spec.what, what="URL")
     vlm = load_model(spec.reference, FullLoading(**spec.loading.model_dump()))
+    if spec.language_model is not None:
+        from exitsafe.exporting.shipped_weights import take_language_model
+
+        take_language_model(vlm, spec.language_model)
     from exitsafe.exporting.which_exit import which_exit
 
     with console.progress_bar("Asking", unit="question") as progress:

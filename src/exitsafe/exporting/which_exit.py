@@ -44,6 +44,8 @@ NUM_ODD = 8
 FIT = (0.03, 4.0, 0.5)
 """A candidate fits a question if its distance is at most 4 times that of texts without a picture; not less than 0.03,
 and not more than 0.5, which no model in 4 bits reached."""
+LARGE_DEVIATION = 0.1
+"""Larger distances of texts without a picture are more than a language model in 8 bits explains."""
 MISSES = 0.1
 """The largest share of questions that the true candidate does not fit."""
 
@@ -256,6 +258,11 @@ class _Inquiry:
         texts = texts if self.served.has_logprobs else []
         for sample, answer in zip(texts, self.ask(texts), strict=True):
             self.shared += self._distances(sample, [Candidate(self.vlm.default_exit)], answer).tolist()
+        if (self.deviation or 0) > LARGE_DEVIATION:
+            self.remarks.append(
+                f"Even without a picture its log-probabilities differ by {self.deviation:.2f}, more than a language "
+                "model in 8 bits explains: it has fewer bits or other weights."
+            )
 
     def settle(self, candidates: Sequence[Candidate], question: Callable[[int], Sample], *, most: int) -> _Found:
         """Ask chosen questions until one candidate is established, all are excluded, or no question tells the rest

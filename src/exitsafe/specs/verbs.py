@@ -154,6 +154,12 @@ class VerifySpec(Spec):
     ]
     reference: Annotated[str | None, Flag("The audited model whose exits URL is compared with.", "MODEL")] = None
     exit_layer: Annotated[Count | None, Flag("The exit that URL should run.")] = None
+    language_model: Annotated[
+        Path | None,
+        Flag(
+            "The GGUF file of the language model that URL runs; its weights replace those of --reference.", "FILE.gguf"
+        ),
+    ] = None
     against: Annotated[
         Path | None, Flag("The finished run of the model and adapter that SLIM was made from.", "RUN")
     ] = None
