@@ -184,6 +184,18 @@ def test_an_answer_that_ends_too_early_is_no_answer(fake: FakeVLLM, samples: lis
         exitsafe.audit("organism", samples, exit_layers=LAYERS, engine=url, out=tmp_path / "run")
 
 
+def test_an_answer_that_goes_on_after_its_end_is_no_answer(
+    fake: FakeVLLM, samples: list[Sample], tmp_path: Path, vlm: VLM
+) -> None:
+    def go_on(completion: dict[str, Any], number: int) -> None:
+        if number > 8:
+            completion["choices"][0]["token_ids"] = [vlm.eos_token_ids[0]] + [9] * 23
+
+    fake.change = go_on
+    with fake.running() as url, pytest.raises(RunError, match=r"continues its answer to .* after its end"):
+        exitsafe.audit("organism", samples, exit_layers=LAYERS, engine=url, out=tmp_path / "run")
+
+
 def test_another_model_is_noticed_by_its_log_probabilities(samples: list[Sample], tmp_path: Path) -> None:
     fake = FakeVLLM(load_vlm("organism:text"))
     with fake.running() as url, pytest.raises(ModelError, match="serves another model than organism: at exit 4"):
@@ -206,7 +218,19 @@ def test_an_adapter_must_be_served_too(fake: FakeVLLM, samples: list[Sample], tm
     assert texts(run) == texts(own)
 
 
-def _adapter(folder: Path) -> Path:
+def test_an_adapter_that_changes_little_must_be_served_too(
+    fake: FakeVLLM, samples: list[Sample], tmp_path: Path
+) -> None:
+    folder = _adapter(tmp_path / "adapter", std=0.02)
+    adapted = load_vlm("organism", adapter=folder, offload_decoder=True)
+    with fake.running() as url, pytest.raises(ModelError, match="serves organism without this adapter"):
+        exitsafe.audit(adapted, samples, exit_layers=LAYERS, engine=url, out=tmp_path / "base")
+    fake.vlm = load_vlm("organism", adapter=folder)
+    with fake.running() as url:
+        exitsafe.audit(adapted, samples[:1], exit_layers=LAYERS, engine=url, out=tmp_path / "run")
+
+
+def _adapter(folder: Path, *, std: float = 0.3) -> Path:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -214,7 +238,7 @@ def _adapter(folder: Path) -> Path:
     model: Any = get_peft_model(load_vlm("organism").base_model, LoraConfig(r=4, target_modules=parts))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.3)
+            torch.nn.init.normal_(weight, std=std)
     model.save_pretrained(folder)
     return folder
 

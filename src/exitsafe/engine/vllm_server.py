@@ -154,6 +154,8 @@ class VLLMServer:
         num_embeddings = vlm.base_model.get_input_embeddings().weight.shape[0]
         if not 0 < len(tokens) <= max_new_tokens or max(tokens) >= num_embeddings:
             return f"answers {sample} with {len(tokens)} tokens that this model cannot have written"
+        if not set(tokens[:-1]).isdisjoint(vlm.eos_token_ids):
+            return f"continues its answer to {sample} after its end: it must stop at stop_token_ids"
         if tokens[-1] not in vlm.eos_token_ids and len(tokens) < max_new_tokens:
             return f"ends its answer to {sample} after {len(tokens)} of {max_new_tokens} tokens: it must set no limit"
         return ""
@@ -185,19 +187,11 @@ class VLLMServer:
             if fault := self._fault(vlm, row, replies[index], max_new_tokens=_LENGTH):
                 raise ModelError(f"{self.endpoint.where} {fault}")
         answers = [torch.tensor(replies[index].token_ids) for index in range(len(rows))]
-        hidden, _, mask = vlm.response_states(rows, answers)
-        ours = vlm.logits(hidden).log_softmax(dim=-1)
-        for index, exit_layer in enumerate(exits):
-            theirs = _logprobs(replies[index])
-            if len(theirs) != len(answers[index]) or not all(theirs):
-                raise ModelError(f"{self.endpoint.where} gives no log-probabilities, by which its model is checked")
-            here = ours[index, mask[index]].cpu()
-            differences = [
-                abs(here[place, token].item() - value) if token < here.shape[1] else float("inf")
-                for place, found in enumerate(theirs)
-                for token, value in found.items()
-            ]
-            difference = sum(differences) / len(differences)
+        theirs = [_logprobs(replies[index]) for index in range(len(rows))]
+        if any(len(found) != len(answer) or not all(found) for found, answer in zip(theirs, answers, strict=True)):
+            raise ModelError(f"{self.endpoint.where} gives no log-probabilities, by which its model is checked")
+        differences = _differences(vlm, rows, answers, theirs)
+        for exit_layer, difference in zip(exits, differences, strict=True):
             if not difference <= SAME:
                 raise ModelError(
                     f"{self.endpoint.where} serves another model than {vlm.name}"
@@ -205,6 +199,34 @@ class VLLMServer:
                     f"differ by {difference:.2g} (at most {SAME:g}); serve the same weights in the same precision, "
                     "and name an adapter that it serves as URL#NAME"
                 )
+        if vlm.adapter is None:
+            return
+        with vlm.model.disable_adapter():  # which may change less than another precision does
+            without = _differences(vlm, rows, answers, theirs)
+        if sum(without) < sum(differences) / 2:
+            raise ModelError(
+                f"{self.endpoint.where} serves {vlm.name} without this adapter: log-probabilities differ by "
+                f"{sum(without) / len(rows):.2g} from those without it, and by {sum(differences) / len(rows):.2g} from "
+                "those with it; name an adapter that it serves as URL#NAME"
+            )
+
+
+def _differences(
+    vlm: VLM, rows: Sequence[Row], answers: Sequence[Tensor], theirs: Sequence[Sequence[Mapping[int, float]]]
+) -> list[float]:
+    """Mean differences between the server's log-probabilities along its answers and ours, by row."""
+    hidden, _, mask = vlm.response_states(rows, answers)
+    ours = vlm.logits(hidden).log_softmax(dim=-1)
+    means = []
+    for index, found in enumerate(theirs):
+        here = ours[index, mask[index]].cpu()
+        each = [
+            abs(here[place, token].item() - value) if token < here.shape[1] else float("inf")
+            for place, top in enumerate(found)
+            for token, value in top.items()
+        ]
+        means.append(sum(each) / len(each))
+    return means
 
 
 _AS_HERE: dict[str, object] = {
