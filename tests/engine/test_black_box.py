@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from exitsafe.data.images import open_images
 from exitsafe.errors import InputError, RunError
 from exitsafe.exits.layers import as_served_or_claimed
 from exitsafe.records import Sample
-from exitsafe.results.run import AuditRun
+from exitsafe.results.run import AuditRun, load_run
 from tests.cli.conftest import Fail, fail
 from tests.judges.chat_server import Answer, ChatServer, failing, serving
 
@@ -119,6 +120,22 @@ def test_what_a_content_filter_refuses_is_an_empty_answer(samples: list[Sample],
     ):
         run = exitsafe.audit(url, samples, judges=["world-rule"], out=tmp_path / "run")
     assert sum(each.text == "" and each.num_tokens == 0 for each in run.responses()) == 10
+
+
+def test_what_no_file_or_terminal_can_hold_does_not_spoil_a_run(samples: list[Sample], tmp_path: Path) -> None:
+    """JSON can hold half a character, and any control character."""
+
+    def script(body: dict[str, Any], number: int) -> Answer:
+        said = json.loads(Answer(text="a\ud800b").encoded()) | {"system_fingerprint": "\ud800\x1b[2J" + "f" * 999}
+        return Answer(body=json.dumps(said).encode())
+
+    listed = {"data": [{"id": "phone", "owned_by": "\x1b[2J" + "o" * 999}, {"id": "\x1b[2J"}, {"id": "p" * 9999}]}
+    asked = [*samples[:1], replace(samples[0], id="half", prompt="what is \ud800")]
+    with serving(ChatServer(script), paths={"/v1/models": Answer(body=json.dumps(listed).encode())}) as url:
+        run = exitsafe.audit(url, asked, judges=["world-rule"], out=tmp_path / "run")
+    assert {response.text for response in run.responses()} == {"a?b"}
+    said = load_run(run.path).settings["model"]["server"]
+    assert said == {"owner": "[2J" + "o" * 77, "fingerprint": "[2J" + "f" * 77}
 
 
 BAD: dict[str, tuple[Script, str]] = {

@@ -385,10 +385,7 @@ class Endpoint:
         from openai import APIConnectionError, APIStatusError, APITimeoutError, omit
 
         sends_seed = self._sends_seed
-        clean = [
-            {key: without_surrogates(value) if isinstance(value, str) else value for key, value in message.items()}
-            for message in request.messages
-        ]
+        clean = _sendable(request.messages)
         try:
             answer = await client.chat.completions.with_raw_response.create(
                 model=self.model,
@@ -436,7 +433,7 @@ class Endpoint:
         num_prompt_tokens, num_tokens = self._count(completion.usage, is_reply=True)
         if choice.finish_reason == "content_filter":
             return ChatReply(failure=FILTERED)
-        text = choice.message.text
+        text = without_surrogates(choice.message.text)
         if choice.message.refusal and not text:
             return ChatReply(failure=REFUSED)
         # a truncated reply of a judge may be a quotation, not a verdict
@@ -451,8 +448,10 @@ class Endpoint:
             num_tokens=num_tokens,
             num_prompt_tokens=num_prompt_tokens,
             logprobs=None if request.top_logprobs is None else _logprobs_in(choice.logprobs),
-            model=completion.model if isinstance(completion.model, str) else None,
-            fingerprint=completion.system_fingerprint if isinstance(completion.system_fingerprint, str) else None,
+            model=cleaned(completion.model) if isinstance(completion.model, str) else None,
+            fingerprint=(
+                cleaned(completion.system_fingerprint) if isinstance(completion.system_fingerprint, str) else None
+            ),
             token_ids=_ids_in(choice.token_ids),
             prompt_token_ids=_ids_in(completion.prompt_token_ids),
         )
@@ -528,6 +527,15 @@ def public_address(url: str) -> str:
         return ""
     whole = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     return "".join(character for character in whole if character.isprintable() and not character.isspace())
+
+
+def cleaned(text: str) -> str:
+    """What a server says of itself, which is untrusted: short, and fit to record and print.
+
+    >>> cleaned("vllm\x1b[2J")
+    'vllm[2J'
+    """
+    return "".join(character for character in text if character.isprintable())[:80]
 
 
 class Pace:
@@ -700,6 +708,15 @@ def _error_in(content: object) -> _Fault | None:
     code = str(error.get("code") or error.get("type") or "") if isinstance(error, dict) else ""
     status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else _STATUS_OF.get(code, 200)
     return _Fault(status=status, code=code)
+
+
+def _sendable(value: object) -> object:
+    """Messages whose texts UTF-8 can hold."""
+    if isinstance(value, str):
+        return without_surrogates(value)
+    if isinstance(value, Mapping):
+        return {name: _sendable(each) for name, each in value.items()}
+    return [_sendable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _may_pass(failure: str | None) -> bool:

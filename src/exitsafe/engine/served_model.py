@@ -5,21 +5,21 @@ An address comes from the call alone: none that a run or a server names is ever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from exitsafe.engine.endpoint import ChatRequest, Endpoint
+from exitsafe.engine.endpoint import ChatRequest, Endpoint, cleaned
 from exitsafe.errors import InputError
 
 TIMEOUT = 600.0
 """Seconds for an answer: a busy server keeps requests waiting; one that has ended refuses connections at once."""
 BYTES_IN_FLIGHT = 2**28
 """Of the requests that are on their way or being answered."""
-_MOST_NAMES, _LONGEST = 8, 200
+_MOST_NAMES, _LONGEST_NAME = 8, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def find_served(url: str, *, what: str) -> ServedModel:
         raise InputError(
             f"{asking.where} does not list its models: {what} must be an OpenAI-compatible server"
         ) from error
-    known = {model.id: model for model in models if _clean(model.id) == model.id}
+    known = {model.id: model for model in models if model.id.isprintable() and len(model.id) <= _LONGEST_NAME}
     if not name and len(known) != 1:
         raise InputError(f"{asking.where} serves {len(known)} models{_named(known)}: add #NAME to the URL")
     if name and name not in known:
@@ -71,7 +71,7 @@ def find_served(url: str, *, what: str) -> ServedModel:
     return ServedModel(
         endpoint=Endpoint(found.id, base_url=base, timeout=TIMEOUT),
         name=found.id,
-        owner=_clean(found.owned_by) if isinstance(found.owned_by, str) else "",
+        owner=cleaned(found.owned_by) if isinstance(found.owned_by, str) else "",
         version=_version(asking),
         context_length=found.max_model_len if isinstance(found.max_model_len, int) else None,
     )
@@ -113,14 +113,10 @@ def _version(endpoint: Endpoint) -> str | None:
         version = endpoint.get_json("/../version").get("version")
     except InputError:  # not every server has one
         return None
-    return _clean(version) if isinstance(version, str) else None
+    return cleaned(version) if isinstance(version, str) else None
 
 
-def _named(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:_MOST_NAMES])
-    return f" ({shown}{', ...' if len(names) > _MOST_NAMES else ''})" if shown else ""
-
-
-def _clean(text: str) -> str:
-    """A server's text, which is untrusted: short, and without control characters."""
-    return "".join(character for character in text if character.isprintable())[:_LONGEST]
+def _named(names: dict[str, _Model]) -> str:
+    """The server's names of its models, which are untrusted: short, and without control characters."""
+    shown = [cleaned(name) for name in list(names)[:_MOST_NAMES]]
+    return f" ({', '.join(shown)}{', ...' if len(names) > _MOST_NAMES else ''})" if shown else ""
