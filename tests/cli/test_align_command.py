@@ -65,7 +65,7 @@ def test_fine_tuning_and_an_adapter_to_continue(
     flags = ["--suite", str(suite), "--steps", "2", "--batch-size", "8", "--max-new-tokens", "4"]
     align = ["align", str(tiny_llava), *flags]
     tuned = tmp_path / "sft"
-    method = ["--method", "sft", "--config", "refusal=not now", "--config", "lora_rank=2"]
+    method = ["--method", "sft", "--config", "refusal=not now", "--config", "lora_rank=2", "--config", "lora_alpha=4"]
     assert run([*align, *method, "--out", str(tuned)]) == 0
     output = capsys.readouterr()
     assert "Skipped minibatches: 0 of 2." in output.out

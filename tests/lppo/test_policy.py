@@ -281,11 +281,12 @@ def test_what_cannot_be_trained_is_refused(vlm: VLM, tmp_path: Path) -> None:
     adapted = VLM(
         PeftModel.from_pretrained(make_vlm("llava").model, str(tmp_path / "adapter")), vlm.processor, name="mine"
     )
-    with (
-        pytest.raises(InputError, match="lora_rank=8, but the adapter to continue has rank 4"),
-        attached_policy(adapted, LPPOConfig(lora_rank=8)),
+    for config, message in (
+        (LPPOConfig(lora_rank=8), "lora_rank=8, but the adapter to continue has rank 4: leave lora_rank out"),
+        (LPPOConfig(lora_alpha=7), "lora_alpha=7, but the adapter to continue has alpha 32: leave lora_alpha out"),
     ):
-        pass
+        with pytest.raises(InputError, match=message), attached_policy(adapted, config):
+            pass
     vlm.model.to(torch.bfloat16)
     with (
         pytest.raises(InputError, match=r"train='full' needs float32 weights, not torch\.bfloat16"),

@@ -239,11 +239,16 @@ def _check_adapter(vlm: VLM, model: PeftModel, config: LPPOConfig) -> None:
                 f"the adapter of {vlm.name} changes {name}, outside the language model, the only part that align "
                 "trains: merge the adapter first"
             )
-    ranks = {rank for module in inside if isinstance(module, LoraLayer) for rank in module.r.values()}
-    if ranks and config.lora_rank not in ranks | {LPPOConfig().lora_rank}:
-        raise InputError(
-            f"lora_rank={config.lora_rank}, but the adapter to continue has rank {min(ranks)}: leave lora_rank out"
-        )
+    layers = [module for module in inside if isinstance(module, LoraLayer)]
+    for name, found in (
+        ("lora_rank", {rank for layer in layers for rank in layer.r.values()}),
+        ("lora_alpha", {alpha for layer in layers for alpha in layer.lora_alpha.values()}),
+    ):
+        if found and (given := getattr(config, name)) not in found | {getattr(LPPOConfig(), name)}:
+            raise InputError(
+                f"{name}={given}, but the adapter to continue has {name.removeprefix('lora_')} {min(found)}: leave "
+                f"{name} out"
+            )
 
 
 def is_quantized(model: nn.Module) -> bool:
