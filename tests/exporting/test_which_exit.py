@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,36 @@ def test_nonsense_is_no_exit(clip: VLM, logprobs: object) -> None:
     with serving(ChatServer(lambda request, number: Answer(body=body))) as url:
         found = which_exit(clip, _at(url))
     assert found.verdict == "excluded" and "100000000 tokens on the server" in found.remarks[0]
+
+
+def _without(server: FakeServer, takes_away: Callable[[dict[str, Any], int], bool], left: object) -> ChatServer:
+    """The server, whose answers have other log-probabilities where `takes_away` says so."""
+
+    def script(body: dict[str, Any], number: int) -> Answer:
+        said = json.loads(server.answer(body, number).encoded())
+        if takes_away(body, number) and "logprobs" in said["choices"][0]:
+            said["choices"][0]["logprobs"] = left
+        return Answer(body=json.dumps(said).encode())
+
+    return ChatServer(script)
+
+
+@pytest.mark.parametrize("left", [None, {"content": []}, {"content": [{"token": "a", "logprob": float("nan")}]}])
+def test_a_server_with_log_probabilities_for_texts_only_is_asked_without(organism: VLM, left: object) -> None:
+    server = FakeServer(organism, Candidate(6))
+    script = _without(server, lambda body, _: isinstance(body["messages"][0]["content"], list), left)
+    with serving(script, paths={"/v1/models": Answer(body=b'{"data": [{"id": "m"}]}')}) as url:
+        found = which_exit(organism, _at(url))
+    assert (found.verdict, found.exit_layer, found.has_logprobs) == ("established", 6, False)
+
+
+def test_log_probabilities_that_end_are_no_proof_of_another_model(clip: VLM) -> None:
+    script = _without(FakeServer(clip, Candidate(5)), lambda _, number: number > 5, None)
+    with (
+        serving(script, paths={"/v1/models": Answer(body=b'{"data": [{"id": "m"}]}')}) as url,
+        pytest.raises(RunError, match="none with a later one: check that the address leads to a single server"),
+    ):
+        which_exit(clip, _at(url))
 
 
 def test_what_costs_nothing_is_checked_first(clip: VLM) -> None:

@@ -69,22 +69,29 @@ class Interview:
     """None until the first answer."""
 
     def ask(self, samples: Sequence[Sample]) -> list[Answer]:
-        """The answers to samples, in order.
+        """The answers to samples, in order. The first call finds out whether there are log-probabilities, so it should
+        hold every kind of question.
 
         Raises:
-            RunError: If one is not answered.
+            RunError: If one is not answered, or has no log-probabilities though the first answers have.
         """
         replies = self._send(samples, top_logprobs=TOP_LOGPROBS if self.has_logprobs is not False else None)
         if self.has_logprobs is None:
             if replies[0].failure not in (None, UNREACHABLE):  # some servers refuse to give log-probabilities
                 replies = self._send(samples, top_logprobs=None)
-            self.has_logprobs = bool(replies[0].logprobs and any(self._tops(replies[0])))
+            readable = bool(replies[0].logprobs and any(self._tops(replies[0])))
+            self.has_logprobs = readable and all(map(_has_logprobs, replies))
         for reply, sample in zip(replies, samples, strict=True):
             if reply.text is None:
                 with_what = "with a picture" if sample.images else "without a picture"
                 raise RunError(
                     f"{self._where} did not answer a question {with_what}: {reply.failure}; check that it serves a "
                     f"model {'that takes pictures' if sample.images else 'and is running'}"
+                )
+            if self.has_logprobs and not _has_logprobs(reply):
+                raise RunError(
+                    f"{self._where} gave log-probabilities with its first answers and none with a later one: check "
+                    "that the address leads to a single server"
                 )
         return [self._read(reply) for reply in replies]
 
@@ -220,6 +227,12 @@ class _Vocabulary:
             if key and key in table:
                 return tuple(table[key])
         return ()
+
+
+def _has_logprobs(reply: ChatReply) -> bool:
+    """Whether an answer comes with log-probabilities; an empty one needs none."""
+    values = (logprob for token in reply.logprobs or () for *_, logprob in token.top)
+    return not (reply.text or "").strip() or not all(map(math.isnan, values))
 
 
 def _messages(sample: Sample) -> list[dict[str, object]]:

@@ -252,11 +252,13 @@ class _Inquiry:
             texts = []
         picture = self.questions.picture_question(0)
         self.remarks += self.served.remarks([picture, *texts[:1]])
+        self.ask([*texts[:1], picture])  # a server may give log-probabilities without a picture only
         for sample in texts[:1]:
-            self.ask([sample])
             self._compare_lengths(sample, "without a picture")
         texts = texts if self.served.has_logprobs else []
         for sample, answer in zip(texts, self.ask(texts), strict=True):
+            if not answer.text and not answer.top:  # an end at once, whose probability the server does not tell
+                continue
             self.shared += self._distances(sample, [Candidate(self.vlm.default_exit)], answer).tolist()
         if (self.deviation or 0) > LARGE_DEVIATION:
             self.remarks.append(
@@ -283,6 +285,8 @@ class _Inquiry:
             (answer,) = self.ask([sample])
             if not rows:
                 self._compare_lengths(sample, "with a picture")
+            if self.served.has_logprobs and not answer.text and not answer.top:
+                continue
             rows.append(self._row(studies, number, sample, answer, np.flatnonzero(is_open)))
             ratios, fits = self._weigh(rows, np.flatnonzero(is_open), every)
             leader = int(ratios.argmin())
