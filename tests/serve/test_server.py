@@ -252,6 +252,16 @@ def test_too_many_requests_are_turned_away(server: Served, monkeypatch: pytest.M
     monkeypatch.setattr(app_module, "MOST_REQUESTS", 0)
     status, found = server.ask(body())
     assert (status, found["error"]["code"]) == (429, "busy")
+
+
+def test_large_requests_wait_for_each_other(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "MOST_BYTES_TOGETHER", 3 * len(json.dumps(body())) // 2)
+    for _ in range(4):  # each gives its bytes back
+        assert server.ask(body())[0] == 200
+    monkeypatch.setattr(app_module, "MOST_BYTES_TOGETHER", len(json.dumps(body())) // 2)
+    for _ in range(2):
+        status, found = server.ask(body())
+        assert (status, found["error"]["code"]) == (429, "busy")
     monkeypatch.undo()
     assert server.text(body()) == own_answers(1)[0]
 

@@ -42,6 +42,7 @@ except ImportError as error:
 
 MOST_BYTES = 32 * 2**20  # of a request's body
 MOST_REQUESTS = 256  # at the same time, waiting ones included
+MOST_BYTES_TOGETHER = 2**30  # of their bodies
 BODY_SECONDS = 60.0  # in which a body must arrive
 SECONDS_TO_FINISH = 5  # for answers under way when the server is stopped
 _GONE = 499  # a client that leaves early gets no status; the log has this one
@@ -69,6 +70,7 @@ class Service:
     log: Callable[[str], None]
     started: int = field(default_factory=lambda: int(time.time()))
     num_requests: int = 0
+    num_bytes: int = 0
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -204,7 +206,7 @@ def _refusal(error: RequestError) -> Response:
 async def _chat(request: Request, service: Service) -> Response:
     exchange = _Exchange(service)
     try:
-        content = await _body(request)
+        content = await _body(request, exchange)
         async with service.parsing:  # one at a time: bodies unpack to more than their size
             asked = await asyncio.to_thread(parse_request, content, service.models)
         exchange.ask(asked)
@@ -231,12 +233,23 @@ class _Exchange:
         if service.num_requests >= MOST_REQUESTS:
             raise RequestError(f"{MOST_REQUESTS} requests are under way; ask again later", status=429, code="busy")
         service.num_requests += 1
-        self.service = service
+        self.service, self._num_bytes = service, 0
         self.reply_id = f"chatcmpl-{uuid4().hex[:24]}"
         self.last: Update | None = None
         self._started, self._is_over = time.monotonic(), False
         self._ticket: Ticket | None = None
         self._told: asyncio.Queue[Update | Exception] = asyncio.Queue()
+
+    def hold(self, num_bytes: int) -> None:
+        """Count bytes of the body, whose pictures are kept until the end.
+
+        Raises:
+            RequestError: If all requests together have too many.
+        """
+        self._num_bytes += num_bytes
+        self.service.num_bytes += num_bytes
+        if self.service.num_bytes > MOST_BYTES_TOGETHER:
+            raise RequestError("large requests are under way; ask again later", status=429, code="busy")
 
     def ask(self, request: ChatRequest) -> None:
         """Hand the request to the model."""
@@ -263,6 +276,7 @@ class _Exchange:
             return
         self._is_over = True
         self.service.num_requests -= 1
+        self.service.num_bytes -= self._num_bytes
         model, tokens = "-", ""
         if self._ticket is not None:
             self._ticket.cancel()
@@ -309,7 +323,7 @@ def _event(document: JsonObject) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, exchange: _Exchange) -> bytes:
     """The body, within bounds of type, size and time."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("send JSON, with Content-Type: application/json", status=415)
@@ -321,6 +335,7 @@ async def _body(request: Request) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.stream():
                 content += piece
+                exchange.hold(len(piece))
                 if len(content) > MOST_BYTES:
                     raise too_large
     except TimeoutError:
