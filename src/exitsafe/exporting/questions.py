@@ -37,7 +37,7 @@ _TEXTS = (
     "what is the red square",
 )
 _USUAL_SIZE = 224
-_STUDIED_AT_ONCE, _MOST_STUDIED = 12, 120
+_STUDIED_AT_ONCE, _MOST_STUDIED = 12, 480
 _ODD_SHAPES = ((1.0, 0.6), (0.6, 1.0), (1.0, 0.45), (0.45, 1.0))
 
 Separations = npt.NDArray[np.float64]
