@@ -132,7 +132,9 @@ def test_what_no_file_or_terminal_can_hold_does_not_spoil_a_run(samples: list[Sa
     listed = {"data": [{"id": "phone", "owned_by": "\x1b[2J" + "o" * 999}, {"id": "\x1b[2J"}, {"id": "p" * 9999}]}
     asked = [*samples[:1], replace(samples[0], id="half", prompt="what is \ud800")]
     with serving(ChatServer(script), paths={"/v1/models": Answer(body=json.dumps(listed).encode())}) as url:
-        run = exitsafe.audit(url, asked, judges=["world-rule"], out=tmp_path / "run")
+        with pytest.raises(InputError, match="names its model in a way that no run can record"):
+            exitsafe.audit(f"{url}#{'p' * 9999}", asked, judges=["world-rule"], out=tmp_path / "run")
+        run = exitsafe.audit(f"{url}#phone", asked, judges=["world-rule"], out=tmp_path / "run")
     assert {response.text for response in run.responses()} == {"a?b"}
     said = load_run(run.path).settings["model"]["server"]
     assert said == {"owner": "[2J" + "o" * 77, "fingerprint": "[2J" + "f" * 77}

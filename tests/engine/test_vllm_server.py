@@ -143,7 +143,7 @@ BAD: dict[str, tuple[dict[str, Any], type[ExitsafeError], str]] = {
     "two models": (
         {"models": [{"id": "base"}, {"id": "lora"}, {"id": "lo\x1bra"}, {"id": "x" * 999}]},
         InputError,
-        r"serves 2 models \(base, lora\): add #NAME",
+        r"serves 4 models \(base, lora, lora, x{80}\): add #NAME",
     ),
     "a list of something": ({"models": [3]}, InputError, "does not list its models"),
     "a short context": (

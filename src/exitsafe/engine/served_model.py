@@ -62,12 +62,17 @@ def find_served(url: str, *, what: str) -> ServedModel:
         raise InputError(
             f"{asking.where} does not list its models: {what} must be an OpenAI-compatible server"
         ) from error
-    known = {model.id: model for model in models if model.id.isprintable() and len(model.id) <= _LONGEST_NAME}
+    known = {model.id: model for model in models}
     if not name and len(known) != 1:
         raise InputError(f"{asking.where} serves {len(known)} models{_named(known)}: add #NAME to the URL")
     if name and name not in known:
         raise InputError(f"{asking.where} serves no such model{_named(known)}: check the #NAME of {what}")
     found = known[name or next(iter(known))]
+    if not found.id.isprintable() or len(found.id) > _LONGEST_NAME:
+        raise InputError(
+            f"{asking.where} names its model in a way that no run can record: serve it under a name of at most "
+            f"{_LONGEST_NAME} printable characters"
+        )
     return ServedModel(
         endpoint=Endpoint(found.id, base_url=base, timeout=TIMEOUT),
         name=found.id,
