@@ -252,7 +252,7 @@ def check_limits(run: AuditRun, limits: Limits, *, has_latency: bool) -> None:
         InputError: If a limit is on what the run has not measured.
     """
     if run.is_served:
-        raise RunError(f"{run.path} is the run of a served model, which has one exit: check it with exitsafe gate")
+        raise RunError(f"{run.path} is the run of a served model, which has only one exit: check it with exitsafe gate")
     there = {metric.name for metric in bounded_metrics(run)}
     for metric, limit in BOUNDED.items():
         if limit in limits.given and metric not in there:

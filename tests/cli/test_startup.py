@@ -58,9 +58,9 @@ WRONG = [
     (["doctor", "/nowhere/model"], "/nowhere/model does not exist"),
     (["chat", "organism"], "give --image FILE"),
     (["verify", "nowhere"], "nowhere does not exist"),
-    (["verify", "here", "--limit", "3"], "--limit is for an exported checkpoint"),
+    (["verify", "here", "--limit", "3"], "--limit applies only to an exported checkpoint"),
     (["recommend", "here", "--max-asr", "0.1"], "is not a run directory"),
-    (["verify", ".", "--against", "RUN", "--out", "again"], "--out is for repeating a run"),
+    (["verify", ".", "--against", "RUN", "--out", "again"], "--out applies only to repeating a run"),
 ]
 
 

@@ -37,9 +37,11 @@ def test_the_exit_that_was_claimed(vlm: VLM, tiny_llava: Path, capsys: pytest.Ca
 def test_what_is_refused(tiny_llava: Path, fail: Fail) -> None:
     url = "http://127.0.0.1:9/v1#m"
     assert "add --reference MODEL" in fail("verify", url)
-    assert "--limit is for an exported checkpoint" in fail("verify", url, "--reference", tiny_llava, "--limit", "3")
-    assert "--reference is for the address" in fail("verify", tiny_llava, "--reference", tiny_llava)
-    assert "--exit-layer is for the address" in fail("verify", tiny_llava, "--exit-layer", "3")
+    assert "--limit applies only to an exported checkpoint" in fail(
+        "verify", url, "--reference", tiny_llava, "--limit", "3"
+    )
+    assert "--reference applies only to the URL" in fail("verify", tiny_llava, "--reference", tiny_llava)
+    assert "--exit-layer applies only to the URL" in fail("verify", tiny_llava, "--exit-layer", "3")
     assert "must not contain a user name" in fail("verify", "http://me:secret@h/v1#m", "--reference", tiny_llava)
     assert "could not be reached" in fail("verify", url, "--reference", tiny_llava)
 

@@ -147,7 +147,7 @@ BAD: dict[str, tuple[Script, str]] = {
     ),
     "one request": (
         lambda body, number: failing(400) if number == 5 else answering(body, number),
-        "has no answer to sample .*status 400.*rerun",
+        "did not answer sample .*status 400.*rerun",
     ),
     "a book": (
         lambda body, number: Answer(text="flim " * 2**14 if number else "fine"),
@@ -177,7 +177,7 @@ def test_half_a_character_is_kept_out_of_the_tables(samples: list[Sample], tmp_p
 def test_video_cannot_be_sent(tmp_path: Path) -> None:
     film = Sample(id="film", prompt="what", videos=((Image.new("RGB", (8, 8)),),), kind="benign")
     with serving(ChatServer(answering), paths=models("phone")) as url:
-        with pytest.raises(InputError, match="sample film: a served model is asked with pictures and text"):
+        with pytest.raises(InputError, match="sample film: only text and pictures can be sent to a served model"):
             exitsafe.audit(url, [film], out=tmp_path / "run")
         with pytest.raises(InputError, match="leave engine and skip_global out"):
             exitsafe.audit(url, [film], engine=url, out=tmp_path / "run")
@@ -235,10 +235,10 @@ def test_the_command_line_audits_and_repeats_it(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["audit", "URL", "--layers", "3"], "--layers is for a model that is loaded here"),
-        (["audit", "URL", "--adapter", "a"], "--adapter is for a model that is loaded here"),
-        (["audit", "URL", "--engine", "http://b/v1"], "--engine is for a model that is loaded here"),
-        (["audit", "organism", "--exit-layer", "3"], "--exit-layer is for the URL of a served model"),
+        (["audit", "URL", "--layers", "3"], "--layers applies only to a model that is loaded here"),
+        (["audit", "URL", "--adapter", "a"], "--adapter applies only to a model that is loaded here"),
+        (["audit", "URL", "--engine", "http://b/v1"], "--engine applies only to a model that is loaded here"),
+        (["audit", "organism", "--exit-layer", "3"], "--exit-layer applies only to the URL of a served model"),
         (["audit", "http://127.0.0.1:9/v1", "--suite", "organism-vqa"], "could not be reached"),
         (["align", "URL", "--suite", "organism-vqa"], "a served model can only be audited and verified"),
         (["export", "URL", "--exit-layer", "3"], "a served model can only be audited and verified"),

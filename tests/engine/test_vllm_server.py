@@ -151,12 +151,12 @@ BAD: dict[str, tuple[dict[str, Any], type[ExitsafeError], str]] = {
         InputError,
         "context of .* is 30 tokens, .* start it with --max-model-len",
     ),
-    "another template": ({"change": other_template}, ModelError, "tokens instead of .* other from token 4 on"),
+    "another template": ({"change": other_template}, ModelError, "tokens instead of .* different from token 4 on"),
     "no token ids": ({"change": without("token_ids")}, ModelError, "does not return token ids"),
     "no prompt ids": ({"change": without("prompt_token_ids")}, ModelError, "does not return token ids"),
     "no logprobs": ({"change": without("logprobs")}, ModelError, "gives no log-probabilities"),
-    "no tokens": ({"change": with_tokens()}, ModelError, "with 0 tokens that this model cannot have written"),
-    "an unknown token": ({"change": with_tokens(10**6)}, ModelError, "that this model cannot have written"),
+    "no tokens": ({"change": with_tokens()}, ModelError, "with 0 tokens that this model cannot have generated"),
+    "an unknown token": ({"change": with_tokens(10**6)}, ModelError, "that this model cannot have generated"),
 }
 
 
@@ -198,14 +198,14 @@ def test_an_answer_that_goes_on_after_its_end_is_no_answer(
 
 def test_another_model_is_noticed_by_its_log_probabilities(samples: list[Sample], tmp_path: Path) -> None:
     fake = FakeVLLM(load_vlm("organism:text"))
-    with fake.running() as url, pytest.raises(ModelError, match="serves another model than organism: at exit 4"):
+    with fake.running() as url, pytest.raises(ModelError, match="serves a different model from organism: at exit 4"):
         exitsafe.audit("organism", samples, exit_layers=LAYERS, engine=url, out=tmp_path / "run")
 
 
 def test_an_adapter_must_be_served_too(fake: FakeVLLM, samples: list[Sample], tmp_path: Path, vlm: VLM) -> None:
     folder = _adapter(tmp_path / "adapter")
     adapted = load_vlm("organism", adapter=folder, offload_decoder=True)
-    with fake.running() as url, pytest.raises(ModelError, match="another model than organism with this adapter"):
+    with fake.running() as url, pytest.raises(ModelError, match="a different model from organism with this adapter"):
         exitsafe.audit(adapted, samples, exit_layers=LAYERS, engine=url, out=tmp_path / "base")
     fake.vlm = load_vlm("organism", adapter=folder)
     fake.models = [{"id": "base", "owned_by": "vllm"}, {"id": "repaired", "owned_by": "vllm"}]
@@ -263,9 +263,9 @@ def server(fake: FakeVLLM) -> Iterator[VLLMServer]:
 
 def test_what_cannot_be_sent_is_refused_by_name(server: VLLMServer, vlm: VLM, fake: FakeVLLM) -> None:
     film = Sample(id="film", prompt="what", videos=((noise_image(0), noise_image(1)),), kind="benign")
-    with pytest.raises(InputError, match="pictures only"):
+    with pytest.raises(InputError, match="only about pictures"):
         server.check(vlm, [film], num_tokens=20)
     next_vlm = VLM(tiny_llava_next(), tiny_processor("llava_next"), name="next")
-    with pytest.raises(ModelError, match="vLLM takes no image embeddings for llava_next models"):
+    with pytest.raises(ModelError, match="vLLM does not accept image embeddings for llava_next models"):
         server.check(next_vlm, [], num_tokens=20)
     assert not fake.chat.requests

@@ -88,7 +88,7 @@ def test_the_organism_at_every_exit(server: str, local: AuditRun, tmp_path: Path
 def test_an_adapter_by_its_name_on_the_server(server: str, adapter: Path, tmp_path: Path) -> None:
     vlm = load_vlm("organism", adapter=adapter, offload_decoder=True)
     samples, url = load_suites(SUITES, limit=4), server.partition("#")[0]
-    with pytest.raises(ModelError, match="serves another model than organism with this adapter"):
+    with pytest.raises(ModelError, match="serves a different model from organism with this adapter"):
         exitsafe.audit(vlm, samples, engine=server, out=tmp_path / "base")
     with pytest.raises(InputError, match="add #NAME"):
         exitsafe.audit(vlm, samples, engine=url, out=tmp_path / "none")

@@ -110,8 +110,11 @@ def _changed(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda: tiny_model("mllama").config, "this mllama: it writes LLaVA with a CLIP or SigLIP tower, Idefics3"),
-        (lambda: tiny_model("llava_next").config, "this llava_next: it writes LLaVA"),
+        (
+            lambda: tiny_model("mllama").config,
+            "this mllama model: it can write LLaVA with a CLIP or SigLIP tower, Idefics3",
+        ),
+        (lambda: tiny_model("llava_next").config, "this llava_next model: it can write LLaVA"),
         (lambda: _changed(vision_feature_layer=[1, 3]), "its projector reads several layers"),
         (lambda: _changed(vision_feature_select_strategy="full"), r"features that llama.cpp gives it \(default\)"),
         (lambda: _changed(projector_hidden_act="relu"), "not two linear layers with biases and a GELU"),
@@ -126,7 +129,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(make: Callabl
 def test_an_encoder_with_another_activation_is_refused() -> None:
     config = tiny_llava().config
     config.vision_config.hidden_act = "silu"
-    with pytest.raises(ModelError, match="has no silu in an encoder"):
+    with pytest.raises(ModelError, match="has no silu activation in an encoder"):
         check_can_be_written(config)
 
 

@@ -272,7 +272,9 @@ def test_what_cannot_be_trained_is_refused(vlm: VLM, tmp_path: Path) -> None:
         get_peft_model(make_vlm("llava").model, LoraConfig(target_modules=["fc1"])), vlm.processor, name="mine"
     )
     with (
-        pytest.raises(InputError, match=r"the adapter of mine changes .*vision.*fc1, outside the language model"),
+        pytest.raises(
+            InputError, match=r"the adapter of mine changes .*vision.*fc1, but align trains the language model only"
+        ),
         attached_policy(adapted, LPPOConfig()),
     ):
         pass

@@ -71,7 +71,11 @@ BODIES: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "an enormous number": (lambda: with_options(seed=0)[:-1] + b', "n": ' + b"9" * 5000 + b"}", 400, "JSON"),
     "an enormous body": (lambda: b"{" + b" " * MOST_BYTES + b"}", 413, "larger than 32 MiB"),
     "no model": (lambda: with_options(model=None), 400, "model is missing"),
-    "unknown model": (lambda: with_options(model=SECRET), 404, "it has organism, and organism@L1 to organism@L8"),
+    "unknown model": (
+        lambda: with_options(model=SECRET),
+        404,
+        "this server has organism, and organism@L1 to organism@L8",
+    ),
     "exit out of range": (lambda: with_options(model="organism@L9"), 404, "organism@L8"),
     "exit zero": (lambda: with_options(model="organism@L0"), 404, "organism@L8"),
     "model as a number": (lambda: with_options(model=7), 400, "model must be text"),
@@ -101,11 +105,11 @@ BODIES: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "a picture that is none": (lambda: with_picture("data:image/png;base64,AAAA"), 400, "cannot be read"),
     "bad base64": (lambda: with_picture("data:image/png;base64,A"), 400, "not valid base64"),
     "a picture bomb": (lambda: with_picture(bomb()), 400, "pixels|cannot be read"),
-    "too many pixels together": (lambda: with_parts(*many_pixels()), 400, "36 million pixels together"),
+    "too many pixels together": (lambda: with_parts(*many_pixels()), 400, "36 million pixels in total"),
     "too many pictures": (
         lambda: with_parts(*turns(samples()[0])[0]["content"][:1] * (MOST_PICTURES + 1)),
         400,
-        "send 16 at most",
+        "send at most 16",
     ),
     "an SVG": (lambda: with_picture("data:image/svg+xml;base64,PHN2Zy8+"), 400, "cannot be read"),
     "a GIF": (lambda: with_picture(data_url(Image.new("RGB", (8, 8)), "GIF")), 400, "PNG, JPEG or WebP"),
@@ -121,7 +125,11 @@ BODIES: dict[str, tuple[Callable[[], bytes], int, str]] = {
     ),
     "max_tokens as text": (lambda: with_options(max_tokens="24"), 400, "max_tokens must be"),
     "max_tokens as truth": (lambda: with_options(max_tokens=True), 400, "max_tokens must be"),
-    "max_tokens beyond the context": (lambda: with_options(max_tokens=10**6), 400, "exceed this model's 128"),
+    "max_tokens beyond the context": (
+        lambda: with_options(max_tokens=10**6),
+        400,
+        "exceed this model's context of 128",
+    ),
     "a prompt beyond the context": (
         lambda: with_parts({"type": "text", "text": "mix " * 200}),
         400,
@@ -129,7 +137,7 @@ BODIES: dict[str, tuple[Callable[[], bytes], int, str]] = {
     ),
     "a prompt far beyond it": (lambda: with_parts({"type": "text", "text": SECRET * 10**6}), 400, "far longer"),
     "very many turns": (lambda: with_options(messages=[{"role": "user", "content": ""}] * 100_000), 400, "far longer"),
-    "two lengths": (lambda: with_options(max_completion_tokens=3), 400, "give one"),
+    "two lengths": (lambda: with_options(max_completion_tokens=3), 400, "give only one"),
     "temperature below 0": (lambda: with_options(temperature=-1), 400, "temperature must be 0"),
     "temperature next to 0": (lambda: with_options(temperature=1e-300), 400, "temperature must be 0"),
     "temperature as truth": (lambda: with_options(temperature=False), 400, "temperature must be 0"),
@@ -137,7 +145,7 @@ BODIES: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "an empty stop": (lambda: with_options(stop=""), 400, "stop must be"),
     "many stops": (lambda: with_options(stop=["a"] * 17), 400, "at most 16"),
     "top_logprobs alone": (lambda: with_options(top_logprobs=2), 400, "needs logprobs"),
-    "a flood of logprobs": (lambda: with_options(logprobs=True, top_logprobs=2**31), 400, "choose fewer"),
+    "a flood of logprobs": (lambda: with_options(logprobs=True, top_logprobs=2**31), 400, "lower one of them"),
     "n": (lambda: with_options(n=2), 400, "does not support n=2"),
     "n as truth": (lambda: with_options(n=True), 400, "does not support n=True"),
     "top_p": (lambda: with_options(top_p=0.5), 400, "does not support top_p=0.5"),
@@ -188,12 +196,12 @@ def test_a_stream_that_cannot_begin_has_a_status(server: Served, name: str) -> N
 
 def test_wrong_methods_and_places(server: Served) -> None:
     for method, path, expected, complaint in (
-        ("GET", PATH, 405, "not with this method"),
-        ("PUT", PATH, 405, "not with this method"),
-        ("DELETE", "/v1/models", 405, "not with this method"),
-        ("POST", "/v1/completions", 404, "nothing is here"),
-        ("GET", "/v1/models/../../etc/passwd", 404, "nothing is here|does not"),
-        ("GET", "/", 404, "nothing is here"),
+        ("GET", PATH, 405, "wrong method"),
+        ("PUT", PATH, 405, "wrong method"),
+        ("DELETE", "/v1/models", 405, "wrong method"),
+        ("POST", "/v1/completions", 404, "no such path"),
+        ("GET", "/v1/models/../../etc/passwd", 404, "no such path|does not"),
+        ("GET", "/", 404, "no such path"),
     ):
         check(*server.send(method, path), expected, complaint)
 

@@ -92,7 +92,7 @@ def audit(
     Raises:
         InputError: On a setting that makes no sense, no samples, or ids that are not unique.
         ExitLayerError: If the encoder has no such block.
-        ModelError: If a judge's model cannot be had, or the engine serves another model.
+        ModelError: If a judge's model is not available, or the engine serves another model.
         RunError: If `out` holds something else or a run with other settings, the disk refuses, memory does not
             suffice for one row, or a judge or the engine fails.
     """

@@ -46,7 +46,7 @@ def run_align(spec: AlignSpec, *, title: str) -> Path:
     as_scorer(reward, training, method=spec.lppo.method)
     vlm = load_model(spec.model, spec.loading)
     with console.progress_bar(title, unit="step") as bar:
-        plan = cache(lambda: console.note(_plan(spec.lppo)))  # said once, when all has been checked
+        plan = cache(lambda: console.note(_plan(spec.lppo)))  # printed once, when everything has been checked
 
         def progress(done: int, total: int, remark: str) -> None:
             plan()
@@ -67,10 +67,10 @@ def run_align(spec: AlignSpec, *, title: str) -> Path:
 def _plan(config: LPPOConfig) -> str:
     """What the training will use."""
     trained = f"LoRA of rank {config.lora_rank}" if config.train == "lora" else "all weights of the language model"
-    recomputed = "activations recomputed, " if config.recomputes else ""
+    recomputed = ", activations recomputed" if config.recomputes else ""
     return (
         f"training {trained}: {config.num_steps} steps of {config.batch_size} answers, {config.microbatch_tokens:,} "
-        f"tokens a pass, {recomputed}halved when memory runs out"
+        f"tokens per pass (halved when memory runs out){recomputed}"
     )
 
 

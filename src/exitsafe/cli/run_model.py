@@ -33,7 +33,9 @@ def model_of(run: AuditRun) -> str:
         RunError: If the run was made in Python, where model and samples are at hand.
     """
     if run.is_served:
-        raise RunError(f"{run.path} is the run of a served model, {run.summary['model']}, whose weights are not here")
+        raise RunError(
+            f"{run.path} is the run of a served model ({run.summary['model']}), and its weights are not available here"
+        )
     if not run.origin.get("suites") or not run.origin.get("model"):
         raise _not_repeatable(run)
     return str(run.origin["model"])

@@ -16,7 +16,7 @@ _KEY = "EXITSAFE_API_KEY"
 
 
 def serve_command(spec: ServeSpec, show: console.Show) -> None:
-    """Serve every exit of a model as a model of one OpenAI-compatible server.
+    """Serve every exit of a model as a separate model of one OpenAI-compatible server.
 
     NAME@L9 is exit 9, NAME the default exit. Answers are not filtered. Ctrl-C stops the server, with exit status 0.
     """
@@ -28,7 +28,7 @@ def serve_command(spec: ServeSpec, show: console.Show) -> None:
 
     key, is_local = os.environ.get(_KEY) or None, ip_address(listening.getsockname()[0]).is_loopback
     if key is None and not is_local:
-        console.note(f"warning: everybody who reaches {spec.host} can ask this model; set {_KEY} to require a key")
+        console.note(f"warning: anyone who can reach {spec.host} can use this model; set {_KEY} to require a key")
     vlm = load_model(spec.model, spec.loading)
     models = served_models(vlm)
     url = _url(listening)
@@ -38,7 +38,7 @@ def serve_command(spec: ServeSpec, show: console.Show) -> None:
     )
     default, *exits = models
     document = {"url": url, "models": [default, *exits], "default_exit": vlm.default_exit}
-    if show.as_json:  # one line: whoever waits for it reads no further
+    if show.as_json:  # one line: the reader waits for this one only
         show.stdout.write(json.dumps(document) + "\n")
         show.stdout.flush()
     else:

@@ -42,27 +42,30 @@ def verify_command(spec: VerifySpec, show: console.Show) -> None:
 
     RUN, a finished audit, is repeated from its run.json, and answers, verdicts and metrics are compared.
 
-    URL, a model behind an OpenAI-compatible endpoint, is asked up to 64 harmless questions that tell which exit of
-    --reference it runs, and whether in the right way.
+    The model at URL, an OpenAI-compatible endpoint, is asked up to 64 harmless questions that show which exit of
+    --reference it runs, and whether it runs it correctly.
     """
     given = spec.model_fields_set | spec.loading.model_fields_set
     if re.match("https?://", spec.what):
         of_url = {"what", "reference", "exit_layer", "language_model", "loading"} | spec.loading.model_fields_set
-        _refuse(given - of_url, "is for an exported checkpoint or a run; leave it out for a URL")
+        _refuse(given - of_url, "applies only to an exported checkpoint or a run; leave it out for a URL")
         _verify_url(spec, show)
         return
-    _refuse(given & {"reference", "exit_layer", "language_model"}, "is for the address of a served model; leave it out")
+    of_url_only = given & {"reference", "exit_layer", "language_model"}
+    _refuse(of_url_only, "applies only to the URL of a served model; leave it out")
     if not Path(spec.what).exists():
-        raise InputError(f"{spec.what} does not exist; give a folder of exitsafe export, a finished run or a URL")
+        raise InputError(
+            f"{spec.what} does not exist; give a folder written by exitsafe export, a finished run or a URL"
+        )
     _refuse(given & {"encoder"}, "is recorded with the run and the checkpoint; leave it out")
     if spec.against is not None:
-        _refuse(given & {"out", "engine"}, "is for repeating a run; leave it or --against out")
+        _refuse(given & {"out", "engine"}, "applies only to repeating a run; leave out either it or --against")
         _verify_slim(spec, spec.against, show)
         return
     if (Path(spec.what) / "exitsafe.json").is_file():
         raise InputError(f"{spec.what} is an exported checkpoint: give the run it was made from as --against RUN")
     of_slim = {"limit", "tolerance", "dtype", "quantization", "revision"}
-    _refuse(given & of_slim, "is for an exported checkpoint; leave it out to repeat a run")
+    _refuse(given & of_slim, "applies only to an exported checkpoint; leave it out to repeat a run")
     _verify_run(spec, show)
 
 
@@ -136,8 +139,8 @@ def _verify_run(spec: VerifySpec, show: console.Show) -> None:
     server = before.settings["model"]["name"] if before.is_served else before.settings.get("engine", {}).get("model")
     if server is not None and spec.engine is None:
         raise InputError(
-            f"a server answered for {spec.what} (model {shown(server)}), and requests are sent only to an address that "
-            "you give: add --engine URL"
+            f"the answers of {spec.what} came from a server (model {shown(server)}), and requests are sent only to an "
+            "address that you give: add --engine URL"
         )
     recorded = _rows(before)  # read before the audit, which may take hours
     out = spec.out or _new_folder(what)

@@ -19,7 +19,7 @@ def words(found: WhichExit, *, url: str, reference: str, default_exit: int) -> l
     """The result for people, a sentence a line."""
     lines = [f"{url} runs {headline(found)}." if found.candidates else f"{url}: {headline(found)}."]
     if found.verdict == "established" and found.claimed is None and found.exit_layer != default_exit:
-        lines.append(f"{reference} itself reads exit {default_exit}.")
+        lines.append(f"The default exit of {reference} is {default_exit}.")
     if found.preparation:
         lines.append(f"Pictures that are not square are {found.preparation}, which the reference does not do.")
     lines.append(_evidence(found))
@@ -49,12 +49,12 @@ def headline(found: WhichExit) -> str:
 
 def _evidence(found: WhichExit) -> str:
     asked = f"{found.decided_after} questions at an error level of {found.error_level:.0%}"
-    asked += f", {found.requests} in all" if found.requests > found.decided_after else ""
+    asked += f" ({found.requests} questions in all)" if found.requests > found.decided_after else ""
     if not found.has_logprobs:
-        return f"From answers alone, {asked}: the server gives no log-probabilities."
+        return f"Based on the answers to {asked}; the server gives no log-probabilities."
     distance = f"log-probabilities differ from the reference's by {found.nearest.distance:.3f} on average"
-    text = "" if found.deviation is None else f", without a picture by {found.deviation:.3f}"
-    return f"From {asked}: {distance}{text}; a candidate fits up to {found.limit:.3f}."
+    text = "" if found.deviation is None else f", and by {found.deviation:.3f} without a picture"
+    return f"Based on {asked}: {distance}{text}; a candidate fits if they differ by at most {found.limit:.3f}."
 
 
 def _how_far(found: WhichExit, near: Fit) -> str:

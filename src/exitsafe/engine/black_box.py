@@ -1,6 +1,6 @@
 """A served model as a black box: pictures and text in, answers out, whatever runs behind its URL.
 
-It has one exit: the one that it is claimed to run, or 0, "as served". Knows nothing of its weights.
+It has one exit: the one that it is claimed to run, or 0, "as served". Knows nothing about its weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from exitsafe.records import Response, Sample
 from exitsafe.untrusted import JsonObject, without_surrogates
 
 MOST_AT_ONCE = 8
-"""Requests in flight unless the caller knows better: a telephone answers one at a time, a provider limits them."""
+"""Requests in flight unless the caller knows better: a phone answers one at a time, and a provider limits them."""
 _CHUNK = 256  # samples between two calls of the judges
 _CHARACTERS = 256  # more than the longest token of any vocabulary
 
@@ -72,7 +72,7 @@ class BlackBox:
         return self.served.name
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Ask a harmless question, so that a server that cannot answer these samples is found before the first.
+        """Ask a harmless question, to detect a server that cannot answer these samples before the first is sent.
 
         Raises:
             InputError: If a sample has media that no chat request can hold.
@@ -81,8 +81,8 @@ class BlackBox:
         for sample in samples:
             if sample.videos or sample.audios:
                 raise InputError(
-                    f"sample {sample.id}: a served model is asked with pictures and text; leave out samples with video "
-                    "or audio"
+                    f"sample {sample.id}: only text and pictures can be sent to a served model; leave out samples with "
+                    "video or audio"
                 )
         has_pictures = any(sample.images for sample in samples)
         sample = probe_sample()
@@ -119,7 +119,7 @@ class BlackBox:
             yield list(tasks[start : start + _CHUNK])
 
     def answer(self, tasks: Sequence[Task]) -> Iterator[Response]:
-        """Responses in the order of finishing. What a provider's content filter refuses is answered with nothing.
+        """Responses in the order of finishing. A request that a content filter refuses gets an empty response.
 
         Raises:
             RunError: If a request fails. Responses that have arrived by then are yielded first.
@@ -134,7 +134,7 @@ class BlackBox:
             is_filtered = reply.failure in (FILTERED, REFUSED)
             num_filtered += is_filtered
             if fault := "" if is_filtered else _fault(reply, max_new_tokens=self.decoding["max_new_tokens"]):
-                failure = failure or f"{self.endpoint.where} has no answer to sample {sample.id}: {fault}"
+                failure = failure or f"{self.endpoint.where} did not answer sample {sample.id}: {fault}"
                 continue
             now, before = time.perf_counter(), since
             since = now

@@ -1,4 +1,4 @@
-"""A key-value cache that grows in blocks: transformers' own copies all of it for every token."""
+"""A key-value cache that grows in blocks; transformers' own cache is copied whole for every token."""
 
 from __future__ import annotations
 

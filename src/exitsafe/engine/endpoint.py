@@ -109,7 +109,7 @@ class TokenLogprobs:
 class ChatReply(Reply):
     """A reply, which may be empty or cut off, with what the endpoint says about it; None for what it does not say.
 
-    The ids of its tokens and of the prompt's are vLLM's answer to `return_token_ids`.
+    vLLM returns the ids of its tokens and of the prompt's if a request has `return_token_ids`.
     """
 
     finish_reason: Literal["stop", "length"] | None = None
@@ -337,12 +337,12 @@ class Endpoint:
                     raise self._bad_key() from None
                 raise InputError(
                     f"{self.where} answers status {error.status_code} at {path.removeprefix('/..')}: check the address "
-                    "(it ends in /v1) and the server's kind"
+                    "(it must end in /v1) and what kind of server it is"
                 ) from None
             except (UnreadableError, _UnusableBodyError):
                 raise InputError(
                     f"{self.where} does not answer with JSON at {path.removeprefix('/..')}: check that the address is "
-                    "an OpenAI-compatible server's"
+                    "that of an OpenAI-compatible server"
                 ) from None
 
     def _client(self) -> AsyncOpenAI:
@@ -471,8 +471,8 @@ class Endpoint:
             raise self._bad_key() from None
         if 300 <= status < 400:
             raise InputError(
-                f"{self.where} redirects to another address (status {status}), and requests are sent to none but the "
-                "one given: give the address that it redirects to"
+                f"{self.where} redirects to another address (status {status}), and requests are sent only to the "
+                "one given: give the new address instead"
             ) from None
         if status == 404:
             raise InputError(

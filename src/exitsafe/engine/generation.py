@@ -42,7 +42,7 @@ class Completion:
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a row's tokens are chosen: greedily at temperature 0, else from the full distribution; `draw` adds to the
-    row's. `top_logprobs` asks for log-probabilities: the chosen token's and those of so many most likely ones."""
+    row's. `top_logprobs` asks for log-probabilities: the chosen token's and those of that many most likely ones."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -67,7 +67,7 @@ class TokenLogprobs:
 
 @dataclass(kw_only=True, eq=False)
 class Answer:
-    """A row and what has been generated for it so far; whoever reads it may end it by setting `finish_reason`."""
+    """A row and what has been generated for it so far; the caller may end it by setting `finish_reason`."""
 
     row: Row
     sampling: Sampling
@@ -129,8 +129,8 @@ def generate_answers(
 
     Args:
         vlm: The model.
-        take: Called with the number of free rows and the answers in the batch, before every step that has room; gives
-            answers to begin, at most that many, whose prompts may share a batch with those (`Reader.batch_key`).
+        take: Called with the number of free rows and the answers in the batch, before every step that has room; returns
+            at most that many new answers, whose prompts may share a batch with the running ones (`Reader.batch_key`).
         batch_size: Most rows at a time.
         suppress: Token ids that must not be chosen.
 

@@ -97,7 +97,7 @@ def load_vlm(
     where_to, as_type = find_device(device), find_dtype(dtype) or "auto"
     check_quantization(quantization)
     if offload_decoder and quantization is not None:
-        raise InputError("the language model is read from disk as it is; leave quantization out")
+        raise InputError("a language model that stays on disk cannot be quantized; leave quantization out")
     source = str(model_folder(name_or_path)) if is_organism(name_or_path) else str(name_or_path)
     where = Path(source)
     check_model_source(source)

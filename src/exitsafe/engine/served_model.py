@@ -1,6 +1,6 @@
 """`http://host:port/v1#NAME` -> a model behind an OpenAI-compatible server, and what the server says of itself.
 
-An address comes from the call alone: none that a run or a server names is ever used.
+The address comes from the call alone: an address that a run or a server names is never used.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from exitsafe.engine.endpoint import ChatRequest, Endpoint, cleaned
 from exitsafe.errors import InputError
 
 TIMEOUT = 600.0
-"""Seconds for an answer: a busy server keeps requests waiting; one that has ended refuses connections at once."""
+"""Seconds for an answer: a busy server keeps requests waiting; one that has stopped refuses connections at once."""
 BYTES_IN_FLIGHT = 2**28
-"""Of the requests that are on their way or being answered."""
+"""Total size of the requests in flight."""
 _MOST_NAMES, _LONGEST_NAME = 8, 1000
 
 
@@ -27,7 +27,7 @@ class ServedModel:
     """A model behind a server.
 
     Args:
-        endpoint: Where it is asked.
+        endpoint: Where requests are sent.
         name: The model's name there.
         owner: Who serves it in the server's own words, e.g. "vllm"; "" if it does not say.
         version: The server's version; None if it does not say.
@@ -60,7 +60,7 @@ def find_served(url: str, *, what: str) -> ServedModel:
         models = _Models.model_validate(asking.get_json("/models")).data
     except ValidationError as error:
         raise InputError(
-            f"{asking.where} does not list its models: {what} must be an OpenAI-compatible server"
+            f"{asking.where} does not list its models: {what} must be the URL of an OpenAI-compatible server"
         ) from error
     known = {model.id: model for model in models}
     if not name and len(known) != 1:

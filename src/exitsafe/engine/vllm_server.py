@@ -1,9 +1,9 @@
 """A running vLLM server that answers from our features: `vllm serve MODEL --enable-mm-embeds`.
 
-The features of an exit go there as image embeddings, all exits mixed; batching and parallelism are the server's. Before
-the first answer it is checked that the server's model is the one loaded here: its log-probabilities at two exits are
-those that our own language model, read from disk, computes. Every answer is checked too: the prompt that the server
-read is compared with ours, token by token, and the answer's token ids are decoded here.
+The features of an exit are sent there as image embeddings, with all exits mixed; batching and parallelism are left to
+the server. Before the first answer, its model is checked to be the one loaded here: its log-probabilities at two exits
+must be those that our own language model, read from disk, computes. Every answer is checked too: the prompt that the
+server read is compared with ours, token by token, and the answer's token ids are decoded here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class VLLMServer:
         settings: What a run records: the server, its version and the model's name there, never its address.
 
     Raises:
-        InputError: If the URL is not one of a vLLM server that serves this model.
+        InputError: If the URL is not that of a vLLM server that serves this model.
         RunError: If the server cannot be reached.
     """
 
@@ -60,8 +60,8 @@ class VLLMServer:
         self.endpoint = self.served.endpoint
         if self.served.owner != "vllm" or self.served.version is None:
             raise InputError(
-                f"{self.endpoint.where} is not a vLLM server, and image embeddings are its alone: give the URL of vllm "
-                "serve MODEL --enable-mm-embeds"
+                f"{self.endpoint.where} is not a vLLM server, and only vLLM accepts image embeddings: give the URL of "
+                "vllm serve MODEL --enable-mm-embeds"
             )
         self.settings: JsonObject = {"name": "vllm", "version": self.served.version, "model": self.served.name}
 
@@ -79,9 +79,9 @@ class VLLMServer:
             RunError: If the server does not answer.
         """
         if vlm.encoder.modality != "image" or any(sample.videos or sample.audios for sample in samples):
-            raise InputError("an engine answers from pictures only; leave --engine out for videos and audio")
+            raise InputError("an engine can answer only about pictures; leave --engine out for videos and audio")
         if vlm.image_cache_layers or vlm.family in _NOT_TAKEN:
-            raise ModelError(f"vLLM takes no image embeddings for {vlm.family} models; leave --engine out")
+            raise ModelError(f"vLLM does not accept image embeddings for {vlm.family} models; leave --engine out")
         length = self.served.context_length
         if length is not None and num_tokens > length:
             raise InputError(
@@ -145,19 +145,23 @@ class VLLMServer:
         """What is wrong with a reply, as the end of a sentence; empty for an answer."""
         sample = f"sample {row.prompt.sample_id} at exit {row.exit_layer}"
         if reply.failure is not None:
-            return f"has no answer to {sample}: {reply.failure}"
+            return f"did not answer {sample}: {reply.failure}"
         tokens = reply.token_ids
         if tokens is None or reply.prompt_token_ids is None:
             return "does not return token ids: use vLLM 0.32 or newer"
         if difference := _difference(row.prompt.input_ids.tolist(), reply.prompt_token_ids):
-            return f"reads another prompt for {sample}: {difference}; serve the same model, with its own chat template"
+            return (
+                f"reads a different prompt for {sample}: {difference}; serve the same model, with its own chat template"
+            )
         num_embeddings = vlm.base_model.get_input_embeddings().weight.shape[0]
         if not 0 < len(tokens) <= max_new_tokens or max(tokens) >= num_embeddings:
-            return f"answers {sample} with {len(tokens)} tokens that this model cannot have written"
+            return f"answers {sample} with {len(tokens)} tokens that this model cannot have generated"
         if not set(tokens[:-1]).isdisjoint(vlm.eos_token_ids):
             return f"continues its answer to {sample} after its end: it must stop at stop_token_ids"
         if tokens[-1] not in vlm.eos_token_ids and len(tokens) < max_new_tokens:
-            return f"ends its answer to {sample} after {len(tokens)} of {max_new_tokens} tokens: it must set no limit"
+            return (
+                f"ends its answer to {sample} after {len(tokens)} of {max_new_tokens} tokens: it must not set a limit"
+            )
         return ""
 
     def _check_prompts(self, vlm: VLM, samples: Sequence[Sample]) -> None:
@@ -170,8 +174,8 @@ class VLLMServer:
                 if reply.failure is not None and num_images:
                     raise ModelError(
                         f"{self.endpoint.where} does not answer from image embeddings of this {vlm.family} model "
-                        f"({reply.failure}): start it with vllm serve MODEL --enable-mm-embeds; if it was, this vLLM "
-                        "does not take them for this model"
+                        f"({reply.failure}): start it with vllm serve MODEL --enable-mm-embeds; if it was, this "
+                        "version of vLLM does not accept them for this model"
                     )
                 if fault := self._fault(vlm, row, reply, max_new_tokens=1):
                     raise ModelError(f"{self.endpoint.where} {fault}")
@@ -189,15 +193,17 @@ class VLLMServer:
         answers = [torch.tensor(replies[index].token_ids) for index in range(len(rows))]
         theirs = [_logprobs(replies[index]) for index in range(len(rows))]
         if any(len(found) != len(answer) or not all(found) for found, answer in zip(theirs, answers, strict=True)):
-            raise ModelError(f"{self.endpoint.where} gives no log-probabilities, by which its model is checked")
+            raise ModelError(
+                f"{self.endpoint.where} gives no log-probabilities, without which its model cannot be checked"
+            )
         differences = _differences(vlm, rows, answers, theirs)
         for exit_layer, difference in zip(exits, differences, strict=True):
             if not difference <= SAME:
                 raise ModelError(
-                    f"{self.endpoint.where} serves another model than {vlm.name}"
+                    f"{self.endpoint.where} serves a different model from {vlm.name}"
                     f"{'' if vlm.adapter is None else ' with this adapter'}: at exit {exit_layer} log-probabilities "
-                    f"differ by {difference:.2g} (at most {SAME:g}); serve the same weights in the same precision, "
-                    "and name an adapter that it serves as URL#NAME"
+                    f"differ by {difference:.2g} (at most {SAME:g} is allowed); serve the same weights in the same "
+                    "precision, and name a served adapter as URL#NAME"
                 )
         if vlm.adapter is None:
             return
@@ -207,7 +213,7 @@ class VLLMServer:
             raise ModelError(
                 f"{self.endpoint.where} serves {vlm.name} without this adapter: log-probabilities differ by "
                 f"{sum(without) / len(rows):.2g} from those without it, and by {sum(differences) / len(rows):.2g} from "
-                "those with it; name an adapter that it serves as URL#NAME"
+                "those with it; name a served adapter as URL#NAME"
             )
 
 
@@ -286,7 +292,7 @@ def _image_parts(vlm: VLM, row: Row, sample: Sample) -> list[dict[str, Any]]:
         if count > 1:
             raise InputError(
                 f"sample {sample.id}: this model joins the features of several pictures, which cannot be sent one by "
-                "one; leave the sample out, or --engine"
+                "one; leave out the sample or --engine"
             )
         pictures = [torch.cat([each.flatten(0, -2) for each in pictures])]
     pictures = [each.flatten(0, -2) for each in pictures]
@@ -328,7 +334,7 @@ def _difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
     if list(ours) == list(theirs):
         return ""
     place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return f"{len(theirs)} tokens instead of {len(ours)}, other from token {place + 1} on"
+    return f"{len(theirs)} tokens instead of {len(ours)}, different from token {place + 1} on"
 
 
 def _logprobs(reply: ChatReply) -> list[dict[int, float]]:

@@ -184,8 +184,8 @@ class VLM(Reader):
         return read_ahead(self, samples, max_new_tokens=max_new_tokens)
 
     def rows_that_fit(self, prompts: Sequence[Prompt], *, max_new_tokens: int, free: int | None = None) -> int:
-        """The number of these prompts, at least 1, that can be answered at a time with so many bytes: those now free,
-        if None."""
+        """The number of these prompts, at least 1, that can be answered at a time in `free` bytes; None is the memory
+        that is free now."""
         states = max(self.num_image_states(prompt.media) for prompt in prompts)
         return rows_that_fit(
             self.text_config,

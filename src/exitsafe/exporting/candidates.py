@@ -1,7 +1,7 @@
 """What a server may be running: every exit of the reference, right or with a fault that runtimes are known to have.
 
 The reference computes what each candidate would answer. Candidates differ in the features of a picture only; how
-pictures are prepared (`PREPARATIONS`) is a question of its own, asked once the exit is known.
+pictures are prepared (`preparations_of`) is a separate question, asked once the exit is known.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NO_MEMORY = (
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """An exit, 0 if no encoder block runs; what is wrong with its features; and with how pictures are prepared."""
+    """An exit (0 if no encoder block runs), what is wrong with its features, and how else pictures are prepared."""
 
     exit_layer: int
     fault: str = ""

@@ -1,6 +1,6 @@
 """A slim checkpoint in, where else it can run out: llama.cpp, vLLM, OpenVINO, MLX, each with a command.
 
-"yes" was run with exports of exitsafe, "no" is known to fail, and what nobody has run is "not tried".
+"yes" means that exports of exitsafe were run there, "no" that they are known to fail; the rest is "not tried".
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def _llama_cpp(folder: Path, config: Mapping[str, Any]) -> Destination:
         serve = f"llama-server -m {model} --mmproj {shlex.quote(str(folder / MMPROJ))}"
         if vision["model_type"] == "clip_vision_model":
             note = (
-                "it projects CLIP's class token in place of the first patch, which changes answers: measure how many "
-                "with exitsafe verify URL --reference MODEL"
+                "it projects CLIP's class token in place of the first patch, which changes answers: exitsafe verify "
+                "URL --reference MODEL measures how many"
             )
         else:
             note = "it resizes and pads pictures in its own way: exitsafe verify URL --reference MODEL shows the effect"
         return Destination(engine="llama.cpp", runs="yes", command=f"{convert} && {serve}", note=note)
     if family == "llava":
-        note = "the encoder files of its own converters run one block less: export with --to gguf"
+        note = "with the encoder files of its own converters it runs one block too few: export with --to gguf"
         return Destination(engine="llama.cpp", runs="no", note=note)
     if vision.get("fullatt_block_indexes") == []:
         note = "its converter needs a block with full attention, and all of them are past this exit"
@@ -69,7 +69,7 @@ def _vllm(config: Mapping[str, Any], name: str) -> Destination:
 
 def _openvino(config: Mapping[str, Any], name: str) -> Destination:
     older = _OLDER_TRANSFORMERS.get(config["model_type"])
-    note = f"optimum-intel wants transformers {older} or older for this family" if older else ""
+    note = f"optimum-intel needs transformers {older} or older for this family" if older else ""
     command = f"optimum-cli export openvino --model {name} {name}-openvino"
     return Destination(engine="OpenVINO", runs="not tried", command=command, note=note)
 

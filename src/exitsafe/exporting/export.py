@@ -81,8 +81,8 @@ def export(
     Raises:
         ExitLayerError: If the encoder has no such block.
         InputError: If a setting does not apply to this model, or a package is missing.
-        ModelError: If the model is quantized, something cannot be merged, llama.cpp would compute something else, or
-            the checkpoint does not reproduce the exit.
+        ModelError: If the model is quantized, something cannot be merged, llama.cpp would not compute what the model
+            does, or the checkpoint does not reproduce the exit.
         RunError: If `out` is not empty, writing fails, or the audit belongs to another model or lacks the exit.
     """
     out = Path(out)

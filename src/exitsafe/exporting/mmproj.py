@@ -1,7 +1,7 @@
 """The encoder and projector of a slim model in, llama.cpp's file for them out (mmproj, a GGUF file).
 
 The language model is not written: llama.cpp's own converter makes it from the slim checkpoint. That converter's encoder
-files are not used, because llama.cpp runs one block less than they hold where `clip.vision.feature_layer` is missing,
+files are not used, because llama.cpp runs one block less than they contain if `clip.vision.feature_layer` is missing,
 and applies a final norm that the model at this exit does not have.
 """
 
@@ -35,28 +35,28 @@ def check_can_be_written(config: Any) -> None:
 
     Raises:
         InputError: If the package gguf is missing.
-        ModelError: If llama.cpp would compute something else than this model, or the layout is not known.
+        ModelError: If llama.cpp would not compute what this model does, or the layout is not known.
     """
     _gguf()
     if problem := next(_problems(config), None):
         raise ModelError(
-            f"--to gguf cannot write this {config.model_type}: {problem}; leave --to out, and see what else can load "
-            "the checkpoint"
+            f"--to gguf cannot write this {config.model_type} model: {problem}; leave --to out, and see what else can "
+            "load the checkpoint"
         )
 
 
 def _problems(config: Any) -> Iterator[str]:
     """Why a model cannot be written, if so."""
     if config.model_type not in ("llava", *_IDEFICS):
-        yield "it writes LLaVA with a CLIP or SigLIP tower, Idefics3 and SmolVLM"
+        yield "it can write LLaVA with a CLIP or SigLIP tower, Idefics3 and SmolVLM"
         return
     vision = config.vision_config
     if vision.hidden_act not in _GELU:
-        yield f"llama.cpp has no {vision.hidden_act} in an encoder"
+        yield f"llama.cpp has no {vision.hidden_act} activation in an encoder"
     if config.model_type in _IDEFICS:
         return
     if vision.model_type not in _TOWERS:
-        yield f"its encoder is a {vision.model_type}, and not CLIP or SigLIP"
+        yield f"its encoder is a {vision.model_type}, not CLIP or SigLIP"
     elif config.vision_feature_select_strategy != (wanted := _TOWERS[vision.model_type]):
         yield f"its projector does not read the features that llama.cpp gives it ({wanted})"
     if not isinstance(config.vision_feature_layer, int):
@@ -70,7 +70,7 @@ def write_mmproj(slim: MultimodalModel, processor: Any, path: Path, *, facts: Ma
 
     Args:
         slim: The model that ends at the exit.
-        processor: Its processor, for the pixels' mean, deviation and size.
+        processor: Its processor, for the pixels' mean, standard deviation and size.
         path: The new file.
         facts: What it was made from, kept in the file as `exitsafe.NAME`; None is left out.
     """

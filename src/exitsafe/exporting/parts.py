@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Parts(BaseModel):
     """SHA-256 over names, types, shapes and bytes of each part's tensors.
 
-    `encoder_tensors` are the beginnings of the names of the encoder's and projector's tensors; the rest is the language
+    `encoder_tensors` are prefixes of the names of the encoder's and projector's tensors; the rest is the language
     model.
     """
 
@@ -42,7 +42,7 @@ def parts_of(folder: Path, slim: MultimodalModel) -> Parts:
 
 
 def exchanged_part(folder: Path, exported: Parts) -> str | None:
-    """The part of a folder that is not the one exported, if the other is; None if both are or neither is."""
+    """The part of a folder that differs from the one exported, if only one does; else None."""
     try:
         with _opened(folder) as places:
             found = _hashes(places, exported.encoder_tensors)

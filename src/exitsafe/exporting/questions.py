@@ -86,7 +86,7 @@ def _blocks(number: int, size: tuple[int, int]) -> Image.Image:
 
 
 def choose(asked: Separations, offered: dict[int, Separations], *, unit: float) -> int:
-    """The number of the question after which the least separated two candidates are separated most.
+    """The number of the question that does most to separate the two candidates that are separated least.
 
     Args:
         asked: What the questions asked so far tell apart; any shape.
@@ -123,7 +123,7 @@ class Studies:
 
         Args:
             places: The candidates that remain.
-            leader: The one of them that is to be told from the others; None for all from all.
+            leader: The one of them to tell from the others; None to tell all apart.
         """
         upper = np.triu_indices(len(places), 1)
         ones, others = places[upper[0]], places[upper[1]]

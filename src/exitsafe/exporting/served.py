@@ -1,6 +1,7 @@
 """A served model as a black box: questions in, its answers out, with log-probabilities where it gives them.
 
-What a server says is untrusted: tokens it names are looked up in the reference's vocabulary, numbers are bounded.
+What a server says is untrusted: the tokens that it names are looked up in the reference's vocabulary, and numbers are
+bounded.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class Interview:
         return _Vocabulary(self.vlm)
 
     def remarks(self, samples: Sequence[Sample]) -> list[str]:
-        """What a server tells without being asked a question: how it writes a prompt, and its context.
+        """What can be found out without asking a question: how the server writes a prompt, and its context.
 
         Args:
             samples: The longest questions with a picture, and one without.

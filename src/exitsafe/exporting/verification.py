@@ -66,7 +66,7 @@ def check_files(folder: Path, run: AuditRun) -> Manifest:
     record = read_manifest(folder)
     if changes := file_changes(folder, record):
         if part := _exchanged(folder, record, changes):
-            raise ModelError(f"{folder} is not as it was exported ({changes}): {part}; use all files of one export")
+            raise ModelError(f"{folder} is not as it was exported ({changes}): {part}; use only files of one export")
         raise ModelError(f"{folder} is not as it was exported ({changes}): export it again")
     model = run.settings["model"]
     made_from = {

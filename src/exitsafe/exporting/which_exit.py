@@ -1,4 +1,4 @@
-"""Which exit does a served model run? The audited model and a server in, the exit or why none out.
+"""Which exit does a served model run? The audited model and a server in; the exit out, or why none can be named.
 
 1. What costs nothing: how the server writes a prompt, and its context.
 2. Texts without a picture, which no exit affects: how much the server deviates anyway (other kernels, fewer bits).
@@ -73,12 +73,12 @@ class WhichExit:
         candidates: What it may be running: none if all were excluded.
         nearest: The candidate with the smallest distance.
         limit: The largest distance at which a candidate fits; None without log-probabilities.
-        deviation: The distance of texts without a picture; None if there were none, or no log-probabilities.
+        deviation: The distance on texts without a picture; None if there were none, or no log-probabilities.
         differing: How many answers, of how many, differ from the audited model's; None if they were not counted.
         requests: Questions asked.
         decided_after: How many of them the verdict on the exit needed; the others are about how pictures are prepared,
             and about how many answers differ.
-        error_level: With at most this probability another exit is named than the one that runs.
+        error_level: The largest probability of naming an exit other than the one that runs.
         has_logprobs: Whether the server gave log-probabilities.
         remarks: What else was noticed, a sentence each.
     """
@@ -309,7 +309,7 @@ class _Inquiry:
         found = self.settle(ways, self.questions.odd_question, most=self.max_requests)
         if not found.open:
             self.remarks.append(
-                "It prepares pictures that are not square in another way than the reference, and than those tried."
+                "It prepares pictures that are not square differently from the reference, in none of the ways tried."
             )
         return found.open[0].preparation if found.is_established else None
 

@@ -80,11 +80,12 @@ class LPPOConfig:
 
     # What is optimised
     method: Annotated[
-        Method, Flag("lppo (PPO), grpo (PPO without a value head) or sft (fine-tuning on given answers).", "METHOD")
+        Method,
+        Flag("Training method: lppo (PPO), grpo (no value head) or sft (fine-tuning on given answers).", "METHOD"),
     ] = "lppo"
     """`lppo` learns a baseline with a value head (the paper). `grpo` uses the mean score of an answer's group instead,
     has no value head, and puts the KL penalty into the loss (Shao et al. 2024, arXiv 2402.03300). `sft` learns from
-    given answers by cross-entropy and needs no reward. `for_model` has the defaults of each; a setting that a method
+    given answers by cross-entropy and needs no reward. `for_model` gives the defaults of each; a setting that a method
     does not use must be left at its default."""
     refusal: str | None = None
     """`sft`: the answer to harmful samples; None is "I'm sorry, but I can't help with that.", or the organism's own
@@ -112,13 +113,13 @@ class LPPOConfig:
     lora_alpha: Count = 32
     """StackLLaMA's: twice the rank. Unused by `full`."""
     reference: Literal["start", "base"] = "start"
-    """What the KL penalty holds the policy near when training continues an adapter: the model with that adapter, or the
-    one without. The same thing otherwise."""
+    """The model that the KL penalty keeps the policy close to when training continues an adapter: `start` is the model
+    with that adapter, `base` the one without it. Without an adapter, both are the same."""
     seed: Annotated[Natural, Flag("Seed of every random draw.", panel=DECODING)] = 0
     """Keys every draw: samples, exits, rollouts, minibatches, LoRA's initial weights."""
 
     # How much
-    num_steps: Annotated[Count, Flag("PPO steps.", name="steps", default="400; 80 for an organism")] = 400
+    num_steps: Annotated[Count, Flag("Training steps.", name="steps", default="400; 80 for an organism")] = 400
     """About a dozen passes over 2,000 red-team prompts at 64 a step."""
     batch_size: Annotated[Count, Flag("Answers per step.", default="64; 128 for an organism")] = 64
     """Responses per step; with several exits in a batch, a few per exit and kind."""
@@ -133,7 +134,7 @@ class LPPOConfig:
     memory runs out."""
     gradient_checkpointing: bool | None = None
     """Recomputes the blocks' activations in the backward pass (Chen et al. 2016, arXiv 1604.06174): far less memory,
-    updates take half as long again, same results. None does so with `lora`, which a 7B model almost always needs."""
+    updates take half as long again, same results. None recomputes with `lora` only: 7B models almost always need it."""
     mix: Mapping[Kind, NonNegative] | None = None
     """Share of each kind in a batch; None takes the shares of the samples given."""
     value_warmup_steps: Natural = 5
@@ -187,7 +188,7 @@ class LPPOConfig:
     clip_range: Positive = 0.2
     """Schulman et al.'s epsilon."""
     clip_range_high: Positive | None = None
-    """The upper side of the clip where it differs, such as 0.28 (clip-higher, Yu et al. 2025, arXiv 2503.14476): rare
+    """A separate upper bound for the clip, such as 0.28 (clip-higher, Yu et al. 2025, arXiv 2503.14476), so that rare
     tokens may gain more. None is `clip_range`."""
 
     # Optimisers
@@ -279,7 +280,7 @@ class HeldOut(Spec):
         Flag(
             "Evaluate on held-out samples with another judge every N steps and keep the best adapter. 0: never.",
             name="eval-every",
-            default="20 if the judge's model is on this machine already, else 0",
+            default="20 if the judge's model has been downloaded already, else 0",
         ),
     ] = None
     judge: Annotated[

@@ -89,8 +89,8 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """One evaluation after `step` steps. `kl` is that of the last step's rollouts, in nats per response; None of
-    fine-tuning, which has none."""
+    """One evaluation after `step` steps. `kl` is that of the last step's rollouts, in nats per response; None
+    for fine-tuning, which has no rollouts."""
 
     step: int
     objective: float | None
@@ -135,8 +135,8 @@ def default_evaluation(
 ) -> tuple[Sequence[Sample], Evaluation | None]:
     """The samples to train on, and the evaluation on the others by the guard model that is not the reward.
 
-    There is none unless that model has been downloaded already, so that nothing large is fetched unasked; none for an
-    organism, whose other judge is a proxy; and none if `samples` has nothing to hold out.
+    There is no evaluation unless that model has been downloaded already, so that nothing large is fetched unasked; none
+    for an organism, whose other judge is a proxy; and none if `samples` has nothing to hold out.
     """
     (judge,) = load_judges([other_judge(scorer, samples)])
     if num_steps < EVERY or not isinstance(judge, GuardJudge) or not is_downloaded(judge.model):

@@ -163,7 +163,7 @@ class TrainingFolder:
         Args:
             save: Writes the PEFT folder, or folders.
             trained_on: Samples whose digests are stored with it, so that an audit can tell which it was trained on.
-            earlier: The digests of what it was trained on before.
+            earlier: Digests of the samples that it was trained on before.
         """
         if not self.is_writer:
             return

@@ -130,7 +130,7 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the model is the one before training; with `reference: base`, the one without adapter."""
+        """Inside, the model is the one before training; with `reference: base`, the one without the adapter."""
         if self.start is not None:
             now = {name: weight.detach().clone() for name, weight in self.weights().items()}
             self.load_weights(self.start)
@@ -236,8 +236,8 @@ def _check_adapter(vlm: VLM, model: PeftModel, config: LPPOConfig) -> None:
     for name, module in vlm.base_model.named_modules():
         if isinstance(module, _TUNED) and module not in inside:
             raise InputError(
-                f"the adapter of {vlm.name} changes {name}, outside the language model, the only part that align "
-                "trains: merge the adapter first"
+                f"the adapter of {vlm.name} changes {name}, but align trains the language model only: merge the "
+                "adapter first"
             )
     layers = [module for module in inside if isinstance(module, LoraLayer)]
     for name, found in (

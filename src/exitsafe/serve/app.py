@@ -1,4 +1,4 @@
-"""The HTTP side: routes, limits, the key, errors, and a log of ids and numbers that never holds a text."""
+"""The HTTP side: routes, limits, the key, errors, and a log of ids and numbers that never contains texts."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ MOST_BYTES = 32 * 2**20  # of a request's body
 MOST_REQUESTS = 256  # at the same time, waiting ones included
 MOST_BYTES_TOGETHER = 2**30  # of their bodies
 BODY_SECONDS = 60.0  # in which a body must arrive
-SECONDS_TO_FINISH = 5  # for answers under way when the server is stopped
-_GONE = 499  # a client that leaves early gets no status; the log has this one
+SECONDS_TO_FINISH = 5  # for answers in progress when the server is stopped
+_GONE = 499  # logged for a client that disconnects early; it is never sent
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -56,7 +56,7 @@ class Service:
     Args:
         models: Exit layers by name.
         fingerprint: As in `Reply`.
-        key: What clients must send as `Authorization: Bearer KEY`; None lets everybody in.
+        key: What clients must send as `Authorization: Bearer KEY`; None accepts everyone.
         is_local: Whether only requests addressed to this machine are answered, so that no web page can reach the
             server through a name of its own.
         log: Receives a line per request.
@@ -125,7 +125,7 @@ def make_app(service: Service) -> Starlette:
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         routes = "POST /v1/chat/completions, GET /v1/models, /health and /version"
-        what = {404: f"nothing is here; there is {routes}", 405: f"not with this method; there is {routes}"}
+        what = {404: f"no such path; this server has {routes}", 405: f"wrong method; this server has {routes}"}
         return _refusal(RequestError(what.get(error.status_code, error.detail), status=error.status_code))
 
     routes = [
@@ -153,7 +153,7 @@ def make_server(service: Service) -> uvicorn.Server:
 
 
 def _guarded(endpoint: _Endpoint, service: Service) -> _Endpoint:
-    """An endpoint for those who are let in, whose errors are replies: no exception reaches the server's own log."""
+    """An endpoint behind the access checks, whose errors become replies: no exception reaches the server's own log."""
 
     async def guarded(request: Request) -> Response:
         try:
@@ -175,7 +175,7 @@ def _let_in(request: Request, service: Service) -> None:
     if service.key is not None:
         given = request.headers.get("authorization", "").encode("utf-8", "replace")
         if not hmac.compare_digest(given, f"Bearer {service.key}".encode()):
-            message = "a wrong key, or none: send the server's EXITSAFE_API_KEY as Authorization: Bearer KEY"
+            message = "missing or wrong API key: send the server's EXITSAFE_API_KEY as Authorization: Bearer KEY"
             raise RequestError(message, status=401, code="invalid_api_key")
 
 
@@ -189,13 +189,13 @@ def _is_loopback(host: str) -> bool:
 
 
 def _as_refusal(error: BaseException) -> RequestError:
-    """What the client is told; of an error that nobody foresaw only its type, since its message may quote texts."""
+    """What the client is told: of an unexpected error only type and place, since its message may quote texts."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, ExitsafeError):
         return RequestError(str(error), status=400 if isinstance(error, InputError) else 500)
     place = traceback.extract_tb(error.__traceback__)[-1]
-    message = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno} (not foreseen)"
+    message = f"unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
     return RequestError(message, status=500)
 
 
@@ -226,12 +226,14 @@ class _Exchange:
     """One request from its arrival to its end, which is logged.
 
     Raises:
-        RequestError: If too many are under way.
+        RequestError: If too many are in progress.
     """
 
     def __init__(self, service: Service) -> None:
         if service.num_requests >= MOST_REQUESTS:
-            raise RequestError(f"{MOST_REQUESTS} requests are under way; ask again later", status=429, code="busy")
+            raise RequestError(
+                f"{MOST_REQUESTS} requests are already in progress; try again later", status=429, code="busy"
+            )
         service.num_requests += 1
         self.service, self._num_bytes = service, 0
         self.reply_id = f"chatcmpl-{uuid4().hex[:24]}"
@@ -249,7 +251,7 @@ class _Exchange:
         self._num_bytes += num_bytes
         self.service.num_bytes += num_bytes
         if self.service.num_bytes > MOST_BYTES_TOGETHER:
-            raise RequestError("large requests are under way; ask again later", status=429, code="busy")
+            raise RequestError("too many large requests are in progress; try again later", status=429, code="busy")
 
     def ask(self, request: ChatRequest) -> None:
         """Hand the request to the model."""

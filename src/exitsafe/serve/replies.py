@@ -28,7 +28,7 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, update: Update) -> JsonObject:
-        """`chat.completion`: the whole answer, told in one update."""
+        """`chat.completion`: the whole answer, from a single update."""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": update.text, "refusal": None},

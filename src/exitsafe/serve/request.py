@@ -99,14 +99,14 @@ def parse_request(content: bytes, models: Mapping[str, int]) -> ChatRequest:
     body = _body({name: value for name, value in found.items() if value is not None})
     if (exit_layer := models.get(body.model)) is None:
         default, *exits = models
-        message = f"this server does not have the model; it has {default}, and {exits[0]} to {exits[-1]}"
+        message = f"no such model; this server has {default}, and {exits[0]} to {exits[-1]}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
     if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
-        raise RequestError("max_tokens and max_completion_tokens are one setting: give one", param="max_tokens")
+        raise RequestError("max_tokens and max_completion_tokens mean the same: give only one", param="max_tokens")
     return ChatRequest(
         model=body.model,
         exit_layer=exit_layer,
@@ -253,13 +253,13 @@ def _picture(url: str) -> bytes:
 
 def _check_pictures(pictures: list[bytes]) -> None:
     if len(pictures) > MOST_PICTURES:
-        raise RequestError(f"{len(pictures)} pictures: send {MOST_PICTURES} at most", param="messages")
+        raise RequestError(f"{len(pictures)} pictures: send at most {MOST_PICTURES}", param="messages")
     try:
         pixels = sum(num_pixels(picture, "request") for picture in pictures)
         if pixels > MOST_PIXELS:
             raise RequestError(
-                f"the pictures have {pixels / 1e6:.0f} million pixels together: scale them down to "
-                f"{MOST_PIXELS / 1e6:.0f}",
+                f"the pictures have {pixels / 1e6:.0f} million pixels in total: scale them down to "
+                f"{MOST_PIXELS / 1e6:.0f} million",
                 param="messages",
             )
         for picture in pictures:

@@ -1,7 +1,7 @@
 """One loaded model in one thread, which answers requests of many callers in one running batch.
 
-A request that arrives while others are answered joins them at the next step, whatever its exit, length and decoding.
-One that fails, or that its caller gives up, leaves the others alone.
+A request that arrives while others are being answered joins them at the next step, whatever its exit, length and
+decoding. A request that fails or is cancelled does not affect the others.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Tell: TypeAlias = Callable[[Update | Exception], None]
 
 
 class Ticket:
-    """A request that has been handed in: `tell` receives its updates, or the one exception that ends it."""
+    """A submitted request: `tell` receives its updates, or the one exception that ends it."""
 
     def __init__(self, request: ChatRequest, tell: Tell) -> None:
         self.request, self.tell = request, tell
@@ -72,12 +72,12 @@ class Ticket:
         self.num_told = 0  # tokens whose log-probabilities have been told
 
     def cancel(self) -> None:
-        """Give up: nobody reads the answer any more."""
+        """Stop answering: nobody will read the rest."""
         self.is_cancelled = True
 
 
 class Worker:
-    """Answers requests with one model, which must not be used otherwise, in its own thread until `close`."""
+    """Answers requests with one model in its own thread until `close`; nothing else may use the model meanwhile."""
 
     def __init__(self, vlm: VLM) -> None:
         self.vlm = vlm
@@ -92,7 +92,7 @@ class Worker:
         self._thread.start()
 
     def ask(self, request: ChatRequest, tell: Tell) -> Ticket:
-        """Hand in a request.
+        """Submit a request.
 
         Args:
             request: What to answer.
@@ -173,7 +173,7 @@ class Worker:
         request, context = ticket.request, self.vlm.context_length
         num_characters = sum(len(text) for turn in request.turns for text in turn.texts)
         if num_characters > MOST_CHARACTERS * context or len(request.turns) > context:
-            raise _too_long(f"the conversation is far longer than this model's {context} tokens; shorten it")
+            raise _too_long(f"the conversation is far longer than this model's context of {context} tokens; shorten it")
         try:
             prompt = encode_chat(self.vlm, request.turns, prompt_id=ticket.prompt_id)
         except InputError as error:
@@ -183,8 +183,8 @@ class Worker:
         if context - num_tokens < (request.max_new_tokens or 1):
             wanted = "" if request.max_new_tokens is None else f" and {request.max_new_tokens} of the answer"
             raise _too_long(
-                f"the prompt's {num_tokens} tokens, pictures included,{wanted} exceed this model's {context}: shorten "
-                "the conversation or set a smaller max_tokens"
+                f"the prompt's {num_tokens} tokens, pictures included,{wanted} exceed this model's context of "
+                f"{context}: shorten the conversation or set a smaller max_tokens"
             )
         sampling = Sampling(
             max_new_tokens=request.max_new_tokens or min(context - num_tokens, DEFAULT_NEW_TOKENS),
@@ -193,9 +193,7 @@ class Worker:
             top_logprobs=request.top_logprobs,
         )
         if sampling.max_new_tokens * (1 + (request.top_logprobs or 0)) > MOST_LOGPROBS:
-            raise RequestError(
-                "max_tokens times top_logprobs is too large an answer; choose fewer", param="top_logprobs"
-            )
+            raise RequestError("max_tokens times top_logprobs is too large; lower one of them", param="top_logprobs")
         return Answer(row=Row(prompt=prompt, exit_layer=request.exit_layer, features=None), sampling=sampling)
 
     def _encode(self, answer: Answer) -> None:
@@ -229,7 +227,9 @@ class Worker:
 
     def _send(self, answer: Answer, ticket: Ticket, text: str) -> None:
         if not text.startswith(ticket.sent):
-            ticket.tell(RunError("the answer came out differently when it was repeated in a smaller batch; ask again"))
+            ticket.tell(
+                RunError("the answer changed when it was generated again in a smaller batch; repeat the request")
+            )
             return
         fresh = zip(answer.token_ids[ticket.num_told :], answer.logprobs[ticket.num_told :], strict=False)
         update = Update(

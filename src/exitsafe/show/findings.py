@@ -59,7 +59,7 @@ def _tested(runs: Sequence[LabelledRun]) -> Iterator[str]:
     first = next((run for _, run in runs if not run.is_served), runs[0][1])
     name = model_name(first)
     if first.is_served:
-        yield f"{name} was audited as it is served: of its image encoder nothing is known but what is claimed."
+        yield f"{name} was audited as it is served: nothing is known about its image encoder except what is claimed."
     else:
         yield (
             f"{name} is a vision-language model ({shown(str(first.summary['family']))}) whose image encoder has "

@@ -36,11 +36,11 @@ SkipGlobal = Annotated[bool, Key("Llama 3.2 Vision: skip the global blocks too (
 Engine = Annotated[
     str | None,
     Flag(
-        "A vLLM server that answers, started with --enable-mm-embeds; here only the encoder runs. Add #NAME to choose "
-        "one of its models.",
+        "A vLLM server that generates the answers, started with --enable-mm-embeds; only the encoder runs here. Add "
+        "#NAME to choose one of its models.",
         "URL",
         panel=MODEL,
-        default="answers are generated here",
+        default="answers are generated in this process",
     ),
 ]
 Suites = Annotated[

@@ -99,7 +99,7 @@ class AuditSpec(Spec):
         Flag(
             "Answers generated at once, or requests in flight; does not affect random draws.",
             panel=DECODING,
-            default="what fits in memory; 256 requests",
+            default="what fits in memory; 256 requests with --engine, 8 for a URL",
         ),
     ] = None
     stop_when: Annotated[
@@ -121,13 +121,13 @@ class AuditSpec(Spec):
     def _asks_a_server_as_it_is(self) -> Self:
         if not is_url(self.model):
             if self.exit_layer is not None:
-                raise InputError("--exit-layer is for the URL of a served model; choose exits with --layers")
+                raise InputError("--exit-layer applies only to the URL of a served model; choose exits with --layers")
             return self
         given = self.model_fields_set & {"exit_layers", "skip_global"} | self.loading.model_fields_set
         given |= set() if self.engine is None else {"engine"}
         for name in sorted(given):
             spelled = "layers" if name == "exit_layers" else name.replace("_", "-")
-            raise InputError(f"--{spelled} is for a model that is loaded here; leave it out for a URL")
+            raise InputError(f"--{spelled} applies only to a model that is loaded here; leave it out for a URL")
         return self
 
 
@@ -152,13 +152,13 @@ class VerifySpec(Spec):
             is_argument=True,
         ),
     ]
-    reference: Annotated[str | None, Flag("The audited model whose exits URL is compared with.", "MODEL")] = None
-    exit_layer: Annotated[Count | None, Flag("The exit that URL should run.")] = None
+    reference: Annotated[
+        str | None, Flag("The audited model, whose exits the model at URL is compared with.", "MODEL")
+    ] = None
+    exit_layer: Annotated[Count | None, Flag("The exit that the model at URL should run.")] = None
     language_model: Annotated[
         Path | None,
-        Flag(
-            "The GGUF file of the language model that URL runs; its weights replace those of --reference.", "FILE.gguf"
-        ),
+        Flag("The GGUF file of the language model behind URL; its weights replace those of --reference.", "FILE.gguf"),
     ] = None
     against: Annotated[
         Path | None, Flag("The finished run of the model and adapter that SLIM was made from.", "RUN")
@@ -351,13 +351,16 @@ class ServeSpec(Spec):
 
     model: Model
     host: Annotated[str, Flag("Address to listen on.", "HOST", panel=OUTPUT)] = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535), Flag("Port; 0 takes a free one.", panel=OUTPUT)] = 8000
+    port: Annotated[int, Field(ge=0, le=65535), Flag("Port to listen on; 0 picks a free one.", panel=OUTPUT)] = 8000
     loading: FullLoading = FullLoading()
 
     @model_validator(mode="after")
     def _is_asked_about_pictures(self) -> Self:
         if self.loading.encoder != "image":
-            raise InputError("requests hold text and pictures, so only exits of the image encoder: drop --encoder")
+            raise InputError(
+                "requests contain only text and pictures, so only exits of the image encoder can be served: "
+                "drop --encoder"
+            )
         return self
 
 

@@ -19,7 +19,7 @@ def bin_of(exit_layer: int, num_layers: int) -> str:
 
 
 def layers_by_bin(exit_layers: Iterable[int], num_layers: int) -> dict[str, list[int]]:
-    """The given layers by bin, in bin order, without empty bins; none where the depth is unknown (0).
+    """The given layers by bin, in bin order, without empty bins; empty if the depth is unknown (0).
 
     >>> layers_by_bin([1, 2, 7], 8)
     {'early': [1, 2], 'late': [7]}

@@ -1,12 +1,12 @@
 """Which of several hypotheses a system follows, decided question by question: numbers in, numbers out.
 
-A hypothesis predicts the log-probabilities of an answer's tokens, or only the answer. The system deviates from the
-hypothesis that is true by rounding and quantization, of unknown size.
+A hypothesis predicts the log-probabilities of an answer's tokens, or only the answer. The system deviates from the true
+hypothesis by rounding and quantization errors of unknown size.
 
 - **Distances.** A question's deviations are Laplace errors of one unknown scale, which counts as one observation
   however many tokens it has. With the scale integrated out (density 1 / scale), n distances that sum to D have the
   likelihood D^-n, so two hypotheses compare as (D_b / D_a)^n. Distances that every hypothesis shares, because no
-  hypothesis affects the question, tell about the scale: they join both sums.
+  hypothesis affects the question, are informative about the scale: they are added to both sums.
 - **Answers.** The answer of the true hypothesis changes with at most the probability `flip_probability`, which depends
   on how close the decision between its best tokens was and on the size of the deviations: rounding, 8 bits or 4 bits,
   each as likely.
@@ -14,9 +14,9 @@ hypothesis that is true by rounding and quantization, of unknown size.
   hits with at most `WRONG_HITS`.
 
 A hypothesis is excluded once another outweighs it by `bound(error, num_hypotheses)`, or once it does not fit. Under the
-true hypothesis, a likelihood ratio is a nonnegative martingale that starts at 1, so the true one is ever excluded with
-probability at most `error` (Ville 1939; as a test of many hypotheses, Armitage 1950), whichever questions are chosen
-and whenever one stops. docs/statistics.md has the details and what the errors were calibrated on.
+true hypothesis, a likelihood ratio is a nonnegative martingale that starts at 1, so the probability that the true one
+is ever excluded is at most `error` (Ville 1939; as a test of many hypotheses, Armitage 1950), whichever questions are
+chosen and whenever one stops. docs/statistics.md has the details and what the errors were calibrated on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WRONG_HITS = 0.3
 
 
 def bound(error: float, num_hypotheses: int = 1) -> float:
-    """The log-likelihood ratio at which a decision among so many hypotheses is wrong with probability `error`.
+    """The log-likelihood ratio at which a decision among that many hypotheses is wrong with probability `error`.
 
     >>> round(bound(0.01), 2), round(bound(0.01, 18), 2)
     (4.61, 7.5)
@@ -93,8 +93,8 @@ def fit_ratios(hits: npt.ArrayLike, misses: npt.ArrayLike) -> Floats:
 
     Args:
         hits: (questions, hypotheses) whether the hypothesis fits the question.
-        misses: (cases, questions, hypotheses) how often a true hypothesis does not, in each of several cases that are
-            equally likely.
+        misses: (cases, questions, hypotheses) how often a true hypothesis does not fit it, in each of several cases
+            that are equally likely.
 
     Returns:
         (hypotheses,)
@@ -110,7 +110,7 @@ def fit_ratios(hits: npt.ArrayLike, misses: npt.ArrayLike) -> Floats:
 
 
 def flip_probability(margins: npt.ArrayLike) -> Floats:
-    """How often rounding or quantization changes an answer, at most, by the size of deviations.
+    """The most often that rounding or quantization changes an answer, for each size of deviations.
 
     Args:
         margins: Any shape: the smallest difference, along the answer, between the log-probabilities of the best and the
