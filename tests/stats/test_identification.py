@@ -28,6 +28,12 @@ def test_questions_that_no_hypothesis_affects_tell_about_the_noise() -> None:
     assert distance_ratios([[0.01, 0.16]], shared=[0.3, 0.3])[0, 1] < ratio  # a noisy server proves less
 
 
+def test_many_questions_make_no_small_difference_decide() -> None:
+    """A deviation that all questions share is a single one, however many are asked."""
+    few, many, more = (distance_ratios([[0.1, 0.12]] * number, [0.01] * 4)[0, 1] for number in (10, 40, 400))
+    assert few < many < bound(0.005, 18) and more < bound(0.005, 18)
+
+
 def test_rounding_does_not_decide() -> None:
     assert distance_ratios([[0.0, SMALLEST_DISTANCE]]).max() == 0.0
 
