@@ -34,7 +34,8 @@ def headline(found: WhichExit) -> str:
         return f"no exit of this model: the nearest is {_named(near)}, {_how_far(found, near)}{others}"
     if found.verdict == "undecided":
         first, *rest = (_named(each) for each in sorted(found.candidates, key=lambda each: each.distance))
-        last = f", which cannot be distinguished from {_list(rest)}" if rest else ", but that is not established"
+        alone = ", the only candidate left, without enough evidence that it fits"
+        last = f", which cannot be distinguished from {_list(rest)}" if rest else alone
         return f"{first}{last}{others}"
     if found.fault:
         claimed = "" if found.claimed in (None, found.exit_layer) else f", not {found.claimed} as claimed"
