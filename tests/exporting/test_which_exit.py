@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.which_exit import repetition
 from exitsafe.engine.endpoint import Endpoint
 from exitsafe.engine.load import load_vlm
 from exitsafe.engine.served_model import ServedModel
@@ -127,6 +128,15 @@ def test_a_language_model_in_8_bits_is_still_recognised(organism: VLM) -> None:
             module.weight.data = (module.weight.data / scale).round() * scale
     found = _ask(organism, FakeServer(served, Candidate(4)), claimed=4)
     assert found.is_as_claimed and found.deviation is not None and 1e-3 < found.deviation < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_neighbouring_exits_under_quantised_weights(organism: VLM, bits: int) -> None:
+    """A small version of `python -m benchmarks.which_exit`."""
+    outcomes = [repetition(organism, seed, bits=bits, has_logprobs=True)[0] for seed in range(12)]
+    assert "wrong" not in outcomes
+    assert bits == 4 or outcomes == ["right"] * 12
 
 
 def test_a_text_only_server(clip: VLM) -> None:
