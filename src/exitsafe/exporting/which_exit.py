@@ -289,8 +289,8 @@ class _Inquiry:
                 continue
             rows.append(self._row(studies, number, sample, answer, np.flatnonzero(is_open)))
             ratios, fits = self._weigh(rows, np.flatnonzero(is_open), every)
-            leader = int(ratios.argmin())
             is_open &= (ratios < bound(self.error / 2, every)) & (fits > -bound(self.error / 2))
+            leader = int(np.where(is_open, ratios, np.inf).argmin()) if is_open.any() else None
         kept = np.flatnonzero(is_open)
         distances = np.array([row.distances for row in rows]).reshape(len(rows), every)
         known = ~np.isnan(distances)
