@@ -16,7 +16,9 @@ from exitsafe.engine.served_model import find_served
 from exitsafe.engine.vlm import VLM
 from exitsafe.errors import RunError
 from exitsafe.exporting.candidates import CLASS_TOKEN, PADDED_AS_CLIP
-from exitsafe.exporting.which_exit import WhichExit, which_exit
+from exitsafe.exporting.questions import Questions
+from exitsafe.exporting.served import Interview
+from exitsafe.exporting.which_exit import ERROR, MAX_NEW_TOKENS, MAX_REQUESTS, WhichExit, identify, which_exit
 from exitsafe.organism.architecture import build_model
 from tests.engines.gguf_models import Bits, shipped, write_encoder, write_language_model
 from tests.engines.llama_server import llama_server
@@ -57,6 +59,24 @@ def test_exitsafe_serve_at_every_exit(organism: VLM, exitsafe_url: str, exit_lay
     url = f"{exitsafe_url}/v1#organism@L{exit_layer}"
     found = _ask(f"exitsafe serve, exit {exit_layer}", organism, url, claimed=exit_layer)
     assert found.is_as_claimed and found.preparation == ""
+
+
+@pytest.mark.parametrize("exit_layer", [2, 7])
+def test_from_answers_alone(organism: VLM, exitsafe_url: str, exit_layer: int) -> None:
+    model = find_served(f"{exitsafe_url}/v1#organism@L{exit_layer}", what="URL")
+    interview = Interview(model=model, vlm=organism, max_tokens=MAX_NEW_TOKENS)
+    interview.has_logprobs = False  # it gives them, but is not asked
+    found = identify(
+        organism,
+        interview,
+        Questions(organism),
+        claimed=exit_layer,
+        error=ERROR,
+        max_requests=MAX_REQUESTS,
+        progress=lambda done, total, note: None,
+    )
+    print(f"| answers alone, exit {exit_layer} | {headline(found)} | {found.decided_after} | {found.requests} | 1% |")
+    assert found.is_as_claimed and not found.has_logprobs
 
 
 def test_vllm(organism: VLM, tmp_path: Path) -> None:
