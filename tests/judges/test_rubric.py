@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exitsafe.engine.endpoint import CUT_OFF, Conversation, Endpoint, Reply
+from exitsafe.engine.completion import Reply
+from exitsafe.engine.endpoint import CUT_OFF, Conversation, Endpoint
 from exitsafe.errors import InputError
 from exitsafe.judges.asking import ask_judge
 from exitsafe.judges.protocol import ModelJudge

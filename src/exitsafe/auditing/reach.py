@@ -6,7 +6,8 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from exitsafe.engine.endpoint import OPENAI_URL, public_address
+from exitsafe.engine.endpoint import OPENAI_URL
+from exitsafe.engine.transfer import public_address
 from exitsafe.errors import InputError
 from exitsafe.judges import JudgeOptions
 from exitsafe.store.reading import origin_of, read_head

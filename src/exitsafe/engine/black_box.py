@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 
 from exitsafe.data.images import num_pixels, open_images
 from exitsafe.engine.answering import Decoding, Task
-from exitsafe.engine.endpoint import FILTERED, REFUSED, ChatReply, ChatRequest, Conversation
+from exitsafe.engine.completion import ChatReply
+from exitsafe.engine.endpoint import FILTERED, REFUSED, ChatRequest, Conversation
 from exitsafe.engine.generation import Sampling, seed_of
 from exitsafe.engine.read_ahead import DEFAULT_NEW_TOKENS
 from exitsafe.engine.reader import probe_sample

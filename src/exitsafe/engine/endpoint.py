@@ -12,21 +12,33 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, Literal, cast
-from urllib.parse import urlsplit, urlunsplit
+from typing import TYPE_CHECKING, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from exitsafe.engine.completion import (
+    BROKEN_BODY,
+    EMPTY_BODY,
+    ChatReply,
+    Choice,
+    Completion,
+    NotJSONError,
+    Reply,
+    as_count,
+    error_in,
+    logprobs_in,
+    parse_body,
+    token_ids_in,
+)
+from exitsafe.engine.transfer import Body, Pace, UnusableBodyError, cleaned, public_address
 from exitsafe.errors import InputError, RunError
 from exitsafe.untrusted import JsonObject, UnreadableError, parse_json, without_surrogates
 
@@ -44,19 +56,12 @@ MAX_FAILURES = 16  # in a row; then the endpoint is down, and continuing would o
 MAX_BAD_BODIES = 8  # in a row; fewer, since an answer with status 200 may have been charged
 BODY_RETRIES = 1  # retries after a body that may be better next time; each attempt counts as a failure
 BODY_RETRY_DELAY = 0.5  # seconds
-MAX_TOKENS = 10**9  # per reply; larger counts are ignored
-MAX_BYTES = 2**24  # of an answer's body, unpacked
 
 UNREACHABLE = "the endpoint could not be reached"
 TIMED_OUT = "the endpoint timed out"
 TOO_MANY = "the endpoint's rate limit was exceeded (status 429)"
 SERVER_FAILED = "the endpoint failed"
 ERROR_BODY = "the endpoint answered with an error (status 200)"
-EMPTY_BODY = "the endpoint answered with an empty body"
-EVENT_STREAM = "the endpoint answered with an event stream"
-TOO_LARGE = f"the endpoint's answer is larger than {MAX_BYTES // 2**20} MiB"
-WEB_PAGE = "the endpoint answered with a web page"
-BROKEN_BODY = "the endpoint's answer is truncated or corrupt"
 NO_COMPLETION = "the endpoint's answer is not a chat completion"
 NO_CHOICES = "the endpoint's answer has no choices"
 CUT_OFF = "the reply was cut off"
@@ -84,42 +89,6 @@ class ChatRequest:
     seed: int = SEED
     top_logprobs: int | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What the model wrote, or why there is no reply; exactly one of the two is None."""
-
-    text: str | None = None
-    failure: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprobs:
-    """A token of an answer: its text, its id if the endpoint gives one, its log-probability, and the most likely tokens
-    in its place as (text, id, log-probability)."""
-
-    text: str
-    token_id: int | None
-    logprob: float
-    top: tuple[tuple[str, int | None, float], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatReply(Reply):
-    """A reply, which may be empty or cut off, with what the endpoint says about it; None for what it does not say.
-
-    vLLM returns the ids of its tokens and of the prompt's if a request has `return_token_ids`.
-    """
-
-    finish_reason: Literal["stop", "length"] | None = None
-    num_tokens: int | None = None
-    num_prompt_tokens: int | None = None
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    model: str | None = None
-    fingerprint: str | None = None
-    token_ids: tuple[int, ...] | None = None
-    prompt_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(kw_only=True)
@@ -307,7 +276,7 @@ class Endpoint:
         from openai import APIConnectionError, APIStatusError, DefaultHttpxClient, OpenAI
 
         def after_each_response(response: httpx2.Response) -> None:
-            body = _Body(response, timeout=self.timeout)
+            body = Body(response, timeout=self.timeout)
             for piece in response.iter_bytes():
                 body.add(piece)
             response._content = body.whole
@@ -339,7 +308,7 @@ class Endpoint:
                     f"{self.where} answers status {error.status_code} at {path.removeprefix('/..')}: check the address "
                     "(it must end in /v1) and what kind of server it is"
                 ) from None
-            except (UnreadableError, _UnusableBodyError):
+            except (UnreadableError, UnusableBodyError):
                 raise InputError(
                     f"{self.where} does not answer with JSON at {path.removeprefix('/..')}: check that the address is "
                     "that of an OpenAI-compatible server"
@@ -353,7 +322,7 @@ class Endpoint:
             self.usage.requests += 1
 
         async def after_each_response(response: httpx2.Response) -> None:
-            body = _Body(response, timeout=self.timeout)
+            body = Body(response, timeout=self.timeout)
             async for piece in response.aiter_bytes():
                 body.add(piece)
             response._content = body.whole
@@ -402,7 +371,7 @@ class Endpoint:
             return self._failed(TIMED_OUT)
         except APIConnectionError:
             return self._failed(UNREACHABLE)
-        except _UnusableBodyError as error:
+        except UnusableBodyError as error:
             return self._failed(str(error), most=MAX_BAD_BODIES)
         except APIStatusError as error:
             if sends_seed and error.status_code in (400, 422) and re.search(r"\bseed\b", error.message):
@@ -418,15 +387,15 @@ class Endpoint:
 
     def _read(self, body: bytes, request: ChatRequest, *, whole: bool) -> ChatReply:
         try:
-            content = _parse(body)
-            if (fault := _error_in(content)) is not None:
+            content = parse_body(body)
+            if (fault := error_in(content)) is not None:
                 return self._refused(fault.status, code=fault.code, param=None, temperature=request.temperature)
             if isinstance(content, dict) and "choices" in content and not content["choices"]:
                 self._count(content.get("usage"), is_reply=False)
                 return self._failed(NO_CHOICES, most=MAX_BAD_BODIES)
-            completion = _Completion.model_validate(content)
-            choice = _Choice.model_validate(completion.choices[0])
-        except _NotJSONError as error:
+            completion = Completion.model_validate(content)
+            choice = Choice.model_validate(completion.choices[0])
+        except NotJSONError as error:
             return self._failed(str(error), most=MAX_BAD_BODIES)
         except ValidationError:
             return self._failed(NO_COMPLETION, most=MAX_BAD_BODIES)
@@ -447,19 +416,19 @@ class Endpoint:
             finish_reason="length" if choice.finish_reason == "length" else "stop",
             num_tokens=num_tokens,
             num_prompt_tokens=num_prompt_tokens,
-            logprobs=None if request.top_logprobs is None else _logprobs_in(choice.logprobs),
+            logprobs=None if request.top_logprobs is None else logprobs_in(choice.logprobs),
             model=cleaned(completion.model) if isinstance(completion.model, str) else None,
             fingerprint=(
                 cleaned(completion.system_fingerprint) if isinstance(completion.system_fingerprint, str) else None
             ),
-            token_ids=_ids_in(choice.token_ids),
-            prompt_token_ids=_ids_in(completion.prompt_token_ids),
+            token_ids=token_ids_in(choice.token_ids),
+            prompt_token_ids=token_ids_in(completion.prompt_token_ids),
         )
 
     def _count(self, usage: object, *, is_reply: bool) -> tuple[int | None, int | None]:
         """Add the tokens that an answer reports, in and out; count the replies that report none."""
         usage = usage if isinstance(usage, dict) else {}
-        tokens_in, tokens_out = (_as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        tokens_in, tokens_out = (as_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         self.usage.tokens_in += tokens_in or 0
         self.usage.tokens_out += tokens_out or 0
         self.usage.uncounted += is_reply and None in (tokens_in, tokens_out)
@@ -515,201 +484,6 @@ class Endpoint:
         )
 
 
-def public_address(url: str) -> str:
-    """A URL without the parts that may be secret, safe to record and print.
-
-    >>> public_address("https://me:secret@host:8443/v1?api_key=secret")
-    'https://host:8443/v1'
-    """
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # unbalanced brackets
-        return ""
-    whole = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return "".join(character for character in whole if character.isprintable() and not character.isspace())
-
-
-def cleaned(text: str) -> str:
-    """What a server says of itself, which is untrusted: short, and fit to record and print.
-
-    >>> cleaned("vllm\x1b[2J")
-    'vllm[2J'
-    """
-    return "".join(character for character in text if character.isprintable())[:80]
-
-
-class Pace:
-    """Spreads requests evenly over time.
-
-    Args:
-        per_minute: Rate limit; None for no limit.
-
-    Raises:
-        InputError: If that is not above 0.
-    """
-
-    def __init__(self, per_minute: float | None) -> None:
-        if per_minute is not None and not per_minute > 0:
-            raise InputError("requests per minute must be above 0")
-        self._interval = 0.0 if per_minute is None else 60.0 / per_minute
-        self._next = 0.0
-
-    def delay(self) -> float:
-        """Seconds to wait before the next request; every call reserves one slot."""
-        now = time.monotonic()
-        start = max(now, self._next)
-        self._next = start + self._interval
-        return start - now
-
-
-class _UnusableBodyError(Exception):
-    """A body that is too large, or an event stream that was still open after the timeout; the message says which."""
-
-
-class _Body:
-    """A body as it arrives, within bounds of size and time: a server may send for ever.
-
-    Args:
-        response: Whose body it is.
-        timeout: Seconds in which it must arrive.
-    """
-
-    def __init__(self, response: httpx2.Response, *, timeout: float) -> None:
-        self._response, self._deadline = response, time.monotonic() + timeout
-        self._pieces: list[bytes] = []
-        self._size = 0
-
-    def add(self, piece: bytes) -> None:
-        """Add what has arrived next.
-
-        Raises:
-            _UnusableBodyError: If it is too large, or an event stream, which was not requested and may never end.
-            httpx2.ReadTimeout: If it takes too long.
-        """
-        import httpx2
-
-        self._pieces.append(piece)
-        self._size += len(piece)
-        if self._size > MAX_BYTES:
-            raise _UnusableBodyError(TOO_LARGE)
-        if time.monotonic() > self._deadline:
-            if "event-stream" in self._response.headers.get("Content-Type", ""):
-                raise _UnusableBodyError(EVENT_STREAM)
-            raise httpx2.ReadTimeout("the body takes too long", request=self._response.request)
-
-    @property
-    def whole(self) -> bytes:
-        return b"".join(self._pieces)
-
-
-class _NotJSONError(Exception):
-    """A body that is not JSON; the message says what it appears to be instead."""
-
-
-class _Part(BaseModel):
-    type: str = "text"
-    text: str | None = None
-
-
-class _Message(BaseModel):
-    content: str | list[str | _Part] | None = None
-    refusal: object = None
-
-    @property
-    def text(self) -> str:
-        """The model's text, without reasoning and pictures; empty if blank."""
-        parts = [self.content] if isinstance(self.content, str) else self.content or []
-        said = (part if isinstance(part, str) else part.text or "" for part in parts if _is_text(part))
-        text = "".join(said)
-        return text if text.strip() else ""
-
-
-class _TopLogprob(BaseModel):
-    token: str
-    id: int | None = None
-    logprob: float
-
-
-class _TokenLogprobs(_TopLogprob):
-    top_logprobs: list[_TopLogprob] = []
-
-
-class _Logprobs(BaseModel):
-    content: list[_TokenLogprobs]
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: object = None
-    logprobs: object = None
-    token_ids: object = None
-
-
-class _Completion(BaseModel):
-    """The part of a chat completion that is read."""
-
-    choices: list[object]
-    """Only the first is read."""
-    usage: object = None
-    model: object = None
-    system_fingerprint: object = None
-    prompt_token_ids: object = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fault:
-    """An error in a body: the HTTP status it corresponds to (200 if unknown) and its code."""
-
-    status: int
-    code: str
-
-
-# Error codes of OpenAI's API, for gateways that put them into a body with status 200.
-_STATUS_OF = {"invalid_api_key": 401, "insufficient_quota": 402, "model_not_found": 404, "rate_limit_exceeded": 429}
-
-
-def _parse(body: bytes) -> object:
-    """The JSON in a body, with or without a byte-order mark or the `[DONE]` that ends an event stream.
-
-    Raises:
-        _NotJSONError: If it is anything else.
-    """
-    try:
-        text = body.decode(json.detect_encoding(body)).lstrip("\ufeff").strip()
-    except UnicodeDecodeError:
-        raise _NotJSONError(BROKEN_BODY) from None
-    if not text:
-        raise _NotJSONError(EMPTY_BODY)
-    if text.startswith("<"):
-        raise _NotJSONError(WEB_PAGE)
-    if re.match(r"(data|event|id|retry)?:", text):
-        raise _NotJSONError(EVENT_STREAM)
-    try:
-        content: object
-        content, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):  # the latter on deeply nested lists
-        raise _NotJSONError(BROKEN_BODY) from None
-    if not re.fullmatch(r"\s*((data:\s*)?\[DONE\])?", text[end:]):
-        raise _NotJSONError(BROKEN_BODY)
-    return content
-
-
-def _error_in(content: object) -> _Fault | None:
-    """The error in a body, or in its first choice next to a partial reply; None for a completion."""
-    if not isinstance(content, dict):
-        return None
-    choices = content.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    error = content.get("error") or choice.get("error")
-    if not error or (isinstance(error, dict) and not any(error.values())):
-        if content.get("object") != "error" and choice.get("finish_reason") != "error":
-            return None
-        error = content
-    code = str(error.get("code") or error.get("type") or "") if isinstance(error, dict) else ""
-    status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else _STATUS_OF.get(code, 200)
-    return _Fault(status=status, code=code)
-
-
 def _sendable(value: object) -> object:
     """Messages whose texts UTF-8 can hold."""
     if isinstance(value, str):
@@ -723,44 +497,3 @@ def _may_pass(failure: str | None) -> bool:
     """Whether a body was bad for a reason that may be gone on the next attempt."""
     passing = (TOO_MANY, ERROR_BODY, EMPTY_BODY, BROKEN_BODY)
     return failure is not None and (failure in passing or failure.startswith(SERVER_FAILED))
-
-
-def _logprobs_in(given: object) -> tuple[TokenLogprobs, ...] | None:
-    """The log-probabilities of a choice; None where there are none, or none that can be read."""
-    try:
-        tokens = _Logprobs.model_validate(given).content
-    except ValidationError:
-        return None
-    return tuple(
-        TokenLogprobs(
-            text=token.token,
-            token_id=token.id,
-            logprob=token.logprob,
-            top=tuple((each.token, each.id, each.logprob) for each in token.top_logprobs),
-        )
-        for token in tokens
-    )
-
-
-def _ids_in(given: object) -> tuple[int, ...] | None:
-    """Token ids; None where there are none, or none that can be read."""
-    if not isinstance(given, list) or not all(type(each) is int and 0 <= each < 2**31 for each in given):
-        return None
-    return tuple(given)
-
-
-def _is_text(part: str | _Part) -> bool:
-    return isinstance(part, str) or part.type in ("text", "output_text")
-
-
-def _as_count(value: object) -> int | None:
-    """A number of tokens, also written as `7.0` or `"7"`; None if it is not one.
-
-    >>> [_as_count(value) for value in (7, 7.0, "7", 7.5, -1, None, True)]
-    [7, 7, 7, None, None, None, None]
-    """
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_TOKENS:
-        return None
-    return int(value) if value == int(value) else None

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from exitsafe.engine.endpoint import ChatRequest, Endpoint, cleaned
+from exitsafe.engine.endpoint import ChatRequest, Endpoint
+from exitsafe.engine.transfer import cleaned
 from exitsafe.errors import InputError
 
 TIMEOUT = 600.0

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from exitsafe.engine.endpoint import ChatReply, ChatRequest
+from exitsafe.engine.completion import ChatReply
+from exitsafe.engine.endpoint import ChatRequest
 from exitsafe.engine.generation import Completion, seed_of
 from exitsafe.engine.prompts import Row
 from exitsafe.engine.reader import probe_sample

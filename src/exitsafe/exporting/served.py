@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from exitsafe.engine.endpoint import UNREACHABLE, ChatReply, ChatRequest
+from exitsafe.engine.completion import ChatReply
+from exitsafe.engine.endpoint import UNREACHABLE, ChatRequest
 from exitsafe.engine.prompts import written
 from exitsafe.errors import InputError, RunError
 from exitsafe.records import Sample

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from exitsafe.engine.endpoint import SEED, Endpoint, Reply
+from exitsafe.engine.completion import Reply
+from exitsafe.engine.endpoint import SEED, Endpoint
 from exitsafe.errors import InputError
 from exitsafe.judges.protocol import UNREADABLE
 from exitsafe.records import Response, Sample, Verdict
