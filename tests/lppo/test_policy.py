@@ -286,6 +286,7 @@ def test_what_cannot_be_trained_is_refused(vlm: VLM, tmp_path: Path) -> None:
     for config, message in (
         (LPPOConfig(lora_rank=8), "lora_rank=8, but the adapter to continue has rank 4: leave lora_rank out"),
         (LPPOConfig(lora_alpha=7), "lora_alpha=7, but the adapter to continue has alpha 32: leave lora_alpha out"),
+        (LPPOConfig(train="full"), "train='full', but the adapter to continue is of kind 'lora': leave train out"),
     ):
         with pytest.raises(InputError, match=message), attached_policy(adapted, config):
             pass

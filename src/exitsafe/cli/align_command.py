@@ -46,7 +46,9 @@ def run_align(spec: AlignSpec, *, title: str) -> Path:
     as_scorer(reward, training, method=spec.lppo.method)
     vlm = load_model(spec.model, spec.loading)
     with console.progress_bar(title, unit="step") as bar:
-        plan = cache(lambda: console.note(_plan(spec.lppo)))  # printed once, when everything has been checked
+        plan = cache(
+            lambda: console.note(_plan(spec.lppo, spec.loading.adapter))
+        )  # printed once, when everything has been checked
 
         def progress(done: int, total: int, remark: str) -> None:
             plan()
@@ -64,9 +66,10 @@ def run_align(spec: AlignSpec, *, title: str) -> Path:
         )
 
 
-def _plan(config: LPPOConfig) -> str:
+def _plan(config: LPPOConfig, adapter: str | None) -> str:
     """What the training will use."""
-    trained = f"LoRA of rank {config.lora_rank}" if config.train == "lora" else "all weights of the language model"
+    fresh = f"LoRA of rank {config.lora_rank}" if config.train == "lora" else "all weights of the language model"
+    trained = fresh if adapter is None else adapter
     recomputed = ", activations recomputed" if config.recomputes else ""
     return (
         f"training {trained}: {config.num_steps} steps of {config.batch_size} answers, {config.microbatch_tokens:,} "

@@ -221,11 +221,12 @@ def check_trainable(vlm: VLM, config: LPPOConfig) -> None:
         )
     if is_quantized(vlm.model):
         _check_quantized(vlm, config)
-    if config.train == "lora" or isinstance(vlm.model, PeftModel):
+    kind = _kind_of(vlm.model) or config.train
+    if kind == "lora":
         return
     if vlm.model.dtype != torch.float32:
         raise InputError(f"train='full' needs float32 weights, not {vlm.model.dtype}: load with dtype='float32'")
-    if vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight:
+    if not isinstance(vlm.model, PeftModel) and vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight:
         raise InputError("train='full' cannot train a head tied to the embeddings: use train='lora'")
 
 
@@ -239,6 +240,9 @@ def _check_adapter(vlm: VLM, model: PeftModel, config: LPPOConfig) -> None:
                 f"the adapter of {vlm.name} changes {name}, but align trains the language model only: merge the "
                 "adapter first"
             )
+    kind = _kind_of(model)
+    if config.train not in (kind, LPPOConfig.for_model(vlm.name).train):
+        raise InputError(f"train={config.train!r}, but the adapter to continue is of kind {kind!r}: leave train out")
     layers = [module for module in inside if isinstance(module, LoraLayer)]
     for name, found in (
         ("lora_rank", {rank for layer in layers for rank in layer.r.values()}),
@@ -249,6 +253,13 @@ def _check_adapter(vlm: VLM, model: PeftModel, config: LPPOConfig) -> None:
                 f"{name}={given}, but the adapter to continue has {name.removeprefix('lora_')} {min(found)}: leave "
                 f"{name} out"
             )
+
+
+def _kind_of(model: nn.Module) -> str | None:
+    """What an adapter trains, as in `LPPOConfig.train`; None without one."""
+    if not isinstance(model, PeftModel):
+        return None
+    return "full" if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()) else "lora"
 
 
 def is_quantized(model: nn.Module) -> bool:
